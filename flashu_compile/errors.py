@@ -1,0 +1,65 @@
+"""Every exception this project raises on purpose. All derive from `FlashuError`."""
+
+
+class FlashuError(Exception):
+    """Common base: `except FlashuError` catches whatever flashu_compile reports about its input."""
+
+
+class MissingDependencyError(FlashuError):
+    """An optional library is absent; the message names the extra that installs it."""
+
+
+class ConfigurationError(FlashuError):
+    """A parameter or configuration value is unknown, out of range or inconsistent."""
+
+
+class CheckpointError(FlashuError):
+    """A checkpoint cannot be found, read or matched with a supported model."""
+
+
+class UnsupportedModelError(FlashuError):
+    """The model is of no kind an adapter exists for."""
+
+
+class UnknownTaskError(FlashuError):
+    """The task is not one the compiler or the bundle knows."""
+
+
+class RecipeError(FlashuError):
+    """A recipe is malformed, unknown, or needs calibration data that was not given."""
+
+
+class CaptureError(FlashuError):
+    """The model could not be captured as a Program."""
+
+
+class PassError(FlashuError):
+    """A graph pass failed; the message names the pass and where in the pipeline it stood."""
+
+
+class EmissionError(FlashuError):
+    """A backend could not turn a Program into an engine."""
+
+
+class BundleError(FlashuError):
+    """A bundle is missing, damaged, or cannot be written."""
+
+
+class BundleVersionError(BundleError):
+    """A bundle was written with a schema this version cannot read."""
+
+
+class OutputExistsError(BundleError):
+    """The output directory exists and is not empty."""
+
+
+class BackendUnavailableError(FlashuError):
+    """A backend or execution provider cannot be used on this machine; the message says what is missing."""
+
+
+class InputError(FlashuError):
+    """A prompt, picture, tensor or sampling parameter given at run time is unusable."""
+
+
+class VerificationError(FlashuError):
+    """A bundle's engine does not give what it gave when the bundle was built."""

@@ -1,0 +1,320 @@
+"""Models by whatever name a user has for them: an object, the bundled model, a directory, a hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+
+from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from flashu_compile.models import hub, weights
+from flashu_compile.models.showo2 import checkpoint, vocabulary
+from flashu_compile.models.showo2.config import Showo2Config
+from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.vae import LatentCodec, SpaceToDepth
+from flashu_compile.models.wan_vae import WanVAE
+
+__all__ = ["BUNDLED", "LoadedModel", "load_model", "save_model"]
+
+FORMAT = "flashu_compile.showo2"
+BUNDLED = {"showo2-shapes": Path(__file__).parent / "showo2_shapes"}
+"""Models that come with the package, by name."""
+
+_CONFIG, _WEIGHTS, _CALIBRATION = "config.json", "model.safetensors", "calibration.json"
+_WAN_FOLDER = "vae"
+_OBJECT_NAME = "showo2"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to compile.
+
+    `network` is in eval mode and takes no gradients. `vae` is None if the checkpoint holds none and none was
+    given. `calibration` is the file of calibration samples that comes with the model, if one does.
+    """
+
+    name: str
+    network: Showo2
+    vae: LatentCodec | None
+    tokenizer: Tokenizer
+    calibration: Path | None = None
+
+
+def load_model(
+    model: nn.Module | str | Path,
+    *,
+    vae: Any = None,
+    tokenizer: Any = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> LoadedModel:
+    """Find, read and check a Show-o2 model. No code from a checkpoint is ever run.
+
+    Args:
+        model: A `Showo2`; any module whose state dict has Show-o2's names, such as an instance of the
+            authors' class; the name of a bundled model ("showo2-shapes"); a directory in this project's
+            layout or in that of the published checkpoints; or a hub id "organisation/name". Objects are not
+            changed: the result shares their tensors where the dtype agrees.
+        vae: A `LatentCodec`, a diffusers `AutoencoderKLWan`, or the path of a Wan VAE (diffusers folder, or
+            `Wan2.1_VAE.pth`). Default: the one the checkpoint holds.
+        tokenizer: A `tokenizers.Tokenizer`, a fast tokenizer of transformers, or the path or hub id of one.
+            Needed with objects. Default: the checkpoint's, or that of its `llm_model_path` with the tokens
+            Show-o2 adds.
+        llm_config: The language model's Hugging Face configuration, or the path of it, for published
+            checkpoints and foreign objects of sizes that Qwen2.5 was never published in.
+        dtype: What the weights are converted to; None keeps them as stored.
+
+    Raises:
+        CheckpointError: something cannot be found, read, or made to fit; the message says what to do.
+        UnsupportedModelError: the module is no Show-o2.
+        ConfigurationError: a parameter does not apply to this kind of model.
+        MissingDependencyError: a Wan VAE is asked for without the extra `wan`.
+
+    Example:
+        >>> loaded = load_model("showo2-shapes")  # doctest: +SKIP
+        >>> loaded.network.config.latent_shape  # doctest: +SKIP
+        (48, 12, 12)
+    """
+    if isinstance(model, nn.Module):
+        loaded = _from_module(model, tokenizer, llm_config, dtype)
+    else:
+        directory, name = _locate(model)
+        settings = weights.read_json(directory / _CONFIG)
+        if settings.get("format") == FORMAT:
+            _refuse_llm_config(llm_config, f"{directory}, which has a complete configuration")
+            loaded = _from_own_layout(directory, name, settings, tokenizer, dtype, read_vae=vae is None)
+        elif "format" in settings:
+            raise CheckpointError(f"{directory} has the unknown format {settings['format']!r}.")
+        else:
+            loaded = _from_published(directory, name, settings, tokenizer, llm_config, dtype)
+    if vae is not None:
+        loaded = dataclasses.replace(loaded, vae=_resolve_vae(vae, dtype))
+    _check(loaded)
+    return loaded
+
+
+def save_model(
+    directory: str | Path,
+    network: Showo2,
+    tokenizer: Tokenizer,
+    vae: LatentCodec | None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a model in this project's layout; the same inputs give the same bytes.
+
+    Files are replaced one by one, each atomically; other files of the directory are left alone.
+
+    Raises:
+        ConfigurationError: a weight is not finite in `dtype`, or the VAE is of a kind that cannot be saved.
+    """
+    directory = Path(directory)
+    state = {name: value.to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ConfigurationError(f"{bad[0]} is not finite in {dtype}; save in a wider dtype.")
+    if network.config.llm.tie_word_embeddings:
+        del state[checkpoint.LM_HEAD]
+    settings = {"format": FORMAT, "config": network.config.to_dict(), "vae": _describe_vae(vae)}
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(vae, WanVAE):
+        vae.save(directory / _WAN_FOLDER)
+    _replace(directory / _WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    _replace(directory / vocabulary.FILE, lambda path: tokenizer.save(str(path)))
+    text = json.dumps(settings, indent=2) + "\n"
+    _replace(directory / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _locate(model: str | Path) -> tuple[Path, str]:
+    """The local directory of a model given by name, path or hub id, and what to call it."""
+    text = str(model)
+    if text in BUNDLED:
+        return BUNDLED[text], text
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; pass the directory that holds the model's config.json.")
+    if isinstance(model, str) and hub.is_hub_id(text):
+        patterns = [_CONFIG, vocabulary.FILE, _CALIBRATION, *weights.WEIGHT_PATTERNS]
+        return hub.fetch(text, patterns, instead="pass the path of that directory"), text.split("/")[1]
+    bundled = ", ".join(BUNDLED)
+    raise CheckpointError(
+        f"There is no model {text!r}: no such directory, no hub id (organisation/name), and no bundled model "
+        f"(these are: {bundled})."
+    )
+
+
+def _from_module(
+    module: nn.Module,
+    tokenizer: Any,
+    llm_config: Mapping[str, Any] | str | Path | None,
+    dtype: torch.dtype | None,
+) -> LoadedModel:
+    state = module.state_dict()
+    if missing := checkpoint.missing_signature(state):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is no Show-o2 model: its state dict has no {missing[0]}."
+        )
+    if tokenizer is None:
+        raise CheckpointError(
+            "A model object says nothing about its tokenizer; pass tokenizer (for published Show-o2 models, "
+            "the path or hub id of the Qwen2.5 model they are built on)."
+        )
+    found = vocabulary.resolve(tokenizer)
+    if isinstance(module, Showo2):
+        _refuse_llm_config(llm_config, "a Showo2, which has a complete configuration")
+        config = module.config
+    else:
+        declared = checkpoint.declared_by(module)
+        if llm_config is not None:
+            declared = declared._replace(llm=_read_llm_config(llm_config))
+        config, found = checkpoint.infer_config(state, declared), vocabulary.extend(found)
+    converted = {name: weights.convert(value, dtype) for name, value in state.items()}
+    return LoadedModel(_OBJECT_NAME, checkpoint.build(config, converted), None, found)
+
+
+def _from_own_layout(
+    directory: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    *,
+    read_vae: bool,
+) -> LoadedModel:
+    try:
+        config = Showo2Config.from_dict(settings.get("config") or {})
+    except ConfigurationError as error:
+        raise CheckpointError(f"{directory / _CONFIG} describes no model: {error}") from error
+    found = vocabulary.resolve(directory if tokenizer is None else tokenizer)
+    state = weights.read_weight_file(directory / _WEIGHTS, dtype)
+    vae = _described_vae(directory, settings.get("vae"), dtype) if read_vae else None
+    return LoadedModel(name, checkpoint.build(config, state), vae, found, _calibration(directory))
+
+
+def _from_published(
+    directory: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    tokenizer: Any,
+    llm_config: Mapping[str, Any] | str | Path | None,
+    dtype: torch.dtype | None,
+) -> LoadedModel:
+    """The layout of the published checkpoints. Tokenizer and LLM settings are those of `llm_model_path`."""
+    source = settings.get("llm_model_path")
+    if tokenizer is None and (directory / vocabulary.FILE).is_file():
+        tokenizer = directory
+    found = vocabulary.resolve(tokenizer) if tokenizer is not None else _llm_tokenizer(directory, source)
+    state = weights.read_weights(directory, dtype)
+    if missing := checkpoint.missing_signature(state):
+        raise CheckpointError(f"{directory} holds no Show-o2 model: its weights have no {missing[0]}.")
+    if llm_config is not None:
+        llm: Mapping[str, Any] | None = _read_llm_config(llm_config)
+    else:
+        llm = _llm_config_of(source, needed=not checkpoint.knows_llm(state))
+    config = checkpoint.infer_config(state, checkpoint.Declared(settings, llm))
+    network = checkpoint.build(config, state)
+    return LoadedModel(name, network, None, vocabulary.extend(found), _calibration(directory))
+
+
+def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:
+    """The tokenizer of the language model that a published checkpoint names as its base."""
+    advice = "pass tokenizer: the path of that language model's directory or of its tokenizer.json"
+    if not isinstance(source, str) or not source:
+        raise CheckpointError(f"{directory} has no tokenizer and names no llm_model_path; {advice}.")
+    if Path(source).is_dir():
+        return vocabulary.read(Path(source))
+    if hub.is_hub_id(source):
+        return vocabulary.read(hub.fetch(source, [vocabulary.FILE], instead=advice))
+    raise CheckpointError(f"{directory} names {source!r} as its language model, which is not here; {advice}.")
+
+
+def _llm_config_of(source: Any, *, needed: bool) -> dict[str, Any] | None:
+    """The configuration of the language model a checkpoint names: from disk, or if `needed` from the hub."""
+    if not isinstance(source, str) or not source:
+        return None
+    if (Path(source) / _CONFIG).is_file():
+        return weights.read_json(Path(source) / _CONFIG)
+    if needed and hub.is_hub_id(source):
+        folder = hub.fetch(source, [_CONFIG], instead="pass llm_config, the path of its config.json")
+        return weights.read_json(folder / _CONFIG)
+    return None
+
+
+def _read_llm_config(llm_config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    if isinstance(llm_config, Mapping):
+        return dict(llm_config)
+    path = Path(llm_config)
+    return weights.read_json(path / _CONFIG if path.is_dir() else path)
+
+
+def _refuse_llm_config(llm_config: object, what: str) -> None:
+    if llm_config is not None:
+        raise ConfigurationError(f"llm_config does not apply to {what}; leave it out.")
+
+
+def _resolve_vae(vae: Any, dtype: torch.dtype | None) -> LatentCodec:
+    if isinstance(vae, (str, Path)):
+        return WanVAE.load(vae, dtype)
+    if all(hasattr(vae, name) for name in ("encode", "decode", "spatial_factor", "latent_channels")):
+        return cast("LatentCodec", vae)
+    if all(hasattr(vae, name) for name in ("encoder", "decoder", "quant_conv", "post_quant_conv")):
+        return WanVAE(vae)
+    raise ConfigurationError(
+        f"A {type(vae).__name__} is no VAE this project knows; pass a LatentCodec, an AutoencoderKLWan of "
+        "diffusers, or the path of a Wan VAE."
+    )
+
+
+def _describe_vae(vae: LatentCodec | None) -> dict[str, Any] | None:
+    if vae is None:
+        return None
+    if isinstance(vae, SpaceToDepth):
+        return {"kind": "space_to_depth", "factor": vae.spatial_factor, "mean": vae.mean, "std": vae.std}
+    if isinstance(vae, WanVAE):
+        return {"kind": "wan", "folder": _WAN_FOLDER}
+    raise ConfigurationError(f"A {type(vae).__name__} cannot be saved with a model; save it yourself.")
+
+
+def _described_vae(directory: Path, described: Any, dtype: torch.dtype | None) -> LatentCodec | None:
+    if described is None:
+        return None
+    try:
+        if described["kind"] == "space_to_depth":
+            return SpaceToDepth(int(described["factor"]), float(described["mean"]), float(described["std"]))
+        if described["kind"] == "wan":
+            folder = str(described["folder"])
+            if Path(folder).name != folder:
+                raise CheckpointError(f"{directory / _CONFIG} puts its VAE outside of the directory.")
+            return WanVAE.load(directory / folder, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / _CONFIG} describes no VAE: {error!r}.") from error
+    raise CheckpointError(f"{directory / _CONFIG} has a VAE of the unknown kind {described['kind']!r}.")
+
+
+def _calibration(directory: Path) -> Path | None:
+    path = directory / _CALIBRATION
+    return path if path.is_file() else None
+
+
+def _check(loaded: LoadedModel) -> None:
+    config = loaded.network.config
+    vocabulary.check_size(loaded.tokenizer, config.llm.vocab_size)
+    if loaded.vae is not None and loaded.vae.latent_channels != config.latent_channels:
+        raise CheckpointError(
+            f"The VAE has {loaded.vae.latent_channels} latent channels, the model reads "
+            f"{config.latent_channels}; pass the VAE it was trained with."
+        )
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)

@@ -1,0 +1,174 @@
+"""What the compiler must be told about Show-o2: the roles of inputs and outputs, and the roots of its stacks.
+
+Each task is captured once, in the published form: the padded generation step and the full-sequence understanding
+forward. Rows are in the aligned layout (see `layout`): text is padded on the left, so that the prompt length is
+one dynamic dimension and the image span starts at the same row everywhere. Numbers are those of the published
+layout, where padding follows the sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from flashu_compile.capture import Capture
+from flashu_compile.models.showo2.layout import row_positions
+from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.vae import LatentCodec
+from flashu_compile.program import Input, Role
+
+_STACKS = {
+    "llm": "model.showo.model.layers",
+    "semantic": "model.und_trans.layers",
+    "head": "model.diffusion_head_a",
+}
+_SAMPLE_PROMPT = 6
+_SEED = 0
+
+
+class GenerationStep(nn.Module):
+    """The padded generation step: both guidance branches, every row, vocabulary logits included."""
+
+    def __init__(self, model: Showo2) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        prompt_ids: Int[Tensor, "b prompt"],
+        prompt_mask: Bool[Tensor, "b prompt"],
+        tail_ids: Int[Tensor, "b tail"],
+        latents: Float[Tensor, "b c h w"],
+        timestep: Float[Tensor, " b"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        model, config = self.model, self.model.config
+        time, time_row = model.embed_time(timestep)
+        image = model.embed_image(latents)
+        span = image if time_row is None else torch.cat([time_row, image], dim=1)
+        rows = torch.cat([model.embed_text(prompt_ids), span, model.embed_text(tail_ids)], dim=1)
+        in_span = torch.ones(prompt_ids.shape[0], config.span_length, dtype=torch.bool)
+        in_tail = torch.ones_like(tail_ids, dtype=torch.bool)
+        is_span = torch.cat([torch.zeros_like(prompt_mask), in_span, ~in_tail], dim=1)
+        valid = torch.cat([prompt_mask, in_span, in_tail], dim=1)
+        tables = model.tables(is_span, row_positions(valid), valid)
+        hidden = model.llm(rows, tables)
+        features = model.head(hidden, time, tables)
+        end = prompt_ids.shape[1] + config.span_length
+        image_rows = features[:, end - config.image_tokens : end]
+        return model.velocity(image_rows, time), image_rows, model.logits(hidden)
+
+
+class UnderstandingForward(nn.Module):
+    """The full-sequence understanding forward, from pixels to the logits of the last row."""
+
+    def __init__(self, model: Showo2, vae: LatentCodec) -> None:
+        super().__init__()
+        self.model, self.vae = model, vae
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "b 3 H W"],
+        prefix_ids: Int[Tensor, "b prefix"],
+        suffix_ids: Int[Tensor, "b suffix"],
+    ) -> tuple[Tensor, Tensor]:
+        model, config = self.model, self.model.config
+        image = model.embed_image(self.vae.encode(pixels))
+        batch, prefix = prefix_ids.shape
+        # One row for the whole batch, since it is the same for all: t is 1 (a clean picture).
+        _, time_row = model.embed_time(torch.ones(1, dtype=model.dtype))
+        time = [] if time_row is None else [time_row.expand(batch, -1, -1)]
+        rows = torch.cat([model.embed_text(prefix_ids), *time, image, model.embed_text(suffix_ids)], dim=1)
+        start = prefix + int(bool(time) and config.understanding_span_start == "image")
+        index = torch.arange(rows.shape[1])
+        is_span = ((index >= start) & (index < start + config.span_length)).expand(batch, -1)
+        tables = model.tables(is_span, index.expand(batch, -1))
+        return model.logits(model.llm(rows, tables))[:, -1], image
+
+
+class LatentDecoder(nn.Module):
+    def __init__(self, vae: LatentCodec) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Float[Tensor, "b c h w"]) -> tuple[Tensor]:
+        return (self.vae.decode(latents),)
+
+
+def captures(task: str, model: Showo2, vae: LatentCodec) -> tuple[Capture, ...]:
+    """The programs to capture for `task` ("t2i" or "mmu")."""
+    if task == "t2i":
+        return _generation(model), _decoder(model, vae)
+    return (_understanding(model, vae),)
+
+
+def _generation(model: Showo2) -> Capture:
+    config, dtype = model.config, model.dtype
+    generator = torch.Generator().manual_seed(_SEED)
+    prompt = torch.randint(config.llm.vocab_size, (2, _SAMPLE_PROMPT), generator=generator)
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    mask[1, : _SAMPLE_PROMPT // 2] = False
+    tail = torch.randint(
+        config.llm.vocab_size,
+        (2, config.sequence_length - config.span_length - _SAMPLE_PROMPT),
+        generator=generator,
+    )
+    return Capture(
+        name="denoise",
+        task="t2i",
+        module=GenerationStep(model),
+        inputs=(
+            Input(Role.PROMPT_IDS, ("batch", "prompt")),
+            Input(Role.PROMPT_MASK, ("batch", "prompt")),
+            Input(Role.TAIL_IDS, ("batch", "tail")),
+            Input(Role.LATENTS, ("batch", None, None, None)),
+            Input(Role.TIMESTEP, ("batch",)),
+        ),
+        outputs=(Role.VELOCITY, Role.HEAD_FEATURES, Role.LOGITS),
+        stacks=_STACKS,
+        sample={
+            Role.PROMPT_IDS: prompt,
+            Role.PROMPT_MASK: mask,
+            Role.TAIL_IDS: tail,
+            Role.LATENTS: torch.randn(2, *config.latent_shape, generator=generator, dtype=dtype),
+            Role.TIMESTEP: torch.tensor([0.3, 0.3], dtype=dtype),
+        },
+    )
+
+
+def _decoder(model: Showo2, vae: LatentCodec) -> Capture:
+    generator = torch.Generator().manual_seed(_SEED)
+    latents = torch.randn(2, *model.config.latent_shape, generator=generator, dtype=model.dtype)
+    return Capture(
+        name="vae_decode",
+        task="t2i",
+        module=LatentDecoder(vae),
+        inputs=(Input(Role.LATENTS, ("batch", None, None, None)),),
+        outputs=(Role.PIXELS,),
+        stacks={},
+        sample={Role.LATENTS: latents},
+    )
+
+
+def _understanding(model: Showo2, vae: LatentCodec) -> Capture:
+    config = model.config
+    generator = torch.Generator().manual_seed(_SEED)
+    side = config.latent_shape[1] * vae.spatial_factor
+    ids = torch.randint(config.llm.vocab_size, (2, 20), generator=generator)
+    return Capture(
+        name="understand",
+        task="mmu",
+        module=UnderstandingForward(model, vae),
+        inputs=(
+            Input(Role.PIXELS, ("batch", None, None, None)),
+            Input(Role.PREFIX_IDS, ("batch", "prefix")),
+            Input(Role.SUFFIX_IDS, ("batch", "suffix")),
+        ),
+        outputs=(Role.LOGITS, Role.IMAGE_EMBEDS),
+        stacks=_STACKS,
+        sample={
+            Role.PIXELS: torch.rand(2, 3, side, side, generator=generator, dtype=model.dtype) * 2 - 1,
+            Role.PREFIX_IDS: ids[:, :8],
+            Role.SUFFIX_IDS: ids[:, 8:],
+        },
+    )

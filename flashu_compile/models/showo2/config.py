@@ -1,0 +1,158 @@
+"""Sizes of a Show-o2 model, as data. Named configurations are the published checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flashu_compile.errors import ConfigurationError
+
+SpanStart = Literal["time", "image"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LLMConfig:
+    """The Qwen2 language model (names as in `transformers.Qwen2Config`)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SemanticConfig:
+    """The SigLIP encoder over image latents (`und_trans`)."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The flow-matching diffusion head."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 10
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    rms_norm_eps: float = 1e-5
+    qk_norm_eps: float = 1e-6
+    final_norm_eps: float = 1e-6
+    rope_theta: float = 5e5
+    frequency_embedding_size: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Showo2Config:
+    """Everything that fixes the shape and the numbers of a Show-o2 model.
+
+    `latent_grid` is the number of image tokens per side a picture is processed at; `position_grid` the
+    side of the learnt position table (they differ when a model runs at another resolution, then the table
+    is interpolated). Latents are `[latent_channels, latent_grid * patch_size, latent_grid * patch_size]`.
+    `sequence_length` is the padded length of the published generation step.
+    """
+
+    llm: LLMConfig
+    semantic: SemanticConfig = SemanticConfig()
+    head: HeadConfig = HeadConfig()
+    latent_channels: int = 16
+    patch_size: int = 2
+    latent_grid: int = 27
+    position_grid: int = 27
+    add_time_embeds: bool = True
+    sequence_length: int = 1024
+    time_shift: float = 3.0
+    guidance_scale: float = 5.0
+    steps: int = 50
+    understanding_span_start: SpanStart = "image"
+
+    def __post_init__(self) -> None:
+        for name, part in (("llm", self.llm), ("semantic", self.semantic), ("head", self.head)):
+            if part.hidden_size % part.num_attention_heads:
+                raise ConfigurationError(
+                    f"{name}.hidden_size {part.hidden_size} is not a multiple of its "
+                    f"{part.num_attention_heads} attention heads; correct the configuration."
+                )
+        if self.sequence_length < self.span_length + 4:
+            raise ConfigurationError(
+                f"sequence_length {self.sequence_length} cannot hold {self.image_tokens} image tokens and the "
+                f"special tokens around them; use at least {self.span_length + 4}."
+            )
+
+    @property
+    def image_tokens(self) -> int:
+        return self.latent_grid**2
+
+    @property
+    def span_length(self) -> int:
+        """Rows of the image span: the image tokens and, with `add_time_embeds`, the time token."""
+        return self.image_tokens + int(self.add_time_embeds)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Prompt tokens that fit beside bos, boi, the image span, eoi and eos."""
+        return self.sequence_length - self.span_length - 4
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.latent_grid * self.patch_size
+        return (self.latent_channels, side, side)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Showo2Config:
+        """Inverse of `to_dict`. Raises `ConfigurationError` on unknown or missing keys."""
+        try:
+            parts = {"llm": LLMConfig(**data["llm"])}
+            parts |= {"semantic": SemanticConfig(**data["semantic"]), "head": HeadConfig(**data["head"])}
+            return cls(**{**data, **parts})
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError(f"Not a Show-o2 configuration: {error}.") from error
+
+
+_QWEN_1_5B = LLMConfig(
+    vocab_size=151669,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+)
+_QWEN_7B = LLMConfig(
+    vocab_size=151669,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+
+CONFIGURATIONS: dict[str, Showo2Config] = {
+    "show-o2-1.5B": Showo2Config(llm=_QWEN_1_5B),
+    "show-o2-1.5B-HQ": Showo2Config(llm=_QWEN_1_5B, latent_grid=32, sequence_length=1280, steps=20),
+    "show-o2-1.5B-HQ-1024": Showo2Config(llm=_QWEN_1_5B, latent_grid=64, sequence_length=4352, steps=20),
+    "show-o2-7B": Showo2Config(llm=_QWEN_7B),
+}
+
+
+def configuration(name: str) -> Showo2Config:
+    """The configuration of a published checkpoint by name. Raises `ConfigurationError` on an unknown name."""
+    try:
+        return CONFIGURATIONS[name]
+    except KeyError:
+        known = ", ".join(CONFIGURATIONS)
+        raise ConfigurationError(f"Unknown configuration {name!r}; known ones are: {known}.") from None

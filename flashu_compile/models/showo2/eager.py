@@ -1,0 +1,75 @@
+"""The eager twin of the runtime Pipeline: same prompts, noise and pictures, through the reference loops.
+
+For comparing: what a bundle gives must equal what this gives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from flashu_compile.errors import CheckpointError
+from flashu_compile.models.loading import LoadedModel
+from flashu_compile.models.showo2.reference import Trajectory, UnderstandingReference, generate
+from flashu_compile.runtime.images import engine_pixels, to_picture
+from flashu_compile.runtime.noise import initial_noise
+from flashu_compile.runtime.prompts import PromptCodec
+
+
+class EagerPipeline:
+    """`generate` and `ask` as a Pipeline has them, on the model itself."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        if loaded.vae is None:
+            raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass one to load_model(…, vae=…).")
+        self.network, self.vae = loaded.network, loaded.vae
+        self.codec = PromptCodec(loaded.tokenizer)
+
+    def trajectory(
+        self, prompt: str, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Trajectory:
+        """Sampler states for one prompt, in the published padded layout."""
+        config, codec = self.network.config, self.codec
+        rows, offsets = [], []
+        for text in (prompt, ""):
+            prefix = codec.generation_prefix(text, config.max_prompt_tokens)
+            tail = config.sequence_length - config.span_length - len(prefix)
+            rows.append(prefix + [codec.image_pad] * config.span_length + codec.generation_tail(tail))
+            offsets.append(len(prefix))
+        noise = torch.from_numpy(initial_noise(seed, 0, config.latent_shape))[None]
+        return generate(
+            self.network,
+            torch.tensor(rows),
+            torch.tensor(offsets),
+            noise,
+            points=steps or config.steps,
+            guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: str, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Image.Image:
+        latents = self.trajectory(prompt, seed=seed, steps=steps, guidance_scale=guidance_scale).latents
+        return to_picture(self.vae.decode(latents)[0].numpy())
+
+    @torch.inference_mode()
+    def ask(
+        self, image: str | Path | Image.Image | np.ndarray, question: str, *, max_new_tokens: int = 300
+    ) -> str:
+        prefix, suffix = self.codec.question_prefix(), self.codec.question_suffix(question)
+        reference = UnderstandingReference(self.network, self.latents(image))
+        tokens = reference.greedy(
+            torch.tensor([prefix]), torch.tensor([suffix]), max_new_tokens, self.codec.eos
+        )
+        return self.codec.decode(tokens)
+
+    def latents(self, image: str | Path | Image.Image | np.ndarray) -> Float[Tensor, "1 c h w"]:
+        """Normalised latents of a picture, preprocessed as the runtime does."""
+        size = self.network.config.latent_shape[1] * self.vae.spatial_factor
+        return self.vae.encode(torch.from_numpy(engine_pixels(image, size)))

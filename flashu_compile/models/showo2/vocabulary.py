@@ -1,0 +1,73 @@
+"""The tokenizer of a published Show-o2 checkpoint: that of its language model and four tokens more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from flashu_compile.errors import CheckpointError
+from flashu_compile.models import hub
+
+FILE = "tokenizer.json"
+
+_PAD = "[PAD]"
+# The order gives the ids. Only the pad token is special.
+_ADDED = ("<image>", "<|vid_start|>", "<|vid_end|>")
+
+
+def extend(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` with the tokens Show-o2 adds to Qwen2.5's; the same object if it has `[PAD]` already."""
+    if tokenizer.token_to_id(_PAD) is not None:
+        return tokenizer
+    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended.add_special_tokens([AddedToken(_PAD, special=True, normalized=False)])
+    extended.add_tokens(list(_ADDED))
+    return extended
+
+
+def read(path: Path) -> Tokenizer:
+    """A tokenizer in the tokenizers format, from a file or a directory that holds `tokenizer.json`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"Tokenizer file {path} does not exist.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer in the tokenizers format: {error}") from error
+
+
+def resolve(tokenizer: Any) -> Tokenizer:
+    """A tokenizer given by a user: of the tokenizers library, of transformers, a path, or a hub id.
+
+    Raises:
+        CheckpointError: it cannot be found or read, or is of another kind.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, (str, Path)):
+        path = Path(tokenizer)
+        if not path.exists() and hub.is_hub_id(str(tokenizer)):
+            path = hub.fetch(str(tokenizer), [FILE], instead="pass the path of its tokenizer.json")
+        return read(path)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a "fast" tokenizer of transformers
+    if isinstance(backend, Tokenizer):
+        return backend
+    raise CheckpointError(
+        f"A {type(tokenizer).__name__} is no tokenizer of the tokenizers library; pass a "
+        "tokenizers.Tokenizer, a fast tokenizer of transformers, or the path of a tokenizer.json."
+    )
+
+
+def check_size(tokenizer: Tokenizer, rows: int) -> None:
+    """Raises `CheckpointError` if the tokenizer has ids beyond the `rows` of the embedding table."""
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= rows:
+        raise CheckpointError(
+            f"The tokenizer has ids up to {highest}, the model embeds {rows}; they do not belong together."
+        )

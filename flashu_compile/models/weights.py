@@ -1,0 +1,128 @@
+"""Weights on disk, read safely: safetensors or pickled tensors, in one file or in shards.
+
+Nothing here runs code from a file. Pickles are read with `weights_only=True` alone, which builds tensors and
+plain containers and refuses the rest. Files are memory-mapped and converted tensor by tensor, so a checkpoint
+costs one copy at most, and none where the stored dtype is the wanted one.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flashu_compile.errors import CheckpointError
+
+StateDict = dict[str, Tensor]
+
+_SINGLE_FILES = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.index.json")
+"""Names of weight files as a hub client's `allow_patterns`."""
+
+
+def read_weights(directory: Path, dtype: torch.dtype | None = None) -> StateDict:
+    """All tensors of the checkpoint in `directory`, floating ones converted to `dtype` (None: as stored).
+
+    Safetensors are preferred to pickles, and one file to shards. Tensors may be views of memory-mapped files:
+    do not change the files while they are in use.
+
+    Raises:
+        CheckpointError: no weights there, a shard is missing, or a file is damaged or more than tensors.
+    """
+    for suffix in (".safetensors", ".bin"):
+        for name in _SINGLE_FILES:
+            if name.endswith(suffix) and (directory / name).is_file():
+                return read_weight_file(directory / name, dtype)
+        indices = sorted(directory.glob(f"*{suffix}.index.json"))
+        if len(indices) > 1:
+            names = ", ".join(path.name for path in indices)
+            raise CheckpointError(f"{directory} has several weight indices ({names}); keep the right one.")
+        if indices:
+            return _read_shards(indices[0], dtype)
+    expected = ", ".join(_SINGLE_FILES)
+    raise CheckpointError(
+        f"{directory} holds no weights: expected one of {expected}, or shards with an index "
+        f"(*{_INDEX_SUFFIXES[0]} or *{_INDEX_SUFFIXES[1]})."
+    )
+
+
+def read_weight_file(path: Path, dtype: torch.dtype | None = None) -> StateDict:
+    """The tensors of one file, safetensors or pickled. Raises `CheckpointError` as `read_weights` does."""
+    if not path.is_file():
+        raise CheckpointError(f"Weight file {path} does not exist.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, dtype)
+    return _read_pickle(path, dtype)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `CheckpointError` if the file is missing or holds anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; it is not a model directory.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return data
+
+
+def convert(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`value` in `dtype` if it is floating and `dtype` is given; the same tensor where nothing changes."""
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+def _read_shards(index: Path, dtype: torch.dtype | None) -> StateDict:
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index} has no weight_map; it is not an index of weight shards.")
+    state: StateDict = {}
+    for name in sorted({str(shard) for shard in placed.values()}):
+        # An index is input like any other: its entries must not lead out of the directory.
+        if Path(name).name != name or name in {".", ".."}:
+            raise CheckpointError(f"{index} names the shard {name!r}, which is not a file beside it.")
+        shard = read_weight_file(index.parent / name, dtype)
+        if twice := sorted(state.keys() & shard.keys()):
+            raise CheckpointError(f"{index.parent} stores {twice[0]} in two shards; it is damaged.")
+        state |= shard
+    return state
+
+
+def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: convert(file.get_tensor(name), dtype) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def _read_pickle(path: Path, dtype: torch.dtype | None) -> StateDict:
+    try:
+        # Only torch's zip format can be mapped; files of torch < 1.6 are read into memory.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was refused: it is damaged, or it holds more than tensors and loading it could run "
+            "code. Ask for a safetensors file, or convert it where you trust it."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as PyTorch weights: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} does not hold a dictionary of tensors by name.")
+    # Entry by entry, so that a converted tensor's source can be released before the next is converted.
+    return {str(name): convert(state.pop(name), dtype) for name in list(state)}

@@ -1,0 +1,84 @@
+"""Program: a traced graph and what the compiler must know about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from enum import StrEnum
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from flashu_compile.errors import CaptureError
+
+
+class Role(StrEnum):
+    """What a program's input or output is. The role is also the name of the tensor in the engine."""
+
+    PROMPT_IDS = "prompt_ids"
+    PROMPT_MASK = "prompt_mask"
+    TAIL_IDS = "tail_ids"
+    LATENTS = "latents"
+    TIMESTEP = "timestep"
+    VELOCITY = "velocity"
+    HEAD_FEATURES = "head_features"
+    PIXELS = "pixels"
+    IMAGE_EMBEDS = "image_embeds"
+    PREFIX_IDS = "prefix_ids"
+    SUFFIX_IDS = "suffix_ids"
+    LOGITS = "logits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """An input by role. `axes` names each dynamic dimension and holds None for a static one."""
+
+    role: str
+    axes: tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A torch.export graph in its analysable form, with the roles of its inputs and outputs.
+
+    `exported` takes `inputs` and gives `outputs`, in these orders, as flat positional tensors. `stacks` names the
+    roots of the repeated structures by module path (such as `{"llm": "model.showo.model.layers"}`). `sample` is
+    one set of inputs by role, for checks. A program never changes; passes make new ones.
+    """
+
+    name: str
+    task: str
+    exported: ExportedProgram
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    stacks: Mapping[str, str]
+    sample: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        signature = self.exported.graph_signature
+        given, taken = len(signature.user_inputs), len(self.inputs)
+        if given != taken:
+            raise CaptureError(f"Program {self.name!r} declares {taken} inputs but its graph takes {given}.")
+        given, taken = len(signature.user_outputs), len(self.outputs)
+        if given != taken:
+            raise CaptureError(f"Program {self.name!r} declares {taken} outputs but its graph gives {given}.")
+
+    @property
+    def input_roles(self) -> tuple[str, ...]:
+        return tuple(i.role for i in self.inputs)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph eagerly. Takes at least the program's inputs by role, gives its outputs by role."""
+        missing = [role for role in self.input_roles if role not in inputs]
+        if missing:
+            raise CaptureError(f"Program {self.name!r} needs inputs that were not given: {', '.join(missing)}.")
+        results = self.exported.module(check_guards=False)(*(inputs[role] for role in self.input_roles))
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def run_chain(programs: tuple[Program, ...], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run programs in order, each reading the inputs and the outputs of those before it, by role."""
+    values = dict(inputs)
+    for program in programs:
+        values |= program.run(values)
+    return values

@@ -1,0 +1,130 @@
+"""Which backends work on this machine, found out by using them, and what the others lack."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+
+import onnxruntime as ort
+
+from flashu_compile.errors import BackendUnavailableError
+from flashu_compile.runtime.sessions import PROVIDERS, probe_provider
+
+# Distributions that give the module onnxruntime; two of them in one environment overwrite each other's files.
+_ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One backend or library. `needed_for` says what one cannot do without it.
+
+    `status` is `works` (tried just now), `found` (installed, not tried) or `missing`; `detail` is the version or
+    provider, or what is lacking and how to get it.
+    """
+
+    name: str
+    status: str
+    detail: str
+    needed_for: str
+
+
+def examine() -> list[Finding]:
+    """Look at every backend; takes a second or two, and longer where TensorRT works. Raises nothing."""
+    return [*_providers(), *_libraries()]
+
+
+def _providers() -> Iterator[Finding]:
+    for provider in PROVIDERS:
+        name, purpose = f"onnxruntime: {provider}", f"load(…, provider={provider!r})"
+        try:
+            got = probe_provider(provider)
+        except BackendUnavailableError as error:
+            yield Finding(name, "missing", str(error), purpose)
+        else:
+            yield Finding(name, "works", f"a session got {', '.join(got)}", purpose)
+    installed = [f"{name} {_version(name)}" for name in _ONNXRUNTIMES if _version(name)]
+    detail = f"{', '.join(installed) or ort.__version__} on {platform.platform()}"
+    if len(installed) > 1:
+        detail += "; these overwrite each other: uninstall all and install one"
+    yield Finding("onnxruntime package", "found", detail, "running bundles")
+
+
+def _libraries() -> Iterator[Finding]:
+    compile_advice = 'pip install "flashu-compile[compile]"'
+    for module, distribution in (
+        ("torch", "torch"),
+        ("transformers", "transformers"),
+        ("onnxscript", "onnxscript"),
+    ):
+        yield _package(module, distribution, "compiling models", compile_advice)
+    yield _package(
+        "diffusers", "diffusers", "the Wan VAE of published checkpoints", 'pip install "flashu-compile[wan]"'
+    )
+    yield _package(
+        "torch_tensorrt",
+        "torch-tensorrt",
+        "building torch-tensorrt engines",
+        'pip install "flashu-compile[tensorrt]"',
+    )
+    yield _tensorrt()
+    yield _aot_inductor()
+
+
+def _package(module: str, distribution: str, purpose: str, advice: str) -> Finding:
+    version = _installed(module, distribution)
+    if version is None:
+        return Finding(module, "missing", f"not installed: {advice}", purpose)
+    return Finding(module, "found", version, purpose)
+
+
+def _tensorrt() -> Finding:
+    purpose = "TensorRT engines"
+    found = [f"Python package {version}"] if (version := _installed("tensorrt", "tensorrt")) else []
+    for library in ("libnvinfer.so.10", "nvinfer_10.dll"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(library)
+            found.append(f"library {library}")
+    if not found:
+        return Finding(
+            "tensorrt", "missing", "no Python package, no libnvinfer.so.10: pip install tensorrt", purpose
+        )
+    return Finding("tensorrt", "found", ", ".join(found), purpose)
+
+
+def _aot_inductor() -> Finding:
+    """AOTInductor is part of PyTorch from 2.6 on; compiling with it takes a C++ compiler, running does not."""
+    name, purpose = "aot inductor", "AOTInductor artefacts"
+    version = _installed("torch", "torch")
+    if version is None:
+        return Finding(
+            name, "missing", 'it is part of PyTorch: pip install "flashu-compile[compile]"', purpose
+        )
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
+    if compiler is None:
+        return Finding(
+            name, "missing", f"torch {version}, but no C++ compiler on PATH (g++ or clang++)", purpose
+        )
+    return Finding(name, "found", f"torch {version}, {compiler}", purpose)
+
+
+def _installed(module: str, distribution: str) -> str | None:
+    """The version of a module that could be imported, without importing it; None if there is none."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except (ImportError, ValueError):  # a broken or half-removed installation
+        return None
+    return _version(distribution) or "of unknown version"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,118 @@
+"""Pictures in and out: a file, a PIL image or an array -> engine pixels in [-1, 1], and back."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from flashu_compile.errors import InputError
+
+Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+
+# Formats that decode in this process. Left out on purpose: EPS, which Pillow hands to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000
+
+# What Pillow's decoders raise on damaged files, besides OSError.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def read_picture(source: Picture) -> Image.Image:
+    """The picture as RGB, upright (EXIF orientation applied), transparent parts on white; first frame only.
+
+    `source` is a path, a PIL image, or a uint8 array [height, width], [height, width, 3] or [height, width, 4].
+    Raises `InputError` if the file is absent, damaged or of no format in `FORMATS`, if it has more than
+    `MAX_PIXELS` pixels, or if its mode, dtype or shape has no plain reading as colours.
+    """
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source, "The picture")
+    if isinstance(source, np.ndarray):
+        return _upright_rgb(_from_array(source), "The array")
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"A picture is a path, a PIL image or a uint8 array, not {type(source).__name__}.")
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"Picture {path} does not exist.")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file.")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return _upright_rgb(image, f"Picture {path}")
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not a picture in one of the formats {', '.join(FORMATS)}.") from error
+    except (Image.DecompressionBombError, *_DAMAGE) as error:
+        raise InputError(f"Picture {path} cannot be read: {error}.") from error
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    colours = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not colours or 0 in array.shape:
+        raise InputError(
+            "A picture array must be uint8 (0 to 255) of shape [height, width, 3], "
+            f"not {array.dtype} of shape {list(array.shape)}."
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise InputError(f"{name} is {width} × {height}; the limit is {MAX_PIXELS:,} pixels. Scale it down.")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255 instead of scaling
+            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise InputError(
+                f"{name} has mode {image.mode}, whose range of values is unknown; convert it to 8 bits per channel."
+            )
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.convert("RGB")
+    except _DAMAGE as error:
+        raise InputError(f"{name} cannot be read: {error}.") from error
+
+
+def engine_pixels(source: Picture, size: int) -> NDArray[np.float32]:
+    """A picture as the vision engine takes it: float32 [1, 3, size, size], (x / 255 - 0.5) / 0.5.
+
+    The shorter side is resized to `size` (bicubic), then the centre is cropped, with the rounding of the published
+    preprocessing. Raises `InputError` as `read_picture` does, and for a picture too elongated to be resized so.
+    """
+    image = read_picture(source)
+    width, height = image.size
+    shorter, longer = min(width, height), max(width, height)
+    long_side = int(size * longer / shorter)
+    if size * long_side > MAX_PIXELS:
+        raise InputError(f"The picture is {width} × {height}: too elongated to be cropped to a square.")
+    target = (size, long_side) if width <= height else (long_side, size)
+    image = image.resize(target, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in target)
+    image = image.crop((left, top, left + size, top + size))
+    values = (np.asarray(image, dtype=np.float32) / 255 - 0.5) / 0.5
+    return np.ascontiguousarray(values.transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+def to_picture(pixels: NDArray[np.float32]) -> Image.Image:
+    """Decoded pixels [3, height, width], [-1, 1] but for overshoot, as a PIL image: (x + 1) / 2 * 255, truncated."""
+    levels = (np.clip(pixels.astype(np.float32, copy=False), -1, 1) + 1) / 2 * 255
+    return Image.fromarray(np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0)))

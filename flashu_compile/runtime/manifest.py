@@ -1,0 +1,153 @@
+"""The bundle's manifest: what engines there are, what they take and give, and the hash of every file.
+
+Pure data (no torch, no onnxruntime): written by the compiler, read by the pipeline. `SCHEMA` rises whenever an
+older reader would misunderstand a newer bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flashu_compile.errors import BundleError, BundleVersionError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PLAN, RECIPE, TOKENIZER, REPORT, WEIGHTS = "plan.json", "recipe.json", "tokenizer.json", "report.json", "weights.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """An engine input or output. `shape` holds an int for a fixed dimension, a name for a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSpec:
+    """One engine: its file, its signature, and a recorded run (`reference`, safetensors) to verify it against.
+
+    The reference file holds `input.<name>` and `output.<name>` tensors; outputs come from the eager model.
+    """
+
+    name: str
+    task: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    reference: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationFacts:
+    """What the t2i pipeline must know of the model. Sizes in pixels, tokens or rows."""
+
+    latent_shape: tuple[int, int, int]
+    sequence_length: int
+    span_length: int
+    max_prompt_tokens: int
+    picture_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UnderstandingFacts:
+    """What the mmu pipeline must know of the model."""
+
+    picture_size: int
+    image_tokens: int
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    model: str
+    tasks: tuple[str, ...]
+    backend: str
+    precision: str
+    recipe: str
+    engines: tuple[EngineSpec, ...]
+    generation: GenerationFacts | None
+    understanding: UnderstandingFacts | None
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+    schema: int = SCHEMA
+
+    def engine(self, name: str) -> EngineSpec:
+        """The engine called `name`. Raises `BundleError` naming the engines there are."""
+        for engine in self.engines:
+            if engine.name == name:
+                return engine
+        known = ", ".join(e.name for e in self.engines)
+        raise BundleError(f"The bundle has no engine {name!r}; it has: {known}.")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        """Parse a manifest. Raises `BundleVersionError` on a newer schema, `BundleError` on anything malformed."""
+        try:
+            data = json.loads(text)
+            schema = data["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{where} is not a bundle manifest: {error!r}.") from error
+        if schema != SCHEMA:
+            advice = "upgrade flashu_compile" if schema > SCHEMA else "build the bundle again"
+            raise BundleVersionError(f"{where} has bundle schema {schema}; this version reads {SCHEMA}: {advice}.")
+        try:
+            return _manifest(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{where} is damaged: {error!r}; build the bundle again.") from error
+
+
+def _tensor(data: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
+
+
+def _engine(data: Mapping[str, Any]) -> EngineSpec:
+    tensors = {side: tuple(_tensor(t) for t in data[side]) for side in ("inputs", "outputs")}
+    return EngineSpec(**{**data, **tensors})
+
+
+def _manifest(data: Mapping[str, Any]) -> Manifest:
+    generation, understanding = data["generation"], data["understanding"]
+    if generation is not None:
+        generation = GenerationFacts(**{**generation, "latent_shape": tuple(generation["latent_shape"])})
+    return Manifest(
+        **{
+            **data,
+            "tasks": tuple(data["tasks"]),
+            "engines": tuple(_engine(e) for e in data["engines"]),
+            "generation": generation,
+            "understanding": None if understanding is None else UnderstandingFacts(**understanding),
+            "files": {name: FileEntry(**entry) for name, entry in data["files"].items()},
+        }
+    )
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(digest, path.stat().st_size)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the bundle at `directory`. Raises `BundleError` if there is none."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        reason = "does not exist" if not directory.exists() else f"has no {MANIFEST}"
+        raise BundleError(f"{directory} {reason}; it is not a bundle. Build one with `flashu-compile build`.")
+    return Manifest.from_json(path.read_text(encoding="utf-8"), path)

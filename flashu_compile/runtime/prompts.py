@@ -1,0 +1,70 @@
+"""Text in and out of token ids: the published Show-o2 templates over a `tokenizers` tokenizer. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from flashu_compile.errors import BundleError, InputError
+
+BOS, EOS = "<|im_start|>", "<|im_end|>"
+BOI, EOI, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+PAD = "[PAD]"
+
+_SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
+_USER = "\n<|im_start|>user\n"
+_ASSISTANT = "\n<|im_start|>assistant\n"
+
+
+class PromptCodec:
+    """Builds the token sequences of both tasks. Each piece is tokenised on its own, as published."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.bos, self.eos = self._special(BOS), self._special(EOS)
+        self.boi, self.eoi = self._special(BOI), self._special(EOI)
+        self.image_pad, self.pad = self._special(IMAGE_PAD), self._special(PAD)
+
+    @classmethod
+    def from_file(cls, path: Path) -> PromptCodec:
+        if not path.is_file():
+            raise BundleError(f"Tokenizer file {path} does not exist.")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise BundleError(f"{path} is not a tokenizer in the tokenizers format: {error}") from error
+
+    def _special(self, token: str) -> int:
+        identifier = self.tokenizer.token_to_id(token)
+        if identifier is None:
+            raise BundleError(f"The tokenizer has no {token!r} token; it does not belong to a Show-o2 model.")
+        return identifier
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def generation_prefix(self, prompt: str, limit: int) -> list[int]:
+        """`bos, prompt, boi`. Raises `InputError` if the prompt has more than `limit` tokens."""
+        ids = self.encode(prompt)
+        if len(ids) > limit:
+            raise InputError(
+                f"The prompt has {len(ids)} tokens but this model reads at most {limit}; shorten it: {prompt[:60]!r}…"
+            )
+        return [self.bos, *ids, self.boi]
+
+    def generation_tail(self, length: int) -> list[int]:
+        """`eoi, eos, pad…`: what follows the image in the padded sequence."""
+        return ([self.eoi, self.eos] + [self.pad] * length)[:length]
+
+    def question_prefix(self) -> list[int]:
+        """Everything before the image of an understanding sequence, up to boi."""
+        return [self.bos, *self.encode(_SYSTEM), *self.encode(_USER), self.boi]
+
+    def question_suffix(self, question: str) -> list[int]:
+        """Everything after the image: eoi, the question, and the start of the assistant's turn."""
+        return [self.eoi, *self.encode(question), *self.encode(_ASSISTANT)]

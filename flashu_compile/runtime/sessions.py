@@ -1,0 +1,330 @@
+"""Engines that run: the protocol the pipeline uses, and its ONNX Runtime implementation.
+
+A provider that was asked for is the provider that runs, or a `BackendUnavailableError` says what is missing;
+ONNX Runtime's own habit of falling back to the CPU is switched off and checked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import functools
+import io
+import logging
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
+from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, Manifest, TensorSpec, file_entry
+
+Tensors = Mapping[str, NDArray[Any]]
+
+# A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+}
+
+# TF32 keeps 10 bits of mantissa; an engine called float32 computes in float32.
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+
+ADVICE: dict[str, str] = {
+    "CUDAExecutionProvider": (
+        'It needs an NVIDIA driver and CUDA libraries: pip install "onnxruntime-gpu[cuda,cudnn]", '
+        "without the package onnxruntime beside it."
+    ),
+    "TensorrtExecutionProvider": (
+        "It needs onnxruntime-gpu, CUDA and TensorRT 10, whose libraries (libnvinfer.so.10) must be on "
+        "LD_LIBRARY_PATH before Python starts."
+    ),
+}
+
+_LIBRARY_STEMS = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
+
+# x -> y = x + x over float32 [1]. Made once with
+# onnx.helper.make_model(make_graph([make_node("Add", ["x", "x"], ["y"])], "probe", [x], [y]), opset 13, ir_version 7)
+# and base64 of SerializeToString(), so that judging a provider needs no onnx package.
+_PROBE = base64.b64decode(
+    "CAc6OQoOCgF4CgF4EgF5IgNBZGQSBXByb2JlWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ=="
+)
+
+_ORT_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+# ONNX Runtime's exceptions share no base but Exception.
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """One compiled program, ready to run from any thread."""
+
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Outputs by name. Raises `InputError` if an input is missing, unknown or of the wrong dtype or shape."""
+        ...
+
+
+class Engines(Protocol):
+    """The engines of one bundle on one backend, each made ready when it is first asked for."""
+
+    def engine(self, name: str) -> Engine:
+        """Raises `BundleError` if there is no such engine or its files are damaged."""
+        ...
+
+
+class BundleFiles:
+    """The files of a bundle. Each is compared with the manifest's size and hash once, when first asked for."""
+
+    def __init__(self, directory: Path, manifest: Manifest, *, verify_hashes: bool = True) -> None:
+        self.directory, self.manifest = directory, manifest
+        self._verify = verify_hashes
+        self._checked: set[str] = set()
+        self._lock = threading.Lock()
+
+    def path(self, name: str) -> Path:
+        """Where the file is. Raises `BundleError` if it is absent, unlisted, outside the bundle, or changed."""
+        path = self.directory / _inside(name)
+        with self._lock:
+            if name not in self._checked:
+                self._check(name, path)
+                self._checked.add(name)
+        return path
+
+    def _check(self, name: str, path: Path) -> None:
+        listed = self.manifest.files.get(name)
+        if listed is None:
+            raise BundleError(
+                f"The manifest of {self.directory} does not list {name}; build the bundle again."
+            )
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; copy or build the bundle again.")
+        if self._verify and (path.stat().st_size != listed.bytes or file_entry(path) != listed):
+            raise BundleError(
+                f"{path} is damaged: its SHA-256 is not the manifest's; copy or build the bundle again."
+            )
+
+
+def _inside(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise BundleError(f"The manifest names {name!r}, which is not a file inside the bundle.")
+    return path
+
+
+def check_inputs(spec: EngineSpec, inputs: Tensors) -> None:
+    """Compare names, dtypes and shapes with the signature; a dynamic dimension has one size in all inputs.
+
+    Raises `InputError` naming the engine and the input, with what is expected and what was given.
+    """
+    expected_names = [tensor.name for tensor in spec.inputs]
+    if set(inputs) != set(expected_names):
+        raise InputError(
+            f"Engine {spec.name!r} takes {', '.join(expected_names)}; given: {', '.join(inputs)}."
+        )
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        value = inputs[tensor.name]
+        where = f"Engine {spec.name!r}, input {tensor.name!r}: expected {_written(tensor)}"
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"{where}, given {type(value).__name__}.")
+        given = f"{value.dtype} [{', '.join(map(str, value.shape))}]"
+        if value.dtype.name != tensor.dtype or value.ndim != len(tensor.shape):
+            raise InputError(f"{where}, given {given}.")
+        for size, dimension in zip(value.shape, tensor.shape, strict=True):
+            known = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
+            if size != known:
+                also = f" ({dimension} is {known} in another dimension)" if isinstance(dimension, str) else ""
+                raise InputError(f"{where}, given {given}{also}.")
+
+
+def _written(tensor: TensorSpec) -> str:
+    return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
+
+
+class OnnxRuntimeEngine:
+    """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads."""
+
+    def __init__(self, spec: EngineSpec, session: ort.InferenceSession) -> None:
+        self.spec = spec
+        self._session = session
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        for side, tensors, values in (
+            ("inputs", spec.inputs, session.get_inputs()),
+            ("outputs", spec.outputs, session.get_outputs()),
+        ):
+            listed = {(tensor.name, tensor.dtype) for tensor in tensors}
+            found = {(value.name, _ORT_DTYPES.get(value.type, value.type)) for value in values}
+            if listed != found:
+                raise BundleError(
+                    f"Engine {spec.name!r}: the {side} of {spec.file} are {sorted(found)}, "
+                    f"the manifest's are {sorted(listed)}; build the bundle again."
+                )
+
+    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        check_inputs(self.spec, inputs)
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except _ORT_ERRORS as error:
+            raise BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}") from error
+        return dict(zip(self._outputs, values, strict=True))
+
+
+class OnnxRuntimeEngines:
+    """Sessions of a bundle on one execution provider, created lazily and once, whichever thread asks first.
+
+    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; `threads` is the number of threads
+    an engine computes with (None: one per core). Raises `ConfigurationError` if either makes no sense,
+    `BackendUnavailableError` if the provider does not work here.
+    """
+
+    def __init__(self, files: BundleFiles, *, provider: str = "cpu", threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
+        if resolve_provider(provider) != PROVIDERS["cpu"]:
+            probe_provider(provider)
+        self.provider = provider
+        self._files, self._threads = files, threads
+        self._engines: dict[str, OnnxRuntimeEngine] = {}
+        self._lock = threading.Lock()
+
+    def engine(self, name: str) -> OnnxRuntimeEngine:
+        with self._lock:
+            if name not in self._engines:
+                self._engines[name] = self._create(self._files.manifest.engine(name))
+            return self._engines[name]
+
+    def _create(self, spec: EngineSpec) -> OnnxRuntimeEngine:
+        path = self._files.path(spec.file)
+        if WEIGHTS in self._files.manifest.files:
+            self._files.path(WEIGHTS)
+        try:
+            session = create_session(path, self.provider, self._threads)
+        except _ORT_ERRORS as error:
+            raise BundleError(
+                f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
+            ) from error
+        return OnnxRuntimeEngine(spec, session)
+
+
+def resolve_provider(provider: str) -> tuple[str, ...]:
+    """ONNX Runtime's names of the providers asked for. Raises `ConfigurationError` on an unknown name."""
+    if provider in PROVIDERS:
+        return PROVIDERS[provider]
+    if provider.endswith("ExecutionProvider"):
+        return (provider,)
+    raise ConfigurationError(
+        f"Unknown provider {provider!r}: give {', '.join(PROVIDERS)}, or a name of ONNX Runtime's that ends in "
+        "ExecutionProvider."
+    )
+
+
+def create_session(model: Path | bytes, provider: str, threads: int | None = None) -> ort.InferenceSession:
+    """A session that has every provider asked for, or an error.
+
+    Raises `BackendUnavailableError` if a provider is missing, and whatever ONNX Runtime raises on a bad model.
+    """
+    wanted = resolve_provider(provider)
+    built_in = ort.get_available_providers()
+    for name in wanted:
+        if name not in built_in:
+            raise BackendUnavailableError(
+                f"Provider {provider!r} is not available: {name} is not part of this onnxruntime {ort.__version__} "
+                f"(it has {', '.join(built_in)}). {ADVICE.get(name, '')}".rstrip()
+            )
+    if "CUDAExecutionProvider" in wanted:
+        _preload_cuda_libraries()
+    options = ort.SessionOptions()
+    options.use_deterministic_compute = True
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = ort.InferenceSession(
+        model if isinstance(model, bytes) else str(model),
+        options,
+        providers=[(name, _PROVIDER_OPTIONS.get(name, {})) for name in wanted],
+        enable_fallback=0,
+    )
+    got = session.get_providers()
+    missing = [name for name in wanted if name not in got]
+    if missing:
+        raise BackendUnavailableError(
+            f"Provider {provider!r} was asked for, but ONNX Runtime gave {', '.join(got)}. "
+            + " ".join(_shortfall(name) for name in missing)
+        )
+    return session
+
+
+def probe_provider(provider: str) -> list[str]:
+    """Run a tiny model on the provider and return the providers its session really has.
+
+    This is the only honest test: `onnxruntime.get_available_providers` lists what was compiled in, not what works.
+    Raises `BackendUnavailableError` saying what is missing.
+    """
+    try:
+        session = create_session(_PROBE, provider)
+        session.run(None, {"x": np.ones(1, np.float32)})
+    except _ORT_ERRORS as error:
+        missing = resolve_provider(provider)[0]
+        raise BackendUnavailableError(
+            f"Provider {provider!r} does not work here. {_shortfall(missing, str(error))}"
+        ) from error
+    return session.get_providers()
+
+
+def _shortfall(name: str, symptom: str = "it could not be created") -> str:
+    """What keeps a provider from working, and what it takes.
+
+    To be called only after ONNX Runtime has tried: it must be first to load these libraries.
+    """
+    stem = _LIBRARY_STEMS.get(name)
+    if stem is not None and sys.platform == "linux":
+        try:
+            ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{stem}.so"))
+        except OSError as error:
+            symptom = str(error)
+    return f"{name}: {symptom.strip().rstrip('.')}. {ADVICE.get(name, '')}".rstrip()
+
+
+_preload_lock = threading.Lock()
+
+
+def _preload_cuda_libraries() -> None:
+    with _preload_lock:  # redirecting stdout is for one thread at a time
+        _preload_once()
+
+
+@functools.cache
+def _preload_once() -> None:
+    """Let ONNX Runtime find the CUDA libraries that pip installs; what it prints goes to the log."""
+    if not hasattr(ort, "preload_dlls"):
+        return
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        ort.preload_dlls()
+    if printed.getvalue():
+        _log.debug("onnxruntime.preload_dlls: %s", printed.getvalue().strip())

@@ -1,0 +1,145 @@
+"""Does a bundle still give what it gave when it was built? Hashes of all files, then each engine on its reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from flashu_compile.errors import BackendUnavailableError, FlashuError
+from flashu_compile.runtime.manifest import MANIFEST, WEIGHTS, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.runtime.sessions import BundleFiles, Engines, OnnxRuntimeEngines
+
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class FileCheck:
+    """One file. `status` is `ok`, `missing`, `changed`, or `unexpected` (there, but not in the manifest)."""
+
+    name: str
+    status: str
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputCheck:
+    """One output of one engine: the relative L2 distance from its reference (infinite where it has no number).
+
+    `note` says why an engine was not run; its row then has no output name.
+    """
+
+    engine: str
+    output: str
+    error: float
+    tolerance: float = TOLERANCE
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    files: tuple[FileCheck, ...]
+    outputs: tuple[OutputCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(file.ok for file in self.files) and all(output.ok for output in self.outputs)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
+
+    `progress` is told the name of each file and engine before it is checked. Raises only what makes checking
+    impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
+    provider does not work here, `ConfigurationError` on an unknown provider or number of threads.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    if manifest.backend != "onnxruntime":
+        raise BackendUnavailableError(
+            f"{directory} was built for backend {manifest.backend!r}, unknown to this version."
+        )
+    # Every hash is checked here, once; engines with a damaged file are not loaded.
+    files = BundleFiles(directory, manifest, verify_hashes=False)
+    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads)
+    tell = progress or (lambda _: None)
+    checked = tuple(_check_files(directory, manifest, tell))
+    damaged = {row.name for row in checked if not row.ok}
+    outputs: list[OutputCheck] = []
+    for spec in manifest.engines:
+        tell(spec.name)
+        unusable = sorted(damaged & {spec.file, spec.reference, WEIGHTS})
+        if unusable:
+            outputs.append(_not_run(spec, f"not run: {', '.join(unusable)} damaged or missing"))
+            continue
+        try:
+            outputs.extend(_check_engine(spec, files, engines))
+        except BackendUnavailableError:
+            raise
+        except (FlashuError, SafetensorError, OSError) as error:
+            outputs.append(_not_run(spec, str(error)))
+    return Verification(checked, tuple(outputs))
+
+
+def _not_run(spec: EngineSpec, note: str) -> OutputCheck:
+    return OutputCheck(spec.name, "", math.inf, note=note)
+
+
+def _check_files(directory: Path, manifest: Manifest, tell: Callable[[str], None]) -> Iterator[FileCheck]:
+    for name, listed in sorted(manifest.files.items()):
+        tell(name)
+        path = directory / name
+        if not path.is_file():
+            yield FileCheck(name, "missing")
+        else:
+            yield FileCheck(name, "ok" if file_entry(path) == listed else "changed")
+    known = {*manifest.files, MANIFEST}
+    present = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+    yield from (FileCheck(name, "unexpected") for name in present if name not in known)
+
+
+def _check_engine(spec: EngineSpec, files: BundleFiles, engines: Engines) -> Iterator[OutputCheck]:
+    tensors = load_file(files.path(spec.reference))
+    inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
+    given = engines.engine(spec.name).run(inputs)
+    for output in spec.outputs:
+        expected = tensors.get(f"output.{output.name}")
+        if expected is None:
+            yield OutputCheck(spec.name, output.name, math.inf, note=f"{spec.reference} has no such output")
+        else:
+            yield OutputCheck(spec.name, output.name, relative_error(given[output.name], expected))
+
+
+def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
+    """‖given − expected‖₂ / ‖expected‖₂ in float64; infinite on unequal shapes or anything not finite.
+
+    Where `expected` is zero, the absolute distance.
+    """
+    if given.shape != expected.shape:
+        return math.inf
+    truth = expected.astype(np.float64)
+    difference = float(np.linalg.norm(given.astype(np.float64) - truth))
+    scale = float(np.linalg.norm(truth))
+    error = difference / scale if scale > 0 else difference
+    return error if math.isfinite(error) else math.inf

@@ -1,0 +1,47 @@
+"""What a pass is: a frozen dataclass of decisions that, called with a Program, gives new Programs and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from flashu_compile.program import Program
+
+Kind = Literal["exact", "lossy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """The Programs a pass made and, a line each, what it changed.
+
+    Several programs form a chain: each reads, by role, the original inputs and the outputs of those before it;
+    together they give the original outputs, except those in `dropped`. An unchanged program is returned as the
+    same object with no changes.
+    """
+
+    programs: tuple[Program, ...]
+    changes: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+    @classmethod
+    def unchanged(cls, program: Program) -> PassResult:
+        return cls((program,), ())
+
+
+class Pass(ABC):
+    """A graph transformation. *Exact* passes are identities of real arithmetic; *lossy* ones report their cost."""
+
+    kind: ClassVar[Kind] = "exact"
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def requires(self, program: Program) -> str | None:
+        """Why this pass cannot run on `program`, in words for the user, or None if it can."""
+        return None
+
+    @abstractmethod
+    def call(self, program: Program) -> PassResult:
+        """Transform `program`, which is left as it is."""

@@ -1,0 +1,198 @@
+"""Editing a Program's graph in place of a copy, and putting a valid ExportedProgram back together.
+
+For local changes: nodes removed, replaced, renamed, outputs chosen, constants added. Signature, state dict and
+call specification follow from the edited graph, so a pass only touches nodes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from flashu_compile.program import Input, Program
+
+_STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+class GraphEditor:
+    """A private copy of a program's graph. Edit `graph`, then call `finish`."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph: fx.Graph = copy.deepcopy(program.exported.graph)
+        specs = program.exported.graph_signature.input_specs
+        placeholders = self.graph.find_nodes(op="placeholder")
+        self._specs: dict[fx.Node, InputSpec] = dict(zip(placeholders, specs, strict=True))
+        self._constants: dict[str, Tensor] = dict(program.exported.constants)
+        users = [n for n, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT]
+        self._inputs = dict(zip(program.input_roles, users, strict=True))
+
+    def stored(self, node: fx.Node) -> Tensor | None:
+        """The parameter, buffer or constant a placeholder stands for, or None."""
+        spec = self._specs.get(node)
+        if spec is None or spec.kind not in _STORED:
+            return None
+        return _lookup(self.program.exported, self._constants, str(spec.target))
+
+    def user_inputs(self) -> dict[str, fx.Node]:
+        """Placeholders of the program's inputs, by role."""
+        return dict(self._inputs)
+
+    def outputs(self) -> dict[str, fx.Node]:
+        """Nodes of the program's outputs, by role."""
+        return dict(zip(self.program.outputs, self.graph.output_node().args[0], strict=True))
+
+    def set_outputs(self, nodes: Sequence[fx.Node]) -> None:
+        self.graph.output_node().args = (tuple(nodes),)
+
+    def add_constant(self, name: str, value: Tensor, like: fx.Node) -> fx.Node:
+        """A new constant, as a placeholder that carries the metadata of the node `like` which it replaces."""
+        while name in self._constants or name in self.program.exported.state_dict:
+            name += "_"
+        self._constants[name] = value
+        first = next(iter(self.graph.find_nodes(op="placeholder")))
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder("c_" + name.replace(".", "_"))
+        node.meta = {key: like.meta[key] for key in ("val", "nn_module_stack") if key in like.meta}
+        self._specs[node] = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name)
+        return node
+
+    def add_input(self, role: str, node: fx.Node) -> fx.Node:
+        """A new user input (the last one) with the shape of `node`."""
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        with self.graph.inserting_after(last):
+            placeholder = self.graph.placeholder(f"input_{role}")
+        self._inputs[role] = placeholder
+        placeholder.meta = {"val": node.meta["val"]}
+        self._specs[placeholder] = InputSpec(InputKind.USER_INPUT, TensorArgument(placeholder.name), None)
+        return placeholder
+
+    def remove_unused(self) -> int:
+        """Drop nodes without users (assertions among them) and stored tensors nothing reads; how many nodes."""
+        before = len(self.graph.nodes)
+        for node in reversed(list(self.graph.nodes)):
+            if node.op != "output" and not node.users and not self._is_input(node):
+                self.graph.erase_node(node)
+                self._specs.pop(node, None)
+        return before - len(self.graph.nodes)
+
+    def take_sizes_from_read_inputs(self) -> None:
+        """Take every symbolic size from an input whose values are read, where one has it.
+
+        torch.export takes a size that several inputs share from any of them; an input read for nothing but such
+        a size would be kept alive by it.
+        """
+        read = [n for n in self._inputs.values() if any(not _is_size(user) for user in n.users)]
+        for node in [n for n in self.graph.nodes if _is_size(n) and n.args[0] not in read]:
+            for source in read:
+                dims = [d for d, size in enumerate(source.meta["val"].shape) if _same(size, node.meta["val"])]
+                if dims:
+                    node.args = (source, dims[0])
+                    break
+
+    def drop_inputs(self, roles: Sequence[str]) -> None:
+        """Remove user inputs. They must be without users."""
+        for role in roles:
+            node = self._inputs.pop(role)
+            self.graph.erase_node(node)
+            del self._specs[node]
+
+    def _is_input(self, node: fx.Node) -> bool:
+        return node in self._specs and self._specs[node].kind is InputKind.USER_INPUT
+
+    def finish(
+        self,
+        *,
+        name: str | None = None,
+        inputs: tuple[Input, ...] | None = None,
+        outputs: tuple[str, ...] | None = None,
+        sample: dict[str, Tensor] | None = None,
+    ) -> Program:
+        """The edited graph as a Program; what is not given stays as it was."""
+        program = self.program
+        return dataclasses.replace(
+            program,
+            exported=self._exported(),
+            name=name or program.name,
+            inputs=program.inputs if inputs is None else inputs,
+            outputs=program.outputs if outputs is None else outputs,
+            sample=program.sample if sample is None else sample,
+        )
+
+    def _exported(self) -> ExportedProgram:
+        old = self.program.exported
+        placeholders = self.graph.find_nodes(op="placeholder")
+        specs = [
+            dataclasses.replace(self._specs[node], arg=TensorArgument(node.name)) for node in placeholders
+        ]
+        targets = {str(spec.target) for spec in specs if spec.kind in _STORED}
+        results = self.graph.output_node().args[0]
+        signature = ExportGraphSignature(
+            input_specs=specs,
+            output_specs=[OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in results],
+        )
+        count = sum(spec.kind is InputKind.USER_INPUT for spec in specs)
+        self.graph._codegen = fx.graph.CodeGen()
+        self.graph.lint()
+        return ExportedProgram(
+            root=fx.GraphModule({}, self.graph),
+            graph=self.graph,
+            graph_signature=signature,
+            state_dict={k: v for k, v in old.state_dict.items() if k in targets},
+            range_constraints=old.range_constraints,
+            module_call_graph=[_call_entry(signature, count, len(results))],
+            constants={k: v for k, v in self._constants.items() if k in targets},
+            verifiers=[old.verifier],
+        )
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.sym_size.int
+
+
+def _same(size: object, other: object) -> bool:
+    """Whether two sizes are the same symbolic expression, without adding a guard."""
+    if not isinstance(size, torch.SymInt) or not isinstance(other, torch.SymInt):
+        return False
+    return size.node.expr == other.node.expr
+
+
+def _lookup(exported: ExportedProgram, constants: dict[str, Tensor], target: str) -> Tensor:
+    return constants[target] if target in constants else exported.state_dict[target]
+
+
+def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> ModuleCallEntry:
+    """The call specification of a program of flat positional tensors."""
+    in_spec = pytree.tree_structure(((0,) * inputs, {}))
+    out_spec = pytree.tree_structure((0,) * outputs)
+    arguments = [TensorArgument(str(name)) for name in signature.user_inputs]
+    results = [TensorArgument(str(name)) for name in signature.user_outputs]
+    return ModuleCallEntry("", ModuleCallSignature(arguments, results, in_spec, out_spec))
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module a node was traced in, such as `model.showo.model.layers.0.mlp`; "" at the top."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def value_bytes(value: object) -> int | None:
+    """Bytes of a (fake) tensor with static shape; None for anything else."""
+    if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
+        return None
+    return value.numel() * value.element_size()

@@ -1,0 +1,123 @@
+"""Runs passes over a program in order and trusts none of them.
+
+After every pass the graph is linted and shapes are propagated again; an exact pass is also run on the sample
+inputs and must give what it got, to 1e-5 relative L2 in float32 (1e-12 in float64).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from flashu_compile.errors import FlashuError, PassError
+from flashu_compile.passes.base import Kind, Pass, PassResult
+from flashu_compile.program import Program, run_chain
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+_HALF_TOLERANCE = 2e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one program. `error` is the largest relative L2 error over the outputs it kept."""
+
+    program: str
+    name: str
+    kind: Kind
+    changes: tuple[str, ...]
+    error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassManager:
+    """A pipeline. A pass that makes several programs hands each of them to the passes after it."""
+
+    passes: tuple[Pass, ...]
+
+    def run(
+        self, program: Program, progress: Callable[[str], None] | None = None
+    ) -> tuple[tuple[Program, ...], tuple[PassRecord, ...]]:
+        """Run every pass. Raises `PassError` naming the pass, the program and the passes before it."""
+        programs: tuple[Program, ...] = (program,)
+        records: list[PassRecord] = []
+        for index, step in enumerate(self.passes):
+            made: list[Program] = []
+            for current in programs:
+                if progress is not None:
+                    progress(f"{step.name} on {current.name}")
+                try:
+                    result, error = _run_one(step, current)
+                except FlashuError as problem:
+                    raise PassError(_where(self.passes[:index], step, current, problem)) from problem
+                made.extend(result.programs)
+                records.append(PassRecord(current.name, step.name, step.kind, result.changes, error))
+            programs = tuple(made)
+        return programs, tuple(records)
+
+
+def _run_one(step: Pass, program: Program) -> tuple[PassResult, float | None]:
+    reason = step.requires(program)
+    if reason is not None:
+        raise PassError(f"its requirement does not hold: {reason}")
+    result = step.call(program)
+    if result.programs == (program,):
+        return result, None
+    for after in result.programs:
+        check_graph(after)
+    if step.kind == "lossy":
+        return result, None
+    errors = compare(program, result)
+    worst = max(errors.values(), default=0.0)
+    tolerance = _TOLERANCE.get(_dtype(program), _HALF_TOLERANCE)
+    # Not `worst > tolerance`: a NaN must fail too.
+    if not worst <= tolerance:
+        raise PassError(f"it is declared exact but changed the outputs (relative L2 error {errors})")
+    return result, worst
+
+
+def _dtype(program: Program) -> torch.dtype:
+    floating = [v.dtype for v in program.sample.values() if v.dtype.is_floating_point]
+    return floating[0] if floating else torch.float32
+
+
+def _where(before: Sequence[Pass], step: Pass, program: Program, problem: FlashuError) -> str:
+    ran = ", ".join(p.name for p in before) or "none"
+    return f"Pass {step.name} failed on program {program.name!r}: {problem} (passes before it: {ran})."
+
+
+def check_graph(program: Program) -> None:
+    """Lint the graph and propagate shapes through it. Raises `PassError` naming the node where they disagree."""
+    graph_module = program.exported.graph_module
+    try:
+        graph_module.graph.lint()
+        inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+        fake_mode = torch._guards.detect_fake_mode(inputs)
+        declared = {node: node.meta.get("val") for node in graph_module.graph.nodes}
+        FakeTensorProp(graph_module, fake_mode).propagate_dont_convert_inputs(*inputs)
+    except (RuntimeError, TypeError, KeyError, AssertionError, ValueError) as error:
+        raise PassError(f"it left an invalid graph: {error}") from error
+    for node, before in declared.items():
+        after = node.meta.get("val")
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            if before.dtype != after.dtype or len(before.shape) != len(after.shape):
+                raise PassError(f"it left node {node.name} as {after.dtype}{list(after.shape)}, not {before.dtype}")
+        node.meta["val"] = before if before is not None else after
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value - truth‖ / ‖truth‖ in float64 (the norm of the difference where truth is zero)."""
+    value, truth = value.double(), truth.double()
+    scale = truth.norm().item()
+    return (value - truth).norm().item() / (scale or 1.0)
+
+
+def compare(before: Program, after: PassResult) -> dict[str, float]:
+    """Relative L2 error of every output the pass kept, on the sample inputs."""
+    with torch.no_grad():
+        truth = before.run(before.sample)
+        values = run_chain(after.programs, before.sample)
+    return {role: relative_error(values[role], truth[role]) for role in truth if role not in after.dropped}

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tiny import VAE, tiny_model
+
+from flashu_compile.capture import capture
+from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.program import Program
+
+
+@pytest.fixture(scope="session")
+def denoise() -> Program:
+    """The captured generation step of the tiny model, before any pass."""
+    return capture(captures("t2i", tiny_model(), VAE)[0])
+
+
+@pytest.fixture(scope="session")
+def understand() -> Program:
+    """The captured understanding forward of the tiny model, at another resolution than it was trained at."""
+    return capture(captures("mmu", tiny_model(latent_grid=4), VAE)[0])
+
+
+@pytest.fixture(scope="session")
+def understand64() -> Program:
+    return capture(captures("mmu", tiny_model(torch.float64), VAE)[0])
