@@ -1,1 +1,1 @@
-"""Emitters: each turns Programs into engines of one backend and writes them to a bundle. One emitter a file."""
+"""Emitters: each turns Programs into engines of one backend for a bundle. One emitter a file."""

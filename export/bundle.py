@@ -80,7 +80,7 @@ def write_bundle(
     """Write a bundle to `output`, which appears whole or not at all.
 
     Everything is written and checked in a temporary directory beside `output` and renamed into place. `report`
-    is stored with a `sizes` entry added. `overwrite` replaces an existing bundle, and nothing but a bundle.
+    is stored with the entries `sizes` (in bytes) and `weight_store` added. `overwrite` replaces an existing bundle, and nothing but a bundle.
 
     Raises:
         OutputExistsError: `output` exists and is not empty.
@@ -102,8 +102,11 @@ def write_bundle(
             (directory / RECIPE).write_text(recipe_json, encoding="utf-8")
             if plan is not None:
                 (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
-            sizes = _sizes(directory, specs, store, checkpoint_bytes)
-            _write_json(directory / REPORT, {**(report or {}), "sizes": sizes})
+            facts_of_size = {
+                "sizes": _sizes(directory, specs, checkpoint_bytes),
+                "weight_store": dataclasses.asdict(store),
+            }
+            _write_json(directory / REPORT, {**(report or {}), **facts_of_size})
             manifest = _manifest(directory, specs, facts)
             (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             _put_in_place(directory, output)
@@ -168,17 +171,13 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value.name, value.dtype.numpy().name, shape)
 
 
-def _sizes(
-    directory: Path, specs: Sequence[EngineSpec], store: StoreSummary, checkpoint_bytes: int | None
-) -> dict[str, int | None]:
-    return {
-        "weights_bytes": store.bytes,
-        "weights_tensors": store.tensors,
-        "weights_referenced_bytes": store.referenced_bytes,
+def _sizes(directory: Path, specs: Sequence[EngineSpec], checkpoint_bytes: int | None) -> dict[str, int]:
+    sizes = {
+        "weights_bytes": (directory / WEIGHTS).stat().st_size,
         "graphs_bytes": sum((directory / spec.file).stat().st_size for spec in specs),
         "references_bytes": sum((directory / spec.reference).stat().st_size for spec in specs),
-        "checkpoint_bytes": checkpoint_bytes,
     }
+    return sizes if checkpoint_bytes is None else sizes | {"checkpoint_bytes": checkpoint_bytes}
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -40,7 +40,9 @@ class _Place:
 
 
 @contextmanager
-def weight_store(models: Sequence[ir.Model], path: Path, *, inline_bytes: int = INLINE_BYTES) -> Iterator[StoreSummary]:
+def weight_store(
+    models: Sequence[ir.Model], path: Path, *, inline_bytes: int = INLINE_BYTES
+) -> Iterator[StoreSummary]:
     """Write the weights of `models` to `path`; inside the context the models refer to that file.
 
     Save the models inside the context, in the folder of `path`. Afterwards they hold their own tensors again.

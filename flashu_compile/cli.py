@@ -9,25 +9,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from flashu_compile import display
 from flashu_compile.errors import BundleError, FlashuError, InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from rich.console import Console
-    from rich.table import Table
-
-    from flashu_compile.plan import StepPlan
-    from flashu_compile.runtime.manifest import Manifest
+    from flashu_compile.runtime import Pipeline
 
 
 class _Commands(TyperGroup):
@@ -54,6 +48,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Each command has its own help with examples: [bold]flashu-compile generate --help[/]",
 )
+
+
+def _examples(*commands: str) -> str:
+    """An epilog with one command a paragraph, as Typer's help keeps no other line breaks."""
+    return "\n\n".join(["Examples:", *(f"flashu-compile {command}" for command in commands)])
+
 
 Bundle = Annotated[Path, typer.Argument(metavar="DIR", help="A bundle made by [bold]build[/].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -91,32 +91,36 @@ def main(
 
 
 @app.command(
-    epilog="Examples:\n\n"
-    "flashu-compile build showo2-shapes --task t2i --task mmu --output build/shapes\n\n"
-    "flashu-compile build ./show-o2-1.5B --task t2i --vae ./Wan2.1-Diffusers/vae --tokenizer ./tokenizer.json "
-    "--output build/showo2"
+    epilog=_examples(
+        "build showo2-shapes --task t2i --task mmu --output build/shapes",
+        "build ./show-o2-1.5B --task t2i --vae ./Wan2.1-Diffusers/vae --tokenizer ./tokenizer.json",
+    )
 )
 def build(
     model: Annotated[
         str,
-        typer.Argument(help="'showo2-shapes' (bundled), a folder in the published Show-o2 layout, or a hub id."),
+        typer.Argument(
+            metavar="MODEL",
+            help="'showo2-shapes' (bundled), a folder in the published Show-o2 layout, or a hub id.",
+        ),
     ],
     task: Annotated[
-        list[str], typer.Option(help="What the bundle does: t2i (text to image), mmu (questions). Repeatable.")
+        list[str],
+        typer.Option(help="What the bundle does: t2i (text to image), mmu (questions). Repeatable."),
     ],
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the bundle goes.", show_default="./<model>-<tasks>")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the bundle goes.", show_default="./<model>-<tasks>"),
     ] = None,
-    recipe: Annotated[
-        str, typer.Option(help="What to optimise: 'exact' changes no output; or a recipe file.")
-    ] = "exact",
+    recipe: Annotated[str, typer.Option(help="What to optimise; 'exact' changes no output.")] = "exact",
     precision: Annotated[str, typer.Option(help="The dtype engines compute in.")] = "float32",
     backend: Annotated[str, typer.Option(help="What the engines are made for.")] = "onnxruntime",
     vae: Annotated[
         str | None, typer.Option(help="The VAE of a checkpoint that does not bring its own: folder or file.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder or file.")
+        str | None,
+        typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder or file."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at the output.")] = False,
     as_json: Json = False,
@@ -124,7 +128,7 @@ def build(
     """Compile MODEL into a bundle of engines. The folder appears complete, or not at all."""
     import flashu_compile
 
-    with _progress("Starting") as advance:
+    with display.progress_bar("Starting") as advance:
         bundle = flashu_compile.export(
             model,
             task,
@@ -137,42 +141,52 @@ def build(
             overwrite=overwrite,
             progress=advance,
         )
-    facts = {"path": str(bundle.path), **bundle.summary()}
+    summary = {**bundle.summary(), "path": str(bundle.path)}
     if as_json:
-        _print_json(facts)
-        return
-    _console().print(_pairs({**facts, "path": f"{bundle.path} (built)"}))
+        display.print_json(summary)
+    else:
+        display.print_build(summary)
 
 
 @app.command(
-    epilog="Examples:\n\n"
-    'flashu-compile generate build/shapes "a red circle left of a blue square" --output picture.png\n\n'
-    'flashu-compile generate build/shapes "two green stars" --seed 7 --steps 20 --guidance-scale 4 --output stars.webp'
+    epilog=_examples(
+        'generate build/shapes "a red circle left of a blue square" --output picture.png',
+        'generate build/shapes "two green stars" --seed 7 --steps 20 --guidance-scale 4 -o stars.webp',
+    )
 )
 def generate(
     bundle: Bundle,
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The picture: .png, .jpg, .webp, .bmp or .tiff. Replaced if it exists.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="The picture: .png, .jpg, .webp, .bmp or .tiff. Replaced if it exists."
+        ),
     ] = Path("picture.png"),
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
     steps: Annotated[
         int | None,
-        typer.Option(min=2, help="Time points: N points are N - 1 evaluations.", show_default="the bundle's plan"),
+        typer.Option(
+            min=2, help="Time points: N points are N - 1 evaluations.", show_default="the bundle's plan"
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="How strongly the prompt is followed; 1 is plain.", show_default="the bundle's plan"),
+        typer.Option(
+            min=0, help="How strongly the prompt is followed; 1 is plain.", show_default="the bundle's plan"
+        ),
     ] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Make a picture of PROMPT."""
-    kind = _picture_format(output)
+    from flashu_compile.runtime.images import check_picture_path, save_picture
+
+    check_picture_path(output)
     pipeline = _load(bundle, provider, threads)
     started = time.perf_counter()
-    with _progress("Generating") as advance:
+    with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
             prompt,
             seed=seed,
@@ -181,18 +195,19 @@ def generate(
             progress=lambda done, total: advance("Generating", done / total),
         )
     seconds = time.perf_counter() - started
-    _save(picture, output, kind)
+    save_picture(picture, output)
     if not as_json:
         typer.echo(str(output))
         return
     plan = pipeline.plan_for(steps, guidance_scale)
-    facts = {"output": str(output), "prompt": prompt, "seed": seed, "steps": plan.points}
-    scales = sorted({step.guidance_scale for step in plan.steps})
-    _print_json(
+    display.print_json(
         {
-            **facts,
+            "output": str(output),
+            "prompt": prompt,
+            "seed": seed,
+            "steps": plan.points,
             "evaluations": len(plan.steps),
-            "guidance_scales": scales,
+            "guidance_scales": sorted({step.guidance_scale for step in plan.steps}),
             "width": picture.width,
             "height": picture.height,
             "seconds": round(seconds, 3),
@@ -201,14 +216,17 @@ def generate(
 
 
 @app.command(
-    epilog="Examples:\n\n"
-    'flashu-compile ask build/shapes photo.png "what is left of the blue square?"\n\n'
-    'flashu-compile ask build/shapes photo.png "how many circles?" "what colour is the star?" --json'
+    epilog=_examples(
+        'ask build/shapes photo.png "what is left of the blue square?"',
+        'ask build/shapes photo.png "how many circles?" "what colour is the star?" --json',
+    )
 )
 def ask(
     bundle: Bundle,
-    picture: Annotated[Path, typer.Argument(help="A picture file.")],
-    question: Annotated[list[str], typer.Argument(help="One or more questions about it.")],
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture file.")],
+    question: Annotated[
+        list[str], typer.Argument(metavar="QUESTION", help="One or more questions about it.")
+    ],
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="the bundle's")
     ] = None,
@@ -219,19 +237,24 @@ def ask(
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
     answers = _load(bundle, provider, threads).ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
-        _print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
+        display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
     for answer in answers:
         typer.echo(" ".join(answer.split()))
 
 
 @app.command(
-    epilog="Examples:\n\nflashu-compile inspect build/shapes\n\nflashu-compile inspect build/shapes --plan\n\n"
-    "flashu-compile inspect build/shapes --json | jq .report.sizes"
+    epilog=_examples(
+        "inspect build/shapes",
+        "inspect build/shapes --plan",
+        "inspect build/shapes --json | jq .report.sizes",
+    )
 )
 def inspect(
     bundle: Bundle,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the step plan of picture generation instead.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the step plan of picture generation instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what is in a bundle: engines, signatures, and nodes, parameters and FLOPs by component."""
@@ -245,48 +268,77 @@ def inspect(
         raise InputError(f"{bundle} makes no pictures ({', '.join(manifest.tasks)}), so it has no step plan.")
     if as_json:
         steps = None if step_plan is None else dataclasses.asdict(step_plan)
-        _print_json(steps if plan else {"manifest": dataclasses.asdict(manifest), "plan": steps, "report": report})
+        whole = {"manifest": dataclasses.asdict(manifest), "plan": steps, "report": report}
+        display.print_json(steps if plan else whole)
     elif plan and step_plan is not None:
-        _console().print(_plan_table(step_plan))
+        display.print_plan(step_plan)
     else:
-        _print_bundle(bundle, manifest, report)
+        display.print_bundle(bundle, manifest, report)
 
 
 @app.command(
-    epilog="Examples:\n\nflashu-compile verify build/shapes\n\nflashu-compile verify build/shapes --provider cuda --json"
+    epilog=_examples(
+        "verify build/shapes",
+        "verify build/shapes --provider cuda --json",
+    )
 )
-def verify(bundle: Bundle, provider: Provider = "cpu", threads: Threads = None, as_json: Json = False) -> None:
+def verify(
+    bundle: Bundle, provider: Provider = "cpu", threads: Threads = None, as_json: Json = False
+) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
 
-    The exit code is 1 if a file is missing, changed or unexpected, or an output is further from its reference than
-    the tolerance.
+    The exit code is 1 if a file is missing, changed or unexpected, or an output is off by more than the tolerance.
     """
     from flashu_compile.runtime.verify import verify as check
 
     _quiet_onnxruntime()
-    with _progress("Verifying") as advance:
+    with display.progress_bar("Verifying") as advance:
         result = check(bundle, provider=provider, threads=threads, progress=lambda name: advance(name, None))
     if as_json:
-        outputs = [{**dataclasses.asdict(row), "error": _finite(row.error), "ok": row.ok} for row in result.outputs]
-        files = [dataclasses.asdict(row) for row in result.files]
-        _print_json({"ok": result.ok, "files": files, "outputs": outputs})
+        display.print_json(
+            {
+                "ok": result.ok,
+                "files": [dataclasses.asdict(row) for row in result.files],
+                # JSON has no infinity.
+                "outputs": [
+                    {
+                        **dataclasses.asdict(row),
+                        "error": row.error if row.error < math.inf else None,
+                        "ok": row.ok,
+                    }
+                    for row in result.outputs
+                ],
+            }
+        )
     else:
-        good = sum(row.ok for row in result.files)
-        typer.echo(f"files: {good} of {len(result.files)} ok")
-        for row in result.files:
-            if not row.ok:
-                typer.echo(f"  {row.status}: {row.name}")
-        table = _table("engine", "output", "relative error", "tolerance", "")
-        for output in result.outputs:
-            error = output.note or f"{output.error:.1e}"
-            table.add_row(output.engine, output.output, error, f"{output.tolerance:.0e}", "ok" if output.ok else "FAILED")
-        _console().print(table)
+        wrong = [row for row in result.files if not row.ok]
+        typer.echo(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
+        for row in wrong:
+            typer.echo(f"  {row.status}: {row.name}")
+        display.print_table(
+            ("engine", "output", "relative error", "tolerance", ""),
+            [
+                (
+                    row.engine,
+                    row.output,
+                    row.note or f"{row.error:.1e}",
+                    f"{row.tolerance:.0e}",
+                    "ok" if row.ok else "FAILED",
+                )
+                for row in result.outputs
+            ],
+        )
     if not result.ok:
         typer.echo(f"error: {bundle} is not what was built; copy or build it again.", err=True)
         raise typer.Exit(1)
 
 
-@app.command(epilog="Examples:\n\nflashu-compile doctor\n\nflashu-compile doctor --json")
+@app.command(
+    epilog=_examples(
+        "doctor",
+        "doctor --json",
+    )
+)
 def doctor(as_json: Json = False) -> None:
     """Tell which backends work on this machine, and what the others lack.
 
@@ -298,17 +350,17 @@ def doctor(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json([dataclasses.asdict(finding) for finding in findings])
+        display.print_json([dataclasses.asdict(finding) for finding in findings])
     else:
-        table = _table("", "", "needed for", "")
-        for finding in findings:
-            table.add_row(finding.name, finding.status, finding.needed_for, finding.detail)
-        _console().print(table)
+        display.print_table(
+            ("backend or library", "status", "needed for", "details"),
+            [(row.name, row.status, row.needed_for, row.detail) for row in findings],
+        )
     if findings[0].status != "works":
         raise typer.Exit(1)
 
 
-def _load(bundle: Path, provider: str, threads: int | None) -> Any:
+def _load(bundle: Path, provider: str, threads: int | None) -> Pipeline:
     _quiet_onnxruntime()
     import flashu_compile
 
@@ -322,32 +374,6 @@ def _quiet_onnxruntime() -> None:
     onnxruntime.set_default_logger_severity(4)
 
 
-def _picture_format(path: Path) -> str:
-    """Pillow's name of the format. Raises `InputError` before any work is done for a picture that cannot be saved."""
-    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-    formats |= {".tif": "TIFF", ".tiff": "TIFF"}
-    kind = formats.get(path.suffix.lower())
-    if kind is None:
-        raise InputError(f"Cannot save a picture as {path.name!r}: its name must end in {', '.join(formats)}.")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file name.")
-    if not path.parent.is_dir():
-        raise InputError(f"The folder {path.parent} does not exist.")
-    return kind
-
-
-def _save(picture: Image, path: Path, kind: str) -> None:
-    options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format=kind, **options)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -357,7 +383,7 @@ def _read(path: Path) -> str:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read(path))
+        value: Any = json.loads(_read(path))
     except ValueError as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Name every node after the module it came from and the operator it runs. Exact: only names change.
 
-`linear_35` becomes `model_showo_model_layers_3_mlp_gate_proj__linear`. Names are stable under changes elsewhere in the
+`linear_35` becomes `model_layers_3_mlp_gate_proj__linear`. Names are stable under changes elsewhere in the
 graph, and readable in any viewer.
 """
 

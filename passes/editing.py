@@ -186,7 +186,7 @@ def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> M
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the module a node was traced in, such as `model.showo.model.layers.0.mlp`; "" at the top."""
+    """Path of the module a node was traced in, such as `model.layers.0.mlp`; "" at the top."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
 

@@ -176,8 +176,8 @@ def _from_module(
         if llm_config is not None:
             declared = declared._replace(llm=_read_llm_config(llm_config))
         config, found = checkpoint.infer_config(state, declared), vocabulary.extend(found)
-    converted = {name: weights.convert(value, dtype) for name, value in state.items()}
-    return LoadedModel(_OBJECT_NAME, checkpoint.build(config, converted), None, found)
+    network = checkpoint.build(config, weights.convert(dict(state), dtype))
+    return LoadedModel(_OBJECT_NAME, network, None, found)
 
 
 def _from_own_layout(

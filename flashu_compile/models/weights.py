@@ -82,9 +82,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def convert(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`value` in `dtype` if it is floating and `dtype` is given; the same tensor where nothing changes."""
-    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+def convert(state: StateDict, dtype: torch.dtype | None) -> StateDict:
+    """`state` with floating tensors in `dtype` (None: as they are); the same tensors where nothing changes.
+
+    Tensors that are one in `state` under two names (tied embeddings) stay one. Empties `state` as it goes, so
+    that a source can be released before the next tensor is converted.
+    """
+    if dtype is None:
+        return state
+    converted: StateDict = {}
+    shared: dict[tuple[object, ...], Tensor] = {}
+    for name in list(state):
+        value = state.pop(name)
+        if value.is_floating_point() and value.dtype != dtype and not value.is_meta:
+            identity = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
+            if identity not in shared:
+                shared[identity] = value.to(dtype)
+            value = shared[identity]
+        converted[name] = value
+    return converted
 
 
 def _read_shards(index: Path, dtype: torch.dtype | None) -> StateDict:
@@ -106,7 +122,10 @@ def _read_shards(index: Path, dtype: torch.dtype | None) -> StateDict:
 def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: convert(file.get_tensor(name), dtype) for name in file.keys()}  # noqa: SIM118
+            state: StateDict = {}
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                state |= convert({name: file.get_tensor(name)}, dtype)
+            return state
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
 
@@ -122,7 +141,8 @@ def _read_pickle(path: Path, dtype: torch.dtype | None) -> StateDict:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as PyTorch weights: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{path} does not hold a dictionary of tensors by name.")
-    # Entry by entry, so that a converted tensor's source can be released before the next is converted.
-    return {str(name): convert(state.pop(name), dtype) for name in list(state)}
+    return convert(state, dtype)

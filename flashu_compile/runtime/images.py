@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flashu_compile.errors import InputError
+
+# What a picture can be saved as: Pillow's name and options that lose as little as the format allows.
+_SAVED: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"lossless": True}),
+    ".bmp": ("BMP", {}),
+    ".tif": ("TIFF", {}),
+    ".tiff": ("TIFF", {}),
+}
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
@@ -116,3 +129,31 @@ def to_picture(pixels: NDArray[np.float32]) -> Image.Image:
     """Decoded pixels [3, height, width], [-1, 1] but for overshoot, as a PIL image: (x + 1) / 2 * 255, truncated."""
     levels = (np.clip(pixels.astype(np.float32, copy=False), -1, 1) + 1) / 2 * 255
     return Image.fromarray(np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0)))
+
+
+def check_picture_path(path: Path) -> None:
+    """Raises `InputError` if no picture can be saved there: to be called before the work of making one."""
+    if path.suffix.lower() not in _SAVED:
+        raise InputError(f"Cannot save a picture as {path.name!r}: its name must end in {', '.join(_SAVED)}.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file name.")
+    if not path.parent.is_dir():
+        raise InputError(f"The folder {path.parent} does not exist.")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write the picture in the format its name ends in; the file is complete, or as it was before.
+
+    Raises `InputError` if the name ends in nothing known or the file cannot be written.
+    """
+    check_picture_path(path)
+    kind, options = _SAVED[path.suffix.lower()]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        picture.save(temporary, format=kind, **options)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

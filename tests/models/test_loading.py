@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from flashu_compile.models import loading
+from flashu_compile.models import loading, weights
 from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import (
@@ -302,6 +302,11 @@ class TestPublishedLayout:
         # Rounding the rotary frequencies would turn late rows by whole radians.
         assert loaded.network.showo.model.rotary_emb.inv_freq.dtype == torch.float32
         assert _velocity(loaded.network).isfinite().all()
+
+    def test_tied_embeddings_are_converted_once(self, network: Showo2) -> None:
+        converted = weights.convert(dict(network.state_dict()), torch.float64)
+        assert converted[checkpoint.LM_HEAD] is converted[checkpoint.EMBEDDING]
+        assert len({value.data_ptr() for value in converted.values()}) == len(converted) - 1
 
     def test_dtype_as_stored(self, tmp_path: Path, llm: Path, network: Showo2) -> None:
         half = {name: value.half() for name, value in network.state_dict().items()}

@@ -23,6 +23,7 @@ from flashu_compile.models.showo2.layers import (
     RMSNorm,
     Rotary,
     TimeEmbedding,
+    at_least_float32,
     head_rotary,
 )
 from flashu_compile.models.showo2.layout import attention_mask, span_rows
@@ -91,7 +92,7 @@ class Showo2(nn.Module):
         if source == target:
             return self.position_embedding.weight
         table = self.position_embedding.weight.T.reshape(1, -1, source, source)
-        table = F.interpolate(table.float(), size=(target, target), mode="bicubic", align_corners=False)
+        table = F.interpolate(at_least_float32(table), size=(target, target), mode="bicubic", align_corners=False)
         return table.flatten(2)[0].T.to(self.dtype)
 
     def embed_time(

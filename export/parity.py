@@ -1,0 +1,45 @@
+"""How far an emitted engine is from the eager model, measured by running it before it is shipped."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from flashu_compile.errors import EmissionError
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.weights import weight_store
+from flashu_compile.runtime.manifest import WEIGHTS
+
+#: Relative L2 error above which a float32 engine is refused.
+TOLERANCE = 1e-4
+
+
+def engine_errors(build: EngineBuild) -> dict[str, float]:
+    """Relative L2 error of every output on the reference inputs, on ONNX Runtime's CPU provider.
+
+    Raises `EmissionError` if an output is off by more than `TOLERANCE`, or not a number.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "engine.onnx"
+        with weight_store([build.model], path.with_name(WEIGHTS)):
+            ir.save(build.model, path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        inputs = {name: tensor.numpy() for name, tensor in build.reference_inputs.items()}
+        names = list(build.reference_outputs)
+        values = session.run(names, inputs)
+    errors = {}
+    for name, value in zip(names, values, strict=True):
+        truth = build.reference_outputs[name].double().numpy()
+        scale = np.linalg.norm(truth) or 1.0
+        errors[name] = float(np.linalg.norm(np.asarray(value, dtype=np.float64) - truth) / scale)
+        # Not `error > TOLERANCE`: a NaN must fail too.
+        if not errors[name] <= TOLERANCE:
+            raise EmissionError(
+                f"Engine {build.name!r} differs from the eager model in {name!r}: relative L2 error {errors[name]:.2e}, "
+                f"allowed {TOLERANCE:.0e}."
+            )
+    return errors

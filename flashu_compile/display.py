@@ -1,0 +1,167 @@
+"""What the command line shows: JSON and tables on stdout, a progress bar on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flashu_compile.plan import StepPlan
+    from flashu_compile.runtime.manifest import Manifest
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+    """A table with a head, unless all columns are nameless."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """One `name value` line each."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), str(value))
+    _console().print(table)
+
+
+def print_plan(plan: StepPlan) -> None:
+    print_table(
+        ("evaluation", "t", "dt", "guidance", "engine"),
+        [
+            (str(number), f"{step.t:.4f}", f"{step.dt:.4f}", f"{step.guidance_scale:g}", step.engine)
+            for number, step in enumerate(plan.steps, start=1)
+        ],
+        title=f"{plan.points} time points, {len(plan.steps)} evaluations, {plan.solver}, shift {plan.time_shift:g}",
+    )
+
+
+def print_build(summary: Mapping[str, Any]) -> None:
+    """The summary of a bundle just built: where, what, how big, how close to eager."""
+    sizes = {name: _size(value) for name, value in summary.get("sizes", {}).items()}
+    print_facts(
+        {
+            "bundle": summary["path"],
+            "tasks": _listed(summary["tasks"]),
+            "engines": _listed(summary["engines"]),
+        }
+        | sizes
+    )
+    print_table(
+        ("engine", "output", "relative error against eager"),
+        [
+            (engine, output, f"{error:.1e}")
+            for engine, outputs in summary.get("errors", {}).items()
+            for output, error in outputs.items()
+        ],
+    )
+
+
+def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any]) -> None:
+    """Engines with their signatures, what they hold and cost by component, and the passes that made them."""
+    total = sum(entry.bytes for entry in manifest.files.values())
+    facts = {
+        "bundle": directory,
+        "model": manifest.model,
+        "tasks": _listed(manifest.tasks),
+        "backend": f"{manifest.backend}, {manifest.precision}",
+        "recipe": manifest.recipe,
+        "built with": _listed(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
+        "files": f"{len(manifest.files)}, {_size(total)}",
+    }
+    print_facts(facts | {name: _size(value) for name, value in report.get("sizes", {}).items()})
+    for engine in manifest.engines:
+        sides = (("in", engine.inputs), ("out", engine.outputs))
+        print_table(
+            ("", "name", "dtype", "shape"),
+            [
+                (side, tensor.name, tensor.dtype, " × ".join(map(str, tensor.shape)))
+                for side, tensors in sides
+                for tensor in tensors
+            ],
+            title=f"{engine.name} ({engine.task}, {engine.file})",
+        )
+        counts = report.get("engines", {}).get(engine.name)
+        if counts is not None:
+            _print_components(counts)
+    passes = report.get("passes", [])
+    if passes:
+        print_table(
+            ("program", "pass", "kind", "changes"),
+            [(row["program"], row["pass"], row["kind"], str(len(row["changes"]))) for row in passes],
+            title="passes",
+        )
+
+
+def _print_components(counts: Mapping[str, Any]) -> None:
+    parameters, flops = counts.get("parameters", {}), counts.get("flops", {})
+    rows = [
+        (name, quantity(parameters.get(name, 0)), quantity(flops.get(name, 0)))
+        for name in dict.fromkeys([*parameters, *flops])
+    ]
+    total = ("total", quantity(sum(parameters.values())), quantity(sum(flops.values())))
+    title = f"{counts.get('nodes', '?')} nodes; FLOPs of one run on the recorded inputs"
+    print_table(("component", "parameters", "FLOPs"), [*rows, total], title=title)
+
+
+def quantity(value: float) -> str:
+    """Three significant digits and a decimal prefix (1536 -> `1.54 k`); whole below a thousand."""
+    if abs(value) < 1000:
+        return f"{value:.0f}"
+    for prefix in ("k", "M", "G", "T"):
+        value /= 1000
+        if abs(value) < 999.5:
+            return f"{value:#.3g}".rstrip(".") + f" {prefix}"
+    return f"{value / 1000:.3g} P"
+
+
+def _size(count: int) -> str:
+    text = quantity(count)
+    return f"{text}B" if " " in text else f"{text} B"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+@contextmanager
+def progress_bar(stage: str) -> Iterator[Callable[[str, float | None], None]]:
+    """A bar on stderr, if that is a terminal. The function it gives takes a stage and a fraction in [0, 1]."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    screen = _console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        row = progress.add_task(stage, total=None)
+
+        def advance(stage: str, fraction: float | None) -> None:
+            total = None if fraction is None else 1.0
+            progress.update(row, description=stage, completed=fraction or 0.0, total=total)
+
+        yield advance
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # Names of files and engines are not markup.
+    return Console(stderr=stderr, markup=False, highlight=False)
