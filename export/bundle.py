@@ -79,16 +79,17 @@ def write_bundle(
 ) -> Manifest:
     """Write a bundle to `output`, which appears whole or not at all.
 
-    Everything is written and checked in a temporary directory beside `output` and renamed into place. `report`
-    is stored with the entries `sizes` (in bytes) and `weight_store` added. `overwrite` replaces an existing bundle, and nothing but a bundle.
+    Everything is written and checked in a temporary directory beside `output` and renamed into place. `report` is
+    stored with the entries `sizes` (in bytes) and `weight_store` added. `overwrite` replaces an existing bundle,
+    and nothing but a bundle.
 
     Raises:
         OutputExistsError: `output` exists and is not empty.
         EmissionError: an engine's graph does not pass ONNX's checks.
         BundleError: the directory cannot be written.
     """
-    output = Path(output).absolute()
     ensure_writable(output, overwrite=overwrite)
+    output = output.resolve()  # of a symbolic link, what it points to is replaced
     names = [engine.name for engine in engines]
     if len(set(names)) != len(names):
         raise BundleError(f"Two engines of the bundle have the same name: {', '.join(sorted(names))}.")

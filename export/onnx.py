@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import sympy
@@ -31,12 +32,13 @@ from flashu_compile.exporters.simplify_onnx import simplify
 from flashu_compile.passes.editing import module_path
 from flashu_compile.program import Program
 
-#: The newest opset of ONNX Runtime's kernels, chosen by measurement (1.31, CPU, one thread, float32, best of many).
-#: Its Attention operator against MatMul-Add-Softmax-MatMul of opset 20, with a boolean mask: 0.48 against 0.55 ms at
-#: batch 2, 6 heads, 190 rows, width 32; 10.1 against 12.4 ms at batch 2, 14 heads, 452 rows, width 64; 41 against
-#: 42 ms at 12 heads, 1024 rows, width 128; a float mask is no faster. RMSNormalization against its five primitives:
-#: 0.9 against 3.3 ms over the 39 norms of a 45 ms step. RotaryEmbedding would save 2% more, but ONNX Runtime rejects
-#: it where one row of angles serves a batch, so rotations stay elementwise.
+#: The newest opset whose fused operators ONNX Runtime runs well, chosen by measurement (1.31, CPU, one thread,
+#: float32). A decoder of 14 layers × 512 at 2 × 452 rows takes 437 ms, at opset 20 without them 535 ms. Attention
+#: against MatMul-Add-Softmax-MatMul with a boolean mask: 0.48 against 0.55 ms at batch 2, 6 heads, 190 rows, width
+#: 32; 10.1 against 12.4 ms at batch 2, 14 heads, 452 rows, width 64; 41 against 42 ms at 12 heads, 1024 rows, width
+#: 128; a float mask changes little. RMSNormalization against its five primitives: 0.9 against 3.3 ms over the 39
+#: norms of a 45 ms step. x·sigmoid(x) is fused by ONNX Runtime itself. RotaryEmbedding would save 2% more, but fails
+#: where one row of angles serves a batch, so rotations stay elementwise.
 DEFAULT_OPSET = 24
 
 #: Metadata keys of a node: the module it was traced in, and the operator it was translated from.
@@ -63,11 +65,12 @@ def _tensors(program: Program) -> Mapping[str, Any]:
 # --- translation ------------------------------------------------------------------------------------------------
 
 
-def _linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> Any:
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """`aten.linear` as Gemm on the weight as the checkpoint stores it.
 
-    The exporter's own form is MatMul by a transposed copy of the weight, so that a tied embedding is stored twice
-    and a memory-mapped weight is rearranged at load. Gemm is as fast (within 3% at 1 to 1024 rows).
+    The exporter's own form is MatMul by a transposed copy of the weight, under another name; or by a Transpose, which
+    ONNX Runtime carries out when it loads, into memory of its own. Gemm is as fast: 437 against 457 ms for 14 layers
+    × 512 at 2 × 452 rows, 6.9 against 6.8 ms at 4 rows.
     """
     width, depth = weight.shape
     if len(x.shape) == 1:
@@ -114,7 +117,7 @@ class _Decomposed(ExportedProgram):
     """A private copy of a decomposed program that is not traced again when there is nothing to decompose.
 
     The exporter decomposes whatever it is given. For a Program, which has been decomposed by capture, that is most
-    of its time spent on the identity (10 of 12 s for a step of 20 layers).
+    of its time, spent on the identity (9 s become 3 for a decoder of 14 layers).
     """
 
     @classmethod
@@ -134,19 +137,25 @@ class _Decomposed(ExportedProgram):
             verifiers=[exported.verifier],
         )
 
+    @property
+    def translated(self) -> ExportedProgram:
+        """What the exporter got to translate."""
+        return self.__dict__.get("_translated", self)
+
     def run_decompositions(
         self, decomp_table: dict[Any, Callable[..., Any]] | None = None, **options: Any
     ) -> ExportedProgram:
-        if decomp_table is not None and not any(node.target in decomp_table for node in self.graph.nodes):
-            return self
-        return super().run_decompositions(decomp_table, **options)
+        if decomp_table is None or any(node.target in decomp_table for node in self.graph.nodes):
+            self._translated = super().run_decompositions(decomp_table, **options)
+        return self.translated
 
 
 def _translate(program: Program, opset: int) -> ir.Model:
+    exported = _Decomposed.copy_of(program.exported)
     try:
         with _quiet(), torch.no_grad():
             result = torch.onnx.export(
-                _Decomposed.copy_of(program.exported),
+                exported,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -154,7 +163,7 @@ def _translate(program: Program, opset: int) -> ir.Model:
                 custom_translation_table=_TRANSLATIONS,
             )
     except Exception as error:  # torch.onnx wraps whatever a translation raised
-        where, reason = _failure(program, error)
+        where, reason = _failure(exported.translated, error)
         raise EmissionError(f"Program {program.name!r} has no ONNX form at {where}: {reason}") from error
     assert result is not None
     return result.model
@@ -176,9 +185,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _failure(program: Program, error: BaseException) -> tuple[str, str]:
+def _failure(exported: ExportedProgram, error: BaseException) -> tuple[str, str]:
     """Where translation stopped, as a module path and an operator, and the innermost reason."""
-    nodes = {node.name: node for node in program.exported.graph.nodes}
+    nodes = {node.name: node for node in exported.graph.nodes}
     where, reason = "an unknown node", ""
     current: BaseException | None = error
     while current is not None:
@@ -204,9 +213,8 @@ def _record_origins(model: ir.Model) -> None:
 
 
 def _operator(target: Any) -> str:
-    return (
-        str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
-    )
+    overload = isinstance(target, torch._ops.OpOverload)
+    return str(target) if overload else getattr(target, "__name__", str(target))
 
 
 def _finish(program: Program, model: ir.Model, opset: int) -> None:
@@ -230,6 +238,7 @@ def _finish(program: Program, model: ir.Model, opset: int) -> None:
         f"Engine {program.name!r} of task {program.task!r}: "
         f"{', '.join(program.input_roles)} -> {', '.join(program.outputs)}. Opset {opset}."
     )
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.producer_name, model.producer_version = "flashu_compile", None
     model.metadata_props.clear()
 
@@ -249,6 +258,7 @@ def _own_outputs(graph: ir.Graph) -> None:
 def _name_nodes(program: Program, graph: ir.Graph) -> None:
     taken: Counter[str] = Counter()
     outputs = set(graph.outputs)
+    _inherit_modules(graph)
     for node in graph:
         origin = {key: node.metadata_props[key] for key in (MODULE, OPERATOR) if key in node.metadata_props}
         node.metadata_props.clear()
@@ -264,33 +274,38 @@ def _name_nodes(program: Program, graph: ir.Graph) -> None:
                 value.name = node.name if len(node.outputs) == 1 else f"{node.name}:{index}"
 
 
+def _inherit_modules(graph: ir.Graph) -> None:
+    """A node that simplification made belongs to the module that reads it."""
+    for node in reversed(graph):
+        readers = [use.node for value in node.outputs for use in value.uses()]
+        if MODULE not in node.metadata_props and readers:
+            node.metadata_props[MODULE] = readers[0].metadata_props.get(MODULE, "")
+
+
 def _name_constants(program: Program, graph: ir.Graph) -> None:
     """Parameters keep their names; a small constant is called by its value, a large one by its first reader."""
     known = _tensors(program)
+    readers: dict[ir.Value, str] = {}
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.is_initializer():
+                readers.setdefault(value, f"{node.name}/constant")
     taken = {value.name for node in graph for value in node.outputs} | set(known)
-    for name, value in sorted(graph.initializers.items(), key=lambda item: _first_use(item[1])):
-        value.metadata_props.clear()
+    for value, reader in readers.items():
         tensor = value.const_value
         assert tensor is not None
-        if name not in known:
-            if tensor.size <= 8:
-                text = str(tensor.numpy().tolist()).replace(" ", "")
-                base = f"constant/{tensor.dtype.name.lower()}_{text}"
-            else:
-                base = f"{value.uses()[0].node.name if value.uses() else program.name}/constant"
-            new, count = base, 1
-            while new in taken:
+        value.metadata_props.clear()
+        value.shape, value.dtype = ir.Shape(tensor.numpy().shape), ir.DataType(tensor.dtype)
+        if value.name not in known:
+            text = str(tensor.numpy().tolist()).replace(" ", "") if tensor.size <= 8 else None
+            base = reader if text is None else f"constant/{value.dtype.name.lower()}_{text}"
+            name, count = base, 1
+            while name in taken:
                 count += 1
-                new = f"{base}_{count}"
-            taken.add(new)
-            value.name = new
-        value.shape, value.dtype = tensor.shape, tensor.dtype
+                name = f"{base}_{count}"
+            taken.add(name)
+            value.name = name
         tensor.name = value.name
-
-
-def _first_use(value: ir.Value) -> tuple[str, int]:
-    uses = value.uses()
-    return (uses[0].node.name or "", uses[0].idx) if uses else ("", 0)
 
 
 def _name_dimensions(program: Program, graph: ir.Graph) -> None:
@@ -300,13 +315,12 @@ def _name_dimensions(program: Program, graph: ir.Graph) -> None:
     def named(dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None:
             return dim if isinstance(dim, int) else None
-        text = re.sub(r"\b[su]\d+\b", lambda m: names.get(m[0], m[0]), dim.value)
-        if re.fullmatch(r"\w+", text):
-            return text
+        if dim.value in names:
+            return names[dim.value]
+        text = re.sub(r"\b[su]\d+\b", lambda match: names.get(match[0], match[0]), dim.value)
+        symbols = {name: sympy.Symbol(name) for name in names.values()}
         try:
-            return str(
-                sympy.sympify(text, locals={n: sympy.Symbol(n) for n in re.findall(r"[A-Za-z_]\w*", text)})
-            )
+            return str(sympy.sympify(text, locals=symbols))  # in an order that depends on our names alone
         except (sympy.SympifyError, TypeError, SyntaxError):
             return text
 

@@ -39,7 +39,7 @@ def engine_errors(build: EngineBuild) -> dict[str, float]:
         # Not `error > TOLERANCE`: a NaN must fail too.
         if not errors[name] <= TOLERANCE:
             raise EmissionError(
-                f"Engine {build.name!r} differs from the eager model in {name!r}: relative L2 error {errors[name]:.2e}, "
-                f"allowed {TOLERANCE:.0e}."
+                f"Engine {build.name!r} differs from the eager model in {name!r}: "
+                f"relative L2 error {errors[name]:.2e}, allowed {TOLERANCE:.0e}."
             )
     return errors

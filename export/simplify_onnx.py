@@ -53,11 +53,10 @@ def _is_rms_norm(context: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, 
 
 
 def _fused_rms_norm(op: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_: Any) -> Any:
-    assert x.dtype is not None and epsilon.const_value is not None
-    stash = x.dtype.value
-    return op.RMSNormalization(
-        x, scale, axis=-1, epsilon=epsilon.const_value.numpy().item(), stash_type=stash
-    )
+    number, dtype = epsilon.const_value, x.dtype
+    assert number is not None
+    assert dtype is not None
+    return op.RMSNormalization(x, scale, axis=-1, epsilon=number.numpy().item(), stash_type=dtype.value)
 
 
 _RMS_NORM = rewriter.RewriteRuleSet(

@@ -56,14 +56,13 @@ def _flops(program: Program) -> dict[str, int]:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         arguments = []
         for spec in exported.graph_signature.input_specs:
+            name = str(spec.target)
+            tensor: Tensor
             if spec.kind is InputKind.USER_INPUT:
                 tensor = program.sample[next(inputs).role]
             else:
-                name = str(spec.target)
                 tensor = exported.constants[name] if name in exported.constants else exported.state_dict[name]
-            arguments.append(
-                fake.from_tensor(tensor, static_shapes=True) if isinstance(tensor, Tensor) else tensor
-            )
+            arguments.append(fake.from_tensor(tensor, static_shapes=True))
         counter = _FlopInterpreter(exported.graph_module, program.stacks)
         with counter.mode:
             counter.run(*arguments)
@@ -85,11 +84,8 @@ class _FlopInterpreter(fx.Interpreter):
         flops = self.mode.get_total_flops() - before
         if n.target is torch.ops.aten.scaled_dot_product_attention.default:
             # torch's registry knows the kernels of some devices only, and no grouped heads.
-            query, key, value = (self.env_value(argument) for argument in n.args[:3])
+            query, key, value = (self.env[node] for node in n.all_input_nodes[:3])
             flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         if flops:
             self.counts[component(module_path(n), self.stacks)] += flops
         return result
-
-    def env_value(self, node: Any) -> Tensor:
-        return self.env[node]

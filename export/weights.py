@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 #: Tensors of at most this many bytes stay inside the graph file.
 INLINE_BYTES = 1024
@@ -48,8 +49,8 @@ def weight_store(
     Save the models inside the context, in the folder of `path`. Afterwards they hold their own tensors again.
     """
     replaced: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    places: dict[bytes, _Place] = {}
-    by_object: dict[int, _Place] = {}
+    by_content: dict[bytes, _Place] = {}
+    by_memory: dict[Hashable, _Place] = {}
     referenced = 0
     try:
         with path.open("wb") as file:
@@ -58,9 +59,10 @@ def weight_store(
                 assert tensor is not None
                 if tensor.nbytes <= inline_bytes or tensor.dtype == ir.DataType.STRING:
                     continue
-                place = by_object.get(id(tensor))
-                if place is None:
-                    place = by_object[id(tensor)] = _store(tensor, file, places)
+                memory = _memory(tensor)
+                if memory not in by_memory:
+                    by_memory[memory] = _store(tensor, file, by_content)
+                place = by_memory[memory]
                 referenced += place.length
                 replaced.append((value, tensor))
                 value.const_value = ir.ExternalTensor(
@@ -68,12 +70,12 @@ def weight_store(
                     place.offset,
                     place.length,
                     ir.DataType(tensor.dtype),
-                    shape=ir.Shape(tensor.shape),
+                    shape=ir.Shape(tensor.numpy().shape),
                     name=value.name or "",
                     base_dir=path.parent,
                 )
             size = file.tell()
-        yield StoreSummary(size, len(places), len(replaced), referenced)
+        yield StoreSummary(size, len(by_content), len(replaced), referenced)
     finally:
         for value, tensor in replaced:
             value.const_value = tensor
@@ -91,22 +93,29 @@ def _initializers(models: Sequence[ir.Model]) -> Iterator[ir.Value]:
         yield from (value for _, value in sorted(model.graph.initializers.items()) if value not in seen)
 
 
-def _store(tensor: ir.TensorProtocol, file: BinaryIO, places: dict[bytes, _Place]) -> _Place:
+def _memory(tensor: ir.TensorProtocol) -> Hashable:
+    """Equal for tensors that are the same memory, so that a weight of several engines is hashed once."""
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, Tensor):
+        return (raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride())
+    return id(tensor)
+
+
+def _store(tensor: ir.TensorProtocol, file: BinaryIO, by_content: dict[bytes, _Place]) -> _Place:
     data = _data(tensor)
-    digest = hashlib.sha256(f"{ir.DataType(tensor.dtype).name} {list(tensor.shape)}\n".encode())
+    digest = hashlib.sha256(f"{ir.DataType(tensor.dtype).name} {tensor.numpy().shape}\n".encode())
     digest.update(data)
     key = digest.digest()
-    if key not in places:
+    if key not in by_content:
         alignment = _PAGE if len(data) >= 16 * _PAGE else _LINE
         file.write(bytes(-file.tell() % alignment))
-        places[key] = _Place(file.tell(), len(data))
+        by_content[key] = _Place(file.tell(), len(data))
         file.write(data)
-    return places[key]
+    return by_content[key]
 
 
-def _data(tensor: ir.TensorProtocol) -> memoryview:
+def _data(tensor: ir.TensorProtocol) -> bytes | memoryview:
     """The tensor's bytes as ONNX stores them: a view where memory already has that form."""
     if sys.byteorder == "big" or ir.DataType(tensor.dtype).bitwidth < 8:
-        return memoryview(tensor.tobytes())
-    array = np.ascontiguousarray(tensor.numpy())
-    return memoryview(array.reshape(-1).view(np.uint8))
+        return tensor.tobytes()
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data

@@ -61,5 +61,7 @@ def capture(spec: Capture) -> Program:
     try:
         exported = trace(spec.module, spec.inputs, spec.sample)
     except Exception as error:  # torch.export raises many unrelated types
-        raise CaptureError(f"torch.export could not capture {spec.task} program {spec.name!r}: {error}") from error
+        raise CaptureError(
+            f"torch.export could not capture {spec.task} program {spec.name!r}: {error}"
+        ) from error
     return Program(spec.name, spec.task, exported, spec.inputs, spec.outputs, spec.stacks, spec.sample)

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from flashu_compile import display
-from flashu_compile.errors import BundleError, FlashuError, InputError
+from flashu_compile.errors import FlashuError, InputError
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline
@@ -259,11 +259,13 @@ def inspect(
 ) -> None:
     """Show what is in a bundle: engines, signatures, and nodes, parameters and FLOPs by component."""
     from flashu_compile.plan import StepPlan
+    from flashu_compile.runtime.files import BundleFiles
     from flashu_compile.runtime.manifest import PLAN, REPORT, read_manifest
 
     manifest = read_manifest(bundle)
-    step_plan = StepPlan.from_json(_read(bundle / PLAN)) if manifest.generation else None
-    report = _json_object(bundle / REPORT) if REPORT in manifest.files else {}
+    files = BundleFiles(bundle, manifest)
+    step_plan = StepPlan.from_json(files.text(PLAN)) if manifest.generation else None
+    report = json.loads(files.text(REPORT))
     if plan and step_plan is None:
         raise InputError(f"{bundle} makes no pictures ({', '.join(manifest.tasks)}), so it has no step plan.")
     if as_json:
@@ -353,8 +355,15 @@ def doctor(as_json: Json = False) -> None:
         display.print_json([dataclasses.asdict(finding) for finding in findings])
     else:
         display.print_table(
-            ("backend or library", "status", "needed for", "details"),
-            [(row.name, row.status, row.needed_for, row.detail) for row in findings],
+            ("status", "backend or library", "details"),
+            [
+                (
+                    row.status,
+                    row.name,
+                    f"for {row.needed_for}: {row.detail}" if row.status == "missing" else row.detail,
+                )
+                for row in findings
+            ],
         )
     if findings[0].status != "works":
         raise typer.Exit(1)
@@ -372,20 +381,3 @@ def _quiet_onnxruntime() -> None:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value: Any = json.loads(_read(path))
-    except ValueError as error:
-        raise BundleError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{path} is damaged: it holds no JSON object.")
-    return value

@@ -22,11 +22,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
-    """A table with a head, unless all columns are nameless."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
+    if title is not None:
+        typer.echo(title)  # as a table's own title it would be broken at the table's width
+    table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -106,8 +107,17 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
     passes = report.get("passes", [])
     if passes:
         print_table(
-            ("program", "pass", "kind", "changes"),
-            [(row["program"], row["pass"], row["kind"], str(len(row["changes"]))) for row in passes],
+            ("program", "pass", "kind", "changes", "relative error"),
+            [
+                (
+                    row["program"],
+                    row["name"],
+                    row["kind"],
+                    str(len(row["changes"])),
+                    "" if row["error"] is None else f"{row['error']:.1e}",
+                )
+                for row in passes
+            ],
             title="passes",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -60,7 +61,6 @@ def uniform_plan(points: int, guidance_scale: float, time_shift: float, engine: 
         raise ConfigurationError(f"time_shift must be positive, not {time_shift}.")
     times = time_grid(points, time_shift)
     steps = (
-        Step(t, following - t, float(guidance_scale), engine)
-        for t, following in zip(times, times[1:], strict=False)
+        Step(t, following - t, float(guidance_scale), engine) for t, following in itertools.pairwise(times)
     )
     return StepPlan(points, time_shift, "euler", tuple(steps))

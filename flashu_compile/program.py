@@ -71,7 +71,9 @@ class Program:
         """Run the graph eagerly. Takes at least the program's inputs by role, gives its outputs by role."""
         missing = [role for role in self.input_roles if role not in inputs]
         if missing:
-            raise CaptureError(f"Program {self.name!r} needs inputs that were not given: {', '.join(missing)}.")
+            raise CaptureError(
+                f"Program {self.name!r} needs inputs that were not given: {', '.join(missing)}."
+            )
         results = self.exported.module(check_guards=False)(*(inputs[role] for role in self.input_roles))
         return dict(zip(self.outputs, results, strict=True))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -55,7 +56,7 @@ class GraphEditor:
 
     def outputs(self) -> dict[str, fx.Node]:
         """Nodes of the program's outputs, by role."""
-        return dict(zip(self.program.outputs, self.graph.output_node().args[0], strict=True))
+        return dict(zip(self.program.outputs, _results(self.graph), strict=True))
 
     def set_outputs(self, nodes: Sequence[fx.Node]) -> None:
         self.graph.output_node().args = (tuple(nodes),)
@@ -141,7 +142,7 @@ class GraphEditor:
             dataclasses.replace(self._specs[node], arg=TensorArgument(node.name)) for node in placeholders
         ]
         targets = {str(spec.target) for spec in specs if spec.kind in _STORED}
-        results = self.graph.output_node().args[0]
+        results = _results(self.graph)
         signature = ExportGraphSignature(
             input_specs=specs,
             output_specs=[OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in results],
@@ -159,6 +160,10 @@ class GraphEditor:
             constants={k: v for k, v in self._constants.items() if k in targets},
             verifiers=[old.verifier],
         )
+
+
+def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    return cast("tuple[fx.Node, ...]", graph.output_node().args[0])
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -180,8 +185,8 @@ def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> M
     """The call specification of a program of flat positional tensors."""
     in_spec = pytree.tree_structure(((0,) * inputs, {}))
     out_spec = pytree.tree_structure((0,) * outputs)
-    arguments = [TensorArgument(str(name)) for name in signature.user_inputs]
-    results = [TensorArgument(str(name)) for name in signature.user_outputs]
+    arguments: list[Any] = [TensorArgument(str(name)) for name in signature.user_inputs]
+    results: list[Any] = [TensorArgument(str(name)) for name in signature.user_outputs]
     return ModuleCallEntry("", ModuleCallSignature(arguments, results, in_spec, out_spec))
 
 

@@ -36,7 +36,9 @@ class FoldConstants(Pass):
             value = _evaluate(node, editor, known)
             replacement = editor.add_constant(f"folded.{node.name}", value, node)
             node.replace_all_uses_with(replacement)
-            changes.append(f"folded {node.name} {tuple(value.shape)} of {module_path(node) or 'the top module'}")
+            changes.append(
+                f"folded {node.name} {tuple(value.shape)} of {module_path(node) or 'the top module'}"
+            )
         if not changes:
             return PassResult.unchanged(program)
         editor.remove_unused()

@@ -104,7 +104,9 @@ def check_graph(program: Program) -> None:
         after = node.meta.get("val")
         if isinstance(before, Tensor) and isinstance(after, Tensor):
             if before.dtype != after.dtype or len(before.shape) != len(after.shape):
-                raise PassError(f"it left node {node.name} as {after.dtype}{list(after.shape)}, not {before.dtype}")
+                raise PassError(
+                    f"it left node {node.name} as {after.dtype}{list(after.shape)}, not {before.dtype}"
+                )
         node.meta["val"] = before if before is not None else after
 
 

@@ -24,15 +24,20 @@ class SplitAtOutput(Pass):
 
     def requires(self, program: Program) -> str | None:
         if self.role not in program.outputs:
-            return f"program {program.name!r} has no output '{self.role}'; it gives {', '.join(program.outputs)}"
+            return (
+                f"program {program.name!r} has no output '{self.role}'; it gives {', '.join(program.outputs)}"
+            )
         if len(program.outputs) < 2:
-            return f"program {program.name!r} gives nothing but '{self.role}', so there is nothing after the cut"
+            return (
+                f"program {program.name!r} gives nothing but '{self.role}', so there is nothing after the cut"
+            )
         return None
 
     def call(self, program: Program) -> PassResult:
         first, second = self._before(program), self._after(program)
         changes = tuple(
-            f"{part.name}: {', '.join(part.input_roles)} → {', '.join(part.outputs)}" for part in (first, second)
+            f"{part.name}: {', '.join(part.input_roles)} → {', '.join(part.outputs)}"
+            for part in (first, second)
         )
         return PassResult((first, second), changes)
 
@@ -40,7 +45,9 @@ class SplitAtOutput(Pass):
         editor = GraphEditor(program)
         editor.set_outputs([editor.outputs()[self.role]])
         inputs = _prune_inputs(editor)
-        return editor.finish(name=self.names[0], inputs=inputs, outputs=(self.role,), sample=_sample(program, inputs))
+        return editor.finish(
+            name=self.names[0], inputs=inputs, outputs=(self.role,), sample=_sample(program, inputs)
+        )
 
     def _after(self, program: Program) -> Program:
         editor = GraphEditor(program)

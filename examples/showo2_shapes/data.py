@@ -67,9 +67,7 @@ def generation_batch(
     t = np.where(np.arange(size) % 2 == 0, uniform, warp(uniform, 3.0))
     pixels = to_pixels(pictures)
     noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
-    return GenerationBatch(
-        torch.tensor(ids), torch.tensor(valid), pixels, noise, torch.from_numpy(t).float()
-    )
+    return GenerationBatch(torch.tensor(ids), torch.tensor(valid), pixels, noise, torch.from_numpy(t).float())
 
 
 def question_batch(
@@ -85,7 +83,7 @@ def question_batch(
         rows: list[tuple[int, int, int, int]] = []
         for segment, qa in enumerate(questions(scene, rng, each), start=1):
             asked = codec.question_suffix(qa.question)
-            tokens = asked + [*codec.encode(qa.answer), codec.eos]
+            tokens = [*asked, *codec.encode(qa.answer), codec.eos]
             for index, token in enumerate(tokens[:-1]):
                 target = tokens[index + 1] if index + 1 >= len(asked) else IGNORE
                 rows.append((token, segment, index, target))

@@ -90,7 +90,9 @@ def score_understanding(ask: Ask, pictures: int, each: int) -> dict:
     for image, asked in track(quizzes(pictures, each), "questions"):
         for qa, answer in zip(asked, ask(image, [qa.question for qa in asked]), strict=True):
             right[qa.kind].append(answer == qa.answer)
-    rows = {kind: {"exact_match": float(np.mean(r)), "questions": len(r)} for kind, r in sorted(right.items())}
+    rows = {
+        kind: {"exact_match": float(np.mean(r)), "questions": len(r)} for kind, r in sorted(right.items())
+    }
     every = [hit for hits in right.values() for hit in hits]
     return {"overall": {"exact_match": float(np.mean(every)), "questions": len(every)}, **rows}
 
@@ -110,7 +112,11 @@ def main() -> None:
 
     make = eager if arguments.through == "eager" else bundle
     generate, ask = make(arguments.path, arguments.points, arguments.guidance_scale)
-    result = {"through": arguments.through, "points": arguments.points, "guidance_scale": arguments.guidance_scale}
+    result = {
+        "through": arguments.through,
+        "points": arguments.points,
+        "guidance_scale": arguments.guidance_scale,
+    }
     if arguments.prompts:
         result["t2i"] = score_generation(generate, arguments.prompts, arguments.save)
     if arguments.pictures:

@@ -92,7 +92,10 @@ def _tensorrt() -> Finding:
             found.append(f"library {library}")
     if not found:
         return Finding(
-            "tensorrt", "missing", "no Python package, no libnvinfer.so.10: pip install tensorrt", purpose
+            "tensorrt",
+            "missing",
+            "no Python package, no libnvinfer.so.10: pip install 'tensorrt-cu13<11'",
+            purpose,
         )
     return Finding("tensorrt", "found", ", ".join(found), purpose)
 

@@ -17,7 +17,13 @@ from flashu_compile.errors import BundleError, BundleVersionError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-PLAN, RECIPE, TOKENIZER, REPORT, WEIGHTS = "plan.json", "recipe.json", "tokenizer.json", "report.json", "weights.bin"
+PLAN, RECIPE, TOKENIZER, REPORT, WEIGHTS = (
+    "plan.json",
+    "recipe.json",
+    "tokenizer.json",
+    "report.json",
+    "weights.bin",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +109,13 @@ class Manifest:
             schema = data["schema"]
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{where} is not a bundle manifest: {error!r}.") from error
+        if not isinstance(schema, int):
+            raise BundleError(f"{where} is damaged: its schema is {schema!r}; build the bundle again.")
         if schema != SCHEMA:
             advice = "upgrade flashu_compile" if schema > SCHEMA else "build the bundle again"
-            raise BundleVersionError(f"{where} has bundle schema {schema}; this version reads {SCHEMA}: {advice}.")
+            raise BundleVersionError(
+                f"{where} has bundle schema {schema}; this version reads {SCHEMA}: {advice}."
+            )
         try:
             return _manifest(data)
         except (KeyError, TypeError, AttributeError) as error:
@@ -150,4 +160,8 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         reason = "does not exist" if not directory.exists() else f"has no {MANIFEST}"
         raise BundleError(f"{directory} {reason}; it is not a bundle. Build one with `flashu-compile build`.")
-    return Manifest.from_json(path.read_text(encoding="utf-8"), path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}.") from error
+    return Manifest.from_json(text, path)

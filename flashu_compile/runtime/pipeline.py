@@ -20,6 +20,7 @@ from flashu_compile.errors import (
     UnknownTaskError,
 )
 from flashu_compile.plan import StepPlan, uniform_plan
+from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.images import Picture, engine_pixels, to_picture
 from flashu_compile.runtime.manifest import (
     PLAN,
@@ -32,7 +33,7 @@ from flashu_compile.runtime.manifest import (
 from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.runtime.sessions import BundleFiles, Engine, Engines, OnnxRuntimeEngines, Tensors
+from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngines, Tensors
 
 Progress = Callable[[int, int], None]
 
@@ -64,7 +65,7 @@ def load(
     codec = PromptCodec.from_file(files.path(TOKENIZER))
     plan = None
     if manifest.generation is not None:
-        plan = StepPlan.from_json(files.path(PLAN).read_text(encoding="utf-8"))
+        plan = StepPlan.from_json(files.text(PLAN))
     _check_parts(manifest, plan)
     return Pipeline(manifest, plan, codec, OnnxRuntimeEngines(files, provider=provider, threads=threads))
 

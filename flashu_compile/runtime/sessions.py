@@ -15,7 +15,7 @@ import logging
 import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
-from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, Manifest, TensorSpec, file_entry
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -96,45 +97,6 @@ class Engines(Protocol):
     def engine(self, name: str) -> Engine:
         """Raises `BundleError` if there is no such engine or its files are damaged."""
         ...
-
-
-class BundleFiles:
-    """The files of a bundle. Each is compared with the manifest's size and hash once, when first asked for."""
-
-    def __init__(self, directory: Path, manifest: Manifest, *, verify_hashes: bool = True) -> None:
-        self.directory, self.manifest = directory, manifest
-        self._verify = verify_hashes
-        self._checked: set[str] = set()
-        self._lock = threading.Lock()
-
-    def path(self, name: str) -> Path:
-        """Where the file is. Raises `BundleError` if it is absent, unlisted, outside the bundle, or changed."""
-        path = self.directory / _inside(name)
-        with self._lock:
-            if name not in self._checked:
-                self._check(name, path)
-                self._checked.add(name)
-        return path
-
-    def _check(self, name: str, path: Path) -> None:
-        listed = self.manifest.files.get(name)
-        if listed is None:
-            raise BundleError(
-                f"The manifest of {self.directory} does not list {name}; build the bundle again."
-            )
-        if not path.is_file():
-            raise BundleError(f"{path} is missing; copy or build the bundle again.")
-        if self._verify and (path.stat().st_size != listed.bytes or file_entry(path) != listed):
-            raise BundleError(
-                f"{path} is damaged: its SHA-256 is not the manifest's; copy or build the bundle again."
-            )
-
-
-def _inside(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        raise BundleError(f"The manifest names {name!r}, which is not a file inside the bundle.")
-    return path
 
 
 def check_inputs(spec: EngineSpec, inputs: Tensors) -> None:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flashu_compile.errors import BackendUnavailableError, FlashuError
+from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import MANIFEST, WEIGHTS, EngineSpec, Manifest, file_entry, read_manifest
-from flashu_compile.runtime.sessions import BundleFiles, Engines, OnnxRuntimeEngines
+from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngines
 
 TOLERANCE = 1e-4
 

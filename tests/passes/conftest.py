@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import VAE, tiny_model
 
 from flashu_compile.capture import capture
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.program import Program
+from tests.tiny import VAE, tiny_model
 
 
 @pytest.fixture(scope="session")

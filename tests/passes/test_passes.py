@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from tests.tiny import CONFIG, tiny_model
 
 from flashu_compile.errors import PassError
 from flashu_compile.passes.base import Pass, PassResult
@@ -19,6 +18,7 @@ from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.remove_dead_code import RemoveDeadCode
 from flashu_compile.passes.split_at_output import SplitAtOutput
 from flashu_compile.program import Program, Role, run_chain
+from tests.tiny import CONFIG, tiny_model
 
 
 def targets(program: Program) -> set[str]:

@@ -116,9 +116,12 @@ class Showo2Config:
     def from_dict(cls, data: Mapping[str, Any]) -> Showo2Config:
         """Inverse of `to_dict`. Raises `ConfigurationError` on unknown or missing keys."""
         try:
-            parts = {"llm": LLMConfig(**data["llm"])}
-            parts |= {"semantic": SemanticConfig(**data["semantic"]), "head": HeadConfig(**data["head"])}
-            return cls(**{**data, **parts})
+            llm, semantic, head = (
+                LLMConfig(**data["llm"]),
+                SemanticConfig(**data["semantic"]),
+                HeadConfig(**data["head"]),
+            )
+            return cls(**{**data, "llm": llm, "semantic": semantic, "head": head})
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"Not a Show-o2 configuration: {error}.") from error
 

@@ -46,9 +46,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, hidden_size: int, frequency_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        first, second = nn.Linear(frequency_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
         self.frequency_size = frequency_size
 
     def forward(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch hidden"]:
@@ -56,7 +55,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device).float() / half)
         angles = at_least_float32(t)[:, None] * frequencies[None]
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class PatchEmbedding(nn.Module):
@@ -77,9 +76,7 @@ def llama3_inverse_frequencies(head_dim: int, theta: float) -> Float[Tensor, " h
     return (1.0 - ramp) * frequencies / _LLAMA3_FACTOR + ramp * frequencies
 
 
-def head_rotary(
-    config: HeadConfig, positions: Int[Tensor, "batch rows"], dtype: torch.dtype
-) -> Rotary:
+def head_rotary(config: HeadConfig, positions: Int[Tensor, "batch rows"], dtype: torch.dtype) -> Rotary:
     head_dim = config.hidden_size // config.num_attention_heads
     frequencies = llama3_inverse_frequencies(head_dim, config.rope_theta).to(positions.device)
     angles = positions[..., None].float() * frequencies
@@ -162,7 +159,9 @@ class HeadBlock(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        )
 
     def forward(
         self,

@@ -51,7 +51,7 @@ class Showo2(nn.Module):
         )
         self.image_embedder_gen = PatchEmbedding(config.latent_channels, llm.hidden_size, config.patch_size)
         self.position_embedding = nn.Embedding(config.position_grid**2, semantic.hidden_size)
-        self.und_trans = SiglipEncoder(_siglip_config(config))
+        self.und_trans = SiglipEncoder(_siglip_config(config))  # type: ignore[arg-type]  # its annotation is narrow
         self.fusion_proj = nn.Sequential(
             RMSNorm(semantic.hidden_size + llm.hidden_size, llm.rms_norm_eps),
             nn.Linear(semantic.hidden_size + llm.hidden_size, llm.hidden_size),
@@ -92,7 +92,9 @@ class Showo2(nn.Module):
         if source == target:
             return self.position_embedding.weight
         table = self.position_embedding.weight.T.reshape(1, -1, source, source)
-        table = F.interpolate(at_least_float32(table), size=(target, target), mode="bicubic", align_corners=False)
+        table = F.interpolate(
+            at_least_float32(table), size=(target, target), mode="bicubic", align_corners=False
+        )
         return table.flatten(2)[0].T.to(self.dtype)
 
     def embed_time(
@@ -148,7 +150,11 @@ class Showo2(nn.Module):
         """
         channels, height, width = self.config.latent_shape
         patches = self.diffusion_head_b(image_rows, time)
-        return patches.reshape(patches.shape[0], -1, channels).transpose(1, 2).reshape(-1, channels, height, width)
+        return (
+            patches.reshape(patches.shape[0], -1, channels)
+            .transpose(1, 2)
+            .reshape(-1, channels, height, width)
+        )
 
 
 def _qwen2_config(config: Showo2Config) -> Qwen2Config:
@@ -164,7 +170,7 @@ def _qwen2_config(config: Showo2Config) -> Qwen2Config:
         rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
         tie_word_embeddings=llm.tie_word_embeddings,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by the base class
     )
 
 
@@ -177,5 +183,5 @@ def _siglip_config(config: Showo2Config) -> SiglipVisionConfig:
         num_attention_heads=semantic.num_attention_heads,
         hidden_act="gelu_pytorch_tanh",
         layer_norm_eps=semantic.layer_norm_eps,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by the base class
     )

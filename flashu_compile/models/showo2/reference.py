@@ -7,6 +7,7 @@ the padded sequence runs on every evaluation, vocabulary logits included.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def generate(
     reference = GenerationReference(model, text, offsets)
     times = time_grid(points, model.config.time_shift if shift is None else shift).tolist()
     latents, velocities = noise, []
-    for index, (t, following) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (t, following) in enumerate(itertools.pairwise(times)):
         batch_t = torch.full((2,), t, dtype=noise.dtype)
         conditional, unconditional = reference.step(latents.expand(2, -1, -1, -1), batch_t).velocity.to(noise)
         scale = guidance_scale(index) if callable(guidance_scale) else guidance_scale

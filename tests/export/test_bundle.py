@@ -1,0 +1,293 @@
+"""Bundles: complete and checked, or not there; the same bytes for the same inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
+from flashu_compile.exporters import bundle
+from flashu_compile.exporters.bundle import BundleFacts, EngineBuild, ensure_writable, write_bundle
+from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.plan import uniform_plan
+from flashu_compile.program import Program
+from flashu_compile.runtime.manifest import Manifest, file_entry, read_manifest
+from tests.export.conftest import step_programs, word_tokenizer
+
+FACTS = BundleFacts(
+    model="tiny",
+    tasks=("t2i",),
+    backend="onnxruntime",
+    precision="float32",
+    recipe="exact",
+    generation=None,
+    understanding=None,
+    versions={"torch": "2", "onnx": "1"},
+)
+
+Write = Callable[..., Manifest]
+
+
+def engine(program: Program, model: ir.Model) -> EngineBuild:
+    with torch.no_grad():
+        return EngineBuild(program.name, program.task, model, program.sample, program.run(program.sample))
+
+
+@pytest.fixture(scope="module")
+def engines(
+    programs: tuple[Program, Program], step_model: ir.Model, scores_model: ir.Model
+) -> list[EngineBuild]:
+    return [engine(programs[0], step_model), engine(programs[1], scores_model)]
+
+
+@pytest.fixture
+def write(engines: list[EngineBuild], tokenizer: Tokenizer) -> Write:
+    def write(output: Path, **changes: object) -> Manifest:
+        arguments = {
+            "engines": engines,
+            "facts": FACTS,
+            "tokenizer": tokenizer,
+            "recipe_json": '{"name": "exact"}\n',
+            "plan": uniform_plan(4, 5.0, 3.0, "step"),
+            "report": {"engines": {}},
+            "checkpoint_bytes": 12345,
+        }
+        return write_bundle(output, **{**arguments, **changes})  # type: ignore[arg-type]
+
+    return write
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_a_bundle_has_all_its_files_and_their_hashes(tmp_path: Path, write: Write) -> None:
+    output = tmp_path / "new" / "bundle"
+    manifest = write(output)
+    assert read_manifest(output) == manifest
+    assert names(output) == {*manifest.files, "manifest.json"}
+    assert set(manifest.files) == {
+        "step.onnx",
+        "step.reference.safetensors",
+        "scores.onnx",
+        "scores.reference.safetensors",
+        "weights.bin",
+        "tokenizer.json",
+        "recipe.json",
+        "plan.json",
+        "report.json",
+    }
+    assert all(file_entry(output / name) == entry for name, entry in manifest.files.items())
+    assert names(output.parent) == {"bundle"}
+
+
+def test_signatures_are_in_the_manifest(tmp_path: Path, write: Write) -> None:
+    manifest = write(tmp_path / "bundle")
+    step = manifest.engine("step")
+    assert {tensor.name: (tensor.dtype, tensor.shape) for tensor in step.inputs} == {
+        "prompt": ("int64", ("batch", "prompt")),
+        "visible": ("bool", ("batch", "prompt")),
+        "time": ("float32", ("batch", 3)),
+        "tail": ("int64", ("batch", "tail")),
+    }
+    assert step.outputs[0].shape == ("batch", "prompt + tail + 1", 64)
+
+
+def test_engines_run_and_agree_with_their_reference(tmp_path: Path, write: Write) -> None:
+    output = tmp_path / "bundle"
+    for spec in write(output).engines:
+        reference = load_file(output / spec.reference)
+        given = {name[6:]: array for name, array in reference.items() if name.startswith("input.")}
+        wanted = {name[7:]: array for name, array in reference.items() if name.startswith("output.")}
+        session = onnxruntime.InferenceSession(output / spec.file, providers=["CPUExecutionProvider"])
+        values = dict(zip(wanted, session.run(list(wanted), given), strict=True))
+        for name, array in wanted.items():
+            assert np.linalg.norm(values[name] - array) <= 1e-5 * np.linalg.norm(array)
+
+
+def test_engines_share_one_weight_store(tmp_path: Path, write: Write) -> None:
+    write(tmp_path / "bundle")
+    places = {}
+    for name in ("step", "scores"):
+        graph = onnx.load(tmp_path / "bundle" / f"{name}.onnx", load_external_data=False).graph
+        for tensor in graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                data = {entry.key: entry.value for entry in tensor.external_data}
+                assert data["location"] == "weights.bin"
+                places[name, tensor.name] = data["offset"]
+    tied = [offset for (_, tensor), offset in places.items() if tensor.split(".")[1] in ("embed", "head")]
+    assert len(tied) == 2
+    assert len(set(tied)) == 1
+
+
+def test_report_has_sizes(tmp_path: Path, write: Write) -> None:
+    write(tmp_path / "bundle")
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    assert report["engines"] == {}
+    assert report["sizes"]["checkpoint_bytes"] == 12345
+    assert report["sizes"]["weights_bytes"] == (tmp_path / "bundle" / "weights.bin").stat().st_size
+    assert report["sizes"].keys() == {"weights_bytes", "graphs_bytes", "references_bytes", "checkpoint_bytes"}
+    assert report["weight_store"]["references"] > report["weight_store"]["tensors"]
+
+
+def test_an_output_with_something_in_it_is_refused(tmp_path: Path, write: Write) -> None:
+    output = tmp_path / "bundle"
+    output.mkdir()
+    (output / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputExistsError, match="not empty"):
+        write(output)
+    with pytest.raises(OutputExistsError, match="not a bundle"):
+        write(output, overwrite=True)
+    with pytest.raises(OutputExistsError, match="not a directory"):
+        ensure_writable(output / "thesis.tex", overwrite=True)
+    assert names(tmp_path) == {"bundle"}
+    assert names(output) == {"thesis.tex"}
+
+
+def test_an_empty_output_is_filled(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "bundle").mkdir()
+    write(tmp_path / "bundle")
+    assert "manifest.json" in names(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
+def test_overwrite_replaces_a_bundle(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(bundle, "_exchange", lambda first, second: False)
+    output = tmp_path / "bundle"
+    write(output)
+    (output / "stale").touch()
+    manifest = write(output, plan=None, overwrite=True)
+    assert names(output) == {*manifest.files, "manifest.json"}
+    assert "plan.json" not in manifest.files
+    assert names(tmp_path) == {"bundle"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="directories are swapped in one step on Linux alone")
+def test_directories_are_swapped_in_one_step(tmp_path: Path) -> None:
+    (tmp_path / "old" / "a").mkdir(parents=True)
+    (tmp_path / "new" / "b").mkdir(parents=True)
+    assert bundle._exchange(tmp_path / "new", tmp_path / "old")
+    assert (names(tmp_path / "old"), names(tmp_path / "new")) == ({"b"}, {"a"})
+
+
+def test_of_a_symbolic_link_the_target_is_replaced(tmp_path: Path, write: Write) -> None:
+    write(tmp_path / "v1")
+    (tmp_path / "current").symlink_to("v1")
+    manifest = write(tmp_path / "current", plan=None, overwrite=True)
+    assert (tmp_path / "current").is_symlink()
+    assert read_manifest(tmp_path / "v1") == manifest
+    assert names(tmp_path) == {"v1", "current"}
+
+
+def test_a_failed_build_leaves_nothing_and_an_old_bundle_alone(
+    tmp_path: Path, write: Write, engines: list[EngineBuild]
+) -> None:
+    class BrokenTokenizer:
+        def save(self, path: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(BundleError, match="No space left"):
+        write(tmp_path / "bundle", tokenizer=BrokenTokenizer())
+    assert names(tmp_path) == set()
+    old = write(tmp_path / "bundle")
+    with pytest.raises(BundleError, match="same name"):
+        write(tmp_path / "bundle", engines=[engines[0], engines[0]], overwrite=True)
+    with pytest.raises(BundleError, match="No space left"):
+        write(tmp_path / "bundle", tokenizer=BrokenTokenizer(), overwrite=True)
+    assert names(tmp_path) == {"bundle"}
+    assert read_manifest(tmp_path / "bundle") == old
+
+
+def test_a_failed_swap_puts_the_old_bundle_back(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "bundle"
+    old = write(output)
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target) == output and Path(source).name == "bundle" and Path(source) != output:
+            raise OSError("busy")
+        rename(source, target)
+
+    monkeypatch.setattr(bundle, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(bundle.os, "rename", failing)
+    with pytest.raises(BundleError, match="busy"):
+        write(output, plan=None, overwrite=True)
+    assert read_manifest(output) == old
+    assert names(tmp_path) == {"bundle"}
+
+
+def test_a_parent_that_cannot_be_created_is_a_bundle_error(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="could not be written"):
+        write(tmp_path / "file" / "bundle")
+
+
+def test_a_graph_that_is_wrong_is_not_shipped(tmp_path: Path, write: Write, step: Program) -> None:
+    model = emit_onnx(step)
+    model.graph.outputs[1].shape = ir.Shape(["batch", 7])
+    with pytest.raises(EmissionError, match=r"step\.onnx does not pass"):
+        write(tmp_path / "bundle", engines=[engine(step, model)])
+    assert names(tmp_path) == set()
+
+
+def test_writing_leaves_the_engines_usable(tmp_path: Path, write: Write, engines: list[EngineBuild]) -> None:
+    first, second = write(tmp_path / "one"), write(tmp_path / "two")
+    assert first == second
+    for build in engines:
+        for value in build.model.graph.initializers.values():
+            assert not isinstance(value.const_value, ir.ExternalTensor)
+
+
+_BUILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.export.test_bundle import build_again
+build_again(Path(sys.argv[1]))
+"""
+
+
+def build_again(output: Path) -> None:
+    """A whole build from the network on, for a fresh process."""
+    builds = [engine(program, emit_onnx(program)) for program in step_programs()]
+    write_bundle(output, engines=builds, facts=FACTS, tokenizer=word_tokenizer(), recipe_json="{}\n")
+
+
+def test_two_builds_in_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    processes = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        (tmp_path / f"elsewhere{seed}").mkdir()
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", _BUILD, str(tmp_path / f"bundle{seed}"), str(root)],
+                env=environment,
+                cwd=tmp_path / f"elsewhere{seed}",
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    first, second = (read_manifest(tmp_path / f"bundle{seed}") for seed in ("1", "2"))
+    assert first.files == second.files

@@ -1,0 +1,65 @@
+"""Counts of nodes, operators, parameters and FLOPs against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.exporters.statistics import component, graph_statistics
+from flashu_compile.program import Program
+from tests.export.conftest import GROUPS, HEADS, HIDDEN, LAYERS, VOCABULARY, WIDTH, unary
+
+_KV = GROUPS * WIDTH // HEADS
+
+
+def test_nodes_and_operators(step: Program, step_model: ir.Model) -> None:
+    statistics = graph_statistics(step, step_model)
+    assert statistics["nodes"] == len(list(step_model.graph)) == sum(statistics["operators"].values())
+    assert statistics["operators"]["Gemm"] == 7 * LAYERS + 2
+    assert list(statistics["operators"]) == sorted(statistics["operators"])
+
+
+def test_parameters_by_component(step: Program, step_model: ir.Model) -> None:
+    layer = 2 * WIDTH**2 + WIDTH + 2 * (WIDTH * _KV + _KV) + 3 * WIDTH * HIDDEN + 2 * WIDTH
+    other = VOCABULARY * WIDTH + 3 * WIDTH + WIDTH + WIDTH  # the tied embedding counts once
+    assert graph_statistics(step, step_model)["parameters"] == {"llm": LAYERS * layer, "other": other}
+
+
+def test_flops_by_component(step: Program, step_model: ir.Model) -> None:
+    batch, rows = 2, 5 + 1 + 3
+    linear = batch * rows * (2 * WIDTH**2 + 2 * WIDTH * _KV + 3 * WIDTH * HIDDEN)
+    attention = 2 * batch * rows**2 * WIDTH
+    other = batch * 3 * WIDTH + batch * rows * WIDTH * VOCABULARY
+    assert graph_statistics(step, step_model)["flops"] == {
+        "llm": 2 * LAYERS * (linear + attention),
+        "other": 2 * other,
+    }
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 2, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.patch(x),)
+
+
+def test_convolutions_count() -> None:
+    program = unary("patch", Convolution(), torch.randn(2, 3, 6, 6), ("batch", None, None, None))
+    assert graph_statistics(program, emit_onnx(program)) == {
+        "nodes": 1,
+        "operators": {"Conv": 1},
+        "parameters": {"other": 8 * 3 * 4 + 8},
+        "flops": {"other": 2 * 2 * 9 * 8 * 3 * 4},
+    }
+
+
+def test_a_component_is_the_longest_root_above_a_path() -> None:
+    stacks = {"all": "model", "llm": "model.layers", "head": "model.head"}
+    assert component("model.layers.3.mlp", stacks) == "llm"
+    assert component("model.head", stacks) == "head"
+    assert component("model.header.0", stacks) == "all"
+    assert component("vae.layers", stacks) == "other"

@@ -1,0 +1,394 @@
+"""Pictures and answers of a bundle whose graphs have closed forms."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+import flashu_compile
+from flashu_compile.errors import (
+    BackendUnavailableError,
+    BundleError,
+    BundleVersionError,
+    ConfigurationError,
+    InputError,
+    UnknownTaskError,
+)
+from flashu_compile.runtime import Pipeline, files, load, sessions
+from flashu_compile.runtime.noise import initial_noise
+from flashu_compile.runtime.prompts import PromptCodec
+from flashu_compile.runtime.sampler import prompt_pair
+from tests.runtime.tiny_bundle import (
+    FACTS,
+    GUIDANCE,
+    LATENT_SHAPE,
+    MAX_NEW_TOKENS,
+    PICTURE,
+    POINTS,
+    SHIFT,
+    SLOPE,
+    TEXT,
+    TIME,
+    accept_changes,
+    byte_tokenizer,
+    edit_json,
+    flip_byte,
+    write_bundle,
+)
+
+BRIGHT = np.full((PICTURE, PICTURE, 3), 200, np.uint8)
+DARK = np.full((PICTURE, PICTURE, 3), 30, np.uint8)
+
+
+def euler(prompt: str, seed: int, points: int, scale: float) -> np.ndarray:
+    """What the tiny bundle's latents must be, in float64 and with nothing of the runtime's but the noise."""
+    codec = PromptCodec(byte_tokenizer())
+    conditional, unconditional = (
+        TEXT * sum([codec.bos, *codec.tokenizer.encode(text).ids, codec.boi]) for text in (prompt, "")
+    )
+    text = unconditional + scale * (conditional - unconditional)
+    grid = np.linspace(0, 1, points)
+    grid = grid / (grid + SHIFT - SHIFT * grid)
+    x = initial_noise(seed, 0, LATENT_SHAPE).astype(np.float64)
+    for t, following in pairwise(grid):
+        x = x + (following - t) * (SLOPE * x + text + TIME * t)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale", "points", "guidance"),
+    [(None, None, POINTS, GUIDANCE), (20, None, 20, GUIDANCE), (None, 1.5, POINTS, 1.5), (2, 0, 2, 0)],
+)
+def test_latents_follow_the_plan(
+    pipeline: Pipeline, steps: int | None, scale: float | None, points: int, guidance: float
+) -> None:
+    latents = pipeline.latents("a star", seed=3, steps=steps, guidance_scale=scale)
+    assert latents.dtype == np.float32
+    assert latents.shape == (1, *LATENT_SHAPE)
+    np.testing.assert_allclose(latents[0], euler("a star", 3, points, guidance), rtol=2e-5, atol=2e-6)
+
+
+def test_picture_is_the_decoded_latents(pipeline: Pipeline) -> None:
+    picture = pipeline.generate("a", seed=1)
+    x = np.clip(pipeline.latents("a", seed=1)[0], -1, 1)
+    # Depth-to-space: channel (i * 2 + j) * 3 + colour is pixel (2 y + i, 2 x + j).
+    pixels = x.reshape(2, 2, 3, 4, 4).transpose(3, 0, 4, 1, 2).reshape(PICTURE, PICTURE, 3)
+    np.testing.assert_array_equal(np.asarray(picture), ((pixels + 1) / 2 * 255).astype(np.uint8))
+    assert picture.mode == "RGB"
+
+
+def test_prompt_in_a_list_gives_what_it_gives_alone(pipeline: Pipeline) -> None:
+    prompts = ["a", "a much longer prompt", ""]
+    together = pipeline.latents(prompts, seed=9)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert row.tobytes() == pipeline.latents(prompt, seed=9).tobytes()
+    own_seeds = pipeline.generate(prompts, seed=[1, 2, 3])
+    assert [p.tobytes() for p in own_seeds] == [
+        pipeline.generate(prompt, seed=seed).tobytes()
+        for prompt, seed in zip(prompts, (1, 2, 3), strict=True)
+    ]
+
+
+def test_empty_lists_give_empty_results(pipeline: Pipeline) -> None:
+    assert pipeline.generate([]) == []
+    assert pipeline.latents([]).shape == (0, *LATENT_SHAPE)
+    assert pipeline.ask(BRIGHT, []) == []
+
+
+def test_prompt_pair_is_left_padded_to_one_length(pipeline: Pipeline) -> None:
+    codec = PromptCodec(byte_tokenizer())
+    pair = prompt_pair(codec, FACTS, "ab")
+    a, b = codec.encode("ab")
+    assert pair["prompt_ids"].tolist() == [
+        [codec.bos, a, b, codec.boi],
+        [codec.pad] * 2 + [codec.bos, codec.boi],
+    ]
+    assert pair["prompt_mask"].tolist() == [[True] * 4, [False, False, True, True]]
+    rows = FACTS.sequence_length - FACTS.span_length
+    assert pair["tail_ids"].tolist() == [[codec.eoi, codec.eos] + [codec.pad] * (rows - 6)] * 2
+    assert {name: str(value.dtype) for name, value in pair.items()} == {
+        "prompt_ids": "int64",
+        "prompt_mask": "bool",
+        "tail_ids": "int64",
+    }
+
+
+def test_longest_prompt_fits_and_one_more_token_does_not(pipeline: Pipeline) -> None:
+    limit = FACTS.max_prompt_tokens
+    np.testing.assert_allclose(
+        pipeline.latents("x" * limit)[0], euler("x" * limit, 0, POINTS, GUIDANCE), rtol=2e-5, atol=2e-5
+    )
+    with pytest.raises(InputError, match=f"{limit + 1} tokens .* at most {limit}"):
+        pipeline.generate("x" * (limit + 1))
+
+
+def test_progress_counts_evaluations_of_all_prompts(pipeline: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    pipeline.generate(["a", "b"], steps=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": 3}, "string or a list of strings, not int"),
+        ({"prompt": ["a", None]}, "string, not NoneType"),
+        ({"prompt": "\ud800"}, "not valid Unicode"),
+        ({"prompt": "a", "seed": -1}, r"seed must be an integer from 0 to 2\*\*64 - 1, not -1"),
+        ({"prompt": "a", "seed": 2**64}, r"2\*\*64 - 1"),
+        ({"prompt": "a", "seed": 0.5}, "seed must be an integer, not 0.5"),
+        ({"prompt": "a", "seed": [1]}, "one for each prompt of a list"),
+        ({"prompt": ["a", "b"], "seed": [1]}, "2 prompts"),
+        ({"prompt": "a", "steps": 1}, "at least 2 time points"),
+        ({"prompt": "a", "steps": 2.5}, "steps must be an integer"),
+        ({"prompt": "a", "steps": True}, "steps must be an integer"),
+        ({"prompt": "a", "guidance_scale": -1}, "guidance_scale must be between"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be between"),
+        ({"prompt": "a", "guidance_scale": "high"}, "guidance_scale must be a number"),
+    ],
+)
+def test_unusable_arguments_of_generate(pipeline: Pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline.generate(**arguments)
+
+
+def test_nothing_is_sampled_before_all_prompts_are_checked(pipeline: Pipeline) -> None:
+    seen: list[int] = []
+    with pytest.raises(InputError, match="shorten it"):
+        pipeline.generate(["a", "x" * 99], progress=lambda done, total: seen.append(done))
+    assert seen == []
+
+
+def test_latents_that_overflow_are_an_error(own_bundle: Path) -> None:
+    plan = json.loads((own_bundle / "plan.json").read_text())
+    plan["steps"][2]["dt"] = 1e39
+    (own_bundle / "plan.json").write_text(json.dumps(plan))
+    accept_changes(own_bundle, "plan.json")
+    with (
+        pytest.raises(InputError, match="no longer finite after evaluation 3 of 5"),
+        np.errstate(all="ignore"),
+    ):
+        load(own_bundle).generate("a")
+
+
+def test_uneven_plan_is_followed_but_no_other_follows_from_it(own_bundle: Path) -> None:
+    plan = json.loads((own_bundle / "plan.json").read_text())
+    plan["steps"][0]["guidance_scale"] = 1.0
+    (own_bundle / "plan.json").write_text(json.dumps(plan))
+    accept_changes(own_bundle, "plan.json")
+    pipe = load(own_bundle)
+    assert not np.array_equal(pipe.latents("a"), pipe.latents("a", guidance_scale=GUIDANCE))
+    with pytest.raises(InputError, match="changes its engine or guidance"):
+        pipe.generate("a", steps=3)
+
+
+def test_answers_depend_on_picture_and_question(pipeline: Pipeline) -> None:
+    assert pipeline.ask(BRIGHT, "is it?") == "light"
+    assert pipeline.ask(DARK, "is it?") == "dark"
+    assert pipeline.ask(BRIGHT, "nothing") == ""
+    assert pipeline.ask(DARK, ["is it?", "nothing", "is it?"]) == ["dark", "", "dark"]
+
+
+def test_answers_end_at_the_limit(pipeline: Pipeline) -> None:
+    assert pipeline.ask(BRIGHT, "is it?", max_new_tokens=2) == "li"
+    assert pipeline.ask(BRIGHT, "zzz?") == "z" * MAX_NEW_TOKENS
+
+
+def test_picture_is_encoded_once_for_many_questions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    run = sessions.OnnxRuntimeEngine.run
+
+    def counted(self: sessions.OnnxRuntimeEngine, inputs: sessions.Tensors) -> dict:
+        ran.append(self.spec.name)
+        return run(self, inputs)
+
+    monkeypatch.setattr(sessions.OnnxRuntimeEngine, "run", counted)
+    load(bundle).ask(BRIGHT, ["a?", "b?", "c?"])
+    assert ran.count("vision") == 1
+    assert ran.count("language") == 3 * len("light.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"question": 3}, "string or a list of strings"),
+        ({"question": "a", "max_new_tokens": 0}, "at least 1"),
+        ({"question": "a", "max_new_tokens": "9"}, "must be an integer"),
+        ({"question": "a", "image": "absent.png"}, "absent.png does not exist"),
+    ],
+)
+def test_unusable_arguments_of_ask(pipeline: Pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline.ask(**{"image": BRIGHT, **arguments})
+
+
+def test_one_pipeline_serves_many_threads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    create = sessions.create_session
+
+    def counted(model: Path, provider: str, threads: int | None) -> onnxruntime.InferenceSession:
+        made.append(model.name)
+        return create(model, provider, threads)
+
+    monkeypatch.setattr(sessions, "create_session", counted)
+    pipe = load(bundle, threads=2)
+
+    def serve(number: int) -> tuple[bytes, str]:
+        picture = pipe.generate(f"prompt {number % 5}", seed=number % 3)
+        return picture.tobytes(), pipe.ask(BRIGHT if number % 2 else DARK, "is it?")
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(serve, range(60)))
+    assert sorted(made) == ["denoise.onnx", "language.onnx", "vae_decode.onnx", "vision.onnx"]
+    assert together == [serve(number) for number in range(60)]
+
+
+@pytest.mark.parametrize(("task", "other"), [("t2i", "mmu"), ("mmu", "t2i")])
+def test_task_the_bundle_lacks(tmp_path: Path, task: str, other: str) -> None:
+    pipe = load(write_bundle(tmp_path / "bundle", (task,)))
+    with pytest.raises(UnknownTaskError, match=f"built for {task} and cannot .* task '{other}'"):
+        pipe.generate("a") if other == "t2i" else pipe.ask(BRIGHT, "a")
+    pipe.ask(BRIGHT, "a") if task == "mmu" else pipe.generate("a")
+
+
+class TestLoading:
+    def test_no_bundle(self, tmp_path: Path) -> None:
+        with pytest.raises(BundleError, match="does not exist; it is not a bundle"):
+            load(tmp_path / "absent")
+        with pytest.raises(BundleError, match="has no manifest"):
+            load(tmp_path)
+
+    def test_newer_schema(self, own_bundle: Path) -> None:
+        edit_json(own_bundle / "manifest.json", schema=99)
+        with pytest.raises(BundleVersionError, match=r"schema 99; this version reads \d+: upgrade"):
+            load(own_bundle)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', "\x00"])
+    def test_malformed_manifest(self, own_bundle: Path, text: str) -> None:
+        (own_bundle / "manifest.json").write_text(text)
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            load(own_bundle)
+
+    def test_plan_that_is_no_text(self, own_bundle: Path) -> None:
+        (own_bundle / "plan.json").write_bytes(b"\xff{}")
+        with pytest.raises(BundleError, match=r"plan\.json is damaged"):
+            load(own_bundle, verify_hashes=False)
+
+    def test_other_backend(self, own_bundle: Path) -> None:
+        edit_json(own_bundle / "manifest.json", backend="tensorrt")
+        with pytest.raises(BackendUnavailableError, match="built for backend 'tensorrt'"):
+            load(own_bundle)
+
+    @pytest.mark.parametrize("name", ["plan.json", "tokenizer.json"])
+    def test_damaged_when_loaded(self, own_bundle: Path, name: str) -> None:
+        flip_byte(own_bundle / name, 20)
+        with pytest.raises(BundleError, match=f"{name} is damaged"):
+            load(own_bundle)
+
+    @pytest.mark.parametrize("name", ["denoise.onnx", "weights.bin"])
+    def test_damaged_when_used(self, own_bundle: Path, name: str) -> None:
+        flip_byte(own_bundle / name)
+        pipe = load(own_bundle)
+        for _ in range(2):
+            with pytest.raises(BundleError, match=f"{name} is damaged"):
+                pipe.generate("a")
+
+    def test_hashes_are_checked_once(self, own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashed: list[str] = []
+        entry = files.file_entry
+        monkeypatch.setattr(files, "file_entry", lambda path: hashed.append(path.name) or entry(path))
+        pipe = load(own_bundle)
+        pipe.generate(["a", "b"])
+        pipe.ask(BRIGHT, "a")
+        assert hashed.count("weights.bin") == 1
+        assert len(hashed) == len(set(hashed)) == 7
+
+    def test_hashes_can_be_left_unchecked(self, own_bundle: Path) -> None:
+        (own_bundle / "recipe.json").unlink()
+        edit_json(own_bundle / "plan.json", time_shift=2.0)
+        load(own_bundle, verify_hashes=False).generate("a")
+
+    @pytest.mark.parametrize("name", ["denoise.onnx", "weights.bin", "plan.json", "tokenizer.json"])
+    def test_missing_file(self, own_bundle: Path, name: str) -> None:
+        (own_bundle / name).unlink()
+        with pytest.raises(BundleError, match=f"{name} is missing"):
+            load(own_bundle, verify_hashes=False).generate("a")
+
+    def test_graph_that_is_no_onnx(self, own_bundle: Path) -> None:
+        (own_bundle / "vision.onnx").write_bytes(b"not a graph")
+        with pytest.raises(BundleError, match="cannot load engine 'vision'"):
+            load(own_bundle, verify_hashes=False).ask(BRIGHT, "a")
+
+    @pytest.mark.parametrize("name", ["../outside.onnx", "/etc/passwd", "a/../../b", ""])
+    def test_files_outside_the_bundle(self, own_bundle: Path, name: str) -> None:
+        manifest = json.loads((own_bundle / "manifest.json").read_text())
+        manifest["engines"][0]["file"] = name
+        (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match="not a file inside the bundle"):
+            load(own_bundle, verify_hashes=False).generate("a")
+
+    def test_engine_the_plan_needs_is_missing(self, own_bundle: Path) -> None:
+        manifest = json.loads((own_bundle / "manifest.json").read_text())
+        del manifest["engines"][0]
+        (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match="no engine 'denoise'"):
+            load(own_bundle)
+
+    def test_graph_and_manifest_disagree(self, own_bundle: Path) -> None:
+        manifest = json.loads((own_bundle / "manifest.json").read_text())
+        manifest["engines"][0]["inputs"][4]["dtype"] = "float16"
+        (own_bundle / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match=r"'denoise': the inputs of denoise\.onnx"):
+            load(own_bundle).generate("a")
+
+    def test_unknown_solver_and_input(self, own_bundle: Path) -> None:
+        edit_json(own_bundle / "plan.json", solver="heun")
+        with pytest.raises(BundleError, match="solver 'heun'"):
+            load(own_bundle, verify_hashes=False).generate("a")
+
+    @pytest.mark.parametrize("threads", [0, -1])
+    def test_threads(self, bundle: Path, threads: int) -> None:
+        with pytest.raises(ConfigurationError, match="threads must be a positive integer"):
+            load(bundle, threads=threads)
+
+
+def test_a_pil_picture_and_a_file_give_one_answer(pipeline: Pipeline, tmp_path: Path) -> None:
+    Image.fromarray(DARK).save(tmp_path / "dark.png")
+    answers = {
+        pipeline.ask(source, "is it?") for source in (DARK, Image.fromarray(DARK), tmp_path / "dark.png")
+    }
+    assert answers == {"dark"}
+
+
+def test_serving_imports_nothing_of_the_compiler(bundle: Path) -> None:
+    """Load, generate, ask, verify and examine in a process where those packages cannot be imported."""
+    code = f"""
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {set(flashu_compile._COMPILE_MODULES)!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import flashu_compile
+from flashu_compile.runtime.doctor import examine
+from flashu_compile.runtime.verify import verify
+pipe = flashu_compile.load({str(bundle)!r}, threads=1)
+print(pipe.ask(pipe.generate("a", seed=1), "is it?"), verify({str(bundle)!r}).ok)
+print({{f.status for f in examine() if f.name == "torch"}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split()
+    assert said[0] in ("light", "dark")
+    assert said[1:] == ["True", "{'missing'}"]

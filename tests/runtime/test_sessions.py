@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
+from flashu_compile.runtime import Pipeline, doctor, load, sessions
+from flashu_compile.runtime.manifest import EngineSpec, TensorSpec, read_manifest
+from flashu_compile.runtime.sessions import BundleFiles, OnnxRuntimeEngines, check_inputs, probe_provider
+from tests.runtime.tiny_bundle import LATENT_SHAPE
+
+SPEC = EngineSpec(
+    "denoise",
+    "t2i",
+    "denoise.onnx",
+    (TensorSpec("ids", "int64", ("batch", "prompt")), TensorSpec("latents", "float32", ("batch", 12, 4, 4))),
+    (),
+    "",
+)
+IDS, LATENTS = np.zeros((2, 5), np.int64), np.zeros((2, *LATENT_SHAPE), np.float32)
+
+
+def lacks(provider: str) -> bool:
+    try:
+        probe_provider(provider)
+    except BackendUnavailableError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"ids": IDS}, "Engine 'denoise' takes ids, latents; given: ids"),
+        ({"ids": IDS, "latents": LATENTS, "mask": IDS}, "given: ids, latents, mask"),
+        (
+            {"ids": IDS.astype(np.int32), "latents": LATENTS},
+            r"'denoise', input 'ids': expected int64 \[batch, prompt\], given int32 \[2, 5\]",
+        ),
+        ({"ids": IDS[0], "latents": LATENTS}, r"given int64 \[5\]"),
+        (
+            {"ids": IDS, "latents": LATENTS[:, :3]},
+            r"'latents': expected float32 \[batch, 12, 4, 4\], given float32 \[2, 3, 4, 4\]",
+        ),
+        ({"ids": IDS, "latents": LATENTS[:1]}, r"given float32 \[1, 12, 4, 4\] \(batch is 2 in another"),
+        ({"ids": IDS.tolist(), "latents": LATENTS}, "given list"),
+    ],
+)
+def test_inputs_are_compared_with_the_signature(inputs: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_inputs(SPEC, inputs)
+
+
+def test_engine_runs_and_refuses(bundle: Path) -> None:
+    engines = OnnxRuntimeEngines(BundleFiles(bundle, read_manifest(bundle)), threads=1)
+    decode = engines.engine("vae_decode")
+    assert decode is engines.engine("vae_decode")
+    assert decode.run({"latents": LATENTS})["pixels"].shape == (2, 3, 8, 8)
+    with pytest.raises(InputError, match="expected float32"):
+        decode.run({"latents": LATENTS.astype(np.float64)})
+    with pytest.raises(BundleError, match="no engine 'encode'; it has: denoise"):
+        engines.engine("encode")
+
+
+@pytest.mark.parametrize("provider", ["gpu", "", "CPU!"])
+def test_unknown_provider(bundle: Path, provider: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"Unknown provider .* cpu, cuda, tensorrt"):
+        load(bundle, provider=provider)
+
+
+@pytest.mark.parametrize(
+    ("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt"), ("CUDAExecutionProvider", "CUDA")]
+)
+def test_missing_provider_is_an_error_never_a_fallback(
+    bundle: Path, capfd: pytest.CaptureFixture[str], provider: str, name: str
+) -> None:
+    if not lacks(provider):
+        pytest.skip(f"{provider} works here")
+    with pytest.raises(BackendUnavailableError, match=f"{name}ExecutionProvider.*It needs"):
+        load(bundle, provider=provider)
+    assert capfd.readouterr().out == ""
+
+
+def test_provider_this_build_does_not_have(bundle: Path) -> None:
+    with pytest.raises(
+        BackendUnavailableError, match="NoSuchExecutionProvider is not part of this onnxruntime"
+    ):
+        load(bundle, provider="NoSuchExecutionProvider")
+
+
+def test_session_with_fewer_providers_than_asked_for(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an ONNX Runtime does whose CUDA provider does not load: it hands out a session on the CPU."""
+    real = sessions.ort.InferenceSession
+    monkeypatch.setattr(sessions.ort, "get_available_providers", lambda: ["XExecutionProvider"])
+    monkeypatch.setattr(
+        sessions.ort,
+        "InferenceSession",
+        lambda model, options, **_: real(model, options, providers=["CPUExecutionProvider"]),
+    )
+    with pytest.raises(
+        BackendUnavailableError, match="asked for, but ONNX Runtime gave CPUExecutionProvider"
+    ):
+        load(bundle, provider="XExecutionProvider")
+
+
+def test_ort_name_of_a_provider(bundle: Path, pipeline: Pipeline) -> None:
+    named = load(bundle, provider="CPUExecutionProvider", threads=1)
+    np.testing.assert_array_equal(named.latents("a"), pipeline.latents("a"))
+
+
+def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = {finding.name: finding for finding in doctor.examine()}
+    assert findings["onnxruntime: cpu"].status == "works"
+    assert "CPUExecutionProvider" in findings["onnxruntime: cpu"].detail
+    for provider in ("cuda", "tensorrt"):
+        finding = findings[f"onnxruntime: {provider}"]
+        assert finding.status == ("missing" if lacks(provider) else "works")
+        assert finding.status == "works" or "It needs" in finding.detail
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    findings = {finding.name: finding for finding in doctor.examine()}
+    for name in ("torch", "transformers", "onnxscript", "torch_tensorrt", "aot inductor"):
+        assert findings[name].status == "missing"
+        assert 'pip install "flashu-compile[' in findings[name].detail
