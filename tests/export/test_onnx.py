@@ -170,6 +170,42 @@ def test_linear_of_any_rank(shape: tuple[int, ...], bias: bool) -> None:
     assert not operators(model).keys() & {"Transpose", "Shape"}
 
 
+class Rearranged(nn.Module):
+    """A weight read transposed, and another repeated, outside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 30))
+        self.rows = nn.Parameter(torch.randn(1, 1, 40, 40))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x @ self.weight.T + self.rows.expand(1, 3, 40, 40).sum(2),)
+
+
+def test_weights_are_not_stored_rearranged() -> None:
+    program = unary("rearranged", Rearranged(), torch.randn(2, 3, 30), ("batch", None, None))
+    model = emit_onnx(program)
+    sizes = {name: value.const_value.size for name, value in model.graph.initializers.items()}
+    assert {name for name, size in sizes.items() if size > 100} == {"weight", "rows"}
+    assert worst_error(model, program, program.sample) < 1e-5
+
+
+class TiledHeads(nn.Module):
+    """Heads repeated as a whole (0 1 0 1), which is not what Attention does by itself (0 0 1 1)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        b, groups, rows, size = x.shape
+        keys = x[:, None].expand(b, 2, groups, rows, size).flatten(1, 2)
+        return (nn.functional.scaled_dot_product_attention(keys.flip(1), keys, keys),)
+
+
+def test_other_repetitions_of_heads_are_kept() -> None:
+    program = unary("tiled", TiledHeads(), torch.randn(2, 2, 5, 8), ("batch", None, None, None))
+    model = emit_onnx(program)
+    assert operators(model)["Attention"] == 1
+    assert worst_error(model, program, {"x": torch.randn(3, 2, 5, 8)}) < 1e-5
+
+
 class Mixed(nn.Module):
     """Operators with translations of their own, and one (logaddexp2) the exporter must decompose."""
 
