@@ -151,7 +151,7 @@ def build(
 @app.command(
     epilog=_examples(
         'generate build/shapes "a red circle left of a blue square" --output picture.png',
-        'generate build/shapes "two green stars" --seed 7 --steps 20 --guidance-scale 4 -o stars.webp',
+        'generate build/shapes "two green triangles" --seed 7 --steps 20 --guidance-scale 4 -o triangles.webp',
     )
 )
 def generate(

@@ -92,17 +92,11 @@ def export(
         FlashuError: a subclass that says what is wrong and what to do; nothing is left behind.
     """
     tasks = _tasks(task)
-    _check_choice("backend", backend, BACKENDS)
-    _check_choice("precision", precision, PRECISIONS)
-    if isinstance(recipe, str) and recipe not in PRESETS:
-        raise RecipeError(f"Unknown recipe {recipe!r}; known presets are: {', '.join(PRESETS)}.")
-    if calibration is not None:
-        raise RecipeError("The exact recipe takes no calibration data; leave `calibration` out.")
-    report_progress = progress or (lambda stage, fraction: None)
-
+    _check_decisions(recipe, calibration, backend, precision)
+    tell = progress or (lambda stage, fraction: None)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
-    report_progress("loading the model", 0.0)
+    tell("loading the model", 0.0)
     loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
     if loaded.vae is None:
         raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
@@ -110,22 +104,12 @@ def export(
     ensure_writable(directory, overwrite=overwrite)
     decisions = _recipe(recipe, loaded)
 
-    builds, statistics, records = _compile(loaded, tasks, report_progress)
-    report_progress("writing the bundle", 0.9)
-    facts = BundleFacts(
-        model=loaded.name,
-        tasks=tasks,
-        backend=backend,
-        precision=precision,
-        recipe=decisions.name,
-        generation=_generation_facts(loaded) if "t2i" in tasks else None,
-        understanding=_understanding_facts(loaded) if "mmu" in tasks else None,
-        versions=_versions(),
-    )
+    builds, statistics, records = _compile(loaded, tasks, tell)
+    tell("writing the bundle", 0.9)
     manifest = write_bundle(
         directory,
         engines=builds,
-        facts=facts,
+        facts=_facts(loaded, tasks, backend, precision, decisions),
         tokenizer=loaded.tokenizer,
         recipe_json=decisions.to_json(),
         plan=_plan(decisions) if "t2i" in tasks else None,
@@ -133,7 +117,7 @@ def export(
         checkpoint_bytes=_checkpoint_bytes(loaded),
         overwrite=overwrite,
     )
-    report_progress("done", 1.0)
+    tell("done", 1.0)
     return Bundle(directory, manifest)
 
 
@@ -188,6 +172,15 @@ def _tasks(task: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in TASKS if name in asked)
 
 
+def _check_decisions(recipe: str | Recipe, calibration: object, backend: str, precision: str) -> None:
+    _check_choice("backend", backend, BACKENDS)
+    _check_choice("precision", precision, PRECISIONS)
+    if isinstance(recipe, str) and recipe not in PRESETS:
+        raise RecipeError(f"Unknown recipe {recipe!r}; known presets are: {', '.join(PRESETS)}.")
+    if calibration is not None:
+        raise RecipeError("The exact recipe takes no calibration data; leave `calibration` out.")
+
+
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigurationError(f"Unknown {name} {value!r}; known ones are: {', '.join(known)}.")
@@ -209,6 +202,21 @@ def _plan(recipe: Recipe) -> StepPlan:
 def _picture_size(loaded: LoadedModel) -> int:
     assert loaded.vae is not None
     return loaded.network.config.latent_shape[1] * loaded.vae.spatial_factor
+
+
+def _facts(
+    loaded: LoadedModel, tasks: tuple[str, ...], backend: str, precision: str, recipe: Recipe
+) -> BundleFacts:
+    return BundleFacts(
+        model=loaded.name,
+        tasks=tasks,
+        backend=backend,
+        precision=precision,
+        recipe=recipe.name,
+        generation=_generation_facts(loaded) if "t2i" in tasks else None,
+        understanding=_understanding_facts(loaded) if "mmu" in tasks else None,
+        versions=_versions(),
+    )
 
 
 def _generation_facts(loaded: LoadedModel) -> GenerationFacts:

@@ -1,0 +1,35 @@
+"""What depends on weights alone is computed at compile time, unless that would inflate the engine."""
+
+from __future__ import annotations
+
+from flashu_compile.passes.fold_constants import FoldConstants
+from flashu_compile.passes.manager import compare
+from flashu_compile.program import Program
+from tests.support.programs import only, targets
+
+
+def test_constants_fold_to_the_interpolated_positions(understand: Program) -> None:
+    """At another resolution the position table is interpolated: at compile time, and only there."""
+    assert any("bicubic" in target for target in targets(understand))
+    result = FoldConstants().call(understand)
+    after = only(result)
+    assert not any("bicubic" in target for target in targets(after))
+    assert "model.position_embedding.weight" not in after.exported.state_dict
+    assert all(error < 1e-6 for error in compare(understand, result).values())
+
+
+def test_the_fixed_time_token_folds_with_its_mlp(understand: Program) -> None:
+    after = only(FoldConstants().call(understand))
+    assert any("time_embed" in name for name in understand.exported.state_dict)
+    assert not any("time_embed" in name for name in after.exported.state_dict)
+
+
+def test_folding_never_inflates(understand: Program) -> None:
+    """A result larger than the limit and than what it comes from is left in the graph."""
+    result = FoldConstants(max_bytes=0).call(understand)
+
+    def stored(program: Program) -> int:
+        tensors = [*program.exported.state_dict.values(), *program.exported.constants.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    assert stored(only(result)) <= stored(understand)
