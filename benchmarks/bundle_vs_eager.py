@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 
 import flashu_compile
@@ -52,11 +53,12 @@ def relative(value: np.ndarray, truth: np.ndarray) -> float:
 
 
 def machine() -> dict[str, Any]:
-    names = ("torch", "onnx", "onnxruntime-gpu", "transformers", "numpy")
+    names = ("torch", "onnx", "transformers", "numpy")
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
         **{name: version(name) for name in names},
     }
 
@@ -65,10 +67,12 @@ def measure(model: str, repeats: int, threads: int, folder: Path) -> dict[str, A
     torch.set_num_threads(threads)
     build, bundle = seconds(lambda: flashu_compile.export(model, ["t2i", "mmu"], output=folder / "bundle"))
     eager = EagerPipeline(load_model(model))
-    load, pipe = seconds(lambda: flashu_compile.load(bundle.path, threads=threads))
+    pipe = flashu_compile.load(bundle.path, threads=threads)
+    first, _ = seconds(lambda: pipe.generate(PROMPT, steps=2))
     truth = eager.trajectory(PROMPT, seed=0).latents.numpy()
     latents = np.asarray(pipe.latents(PROMPT, seed=0))
     picture = eager.generate(PROMPT, seed=0)
+    answers = [p.ask(picture, QUESTION, max_new_tokens=8) for p in (eager, pipe)]
     drawing = in_turn(lambda: eager.generate(PROMPT), lambda: pipe.generate(PROMPT), repeats)
     asking = in_turn(
         lambda: eager.ask(picture, QUESTION, max_new_tokens=8),
@@ -84,13 +88,14 @@ def measure(model: str, repeats: int, threads: int, folder: Path) -> dict[str, A
         "points": eager.network.config.steps,
         "seconds": {
             "build": build,
-            "load": load,
+            "load_and_first_step": first,
             "eager_generate": drawing[0],
             "bundle_generate": drawing[1],
             "eager_ask": asking[0],
             "bundle_ask": asking[1],
         },
         "bytes": report["sizes"],
+        "answers": answers,
         "errors": {
             "final_latents": relative(latents, truth),
             **{

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
+from flashu_compile.errors import BundleError, BundleVersionError, EmissionError, OutputExistsError
 from flashu_compile.exporters.weights import StoreSummary, weight_store
 from flashu_compile.plan import StepPlan
 from flashu_compile.runtime.manifest import (
@@ -33,6 +33,7 @@ from flashu_compile.runtime.manifest import (
     TensorSpec,
     UnderstandingFacts,
     file_entry,
+    read_manifest,
 )
 
 
@@ -110,6 +111,9 @@ def write_bundle(
             _write_json(directory / REPORT, {**(report or {}), **facts_of_size})
             manifest = _manifest(directory, specs, facts)
             (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            _readable(directory)
+            # Again, since somebody may have filled it meanwhile.
+            ensure_writable(output, overwrite=overwrite)
             _put_in_place(directory, output)
     except OSError as error:
         raise BundleError(f"The bundle could not be written to {output}: {error}.") from error
@@ -126,8 +130,19 @@ def ensure_writable(output: Path, *, overwrite: bool = False) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{output} exists and is not empty; choose another output, or overwrite it.")
-    if not (output / MANIFEST).is_file():
-        raise OutputExistsError(f"{output} is not empty and not a bundle, so it will not be overwritten.")
+    try:
+        listed = {*read_manifest(output).files, MANIFEST}
+    except BundleVersionError:
+        return
+    except BundleError as error:
+        raise OutputExistsError(
+            f"{output} is not empty and not a bundle, so it will not be overwritten; choose another output."
+        ) from error
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in listed)
+    if foreign:
+        raise OutputExistsError(
+            f"{output} holds {foreign[0]}, which is not part of the bundle there, so it will not be overwritten."
+        )
 
 
 def _write_engines(directory: Path, engines: Sequence[EngineBuild]) -> tuple[list[EngineSpec], StoreSummary]:
@@ -198,6 +213,14 @@ def _manifest(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) 
         versions=dict(sorted(facts.versions.items())),
         files={path.name: file_entry(path) for path in sorted(directory.iterdir())},
     )
+
+
+def _readable(directory: Path) -> None:
+    """Give files the permissions of any new file; safetensors writes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 def _put_in_place(directory: Path, output: Path) -> None:

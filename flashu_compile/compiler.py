@@ -33,6 +33,7 @@ BACKENDS = ("onnxruntime",)
 PRECISIONS = ("float32",)
 _MAX_NEW_TOKENS = 300
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
+_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
 Progress = Callable[[str, float], None]
 
@@ -103,8 +104,10 @@ def export(
     directory = Path(output) if output is not None else Path(f"{loaded.name}-{'-'.join(tasks)}")
     ensure_writable(directory, overwrite=overwrite)
     decisions = _recipe(recipe, loaded)
+    plan = _plan(decisions)
+    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
 
-    builds, statistics, records = _compile(loaded, tasks, tell)
+    builds, statistics, records = _compile(loaded, tasks, directory.absolute().parent, tell)
     tell("writing the bundle", 0.9)
     manifest = write_bundle(
         directory,
@@ -112,7 +115,7 @@ def export(
         facts=_facts(loaded, tasks, backend, precision, decisions),
         tokenizer=loaded.tokenizer,
         recipe_json=decisions.to_json(),
-        plan=_plan(decisions) if "t2i" in tasks else None,
+        plan=plan if "t2i" in tasks else None,
         report={"engines": statistics, "passes": [dataclasses.asdict(r) for r in records]},
         checkpoint_bytes=_checkpoint_bytes(loaded),
         overwrite=overwrite,
@@ -122,7 +125,7 @@ def export(
 
 
 def _compile(
-    loaded: LoadedModel, tasks: tuple[str, ...], progress: Progress
+    loaded: LoadedModel, tasks: tuple[str, ...], scratch_parent: Path, progress: Progress
 ) -> tuple[list[EngineBuild], dict[str, Any], list[PassRecord]]:
     """Capture every program of the tasks, run its passes and emit what comes out."""
     assert loaded.vae is not None
@@ -142,14 +145,21 @@ def _compile(
             progress(f"{spec.task}: emitting {part.name}", start + 0.6 * share)
             build = _emit(part, truth)
             builds.append(build)
-            statistics[part.name] = graph_statistics(part, build.model) | {"errors": engine_errors(build)}
+            errors = engine_errors(build, scratch_parent)
+            statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
     return builds, statistics, records
 
 
 def _eager_outputs(spec: Capture) -> dict[str, Tensor]:
     """The outputs of the untraced module on the sample: the truth engines are held against."""
     with torch.inference_mode():
-        results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
+        threads = torch.get_num_threads()
+        # One thread: the last bits depend on how many there are, and a build's bytes must not.
+        torch.set_num_threads(1)
+        try:
+            results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
+        finally:
+            torch.set_num_threads(threads)
     return dict(zip(spec.outputs, results, strict=True))
 
 
@@ -239,7 +249,14 @@ def _understanding_facts(loaded: LoadedModel) -> UnderstandingFacts:
 
 
 def _versions() -> dict[str, str]:
-    return {"flashu-compile": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED}
+    installed = {
+        d.name: d.version for d in importlib.metadata.distributions(name=None) if d.name in _RUNTIMES
+    }
+    return {
+        "flashu-compile": __version__,
+        **installed,
+        **{n: importlib.metadata.version(n) for n in _VERSIONED},
+    }
 
 
 def _checkpoint_bytes(loaded: LoadedModel) -> int:

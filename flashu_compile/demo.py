@@ -14,8 +14,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+import flashu_compile
 from flashu_compile.errors import FlashuError
 from flashu_compile.runtime import Pipeline, load
 
@@ -53,16 +55,15 @@ def main(folder: Path = FOLDER) -> None:
     contact_sheet(drawn).save(sheet)
     (folder / "answers.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
     for row in answers:
-        console.print(f"[dim]{row['picture']}[/]  {row['question']} [bold]{row['answer']}[/]")
+        words = {key: escape(text) for key, text in row.items()}
+        console.print(f"[dim]{words['picture']}:[/] {words['question']} [bold]{words['answer']}[/]")
     console.print(f"Done in {time.perf_counter() - started:.0f} s. Results are in [bold]{folder}/[/]:")
     console.print(f"  {sheet.name}, answers.json, pictures/ and the compiled bundle/")
 
 
 def _build(bundle: Path, progress: Progress) -> None:
-    from flashu_compile.compiler import export
-
     row = progress.add_task(f"compiling {MODEL}", total=1.0)
-    export(
+    flashu_compile.export(
         MODEL,
         ["t2i", "mmu"],
         output=bundle,
@@ -118,5 +119,5 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
     except FlashuError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}")
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(1)

@@ -59,7 +59,3 @@ class BackendUnavailableError(FlashuError):
 
 class InputError(FlashuError):
     """A prompt, picture, tensor or sampling parameter given at run time is unusable."""
-
-
-class VerificationError(FlashuError):
-    """A bundle's engine does not give what it gave when the bundle was built."""

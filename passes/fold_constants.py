@@ -2,7 +2,7 @@
 
 Looks for maximal subgraphs without a path from any input (interpolated position tables, rotary frequencies, the
 time token at a fixed time) and replaces their results by constants. A result is folded only if it is no larger
-than `max_bytes` or than the tensors it is computed from, so that folding never inflates an engine.
+than `max_bytes` or than the tensors it is computed from, which bounds what folding can add to an engine.
 """
 
 from __future__ import annotations

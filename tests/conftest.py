@@ -17,8 +17,14 @@ def denoise() -> Program:
 
 @pytest.fixture(scope="session")
 def understand() -> Program:
-    """The captured understanding forward of the tiny model, at another resolution than it was trained at."""
-    return capture(captures("mmu", tiny_model(latent_grid=4), VAE)[0])
+    """The captured understanding forward of the tiny model, before any pass."""
+    return capture(captures("mmu", tiny_model(), VAE)[0])
+
+
+@pytest.fixture(scope="session")
+def resized() -> Program:
+    """The generation step at another resolution than the position table was learnt at."""
+    return capture(captures("t2i", tiny_model(latent_grid=4), VAE)[0])
 
 
 @pytest.fixture(scope="session")

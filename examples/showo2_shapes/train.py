@@ -197,6 +197,8 @@ def main() -> None:
     optimisation = optimisers(model, muon_lr=2e-3, adam_lr=1e-3)
     base = [o.param_groups[0]["lr"] for o in optimisation]
     first = 0
+    if arguments.resume is not None and not arguments.resume.is_file():
+        parser.error(f"--resume {arguments.resume} is not a file")
     resume = arguments.resume or arguments.output / "state.pt"
     if resume.is_file():
         state = torch.load(resume, weights_only=True)

@@ -167,6 +167,11 @@ def _from_module(
             "A model object says nothing about its tokenizer; pass tokenizer (for published Show-o2 models, "
             "the path or hub id of the Qwen2.5 model they are built on)."
         )
+    devices = {tensor.device.type for tensor in state.values()} - {"cpu"}
+    if devices:
+        raise ConfigurationError(
+            f"The model is on {', '.join(sorted(devices))}; compile it from the CPU: model.cpu()."
+        )
     found = vocabulary.resolve(tokenizer)
     if isinstance(module, Showo2):
         _refuse_llm_config(llm_config, "a Showo2, which has a complete configuration")

@@ -22,6 +22,9 @@ class PromptCodec:
     """Builds the token sequences of both tasks. Each piece is tokenised on its own, as published."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        # Settings saved with a tokenizer must not shorten or pad prompts behind our back.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.bos, self.eos = self._special(BOS), self._special(EOS)
         self.boi, self.eoi = self._special(BOI), self._special(EOI)

@@ -183,7 +183,7 @@ class OnnxRuntimeEngines:
 
     def _create(self, spec: EngineSpec) -> OnnxRuntimeEngine:
         path = self._files.path(spec.file)
-        if WEIGHTS in self._files.manifest.files:
+        if WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists():
             self._files.path(WEIGHTS)
         try:
             session = create_session(path, self.provider, self._threads)

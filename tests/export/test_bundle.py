@@ -171,11 +171,51 @@ def test_overwrite_replaces_a_bundle(
         monkeypatch.setattr(bundle, "_exchange", lambda first, second: False)
     output = tmp_path / "bundle"
     write(output)
-    (output / "stale").touch()
     manifest = write(output, plan=None, overwrite=True)
     assert names(output) == {*manifest.files, "manifest.json"}
     assert "plan.json" not in manifest.files
     assert names(tmp_path) == {"bundle"}
+
+
+def test_overwrite_spares_what_is_not_of_the_bundle(tmp_path: Path, write: Write) -> None:
+    output = tmp_path / "bundle"
+    write(output)
+    (output / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputExistsError, match=r"thesis\.tex, which is not part of the bundle"):
+        write(output, overwrite=True)
+    assert (output / "thesis.tex").read_text() == "precious"
+
+
+def test_overwrite_spares_a_folder_with_another_manifest(tmp_path: Path, write: Write) -> None:
+    output = tmp_path / "extension"
+    output.mkdir()
+    (output / "manifest.json").write_text('{"name": "my extension"}')
+    with pytest.raises(OutputExistsError, match="not a bundle"):
+        write(output, overwrite=True)
+    assert names(output) == {"manifest.json"}
+
+
+def test_an_output_filled_meanwhile_is_not_replaced(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "bundle"
+
+    def fill(path: Path) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.tex").write_text("precious")
+
+    monkeypatch.setattr(bundle, "check_graph", fill)
+    with pytest.raises(OutputExistsError, match="not empty"):
+        write(output)
+    assert names(output) == {"thesis.tex"}
+    assert names(tmp_path) == {"bundle"}
+
+
+def test_files_are_readable_by_others(tmp_path: Path, write: Write) -> None:
+    write(tmp_path / "bundle")
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "bundle").iterdir()} == {expected}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="directories are swapped in one step on Linux alone")

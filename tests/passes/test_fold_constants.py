@@ -8,14 +8,14 @@ from flashu_compile.program import Program
 from tests.support.programs import only, targets
 
 
-def test_constants_fold_to_the_interpolated_positions(understand: Program) -> None:
+def test_constants_fold_to_the_interpolated_positions(resized: Program) -> None:
     """At another resolution the position table is interpolated: at compile time, and only there."""
-    assert any("bicubic" in target for target in targets(understand))
-    result = FoldConstants().call(understand)
+    assert any("bicubic" in target for target in targets(resized))
+    result = FoldConstants().call(resized)
     after = only(result)
     assert not any("bicubic" in target for target in targets(after))
     assert "model.position_embedding.weight" not in after.exported.state_dict
-    assert all(error < 1e-6 for error in compare(understand, result).values())
+    assert all(error < 1e-6 for error in compare(resized, result).values())
 
 
 def test_the_fixed_time_token_folds_with_its_mlp(understand: Program) -> None:

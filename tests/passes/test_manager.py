@@ -64,5 +64,37 @@ class BreakShapes(Break):
 
 
 def test_manager_propagates_shapes_and_dtypes_again(denoise: Program) -> None:
-    with pytest.raises(PassError, match=r"left node .* as torch.float64"):
+    with pytest.raises(PassError, match=r"left node .* as torch\.float64"):
         PassManager((BreakShapes(),)).run(denoise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trip(Pass):
+    """Fails with an exception that is not ours."""
+
+    def call(self, program: Program) -> PassResult:
+        raise KeyError("lost")
+
+
+def test_manager_names_the_pass_whatever_it_raises(denoise: Program) -> None:
+    with pytest.raises(PassError, match=r"Trip failed on program 'denoise': KeyError\('lost'\)"):
+        PassManager((Trip(),)).run(denoise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrink(Pass):
+    """Slices an output and keeps the old metadata."""
+
+    def call(self, program: Program) -> PassResult:
+        editor = GraphEditor(program)
+        node = editor.outputs()[Role.VELOCITY]
+        with editor.graph.inserting_after(node):
+            less = editor.graph.call_function(torch.ops.aten.slice.Tensor, (node, 1, 0, 3))
+        less.meta = dict(node.meta)
+        editor.set_outputs([less, *list(editor.outputs().values())[1:]])
+        return PassResult((editor.finish(),), ("sliced",))
+
+
+def test_manager_compares_sizes(denoise: Program) -> None:
+    with pytest.raises(PassError, match=r"left node .*3, 6, 6\], but its metadata says .*12, 6, 6\]"):
+        PassManager((Shrink(),)).run(denoise)

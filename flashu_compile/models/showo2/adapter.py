@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flashu_compile.capture import Capture
+from flashu_compile.errors import ConfigurationError
 from flashu_compile.models.showo2.layout import row_positions
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec
@@ -96,7 +97,11 @@ class LatentDecoder(nn.Module):
 
 
 def captures(task: str, model: Showo2, vae: LatentCodec) -> tuple[Capture, ...]:
-    """The programs to capture for `task` ("t2i" or "mmu")."""
+    """The programs to capture for `task` ("t2i" or "mmu").
+
+    Raises `ConfigurationError` for understanding at another resolution than the model's own: it is published for
+    that one alone.
+    """
     if task == "t2i":
         return _generation(model), _decoder(model, vae)
     return (_understanding(model, vae),)
@@ -105,14 +110,13 @@ def captures(task: str, model: Showo2, vae: LatentCodec) -> tuple[Capture, ...]:
 def _generation(model: Showo2) -> Capture:
     config, dtype = model.config, model.dtype
     generator = torch.Generator().manual_seed(_SEED)
-    prompt = torch.randint(config.llm.vocab_size, (2, _SAMPLE_PROMPT), generator=generator)
+    # Bos, boi and what fits between them; at least eoi and eos after the image.
+    text_rows = config.sequence_length - config.span_length
+    length = min(_SAMPLE_PROMPT, text_rows - 2)
+    prompt = torch.randint(config.llm.vocab_size, (2, length), generator=generator)
     mask = torch.ones_like(prompt, dtype=torch.bool)
-    mask[1, : _SAMPLE_PROMPT // 2] = False
-    tail = torch.randint(
-        config.llm.vocab_size,
-        (2, config.sequence_length - config.span_length - _SAMPLE_PROMPT),
-        generator=generator,
-    )
+    mask[1, : length // 2] = False
+    tail = torch.randint(config.llm.vocab_size, (2, text_rows - length), generator=generator)
     return Capture(
         name="denoise",
         task="t2i",
@@ -152,6 +156,11 @@ def _decoder(model: Showo2, vae: LatentCodec) -> Capture:
 
 def _understanding(model: Showo2, vae: LatentCodec) -> Capture:
     config = model.config
+    if config.latent_grid != config.position_grid:
+        raise ConfigurationError(
+            f"Understanding runs at {config.position_grid}×{config.position_grid} image tokens, but this model is "
+            f"configured for {config.latent_grid}×{config.latent_grid}; set latent_grid={config.position_grid} for mmu."
+        )
     generator = torch.Generator().manual_seed(_SEED)
     side = config.latent_shape[1] * vae.spatial_factor
     ids = torch.randint(config.llm.vocab_size, (2, 20), generator=generator)
