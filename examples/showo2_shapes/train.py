@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from data import IGNORE, GenerationBatch, QuestionBatch, generation_batch, question_batch
 from torch import Tensor, nn
 
+from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig, Showo2Config
 from flashu_compile.models.showo2.layout import attention_mask, row_positions
 from flashu_compile.models.showo2.modeling import Showo2
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=6, help="pictures with questions per step")
     parser.add_argument("--each", type=int, default=8, help="questions on each of them")
     parser.add_argument("--resume", type=Path, help="a saved state to go on from (default: OUTPUT/state.pt)")
+    parser.add_argument("--weights", type=Path, help="start from the weights of this model directory")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -193,6 +195,8 @@ def main() -> None:
     codec = PromptCodec.from_file(TOKENIZER)
     model = Showo2(shapes_config(codec.tokenizer.get_vocab_size()))
     initialise(model)
+    if arguments.weights is not None:
+        model.load_state_dict(load_model(arguments.weights).network.state_dict())
     average = {k: v.clone() for k, v in model.state_dict().items()}
     optimisation = optimisers(model, muon_lr=2e-3, adam_lr=1e-3)
     base = [o.param_groups[0]["lr"] for o in optimisation]

@@ -167,7 +167,7 @@ def _from_module(
             "A model object says nothing about its tokenizer; pass tokenizer (for published Show-o2 models, "
             "the path or hub id of the Qwen2.5 model they are built on)."
         )
-    devices = {tensor.device.type for tensor in state.values()} - {"cpu"}
+    devices = {tensor.device.type for tensor in state.values()} - {"cpu", "meta"}
     if devices:
         raise ConfigurationError(
             f"The model is on {', '.join(sorted(devices))}; compile it from the CPU: model.cpu()."
