@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -269,13 +270,24 @@ def _resolve_vae(vae: Any, dtype: torch.dtype | None) -> LatentCodec:
     if isinstance(vae, (str, Path)):
         return WanVAE.load(vae, dtype)
     if all(hasattr(vae, name) for name in ("encode", "decode", "spatial_factor", "latent_channels")):
+        _check_dtype(vae, dtype)
         return cast("LatentCodec", vae)
     if all(hasattr(vae, name) for name in ("encoder", "decoder", "quant_conv", "post_quant_conv")):
-        return WanVAE(vae)
+        # A copy: the wrapper freezes what it wraps, and the user's object is not ours to change.
+        return WanVAE(copy.deepcopy(vae).to(dtype))
     raise ConfigurationError(
         f"A {type(vae).__name__} is no VAE this project knows; pass a LatentCodec, an AutoencoderKLWan of "
         "diffusers, or the path of a Wan VAE."
     )
+
+
+def _check_dtype(vae: Any, dtype: torch.dtype | None) -> None:
+    parameters = vae.parameters() if isinstance(vae, nn.Module) else ()
+    other = {p.dtype for p in parameters if p.dtype != dtype}
+    if dtype is not None and other:
+        raise ConfigurationError(
+            f"The VAE's weights are {other.pop()}, but the model is loaded as {dtype}; convert it: vae.to({dtype})."
+        )
 
 
 def _describe_vae(vae: LatentCodec | None) -> dict[str, Any] | None:

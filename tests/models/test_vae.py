@@ -17,6 +17,7 @@ from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from flashu_compile.models.wan_vae import WanVAE
 from tests.support.oracle import load_oracle
+from tests.tiny import tiny_model, tokenizer
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `wan`")
 
@@ -276,3 +277,18 @@ def test_stored_half_precision_is_widened(tmp_path: Path, autoencoder: nn.Module
     save_file({name: value.half() for name, value in load_file(file).items()}, file)
     assert WanVAE.load(tmp_path, torch.float32).mean.dtype == torch.float32
     assert WanVAE.load(tmp_path).mean.dtype == torch.float16
+
+
+class TestObjectsGiven:
+    def test_an_autoencoder_is_copied_and_converted(self) -> None:
+        given = diffusers.AutoencoderKLWan(base_dim=BASE).to(torch.bfloat16).train()
+        loaded = load_model(tiny_model(latent_channels=16), tokenizer=tokenizer(), vae=given)
+        assert isinstance(loaded.vae, WanVAE)
+        assert {p.dtype for p in loaded.vae.parameters()} == {torch.float32}
+        assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
+        assert given.training and all(p.requires_grad for p in given.parameters())
+
+    def test_a_codec_of_another_dtype_is_refused(self) -> None:
+        codec = WanVAE(diffusers.AutoencoderKLWan(base_dim=BASE).to(torch.bfloat16))
+        with pytest.raises(ConfigurationError, match=r"bfloat16.*float32"):
+            load_model(tiny_model(latent_channels=16), tokenizer=tokenizer(), vae=codec)
