@@ -243,7 +243,7 @@ def _generation_facts(loaded: LoadedModel) -> GenerationFacts:
 def _understanding_facts(loaded: LoadedModel) -> UnderstandingFacts:
     return UnderstandingFacts(
         picture_size=_picture_size(loaded),
-        image_tokens=loaded.network.config.image_tokens,
+        max_question_tokens=loaded.network.config.sequence_length,
         max_new_tokens=_MAX_NEW_TOKENS,
     )
 

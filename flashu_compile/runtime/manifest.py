@@ -66,7 +66,7 @@ class UnderstandingFacts:
     """What the mmu pipeline must know of the model."""
 
     picture_size: int
-    image_tokens: int
+    max_question_tokens: int
     max_new_tokens: int
 
 

@@ -240,7 +240,8 @@ class Pipeline:
         limit = facts.max_new_tokens if max_new_tokens is None else _integer("max_new_tokens", max_new_tokens)
         if limit < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {limit}.")
-        suffixes = [self._codec.question_suffix(text) for text in _texts("question", question)]
+        longest = facts.max_question_tokens
+        suffixes = [self._codec.question_suffix(text, longest) for text in _texts("question", question)]
         pixels = engine_pixels(image, facts.picture_size)
         embeds = self._engines.engine("vision").run({"pixels": pixels})["image_embeds"]
         answers = [self._answer(embeds, suffix, limit) for suffix in suffixes]

@@ -68,6 +68,14 @@ class PromptCodec:
         """Everything before the image of an understanding sequence, up to boi."""
         return [self.bos, *self.encode(_SYSTEM), *self.encode(_USER), self.boi]
 
-    def question_suffix(self, question: str) -> list[int]:
-        """Everything after the image: eoi, the question, and the start of the assistant's turn."""
-        return [self.eoi, *self.encode(question), *self.encode(_ASSISTANT)]
+    def question_suffix(self, question: str, limit: int | None = None) -> list[int]:
+        """Everything after the image: eoi, the question, and the start of the assistant's turn.
+
+        Raises `InputError` if the question has more than `limit` tokens.
+        """
+        ids = self.encode(question)
+        if limit is not None and len(ids) > limit:
+            raise InputError(
+                f"The question has {len(ids)} tokens but this bundle takes at most {limit}; shorten it."
+            )
+        return [self.eoi, *ids, *self.encode(_ASSISTANT)]

@@ -286,7 +286,8 @@ class TestObjectsGiven:
         assert isinstance(loaded.vae, WanVAE)
         assert {p.dtype for p in loaded.vae.parameters()} == {torch.float32}
         assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
-        assert given.training and all(p.requires_grad for p in given.parameters())
+        assert given.training
+        assert all(p.requires_grad for p in given.parameters())
 
     def test_a_codec_of_another_dtype_is_refused(self) -> None:
         codec = WanVAE(diffusers.AutoencoderKLWan(base_dim=BASE).to(torch.bfloat16))

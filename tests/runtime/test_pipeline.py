@@ -32,6 +32,7 @@ from tests.runtime.tiny_bundle import (
     GUIDANCE,
     LATENT_SHAPE,
     MAX_NEW_TOKENS,
+    MAX_QUESTION_TOKENS,
     PICTURE,
     POINTS,
     SHIFT,
@@ -189,6 +190,12 @@ def test_uneven_plan_is_followed_but_no_other_follows_from_it(own_bundle: Path) 
     assert not np.array_equal(pipe.latents("a"), pipe.latents("a", guidance_scale=GUIDANCE))
     with pytest.raises(InputError, match="changes its engine or guidance"):
         pipe.generate("a", steps=3)
+
+
+def test_a_question_that_is_too_long_is_refused(pipeline: Pipeline) -> None:
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(InputError, match=rf"question has \d+ tokens .* at most {MAX_QUESTION_TOKENS}"):
+        pipeline.ask(picture, "why " * (MAX_QUESTION_TOKENS + 1))
 
 
 def test_answers_depend_on_picture_and_question(pipeline: Pipeline) -> None:

@@ -40,6 +40,7 @@ FACTS = GenerationFacts(
 )
 POINTS, GUIDANCE, SHIFT = 6, 3.0, 3.0
 MAX_NEW_TOKENS = 12
+MAX_QUESTION_TOKENS = 200
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.BOOL: "bool"}
 
@@ -278,7 +279,9 @@ def write_manifest(directory: Path, specs: tuple[EngineSpec, ...], tasks: tuple[
         recipe="exact",
         engines=specs,
         generation=FACTS if "t2i" in tasks else None,
-        understanding=UnderstandingFacts(PICTURE, 16, MAX_NEW_TOKENS) if "mmu" in tasks else None,
+        understanding=UnderstandingFacts(PICTURE, MAX_QUESTION_TOKENS, MAX_NEW_TOKENS)
+        if "mmu" in tasks
+        else None,
         versions={"flashu-compile": "0"},
         files={p.relative_to(directory).as_posix(): file_entry(p) for p in files},
     )
