@@ -20,6 +20,7 @@ from torch import Tensor
 from flashu_compile.errors import BundleError, BundleVersionError, EmissionError, OutputExistsError
 from flashu_compile.exporters.weights import StoreSummary, weight_store
 from flashu_compile.plan import StepPlan
+from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.manifest import (
     MANIFEST,
     PLAN,
@@ -72,7 +73,7 @@ def write_bundle(
     engines: Sequence[EngineBuild],
     facts: BundleFacts,
     tokenizer: Tokenizer,
-    recipe_json: str,
+    recipe: Recipe,
     plan: StepPlan | None = None,
     report: Mapping[str, Any] | None = None,
     checkpoint_bytes: int | None = None,
@@ -101,7 +102,7 @@ def write_bundle(
             directory.mkdir()
             specs, store = _write_engines(directory, engines)
             tokenizer.save(str(directory / TOKENIZER))
-            (directory / RECIPE).write_text(recipe_json, encoding="utf-8")
+            recipe.save(directory / RECIPE)
             if plan is not None:
                 (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
             facts_of_size = {

@@ -1,39 +1,40 @@
-"""export(): model and task in, bundle out. Capture → passes → ONNX → bundle, nothing else."""
+"""export(): model and task in, bundle out. Capture → calibrate → passes → ONNX → bundle, nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashu_compile import __version__
+from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
 from flashu_compile.capture import Capture, capture
 from flashu_compile.errors import CheckpointError, ConfigurationError, RecipeError, UnknownTaskError
-from flashu_compile.exporters.bundle import BundleFacts, EngineBuild, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.parity import engine_errors
 from flashu_compile.exporters.statistics import graph_statistics
+from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import captures
-from flashu_compile.passes.manager import PassManager, PassRecord
-from flashu_compile.passes.pipelines import EXACT
-from flashu_compile.plan import StepPlan, uniform_plan
+from flashu_compile.passes.manager import PassRecord
+from flashu_compile.plan import compile_plan
+from flashu_compile.presets import find_recipe
 from flashu_compile.program import Program
-from flashu_compile.recipe import PRESETS, Recipe, preset
-from flashu_compile.runtime.manifest import REPORT, GenerationFacts, Manifest, UnderstandingFacts
+from flashu_compile.recipe import Recipe
+from flashu_compile.runtime.manifest import REPORT, Manifest
+from flashu_compile.runtime.prompts import PromptCodec
+from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
+from flashu_compile.specialise import specialise
 
 TASKS = ("t2i", "mmu")
 BACKENDS = ("onnxruntime",)
 PRECISIONS = ("float32",)
-_MAX_NEW_TOKENS = 300
-_VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
-_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
 Progress = Callable[[str, float], None]
 
@@ -57,13 +58,23 @@ class Bundle:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """A captured program, and the outputs of the untraced module on its sample."""
+
+    program: Program
+    truth: Mapping[str, Tensor]
+
+
 def export(
     model: nn.Module | str | Path,
     task: str | Sequence[str],
     *,
     output: str | Path | None = None,
-    recipe: str | Recipe = "exact",
+    recipe: str | Path | Recipe = "exact",
     calibration: object = None,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
     backend: str = "onnxruntime",
     precision: str = "float32",
     vae: object = None,
@@ -79,8 +90,11 @@ def export(
             local checkpoint directory, or a hub id.
         task: "t2i", "mmu", or a list of them.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
-        recipe: the decisions to carry out. "exact" changes no output; it is the only one so far.
-        calibration: samples for lossy recipes; the exact recipe takes none.
+        recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
+            "conservative" and "aggressive" do).
+        calibration: what a recipe's open decisions are measured on: prompts for t2i, (image, question) pairs for
+            mmu; see `calibrate`.
+        samples, seed: how many of them are used, and which; see `calibrate`.
         backend: "onnxruntime".
         precision: "float32".
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
@@ -93,57 +107,173 @@ def export(
         FlashuError: a subclass that says what is wrong and what to do; nothing is left behind.
     """
     tasks = _tasks(task)
-    _check_decisions(recipe, calibration, backend, precision)
+    chosen = find_recipe(recipe)
+    _check_choice("backend", backend, BACKENDS)
+    _check_choice("precision", precision, PRECISIONS)
+    given = _given_samples(chosen, tasks, calibration)
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
     tell("loading the model", 0.0)
-    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
-    if loaded.vae is None:
-        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
+    loaded = _load(model, vae, tokenizer, llm_config)
     directory = Path(output) if output is not None else Path(f"{loaded.name}-{'-'.join(tasks)}")
     ensure_writable(directory, overwrite=overwrite)
-    decisions = _recipe(recipe, loaded)
-    plan = _plan(decisions)
-    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
 
-    builds, statistics, records = _compile(loaded, tasks, directory.absolute().parent, tell)
+    captured = _capture(loaded, tasks, tell)
+    decided, figures = _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)
+    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    builds, statistics, records = _build(captured, decided, directory.absolute().parent, tell)
     tell("writing the bundle", 0.9)
     manifest = write_bundle(
         directory,
         engines=builds,
-        facts=_facts(loaded, tasks, backend, precision, decisions),
+        facts=bundle_facts(loaded, tasks, backend, precision, decided.name),
         tokenizer=loaded.tokenizer,
-        recipe_json=decisions.to_json(),
-        plan=plan if "t2i" in tasks else None,
-        report={"engines": statistics, "passes": [dataclasses.asdict(r) for r in records]},
-        checkpoint_bytes=_checkpoint_bytes(loaded),
+        recipe=decided,
+        plan=compile_plan(decided.t2i, decided.decided("t2i")) if "t2i" in tasks else None,
+        report={
+            "engines": statistics,
+            "passes": [dataclasses.asdict(r) for r in records],
+            "calibration": figures,
+        },
+        checkpoint_bytes=checkpoint_bytes(loaded),
         overwrite=overwrite,
     )
     tell("done", 1.0)
     return Bundle(directory, manifest)
 
 
-def _compile(
-    loaded: LoadedModel, tasks: tuple[str, ...], scratch_parent: Path, progress: Progress
-) -> tuple[list[EngineBuild], dict[str, Any], list[PassRecord]]:
-    """Capture every program of the tasks, run its passes and emit what comes out."""
+def calibrate(
+    model: nn.Module | str | Path,
+    task: str | Sequence[str],
+    *,
+    recipe: str | Path | Recipe = "flashu",
+    calibration: object = None,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    vae: object = None,
+    tokenizer: object = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    progress: Progress | None = None,
+) -> Recipe:
+    """`recipe` with its open decisions taken for `model`: which FFN neurons stay, which layers are skipped when.
+
+    Save it, edit it, compare it, and give it to `export`, which then calibrates nothing.
+
+    Args:
+        model, vae, tokenizer, llm_config: as for `export`.
+        task: the tasks to decide for.
+        recipe: what is to be decided; a decision that is already there stays.
+        calibration: a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with "prompts" and
+            "questions", or the path of a JSON file with these; the model's own samples if it comes with some.
+        samples: at most so many are used.
+        seed: chooses among more samples than that, and seeds the initial noise of trajectories.
+        progress: called with (what is being done, fraction done in [0, 1]).
+
+    Raises:
+        FlashuError: a subclass that says what is wrong and what to do.
+    """
+    tasks = _tasks(task)
+    chosen = find_recipe(recipe)
+    given = _given_samples(chosen, tasks, calibration)
+    tell = progress or (lambda stage, fraction: None)
+    loaded = _load(model, vae, tokenizer, llm_config)
+    captured = _capture(loaded, tasks, tell)
+    return _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)[0]
+
+
+def _load(model: nn.Module | str | Path, vae: object, tokenizer: object, llm_config: Any) -> LoadedModel:
+    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
+    if loaded.vae is None:
+        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
+    return loaded
+
+
+def _capture(loaded: LoadedModel, tasks: tuple[str, ...], tell: Progress) -> dict[str, _Captured]:
+    """Every program of the tasks, captured once, by name."""
     assert loaded.vae is not None
     specs = [spec for task in tasks for spec in captures(task, loaded.network, loaded.vae)]
+    captured = {}
+    for index, spec in enumerate(specs):
+        tell(f"{spec.task}: capturing {spec.name}", 0.02 + 0.18 * index / len(specs))
+        captured[spec.name] = _Captured(capture(spec), _eager_outputs(spec))
+    return captured
+
+
+def _given_samples(recipe: Recipe, tasks: tuple[str, ...], calibration: object) -> CalibrationSamples | None:
+    if calibration is None:
+        return None
+    if not any(recipe.needs_calibration(task) for task in tasks):
+        raise RecipeError(
+            f"Recipe {recipe.name!r} leaves nothing to decide for {', '.join(tasks)}; leave `calibration` out."
+        )
+    return calibration_samples(calibration)
+
+
+def _decide(
+    recipe: Recipe,
+    captured: Mapping[str, _Captured],
+    loaded: LoadedModel,
+    tasks: tuple[str, ...],
+    given: CalibrationSamples | None,
+    count: int,
+    seed: int,
+    tell: Progress,
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with the model's own sampler settings and every decision taken, and the figures they rest on."""
+    own = loaded.network.config
+    recipe = recipe.resolved(points=own.steps, guidance_scale=own.guidance_scale, time_shift=own.time_shift)
+    undecided = [task for task in tasks if recipe.needs_calibration(task)]
+    if not undecided:
+        return recipe, {}
+    if given is None and loaded.calibration is None:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} must be calibrated for {', '.join(undecided)}; pass `calibration` "
+            "(prompts for t2i, image and question pairs for mmu) or a recipe with its decisions."
+        )
+    chosen = (given or calibration_samples(loaded.calibration)).chosen(count, seed)
+    codec = PromptCodec(loaded.tokenizer)
+    decisions, figures = dict(recipe.decisions), {}
+    for index, task in enumerate(undecided):
+        start, share = 0.2 + 0.2 * index / len(undecided), 0.2 / len(undecided)
+
+        def report(
+            done: int, total: int, task: str = task, start: float = start, share: float = share
+        ) -> None:
+            tell(f"{task}: calibrated on {done} of {total} samples", start + share * done / total)
+
+        tell(f"{task}: calibrating", start)
+        if task == "t2i":
+            program, facts = captured["denoise"].program, generation_facts(loaded)
+            made = calibrate_t2i(
+                program, codec, facts, recipe.t2i, chosen.prompts, seed=seed, progress=report
+            )
+        else:
+            program, about = captured["understand"].program, understanding_facts(loaded)
+            made = calibrate_mmu(program, codec, about, recipe.mmu, chosen.questions, progress=report)
+        decisions[task] = made.decisions
+        figures[task] = made.figures
+    return dataclasses.replace(recipe, decisions=decisions), figures
+
+
+def _build(
+    captured: Mapping[str, _Captured], recipe: Recipe, scratch_parent: Path, tell: Progress
+) -> tuple[list[EngineBuild], dict[str, Any], list[PassRecord]]:
+    """Specialise every captured program and emit what comes out."""
     builds: list[EngineBuild] = []
     statistics: dict[str, Any] = {}
     records: list[PassRecord] = []
-    for index, spec in enumerate(specs):
-        start, share = 0.05 + 0.85 * index / len(specs), 0.85 / len(specs)
-        progress(f"{spec.task}: capturing {spec.name}", start)
-        program = capture(spec)
-        truth = _eager_outputs(spec)
-        progress(f"{spec.task}: passes over {spec.name}", start + 0.4 * share)
-        programs, made = PassManager(EXACT[program.name]).run(program)
+    for index, source in enumerate(captured.values()):
+        start, share = 0.4 + 0.5 * index / len(captured), 0.5 / len(captured)
+        task, name = source.program.task, source.program.name
+        tell(f"{task}: passes over {name}", start)
+        programs, made = specialise(source.program, recipe)
         records.extend(made)
-        for part in programs:
-            progress(f"{spec.task}: emitting {part.name}", start + 0.6 * share)
-            build = _emit(part, truth)
+        changed = {record.program for record in made if record.kind == "lossy" and record.changes}
+        for number, part in enumerate(programs):
+            tell(f"{task}: emitting {part.name}", start + share * (0.3 + 0.7 * number / len(programs)))
+            lossy = part.name in changed or name in changed
+            build = _emit(part, _program_outputs(part) if lossy else source.truth)
             builds.append(build)
             errors = engine_errors(build, scratch_parent)
             statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
@@ -151,16 +281,27 @@ def _compile(
 
 
 def _eager_outputs(spec: Capture) -> dict[str, Tensor]:
-    """The outputs of the untraced module on the sample: the truth engines are held against."""
-    with torch.inference_mode():
-        threads = torch.get_num_threads()
-        # One thread: the last bits depend on how many there are, and a build's bytes must not.
-        torch.set_num_threads(1)
-        try:
-            results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
-        finally:
-            torch.set_num_threads(threads)
+    """The outputs of the untraced module on the sample: the truth that exact engines are held against."""
+    with torch.inference_mode(), _one_thread():
+        results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
     return dict(zip(spec.outputs, results, strict=True))
+
+
+def _program_outputs(program: Program) -> dict[str, Tensor]:
+    """The outputs of the specialised graph in PyTorch: the truth for engines of lossy passes."""
+    with torch.inference_mode(), _one_thread():
+        return program.run(program.sample)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last bits depend on how many threads there are, and a build's bytes must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _emit(program: Program, truth: Mapping[str, Tensor]) -> EngineBuild:
@@ -182,84 +323,6 @@ def _tasks(task: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in TASKS if name in asked)
 
 
-def _check_decisions(recipe: str | Recipe, calibration: object, backend: str, precision: str) -> None:
-    _check_choice("backend", backend, BACKENDS)
-    _check_choice("precision", precision, PRECISIONS)
-    if isinstance(recipe, str) and recipe not in PRESETS:
-        raise RecipeError(f"Unknown recipe {recipe!r}; known presets are: {', '.join(PRESETS)}.")
-    if calibration is not None:
-        raise RecipeError("The exact recipe takes no calibration data; leave `calibration` out.")
-
-
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigurationError(f"Unknown {name} {value!r}; known ones are: {', '.join(known)}.")
-
-
-def _recipe(recipe: str | Recipe, loaded: LoadedModel) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    config = loaded.network.config
-    return preset(
-        recipe, points=config.steps, guidance_scale=config.guidance_scale, time_shift=config.time_shift
-    )
-
-
-def _plan(recipe: Recipe) -> StepPlan:
-    return uniform_plan(recipe.points, recipe.guidance_scale, recipe.time_shift, "denoise")
-
-
-def _picture_size(loaded: LoadedModel) -> int:
-    assert loaded.vae is not None
-    return loaded.network.config.latent_shape[1] * loaded.vae.spatial_factor
-
-
-def _facts(
-    loaded: LoadedModel, tasks: tuple[str, ...], backend: str, precision: str, recipe: Recipe
-) -> BundleFacts:
-    return BundleFacts(
-        model=loaded.name,
-        tasks=tasks,
-        backend=backend,
-        precision=precision,
-        recipe=recipe.name,
-        generation=_generation_facts(loaded) if "t2i" in tasks else None,
-        understanding=_understanding_facts(loaded) if "mmu" in tasks else None,
-        versions=_versions(),
-    )
-
-
-def _generation_facts(loaded: LoadedModel) -> GenerationFacts:
-    config = loaded.network.config
-    return GenerationFacts(
-        latent_shape=config.latent_shape,
-        sequence_length=config.sequence_length,
-        span_length=config.span_length,
-        max_prompt_tokens=config.max_prompt_tokens,
-        picture_size=_picture_size(loaded),
-    )
-
-
-def _understanding_facts(loaded: LoadedModel) -> UnderstandingFacts:
-    return UnderstandingFacts(
-        picture_size=_picture_size(loaded),
-        max_question_tokens=loaded.network.config.sequence_length,
-        max_new_tokens=_MAX_NEW_TOKENS,
-    )
-
-
-def _versions() -> dict[str, str]:
-    installed = {
-        d.name: d.version for d in importlib.metadata.distributions(name=None) if d.name in _RUNTIMES
-    }
-    return {
-        "flashu-compile": __version__,
-        **installed,
-        **{n: importlib.metadata.version(n) for n in _VERSIONED},
-    }
-
-
-def _checkpoint_bytes(loaded: LoadedModel) -> int:
-    """Bytes of the network's distinct tensors at the precision it is compiled in."""
-    tensors = {tensor.data_ptr(): tensor for tensor in loaded.network.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

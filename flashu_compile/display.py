@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,14 +48,26 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def print_plan(plan: StepPlan) -> None:
-    print_table(
-        ("evaluation", "t", "dt", "guidance", "engine"),
-        [
-            (str(number), f"{step.t:.4f}", f"{step.dt:.4f}", f"{step.guidance_scale:g}", step.engine)
-            for number, step in enumerate(plan.steps, start=1)
-        ],
-        title=f"{plan.points} time points, {len(plan.steps)} evaluations, {plan.solver}, shift {plan.time_shift:g}",
+    """A row for each stretch of evaluations that do the same."""
+    rows, number = [], 1
+    for same, stretch in itertools.groupby(plan.steps, lambda step: dataclasses.replace(step, t=0.0, dt=0.0)):
+        steps = list(stretch)
+        ends = dict.fromkeys((number, number + len(steps) - 1))
+        number += len(steps)
+        alone = "" if len(same.branches) == 2 else f" ({('prompt', 'empty prompt')[same.branches[0]]} alone)"
+        rows.append(
+            (
+                "–".join(map(str, ends)),
+                f"{steps[0].t:.3f}–{steps[-1].t + steps[-1].dt:.3f}",
+                f"{same.guidance_scale:g}{alone}",
+                "stored" if same.store else "extrapolated" if same.extrapolate else "",
+                same.engine,
+            )
+        )
+    title = (
+        f"{plan.points} time points, {len(plan.steps)} evaluations, {plan.solver}, shift {plan.time_shift:g}"
     )
+    print_table(("evaluation", "t", "guidance", "head cache", "engine"), rows, title=title)
 
 
 def print_build(summary: Mapping[str, Any]) -> None:

@@ -29,12 +29,20 @@ class RecipeError(FlashuError):
     """A recipe is malformed, unknown, or needs calibration data that was not given."""
 
 
+class CalibrationError(FlashuError):
+    """Calibration samples are missing or unusable, or a model's activations on one are not finite."""
+
+
 class CaptureError(FlashuError):
     """The model could not be captured as a Program."""
 
 
 class PassError(FlashuError):
     """A graph pass failed; the message names the pass and where in the pipeline it stood."""
+
+
+class StructureError(PassError):
+    """A program lacks a structure that an analysis looked for; the message says what and where."""
 
 
 class EmissionError(FlashuError):

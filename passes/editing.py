@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -40,6 +41,7 @@ class GraphEditor:
         placeholders = self.graph.find_nodes(op="placeholder")
         self._specs: dict[fx.Node, InputSpec] = dict(zip(placeholders, specs, strict=True))
         self._constants: dict[str, Tensor] = dict(program.exported.constants)
+        self._state: dict[str, Tensor] = dict(program.exported.state_dict)
         users = [n for n, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT]
         self._inputs = dict(zip(program.input_roles, users, strict=True))
 
@@ -48,7 +50,8 @@ class GraphEditor:
         spec = self._specs.get(node)
         if spec is None or spec.kind not in _STORED:
             return None
-        return _lookup(self.program.exported, self._constants, str(spec.target))
+        name = str(spec.target)
+        return self._constants[name] if name in self._constants else self._state[name]
 
     def user_inputs(self) -> dict[str, fx.Node]:
         """Placeholders of the program's inputs, by role."""
@@ -63,7 +66,7 @@ class GraphEditor:
 
     def add_constant(self, name: str, value: Tensor, like: fx.Node) -> fx.Node:
         """A new constant, as a placeholder that carries the metadata of the node `like` which it replaces."""
-        while name in self._constants or name in self.program.exported.state_dict:
+        while name in self._constants or name in self._state:
             name += "_"
         self._constants[name] = value
         first = next(iter(self.graph.find_nodes(op="placeholder")))
@@ -72,6 +75,41 @@ class GraphEditor:
         node.meta = {key: like.meta[key] for key in ("val", "nn_module_stack") if key in like.meta}
         self._specs[node] = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name)
         return node
+
+    def narrow(self, reader: fx.Node, position: int, value: Tensor) -> None:
+        """Make `reader` take `value` for its argument at `position`, a stored tensor, which keeps its name.
+
+        A tensor that others read too stays as it is for them, and `reader` gets a constant of its own. Shapes that
+        follow from the new one are the caller's to bring up to date (`propagate`).
+        """
+        node = cast("fx.Node", reader.args[position])
+        spec = self._specs[node]
+        name = str(spec.target)
+        shared = sum(str(other.target) == name for other in self._specs.values() if other.kind in _STORED) > 1
+        if shared or len(node.users) > 1 or sum(a is node for a in reader.args) > 1:
+            node = self.add_constant(name, value, node)
+            reader.update_arg(position, node)
+        elif name in self._constants:
+            self._constants[name] = value
+        else:
+            parameter = spec.kind is InputKind.PARAMETER
+            self._state[name] = torch.nn.Parameter(value, requires_grad=False) if parameter else value
+        node.meta = node.meta | {"val": self._fake_mode().from_tensor(value.detach(), static_shapes=True)}
+
+    def propagate(self, nodes: Iterable[fx.Node]) -> None:
+        """Work out shapes and dtypes of `nodes`, given in graph order, again from those of what they read."""
+        value_of = lambda source: source.meta["val"]  # noqa: E731
+        with self._fake_mode(), torch.no_grad():
+            for node in nodes:
+                arguments: Any = fx.map_arg(node.args, value_of)
+                keywords: Any = fx.map_arg(node.kwargs, value_of)
+                node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
+
+    def _fake_mode(self) -> FakeTensorMode:
+        values = [node.meta.get("val") for node in self.graph.find_nodes(op="placeholder")]
+        mode = torch._guards.detect_fake_mode([v for v in values if isinstance(v, Tensor)])
+        assert mode is not None, "a captured graph has fake values"
+        return mode
 
     def add_input(self, role: str, node: fx.Node) -> fx.Node:
         """A new user input (the last one) with the shape of `node`."""
@@ -154,7 +192,7 @@ class GraphEditor:
             root=fx.GraphModule({}, self.graph),
             graph=self.graph,
             graph_signature=signature,
-            state_dict={k: v for k, v in old.state_dict.items() if k in targets},
+            state_dict={k: v for k, v in self._state.items() if k in targets},
             range_constraints=old.range_constraints,
             module_call_graph=[_call_entry(signature, count, len(results))],
             constants={k: v for k, v in self._constants.items() if k in targets},
@@ -175,10 +213,6 @@ def _same(size: object, other: object) -> bool:
     if not isinstance(size, torch.SymInt) or not isinstance(other, torch.SymInt):
         return False
     return size.node.expr == other.node.expr
-
-
-def _lookup(exported: ExportedProgram, constants: dict[str, Tensor], target: str) -> Tensor:
-    return constants[target] if target in constants else exported.state_dict[target]
 
 
 def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> ModuleCallEntry:

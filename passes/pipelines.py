@@ -1,22 +1,58 @@
-"""The passes of each captured program, in order. This list is the whole truth about what runs."""
+"""The passes of each captured program, in order. This module is the whole truth about what runs.
+
+Lossy passes come first, while block indices are still those of the captured program, and each counts on it: tokens
+are gathered before layers are removed, and neurons are pruned where all FFNs are still there.
+"""
 
 from __future__ import annotations
 
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.canonical_names import CanonicalNames
 from flashu_compile.passes.fold_constants import FoldConstants
+from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.keep_outputs import KeepOutputs
+from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_dead_code import RemoveDeadCode
+from flashu_compile.passes.remove_layers import RemoveLayers
+from flashu_compile.passes.reuse_features import ReuseFeatures
 from flashu_compile.passes.split_at_output import SplitAtOutput
 from flashu_compile.program import Role
+from flashu_compile.recipe import KeptNeurons
 
-_CLEAN: tuple[Pass, ...] = (RemoveDeadCode(), FoldConstants(), CanonicalNames())
+LLM = "llm"
+CLEAN: tuple[Pass, ...] = (RemoveDeadCode(), FoldConstants(), CanonicalNames())
+
+
+def denoise(
+    *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), features: bool = False
+) -> tuple[Pass, ...]:
+    """The generation step. `features`: it also gives what a reuse program takes."""
+    outputs = (Role.VELOCITY, Role.HEAD_FEATURES) if features else (Role.VELOCITY,)
+    return (KeepOutputs(outputs), *_cut(kept, skipped), *CLEAN)
+
+
+def reuse() -> tuple[Pass, ...]:
+    """The generation step, and the program that goes on from the diffusion head's features."""
+    return (KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)), ReuseFeatures(), *CLEAN)
+
+
+def understand(
+    *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), gather: GatherTokens | None = None
+) -> tuple[Pass, ...]:
+    """The understanding forward, split into what runs once per picture and what runs once per token."""
+    tokens = () if gather is None else (gather,)
+    split = SplitAtOutput(Role.IMAGE_EMBEDS, ("vision", "language"), ("batch", None, None))
+    return (*tokens, *_cut(kept, skipped), split, *CLEAN)
+
+
+def _cut(kept: KeptNeurons | None, skipped: tuple[int, ...]) -> tuple[Pass, ...]:
+    prune = tuple(PruneFFN(stack, blocks) for stack, blocks in (kept or {}).items())
+    return (*prune, RemoveLayers(LLM, skipped)) if skipped else prune
+
 
 EXACT: dict[str, tuple[Pass, ...]] = {
-    "denoise": (KeepOutputs((Role.VELOCITY,)), *_CLEAN),
-    "vae_decode": _CLEAN,
-    "understand": (
-        SplitAtOutput(Role.IMAGE_EMBEDS, ("vision", "language"), ("batch", None, None)),
-        *_CLEAN,
-    ),
+    "denoise": denoise(),
+    "vae_decode": CLEAN,
+    "understand": understand(),
 }
+"""What a faithful engine needs and no more, by captured program."""

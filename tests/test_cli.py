@@ -17,7 +17,9 @@ from typer.testing import CliRunner, Result
 
 import flashu_compile
 from flashu_compile import cli, display
+from flashu_compile.config import T2IConfig
 from flashu_compile.errors import CheckpointError
+from flashu_compile.plan import compile_plan
 from flashu_compile.runtime import doctor
 from tests.runtime.tiny_bundle import POINTS, edit_json, flip_byte, write_bundle
 
@@ -193,8 +195,32 @@ class TestInspect:
     def test_plan(self, bundle: Path) -> None:
         text = run("inspect", bundle, "--plan").stdout
         assert f"{POINTS} time points, {POINTS - 1} evaluations, euler, shift 3" in text
+        assert f" 1–{POINTS - 1} " in text
         plan = json.loads(run("inspect", bundle, "--plan", "--json").stdout)
         assert len(plan["steps"]) == POINTS - 1
+        assert plan["steps"][0]["engine"] == "denoise"
+
+    def test_plan_has_a_row_for_equal_evaluations(self, capsys: pytest.CaptureFixture[str]) -> None:
+        config = T2IConfig(
+            12,
+            4.0,
+            1.0,
+            guidance=((0, None), (0.25, 1.0)),
+            head_cache=3,
+            head_extrapolation=True,
+            full_ffn=0.2,
+        )
+        display.print_plan(compile_plan(config))
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[4:] if line.strip()]
+        assert rows == [
+            ["1–2", "0.000–0.182", "1", "(prompt", "alone)", "denoise"],
+            ["3", "0.182–0.273", "1", "(prompt", "alone)", "stored", "denoise"],
+            ["4–5", "0.273–0.455", "4", "denoise"],
+            ["6", "0.455–0.545", "4", "stored", "denoise"],
+            ["7–8", "0.545–0.727", "4", "reuse"],
+            ["9", "0.727–0.818", "4", "stored", "denoise"],
+            ["10–11", "0.818–1.000", "4", "denoise"],
+        ]
 
     def test_json(self, bundle: Path) -> None:
         facts = json.loads(run("inspect", bundle, "--json").stdout)

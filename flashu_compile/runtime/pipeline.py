@@ -17,13 +17,16 @@ from flashu_compile.errors import (
     BundleError,
     ConfigurationError,
     InputError,
+    RecipeError,
     UnknownTaskError,
 )
-from flashu_compile.plan import StepPlan, uniform_plan
+from flashu_compile.plan import StepPlan, compile_plan, engines_needed
+from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.images import Picture, engine_pixels, to_picture
 from flashu_compile.runtime.manifest import (
     PLAN,
+    RECIPE,
     TOKENIZER,
     GenerationFacts,
     Manifest,
@@ -63,22 +66,38 @@ def load(
         )
     files = BundleFiles(directory, manifest, verify_hashes=verify_hashes)
     codec = PromptCodec.from_file(files.path(TOKENIZER))
-    plan = None
+    plan, recipe = None, None
     if manifest.generation is not None:
         plan = StepPlan.from_json(files.text(PLAN))
+        recipe = _read_recipe(files)
     _check_parts(manifest, plan)
-    return Pipeline(manifest, plan, codec, OnnxRuntimeEngines(files, provider=provider, threads=threads))
+    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads)
+    return Pipeline(manifest, plan, recipe, codec, engines)
+
+
+def _read_recipe(files: BundleFiles) -> Recipe:
+    """The bundle's recipe, whose rules give plans. Raises `BundleError` if they do not."""
+    try:
+        recipe = Recipe.from_json(files.text(RECIPE))
+        compile_plan(recipe.t2i, recipe.decided("t2i"))
+    except (RecipeError, ConfigurationError) as error:
+        raise BundleError(
+            f"{files.directory / RECIPE} is not the recipe of a bundle: {error} Build the bundle again."
+        ) from error
+    return recipe
 
 
 def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
     """Every engine the tasks need is there, with the outputs they read. Raises `BundleError` otherwise."""
-    needed: dict[str, str] = {}
+    needed: list[tuple[str, str]] = []
     if manifest.generation is not None:
-        needed["vae_decode"] = "pixels"
-        needed.update((step.engine, "velocity") for step in (plan.steps if plan else ()))
+        steps = plan.steps if plan else ()
+        needed.append(("vae_decode", "pixels"))
+        needed.extend((step.engine, "velocity") for step in steps)
+        needed.extend((step.engine, "head_features") for step in steps if step.store)
     if manifest.understanding is not None:
-        needed.update(vision="image_embeds", language="logits")
-    for name, output in needed.items():
+        needed.extend((("vision", "image_embeds"), ("language", "logits")))
+    for name, output in dict.fromkeys(needed):
         if output not in {tensor.name for tensor in manifest.engine(name).outputs}:
             raise BundleError(f"Engine {name!r} has no output {output!r}; build the bundle again.")
 
@@ -86,14 +105,21 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
 class Pipeline:
     """A loaded bundle; make one with `flashu_compile.load`. All methods may be called from several threads.
 
-    `manifest` says what the bundle holds. `plan` is the trajectory it was built with (None without t2i).
+    `manifest` says what the bundle holds. `plan` is the trajectory it was built with, and `recipe` has the rules
+    that other plans follow from (both None without t2i).
     """
 
     def __init__(
-        self, manifest: Manifest, plan: StepPlan | None, codec: PromptCodec, engines: Engines
+        self,
+        manifest: Manifest,
+        plan: StepPlan | None,
+        recipe: Recipe | None,
+        codec: PromptCodec,
+        engines: Engines,
     ) -> None:
         self.manifest = manifest
         self.plan = plan
+        self.recipe = recipe
         self._codec = codec
         self._engines = engines
 
@@ -165,29 +191,35 @@ class Pipeline:
     def plan_for(self, steps: int | None = None, guidance_scale: float | None = None) -> StepPlan:
         """The trajectory `generate` follows for these arguments; the bundle's own if both are None.
 
-        Raises `UnknownTaskError` if the bundle lacks t2i, `InputError` if an argument is out of range or the
-        bundle's plan, being uneven, says nothing about other numbers of steps.
+        `guidance_scale` is the scale that the recipe's guidance schedule refers to.
+
+        Raises `UnknownTaskError` if the bundle lacks t2i, `InputError` if an argument is out of range, or the plan
+        that the recipe's rules give for it runs an engine that the bundle lacks.
         """
         self._generation()
-        plan = self.plan
-        assert plan is not None  # read with the generation facts, in `load`
+        assert self.plan is not None  # both read with the generation facts, in `load`
+        assert self.recipe is not None
         if steps is None and guidance_scale is None:
-            return plan
-        engines = {step.engine for step in plan.steps}
-        scales = {step.guidance_scale for step in plan.steps}
-        if len(engines) != 1 or (guidance_scale is None and len(scales) != 1):
-            raise InputError(
-                "The bundle's plan changes its engine or guidance along the way, so no other plan follows from it: "
-                "leave out steps and guidance_scale, or build a bundle with the plan you want."
-            )
-        points = plan.points if steps is None else _integer("steps", steps)
+            return self.plan
+        points = None if steps is None else _integer("steps", steps)
+        if points is not None and points < 2:
+            raise InputError(f"A trajectory needs at least 2 time points, not {points} steps.")
+        if guidance_scale is not None and all(factor is None for _, factor in self.recipe.t2i.guidance):
+            raise InputError("This bundle's recipe switches guidance off; leave guidance_scale out.")
         try:
-            scale = scales.pop() if guidance_scale is None else float(guidance_scale)
-            return uniform_plan(points, scale, plan.time_shift, engines.pop())
-        except (TypeError, ValueError):
-            raise InputError(f"guidance_scale must be a number, not {guidance_scale!r}.") from None
+            plan = compile_plan(
+                self.recipe.t2i, self.recipe.decided("t2i"), points=points, guidance_scale=guidance_scale
+            )
         except ConfigurationError as error:
             raise InputError(str(error)) from error
+        present = [engine.name for engine in self.manifest.engines]
+        missing = [name for name in engines_needed(plan) if name not in present]
+        if missing:
+            raise InputError(
+                f"With steps={steps} and guidance_scale={guidance_scale} the recipe's plan runs engine "
+                f"{missing[0]!r}, which this bundle lacks; leave them out, or build with a recipe that sets them."
+            )
+        return plan
 
     def _sample(
         self,

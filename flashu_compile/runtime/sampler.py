@@ -7,11 +7,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile.config import SOLVERS
 from flashu_compile.errors import BundleError, InputError
-from flashu_compile.plan import StepPlan
+from flashu_compile.plan import Step, StepPlan
 from flashu_compile.runtime.manifest import GenerationFacts
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sessions import Engines, Tensors
+
+_FEATURES = "head_features"
 
 
 def prompt_pair(codec: PromptCodec, facts: GenerationFacts, prompt: str) -> Tensors:
@@ -38,33 +41,29 @@ def sample(
     noise: NDArray[np.float32],
     progress: Callable[[], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Latents float32 [1, c, h, w] at t = 1 from `noise` of the same shape at t = 0, by Euler's method.
+    """Latents float32 [1, c, h, w] at t = 1 from `noise` of the same shape at t = 0.
 
-    Each step computes v = v_u + s (v_c - v_u) from the two branches and adds dt * v; state and arithmetic are
-    float32. `text` is a `prompt_pair`; `progress` is called after every evaluation.
+    Each step computes v = v_u + s (v_c - v_u) from the two guidance branches, of which only one is run where s is 1
+    or 0, and advances the latents by Euler's method or, as the plan says, that of Adams and Bashforth of order 2.
+    State and arithmetic are float32. `text` is a `prompt_pair`; `progress` is called after every evaluation.
 
     Raises `BundleError` if the plan asks for a solver, or an engine for an input, that this sampler does not know,
-    and `InputError` if the latents stop being finite, as they can at extreme guidance scales.
+    or if head features are to be reused that were not stored; `InputError` if the latents stop being finite, as
+    they can at extreme guidance scales.
     """
-    if plan.solver != "euler":
-        raise BundleError(f"The step plan asks for solver {plan.solver!r}; this version knows 'euler'.")
-    latents = noise
+    if plan.solver not in SOLVERS:
+        raise BundleError(
+            f"The step plan asks for solver {plan.solver!r}; this version knows {', '.join(SOLVERS)}."
+        )
+    latents, cache = noise, _HeadCache()
+    earlier: tuple[float, NDArray[np.float32]] | None = None  # dt and velocity of the step before
     for number, step in enumerate(plan.steps, start=1):
-        engine = engines.engine(step.engine)
-        values = {
-            **text,
-            "latents": np.concatenate([latents, latents]),
-            "timestep": np.full(2, step.t, dtype=np.float32),
-        }
-        wanted = [tensor.name for tensor in engine.spec.inputs]
-        unknown = [name for name in wanted if name not in values]
-        if unknown:
-            raise BundleError(
-                f"Engine {step.engine!r} takes {', '.join(unknown)}, unknown to this version: upgrade."
-            )
-        conditional, unconditional = engine.run({name: values[name] for name in wanted})["velocity"]
-        velocity = unconditional + step.guidance_scale * (conditional - unconditional)
-        latents = latents + step.dt * velocity
+        velocity = _velocity(engines, step, text, latents, cache)
+        slope = velocity
+        if plan.solver == "ab2" and earlier is not None:
+            slope = velocity + step.dt / (2 * earlier[0]) * (velocity - earlier[1])
+        latents = latents + step.dt * slope
+        earlier = step.dt, velocity
         if not np.isfinite(latents).all():
             raise InputError(
                 f"The latents are no longer finite after evaluation {number} of {len(plan.steps)} "
@@ -73,3 +72,58 @@ def sample(
         if progress is not None:
             progress()
     return latents
+
+
+def _velocity(
+    engines: Engines, step: Step, text: Tensors, latents: NDArray[np.float32], cache: _HeadCache
+) -> NDArray[np.float32]:
+    """The guided velocity [c, h, w] of one step, whose head features go into or come from the cache."""
+    engine, rows = engines.engine(step.engine), step.branches
+    wanted = [tensor.name for tensor in engine.spec.inputs]
+    values = {name: array[rows[0] : rows[-1] + 1] for name, array in text.items()} | {
+        "latents": np.concatenate([latents] * len(rows)),
+        "timestep": np.full(len(rows), step.t, dtype=np.float32),
+    }
+    if _FEATURES in wanted:
+        values[_FEATURES] = cache.features(step)
+    unknown = [name for name in wanted if name not in values]
+    if unknown:
+        raise BundleError(
+            f"Engine {step.engine!r} takes {', '.join(unknown)}, unknown to this version: upgrade."
+        )
+    outputs = engine.run({name: values[name] for name in wanted})
+    if step.store:
+        if _FEATURES not in outputs:
+            raise BundleError(
+                f"The step plan stores head features of engine {step.engine!r}, which gives none; build again."
+            )
+        cache.store(step, outputs[_FEATURES])
+    velocities = outputs["velocity"]
+    if len(rows) == 1:
+        return velocities[0]
+    conditional, unconditional = velocities
+    return unconditional + step.guidance_scale * (conditional - unconditional)
+
+
+class _HeadCache:
+    """The head features [branches, rows, width] of the last two steps that stored theirs, each with its step."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Step, NDArray[np.float32]]] = []
+
+    def store(self, step: Step, features: NDArray[np.float32]) -> None:
+        self._entries = [*self._entries[-1:], (step, features)]
+
+    def features(self, step: Step) -> NDArray[np.float32]:
+        """Those of the branches of `step`: as stored last or, if it says so, on the line through the last two."""
+        needed = 2 if step.extrapolate else 1
+        recent = self._entries[-needed:]
+        if len(recent) < needed or any(not set(step.branches) <= set(past.branches) for past, _ in recent):
+            raise BundleError(
+                f"The step plan reuses head features at t = {step.t:.4f} that no step before has stored; build again."
+            )
+        arrays = [array[[past.branches.index(b) for b in step.branches]] for past, array in recent]
+        if not step.extrapolate:
+            return arrays[0]
+        t0, t1 = (past.t for past, _ in recent)
+        return arrays[1] + (step.t - t1) / (t1 - t0) * (arrays[1] - arrays[0])

@@ -24,6 +24,7 @@ from flashu_compile.exporters.bundle import BundleFacts, EngineBuild, ensure_wri
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.plan import uniform_plan
 from flashu_compile.program import Program
+from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.manifest import Manifest, file_entry, read_manifest
 from tests.export.conftest import step_programs, word_tokenizer
 
@@ -60,7 +61,7 @@ def write(engines: list[EngineBuild], tokenizer: Tokenizer) -> Write:
             "engines": engines,
             "facts": FACTS,
             "tokenizer": tokenizer,
-            "recipe_json": '{"name": "exact"}\n',
+            "recipe": Recipe("exact"),
             "plan": uniform_plan(4, 5.0, 3.0, "step"),
             "report": {"engines": {}},
             "checkpoint_bytes": 12345,
@@ -308,7 +309,7 @@ build_again(Path(sys.argv[1]))
 def build_again(output: Path) -> None:
     """A whole build from the network on, for a fresh process."""
     builds = [engine(program, emit_onnx(program)) for program in step_programs()]
-    write_bundle(output, engines=builds, facts=FACTS, tokenizer=word_tokenizer(), recipe_json="{}\n")
+    write_bundle(output, engines=builds, facts=FACTS, tokenizer=word_tokenizer(), recipe=Recipe("exact"))
 
 
 def test_two_builds_in_two_processes_give_the_same_bytes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 import flashu_compile
+from flashu_compile.config import T2IConfig
 from flashu_compile.errors import (
     BackendUnavailableError,
     BundleError,
@@ -23,10 +25,12 @@ from flashu_compile.errors import (
     InputError,
     UnknownTaskError,
 )
+from flashu_compile.plan import compile_plan
+from flashu_compile.recipe import Decisions, Phase, Recipe
 from flashu_compile.runtime import Pipeline, files, load, sessions
 from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
-from flashu_compile.runtime.sampler import prompt_pair
+from flashu_compile.runtime.sampler import prompt_pair, sample
 from tests.runtime.tiny_bundle import (
     FACTS,
     GUIDANCE,
@@ -35,6 +39,7 @@ from tests.runtime.tiny_bundle import (
     MAX_QUESTION_TOKENS,
     PICTURE,
     POINTS,
+    RECIPE,
     SHIFT,
     SLOPE,
     TEXT,
@@ -48,6 +53,7 @@ from tests.runtime.tiny_bundle import (
 
 BRIGHT = np.full((PICTURE, PICTURE, 3), 200, np.uint8)
 DARK = np.full((PICTURE, PICTURE, 3), 30, np.uint8)
+NOISE = initial_noise(0, 0, (1, *LATENT_SHAPE))
 
 
 def euler(prompt: str, seed: int, points: int, scale: float) -> np.ndarray:
@@ -152,8 +158,8 @@ def test_progress_counts_evaluations_of_all_prompts(pipeline: Pipeline) -> None:
         ({"prompt": "a", "steps": 1}, "at least 2 time points"),
         ({"prompt": "a", "steps": 2.5}, "steps must be an integer"),
         ({"prompt": "a", "steps": True}, "steps must be an integer"),
-        ({"prompt": "a", "guidance_scale": -1}, "guidance_scale must be between"),
-        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be between"),
+        ({"prompt": "a", "guidance_scale": -1}, "guidance_scale must be a number at least 0"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be a number at least 0"),
         ({"prompt": "a", "guidance_scale": "high"}, "guidance_scale must be a number"),
     ],
 )
@@ -181,15 +187,49 @@ def test_latents_that_overflow_are_an_error(own_bundle: Path) -> None:
         load(own_bundle).generate("a")
 
 
-def test_uneven_plan_is_followed_but_no_other_follows_from_it(own_bundle: Path) -> None:
-    plan = json.loads((own_bundle / "plan.json").read_text())
-    plan["steps"][0]["guidance_scale"] = 1.0
-    (own_bundle / "plan.json").write_text(json.dumps(plan))
-    accept_changes(own_bundle, "plan.json")
-    pipe = load(own_bundle)
-    assert not np.array_equal(pipe.latents("a"), pipe.latents("a", guidance_scale=GUIDANCE))
-    with pytest.raises(InputError, match="changes its engine or guidance"):
-        pipe.generate("a", steps=3)
+def adopt(directory: Path, recipe: Recipe) -> Pipeline:
+    """The bundle, loaded after it was given another recipe and the plan that follows from it."""
+    (directory / "recipe.json").write_text(recipe.to_json())
+    plan = compile_plan(recipe.t2i, recipe.decided("t2i"))
+    (directory / "plan.json").write_text(plan.to_json())
+    for name in ("recipe.json", "plan.json"):
+        accept_changes(directory, name)
+    return load(directory)
+
+
+def test_other_plans_follow_from_the_recipe_s_rules(own_bundle: Path) -> None:
+    config = T2IConfig(POINTS, GUIDANCE, SHIFT, guidance=((0, None), (0.5, 0.5)), solver="ab2")
+    pipe = adopt(own_bundle, Recipe("uneven", config))
+    assert pipe.plan_for() is pipe.plan
+    assert [step.guidance_scale for step in pipe.plan_for().steps] == [1, 1, 1, GUIDANCE / 2, GUIDANCE / 2]
+    derived = pipe.plan_for(steps=5, guidance_scale=8)
+    assert [step.guidance_scale for step in derived.steps] == [1, 1, 4, 4]
+    assert (derived.solver, derived.time_shift) == ("ab2", SHIFT)
+    np.testing.assert_array_equal(
+        pipe.latents("a", steps=5, guidance_scale=8),
+        sample(pipe._engines, derived, prompt_pair(pipe._codec, FACTS, "a"), NOISE),
+    )
+
+
+def test_a_plan_whose_engine_is_missing_is_refused(own_bundle: Path) -> None:
+    """The phase that skips layers holds for the last tenth: too short for the bundle's own plan, not for others."""
+    recipe = Recipe(
+        "late",
+        dataclasses.replace(RECIPE.t2i, layer_skipping=0.5),
+        decisions={"t2i": Decisions(phases=(Phase(0.0), Phase(0.9, (1, 4))))},
+    )
+    pipe = adopt(own_bundle, recipe)
+    pipe.generate("a", steps=10)
+    with pytest.raises(InputError, match=r"steps=11 .* engine 'denoise_skip1-4', which this bundle lacks"):
+        pipe.generate("a", steps=11)
+
+
+def test_guidance_that_is_off(own_bundle: Path) -> None:
+    """Guidance off equals a scale of 1, which equals running both branches."""
+    off = adopt(own_bundle, Recipe("off", T2IConfig(POINTS, GUIDANCE, SHIFT, guidance=((0.0, None),))))
+    np.testing.assert_allclose(off.latents("a", seed=2)[0], euler("a", 2, POINTS, 1.0), rtol=2e-5, atol=2e-6)
+    with pytest.raises(InputError, match="switches guidance off; leave guidance_scale out"):
+        off.generate("a", guidance_scale=3)
 
 
 def test_a_question_that_is_too_long_is_refused(pipeline: Pipeline) -> None:
@@ -290,12 +330,42 @@ class TestLoading:
         with pytest.raises(BundleError, match=r"plan\.json is damaged"):
             load(own_bundle, verify_hashes=False)
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "Not a recipe"),
+            ('{"schema": 2, "name": "open"}', "needs points"),
+            ('{"schema": 2, "name": "raw", "t2i": {"layer_skipping": 0.5}}', "needs points"),
+            (
+                json.dumps(
+                    {
+                        "schema": 2,
+                        "name": "raw",
+                        "t2i": {"points": 5, "guidance_scale": 2, "time_shift": 3, "layer_skipping": 0.5},
+                    }
+                ),
+                "layer skipping but nothing is decided",
+            ),
+        ],
+    )
+    def test_recipe_that_gives_no_plan(self, own_bundle: Path, text: str, message: str) -> None:
+        (own_bundle / "recipe.json").write_text(text)
+        with pytest.raises(BundleError, match=rf"recipe\.json is not the recipe of a bundle: .*{message}"):
+            load(own_bundle, verify_hashes=False)
+
+    def test_plan_that_stores_what_no_engine_gives(self, own_bundle: Path) -> None:
+        plan = json.loads((own_bundle / "plan.json").read_text())
+        plan["steps"][0]["store"] = True
+        edit_json(own_bundle / "plan.json", steps=plan["steps"])
+        with pytest.raises(BundleError, match="'denoise' has no output 'head_features'"):
+            load(own_bundle, verify_hashes=False)
+
     def test_other_backend(self, own_bundle: Path) -> None:
         edit_json(own_bundle / "manifest.json", backend="tensorrt")
         with pytest.raises(BackendUnavailableError, match="built for backend 'tensorrt'"):
             load(own_bundle)
 
-    @pytest.mark.parametrize("name", ["plan.json", "tokenizer.json"])
+    @pytest.mark.parametrize("name", ["plan.json", "recipe.json", "tokenizer.json"])
     def test_damaged_when_loaded(self, own_bundle: Path, name: str) -> None:
         flip_byte(own_bundle / name, 20)
         with pytest.raises(BundleError, match=f"{name} is damaged"):
@@ -317,14 +387,16 @@ class TestLoading:
         pipe.generate(["a", "b"])
         pipe.ask(BRIGHT, "a")
         assert hashed.count("weights.bin") == 1
-        assert len(hashed) == len(set(hashed)) == 7
+        assert len(hashed) == len(set(hashed)) == 8
 
     def test_hashes_can_be_left_unchecked(self, own_bundle: Path) -> None:
-        (own_bundle / "recipe.json").unlink()
+        edit_json(own_bundle / "recipe.json", name="edited")
         edit_json(own_bundle / "plan.json", time_shift=2.0)
         load(own_bundle, verify_hashes=False).generate("a")
 
-    @pytest.mark.parametrize("name", ["denoise.onnx", "weights.bin", "plan.json", "tokenizer.json"])
+    @pytest.mark.parametrize(
+        "name", ["denoise.onnx", "weights.bin", "plan.json", "recipe.json", "tokenizer.json"]
+    )
     def test_missing_file(self, own_bundle: Path, name: str) -> None:
         (own_bundle / name).unlink()
         with pytest.raises(BundleError, match=f"{name} is missing"):

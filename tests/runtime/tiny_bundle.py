@@ -20,7 +20,9 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from flashu_compile.config import T2IConfig
 from flashu_compile.plan import uniform_plan
+from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.manifest import (
     EngineSpec,
     FileEntry,
@@ -39,6 +41,7 @@ FACTS = GenerationFacts(
     latent_shape=LATENT_SHAPE, sequence_length=60, span_length=17, max_prompt_tokens=39, picture_size=PICTURE
 )
 POINTS, GUIDANCE, SHIFT = 6, 3.0, 3.0
+RECIPE = Recipe("exact", T2IConfig(POINTS, GUIDANCE, SHIFT))
 MAX_NEW_TOKENS = 12
 MAX_QUESTION_TOKENS = 200
 
@@ -244,7 +247,7 @@ def write_bundle(directory: Path, tasks: tuple[str, ...] = ("t2i", "mmu")) -> Pa
             (directory / spec.file).write_bytes(model.SerializeToString())
     (directory / "weights.bin").write_bytes(bytes(store))
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "recipe.json").write_text('{"name": "exact"}')
+    (directory / "recipe.json").write_text(RECIPE.to_json())
     if "t2i" in tasks:
         plan = uniform_plan(POINTS, GUIDANCE, SHIFT, "denoise")
         (directory / "plan.json").write_text(plan.to_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,60 @@ from flashu_compile.models.showo2.modeling import Showo2
 
 ORACLES = ("tiny", "phases")
 _DATA = Path(__file__).parents[1] / "data" / "oracle"
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashuDecisions:
+    """Parameters and decisions of an oracle's patched run. Steps are evaluations counted from 1.
+
+    `guidance_scale` is s₀; `guidance_spans` are (evaluations, scale) one after the other, the last one counting a
+    step more than is run. `kept_neurons`: LLM layer → neurons, ascending. `skip_lists`: step a list is computed
+    on → LLM layers; nothing is skipped on that step, and the list holds from the next one. `full_steps`: how many
+    steps, the last ones, run everything (one fewer than the published τ).
+    """
+
+    points: int
+    time_shift: float
+    guidance_scale: float
+    guidance_spans: tuple[tuple[int, float], ...]
+    ffn_pruning: float
+    kept_neurons: dict[int, list[int]]
+    layer_skipping: float
+    skipping_interval: int
+    skip_lists: dict[int, tuple[int, ...]]
+    head_cache: int
+    full_steps: int
+
+    @property
+    def evaluations(self) -> int:
+        return self.points - 1
+
+    @property
+    def scales(self) -> list[float]:
+        """The guidance scale of every evaluation."""
+        scales = [scale for count, scale in self.guidance_spans for _ in range(count)]
+        return scales[: self.evaluations]
+
+    @property
+    def guidance(self) -> tuple[tuple[float, float], ...]:
+        """(from this fraction of the evaluations on, factor on s₀), as `T2IConfig` takes it."""
+        starts = itertools.accumulate((count for count, _ in self.guidance_spans), initial=0)
+        spans = zip(starts, self.guidance_spans, strict=False)
+        return tuple((start / self.evaluations, scale / self.guidance_scale) for start, (_, scale) in spans)
+
+    @property
+    def full(self) -> range:
+        """The steps that run everything."""
+        return range(self.evaluations - self.full_steps + 1, self.evaluations + 1)
+
+    @property
+    def phases(self) -> tuple[tuple[float, tuple[int, ...]], ...]:
+        """(from this fraction of the evaluations on, LLM layers to skip), nothing on the steps lists come from."""
+        return tuple(
+            phase
+            for step, layers in self.skip_lists.items()
+            for phase in (((step - 1) / self.evaluations, ()), (step / self.evaluations, layers))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +100,27 @@ class Oracle:
     def suffix(self) -> Tensor:
         """Ids after the picture, eoi included [1, suffix]."""
         return torch.tensor([[self.geometry["token_ids"]["eoi"], *self.geometry["mmu_question_ids"]]])
+
+    @property
+    def flashu(self) -> FlashuDecisions:
+        """What the published patch was told and what it decided."""
+        facts = self.geometry["flashu"]
+        layers = range(self.geometry["num_hidden_layers"])
+        kept = {i: sorted(self.tensors[f"flashu_kept_neurons.{i}"].tolist()) for i in layers}
+        lists = {int(step): tuple(skips) for step, skips in facts["skip_lists_by_step"].items()}
+        return FlashuDecisions(
+            points=facts["points"],
+            time_shift=3.0,
+            guidance_scale=facts["fallback_guidance"],
+            guidance_spans=tuple((count, scale) for count, scale in facts["guidance"]),
+            ffn_pruning=facts["r_p"],
+            kept_neurons=kept,
+            layer_skipping=facts["r_LS"],
+            skipping_interval=facts["T_LS"],
+            skip_lists=dict(sorted(lists.items())),
+            head_cache=facts["T_cache"],
+            full_steps=facts["tau"] - 1,
+        )
 
 
 def load_oracle(name: str, dtype: torch.dtype = torch.float32) -> Oracle:

@@ -1,0 +1,229 @@
+"""T2IConfig and MMUConfig: the parameters of the six techniques. A technique is off where its parameter says so.
+
+The symbols in brackets are those of the method's paper (arXiv 2603.15271). All shares lie in [0, 1]; shares of the
+trajectory count network evaluations, so the same configuration holds for any number of time points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flashu_compile.errors import ConfigurationError
+
+SOLVERS = ("euler", "ab2")
+FULL_FFN_AT = ("first", "last")
+TOKEN_SCORERS = ("v_norm", "random", "duplication")
+LARGEST_SCALE = 1e4
+
+Guidance = tuple[tuple[float, float | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class T2IConfig:
+    """How pictures are made. The defaults change nothing: every technique is off.
+
+    Attributes:
+        points: time points of the trajectory, one more than network evaluations; None takes the model's own.
+        guidance_scale: the guidance scale s0 that factors in `guidance` refer to; None takes the model's own.
+        time_shift: the warp of the time grid; None takes the model's own.
+        guidance: the schedule s(t) as (share of the trajectory from which on, factor on s0). A factor of None
+            switches guidance off: the scale is 1, and only the branch with the prompt runs.
+        solver: "euler", or "ab2" (Adams-Bashforth of second order on the same grid, no extra evaluations).
+        ffn_pruning: share of the LLM's FFN neurons that is removed (r_p).
+        semantic_pruning: the same of the semantic layers.
+        head_pruning: the same of the diffusion head.
+        width_multiple: pruned widths are rounded down to a multiple of this.
+        full_ffn: share of evaluations, at one end of the trajectory, that run the whole network: nothing pruned,
+            skipped or cached (tau; the published code's tau = 11 makes 10 such evaluations).
+        full_ffn_at: which end: "first" as in the paper, "last" as in the published code.
+        layer_skipping: share of the LLM's layers that is skipped (r_LS).
+        skipping_interval: evaluations after which calibration chooses the skipped layers anew (T_LS).
+        head_cache: the diffusion head's features are stored every so many evaluations and reused in between
+            (T_cache); 1 is off.
+        head_extrapolation: continue the line through the last two stored features, instead of reusing the last.
+
+    Raises `ConfigurationError` on a value of the wrong type or out of range.
+    """
+
+    points: int | None = None
+    guidance_scale: float | None = None
+    time_shift: float | None = None
+    guidance: Guidance = ((0.0, 1.0),)
+    solver: str = "euler"
+    ffn_pruning: float = 0.0
+    semantic_pruning: float = 0.0
+    head_pruning: float = 0.0
+    width_multiple: int = 64
+    full_ffn: float = 0.0
+    full_ffn_at: str = "last"
+    layer_skipping: float = 0.0
+    skipping_interval: int = 10
+    head_cache: int = 1
+    head_extrapolation: bool = False
+
+    def __post_init__(self) -> None:
+        check = _Checks(self)
+        check.integer("points", 2, optional=True)
+        check.number("guidance_scale", 0, LARGEST_SCALE, optional=True)
+        check.number("time_shift", 0, LARGEST_SCALE, optional=True, above=True)
+        check.store("guidance", _guidance(self.guidance))
+        check.choice("solver", SOLVERS)
+        for name in ("ffn_pruning", "semantic_pruning", "head_pruning", "layer_skipping"):
+            check.number(name, 0, 1, below=True)
+        check.number("full_ffn", 0, 1)
+        check.choice("full_ffn_at", FULL_FFN_AT)
+        for name in ("width_multiple", "skipping_interval", "head_cache"):
+            check.integer(name, 1)
+        if not isinstance(self.head_extrapolation, bool):
+            raise ConfigurationError(
+                f"head_extrapolation must be true or false, not {self.head_extrapolation!r}."
+            )
+        if self.head_extrapolation and self.head_cache == 1:
+            raise ConfigurationError("head_extrapolation needs a head cache; set head_cache above 1.")
+
+    @property
+    def pruning(self) -> dict[str, float]:
+        """The share of FFN neurons removed, by stack."""
+        return {"llm": self.ffn_pruning, "semantic": self.semantic_pruning, "head": self.head_pruning}
+
+
+@dataclasses.dataclass(frozen=True)
+class MMUConfig:
+    """How questions are answered. The defaults change nothing: every technique is off.
+
+    Attributes:
+        ffn_pruning: share of the LLM's FFN neurons that is removed (r_p).
+        semantic_pruning: the same of the semantic layers.
+        width_multiple: pruned widths are rounded down to a multiple of this.
+        layer_skipping: share of the LLM's layers that is skipped (r_LS).
+        token_pruning: share of the image tokens that is dropped (rho).
+        token_layer: the LLM layer after which they are dropped, counted from 0; it still sees them all.
+        token_scorer: what chooses them: "v_norm" as in the paper, or the controls "random" and "duplication".
+
+    Raises `ConfigurationError` on a value of the wrong type or out of range.
+    """
+
+    ffn_pruning: float = 0.0
+    semantic_pruning: float = 0.0
+    width_multiple: int = 64
+    layer_skipping: float = 0.0
+    token_pruning: float = 0.0
+    token_layer: int = 2
+    token_scorer: str = "v_norm"
+
+    def __post_init__(self) -> None:
+        check = _Checks(self)
+        for name in ("ffn_pruning", "semantic_pruning", "layer_skipping", "token_pruning"):
+            check.number(name, 0, 1, below=True)
+        check.integer("width_multiple", 1)
+        check.integer("token_layer", 0)
+        check.choice("token_scorer", TOKEN_SCORERS)
+
+    @property
+    def pruning(self) -> dict[str, float]:
+        """The share of FFN neurons removed, by stack."""
+        return {"llm": self.ffn_pruning, "semantic": self.semantic_pruning}
+
+
+TaskConfig = T2IConfig | MMUConfig
+
+
+def config_from_dict(kind: type[T2IConfig] | type[MMUConfig], data: Mapping[str, Any], where: str) -> Any:
+    """A `kind` from the fields in `data`; absent ones keep their defaults.
+
+    Raises `ConfigurationError` that names `where` and the field that is unknown, mistyped or out of range.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in data:
+        if name not in known:
+            raise ConfigurationError(f"{where} has no field {name!r}; it has: {', '.join(known)}.")
+    try:
+        return kind(**data)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite real number; a bool is none."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and bool(-math.inf < value < math.inf)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checks:
+    """Checks the fields of a configuration, and turns its numbers into floats so that equal means equal text."""
+
+    config: Any
+
+    def store(self, name: str, value: object) -> None:
+        object.__setattr__(self.config, name, value)
+
+    def number(
+        self,
+        name: str,
+        low: float,
+        high: float,
+        *,
+        optional: bool = False,
+        above: bool = False,
+        below: bool = False,
+    ) -> None:
+        """In [low, high]; `above` and `below` leave out the ends."""
+        value = getattr(self.config, name)
+        if optional and value is None:
+            return
+        ok = is_number(value) and low <= value <= high
+        if not ok or (above and value == low) or (below and value == high):
+            least = f"above {low:g}" if above else f"at least {low:g}"
+            most = f"below {high:g}" if below else f"at most {high:g}"
+            raise ConfigurationError(f"{name} must be a number {least} and {most}, not {value!r}.")
+        self.store(name, float(value))
+
+    def integer(self, name: str, low: int, *, optional: bool = False) -> None:
+        value = getattr(self.config, name)
+        if optional and value is None:
+            return
+        if not is_integer(value) or value < low:
+            raise ConfigurationError(f"{name} must be an integer of at least {low}, not {value!r}.")
+        self.store(name, int(value))
+
+    def choice(self, name: str, known: tuple[str, ...]) -> None:
+        value = getattr(self.config, name)
+        if value not in known:
+            raise ConfigurationError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+
+
+def _guidance(value: object) -> Guidance:
+    expected = "guidance must be a list of pairs (share of the trajectory, factor or none)"
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ConfigurationError(f"{expected}, not {value!r}.")
+    entries: list[tuple[float, float | None]] = []
+    for entry in value:
+        if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
+            raise ConfigurationError(f"{expected}; {entry!r} is not such a pair.")
+        start, factor = entry
+        if not is_number(start) or not 0 <= start < 1:
+            raise ConfigurationError(
+                f"guidance entry {entry!r} must start at a number of at least 0 and below 1."
+            )
+        if factor is not None and not (is_number(factor) and 0 <= factor <= LARGEST_SCALE):
+            raise ConfigurationError(
+                f"guidance entry {entry!r} must have a factor of at least 0 and at most {LARGEST_SCALE:g}, or none."
+            )
+        entries.append((float(start), None if factor is None else float(factor)))
+    starts = [start for start, _ in entries]
+    if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
+        raise ConfigurationError(
+            f"guidance must start at 0 and go on in rising order, not at {', '.join(f'{s:g}' for s in starts)}."
+        )
+    return tuple(entries)

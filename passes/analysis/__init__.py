@@ -1,0 +1,4 @@
+"""Analyses: what structure a Program's graph has. They read the graph, change nothing, and know no model's names.
+
+What they give are nodes of `program.exported.graph`; a `GraphEditor` copies a graph keeping the names of its nodes.
+"""

@@ -1,0 +1,136 @@
+"""Attention sites of a stack: where queries meet keys, what each comes from, under which mask and rotary tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.errors import StructureError
+from flashu_compile.passes.analysis.blocks import Block, blocks_with_nodes, stack_root
+from flashu_compile.passes.analysis.graph import arguments, before, is_linear, size, stored_nodes, value_flow
+from flashu_compile.program import Program
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+#: What repeating heads is made of.
+_REPETITION = (
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.repeat_interleave.self_int,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One `scaled_dot_product_attention` (`node`).
+
+    `query` is [b, heads, rows, d]; `key` and `value` are [b, kv_heads, rows, d], before heads are repeated. `rotary`
+    are the tables that turn query and key: what reaches them from outside the block beside the residual stream.
+    """
+
+    stack: str
+    block: int
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    heads: int
+    kv_heads: int
+    rotary: tuple[fx.Node, ...]
+
+
+def attention_sites(program: Program, stack: str) -> tuple[Attention, ...]:
+    """Every attention of `stack`, in block order. Raises `StructureError` where a block has none."""
+    flow, stored = value_flow(program), stored_nodes(program)
+    sites = []
+    for block, nodes in blocks_with_nodes(program, stack):
+        found = [node for node in nodes if node.target is _ATTENTION]
+        if not found:
+            raise StructureError(
+                f"Looked for scaled_dot_product_attention in block {block.index} of stack {stack!r} (under module "
+                f"{stack_root(program, stack)!r}) in program {program.name!r} and found none."
+            )
+        sites += [_site(program, flow, block, node, frozenset(nodes), stored) for node in found]
+    return tuple(sites)
+
+
+def attention_mask(node: fx.Node) -> fx.Node | None:
+    """The mask an attention is given, or None."""
+    return (*arguments(node), *(None,) * 4)[3] or cast("fx.Node | None", node.kwargs.get("attn_mask"))
+
+
+def _site(
+    program: Program,
+    flow: nx.DiGraph,
+    block: Block,
+    node: fx.Node,
+    inside: frozenset[fx.Node],
+    stored: frozenset[fx.Node],
+) -> Attention:
+    query, key, value = (_before_repetition(source, arguments(node)[0]) for source in arguments(node)[:3])
+    heads, kv_heads = size(query, 1), size(key, 1)
+    if heads is None or kv_heads is None:
+        raise StructureError(
+            f"Attention {node.name} in block {block.index} of stack {block.stack!r} in program {program.name!r} "
+            f"has no static number of heads."
+        )
+    tables = {**_outside(flow, query, block, inside, stored), **_outside(flow, key, block, inside, stored)}
+    return Attention(
+        stack=block.stack,
+        block=block.index,
+        node=node,
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask(node),
+        heads=heads,
+        kv_heads=kv_heads,
+        rotary=tuple(n for n in flow if n in tables),
+    )
+
+
+def _before_repetition(node: fx.Node, query: fx.Node) -> fx.Node:
+    """`node`, or the [b, fewer heads, rows, d] value whose heads it repeats."""
+    heads, source = size(query, 1), node
+    while source.target in _REPETITION:
+        source = arguments(source)[0]
+        fewer = size(source, 1)
+        if source.meta["val"].ndim == 4 and fewer is not None and heads is not None and fewer < heads:
+            return source if size(source, -1) == size(node, -1) else node
+    return node
+
+
+def _outside(
+    flow: nx.DiGraph,
+    node: fx.Node,
+    block: Block,
+    inside: frozenset[fx.Node],
+    stored: frozenset[fx.Node],
+) -> dict[fx.Node, None]:
+    """What reaches `node` from outside the block, not through a linear layer; vectors of weights left out."""
+    found: dict[fx.Node, None] = {}
+    seen = {node}
+    stack = [node]
+    while stack:
+        for source in before(flow, stack.pop()):
+            if source in seen or is_linear(source) or source is block.entry:
+                continue
+            seen.add(source)
+            if source in inside:
+                stack.append(source)
+            elif source not in stored or _is_table(source):
+                found[source] = None
+    return found
+
+
+def _is_table(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 1

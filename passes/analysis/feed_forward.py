@@ -1,0 +1,163 @@
+"""Feed-forward groups: the linear layers of a block that share a hidden dimension.
+
+Found backwards from each linear layer of a block: its input must come, through pointwise operations alone and at
+least one that is not linear, from linear layers of the same block that read the residual stream. Gated groups have
+two of them (gate and up), or a fused one that is split in equal parts; plain groups have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.errors import StructureError
+from flashu_compile.passes.analysis.blocks import Block, blocks_with_nodes, stack_root
+from flashu_compile.passes.analysis.graph import arguments, before, is_linear, is_pointwise, size, value_flow
+from flashu_compile.program import Program
+
+_LINEAR_MAPS: tuple[object, ...] = (
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.neg.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten._to_copy.default,
+)
+_SPLITS: tuple[object, ...] = (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    """`hidden` [..., width] is what the linear layer `down` reads; `ups` are the layers it is made from.
+
+    `fused`: the one layer of `ups` gives several widths side by side, which `parts` cut out.
+    `inner` are all nodes between `ups` and `down`, in graph order; nothing else reads them or `ups`.
+    """
+
+    stack: str
+    block: int
+    width: int
+    hidden: fx.Node
+    down: fx.Node
+    ups: tuple[fx.Node, ...]
+    fused: bool
+    parts: tuple[fx.Node, ...]
+    inner: tuple[fx.Node, ...]
+
+
+def feed_forwards(program: Program, stack: str) -> tuple[FeedForward, ...]:
+    """The one feed-forward group of every block of `stack`, in block order.
+
+    Raises `StructureError` where a block has none, several, or one whose hidden dimension is read elsewhere.
+    """
+    flow = value_flow(program)
+    results = set(program.exported.graph.output_node().all_input_nodes)
+    groups = []
+    for block, nodes in blocks_with_nodes(program, stack):
+        inside = frozenset(nodes)
+        reached = inside & nx.descendants(flow.subgraph([block.entry, *nodes]), block.entry)
+        found = [group for node in nodes if (group := _group(flow, block, node, reached)) is not None]
+        where = (
+            f"block {block.index} of stack {stack!r} (under module {stack_root(program, stack)!r}) "
+            f"in program {program.name!r}"
+        )
+        if len(found) != 1:
+            count = f"{len(found)} of them" if found else "none"
+            raise StructureError(
+                f"Looked for one feed-forward group (linear layers that share a hidden dimension through pointwise "
+                f"operations) in {where} and found {count}."
+            )
+        group = found[0]
+        own = {group.down, *group.inner}
+        for node in (*group.ups, *group.inner):
+            others = [user.name for user in flow.successors(node) if user not in own]
+            if others or node in results:
+                raise StructureError(
+                    f"The hidden dimension of the feed-forward group in {where} is not its own: {node.name} is also "
+                    f"read by {', '.join(others) or 'an output of the program'}."
+                )
+        groups.append(group)
+    return tuple(groups)
+
+
+def _group(flow: nx.DiGraph, block: Block, down: fx.Node, reached: frozenset[fx.Node]) -> FeedForward | None:
+    """The group that ends in `down`, or None where there is none."""
+    if not is_linear(down) or down not in reached:
+        return None
+    hidden: fx.Node = arguments(down)[0]
+    width = size(hidden, -1)
+    if width is None:
+        return None
+    ups: dict[fx.Node, None] = {}
+    parts: dict[fx.Node, None] = {}
+    inner: dict[fx.Node, None] = {}
+    stack: list[fx.Node] = [hidden]
+    while stack:
+        node = stack.pop()
+        if node in inner or node in ups:
+            continue
+        if node not in reached:
+            return None
+        source = fused_source(node, width)
+        if source is not None and is_linear(source) and source in reached:
+            ups[source] = parts[node] = inner[node] = None
+            if arguments(node)[0] is not source:
+                inner[arguments(node)[0]] = None
+        elif is_linear(node):
+            ups[node] = None
+        elif is_pointwise(node):
+            inner[node] = None
+            stack += [s for s in before(flow, node) if not _broadcast_scalar(s)]
+        else:
+            return None
+    fused = bool(parts)
+    if (fused and len(ups) != 1) or all(node.target in _LINEAR_MAPS or node in parts for node in inner):
+        return None
+    if any(size(up, -1) != width * (len(parts) or 1) for up in ups):
+        return None
+    order = [node for node in flow if node in ups or node in inner]
+    return FeedForward(
+        stack=block.stack,
+        block=block.index,
+        width=width,
+        hidden=hidden,
+        down=down,
+        ups=tuple(node for node in order if node in ups),
+        fused=fused,
+        parts=tuple(node for node in order if node in parts),
+        inner=tuple(node for node in order if node in inner),
+    )
+
+
+def _broadcast_scalar(node: fx.Node) -> bool:
+    """Whether a value is one number along the last dimension, so that no neuron of it is any other's."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and (value.ndim == 0 or size(node, -1) == 1)
+
+
+def fused_source(node: fx.Node, width: int) -> fx.Node | None:
+    """What a node cuts a whole part of `width` out of along the last dimension, or None where it does not."""
+    if node.target is torch.ops.aten.slice.Tensor:
+        source, dim, start, end, step = slice_arguments(node)
+        total = size(source, -1)
+        last = source.meta["val"].ndim - 1
+        if total is None or dim not in (-1, last) or step != 1 or start % width:
+            return None
+        return source if min(end, total) - start == width and total > width else None
+    if getattr(node.target, "__name__", "") == "getitem":
+        split: fx.Node = arguments(node)[0]
+        if split.target in _SPLITS:
+            source, sizes, dim = (*arguments(split), 0)[:3]
+            even = sizes == width if isinstance(sizes, int) else all(s == width for s in sizes)
+            return source if even and dim in (-1, source.meta["val"].ndim - 1) else None
+    return None
+
+
+def slice_arguments(node: fx.Node) -> tuple[fx.Node, int, int, int, int]:
+    """Source, dimension, start, end and step of a slice, non-negative; those left out are filled in."""
+    source, dim, start, end, step = (*arguments(node), *(None,) * 5)[:5]
+    total = size(source, dim or 0) or 0
+    start, end = start or 0, total if end is None else end
+    return source, dim or 0, start + total * (start < 0), end + total * (end < 0), step or 1

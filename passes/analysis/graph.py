@@ -1,0 +1,94 @@
+"""The live values of a Program as a networkx graph, and questions about one node that every analysis asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.program import Program
+
+
+def value_flow(program: Program) -> nx.DiGraph:
+    """Tensors (also lists of tensors) that an output depends on; an edge from each to whatever reads it.
+
+    Sizes and runtime assertions are left out: a shape computed in one layer and read in another ties them together
+    in no way that matters. Nodes are in graph order, which is a topological one.
+    """
+    graph = program.exported.graph
+    live: set[fx.Node] = set()
+    stack = [graph.output_node()]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in live:
+                live.add(source)
+                stack.append(source)
+    flow = nx.DiGraph()
+    flow.add_nodes_from(node for node in graph.nodes if node in live and carries_tensor(node))
+    flow.add_edges_from((source, node) for node in flow for source in node.all_input_nodes if source in flow)
+    return flow
+
+
+def carries_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else (value,)
+    return any(isinstance(v, Tensor) for v in values)
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments; torch.fx declares each as one of twenty types, and callers know which."""
+    return node.args
+
+
+def stored_nodes(program: Program) -> frozenset[fx.Node]:
+    """Placeholders of parameters, buffers and constants."""
+    signature = program.exported.graph_signature
+    users = set(signature.user_inputs)
+    return frozenset(
+        node for node in program.exported.graph.find_nodes(op="placeholder") if node.name not in users
+    )
+
+
+def child_of(node: fx.Node, root: str) -> str | None:
+    """Name of the direct child of module `root` that `node` was traced in, or None."""
+    prefix = root + "."
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        if path.startswith(prefix):
+            return path[len(prefix) :].split(".")[0]
+    return None
+
+
+def is_linear(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.linear.default
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Element by element on equal or broadcast shapes; casts are."""
+    if node.target is torch.ops.aten._to_copy.default:
+        return True
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def size(node: fx.Node, dim: int) -> int | None:
+    """The static size of a tensor's dimension; None where it is dynamic, absent, or the value is no tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not -value.ndim <= dim < value.ndim:
+        return None
+    found: Any = value.shape[dim]
+    return found if isinstance(found, int) else None
+
+
+def same_layout(first: fx.Node, second: fx.Node) -> bool:
+    """Equal dtype and rank; each dimension of equal static size, or dynamic in both."""
+    a, b = first.meta.get("val"), second.meta.get("val")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype or a.ndim != b.ndim:
+        return False
+    return all(size(first, d) == size(second, d) for d in range(a.ndim))
+
+
+def before(flow: nx.DiGraph, node: fx.Node) -> Iterator[fx.Node]:
+    """What `node` reads, in the order of its arguments."""
+    return (source for source in node.all_input_nodes if source in flow)

@@ -1,0 +1,168 @@
+"""Drop visual tokens after a layer of a stack; every later layer runs on the rows that are left. Lossy.
+
+Looks for the visual span (`analysis.span`), the residual blocks and the attention of the layer. Inserts behind the
+layer's exit: scores of the span's tokens from the layer's own keys and values (`token_scorers`), top-k, and the index
+of the kept rows in their old order. What crosses from before that point to behind it is gathered on the index along its
+rows (`row_gather`): hidden states, rotary tables, masks on both dimensions. So kept rows keep their positions, and text
+is never dropped.
+
+Where it stands among other passes: before `RemoveLayers`, since both count the blocks of the program they are given
+(`skipped` names those that will go); on either side of `PruneFFN`, which changes no rows; before `SplitAtOutput` in a
+list of passes, since a list runs every pass on every program and the visual part has no rows to drop. On the language
+part alone, after a split, it does the same.
+Source: v-norm token pruning of Flash-Unified (arXiv 2603.15271), for understanding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.errors import ConfigurationError, PassError, StructureError
+from flashu_compile.passes.analysis.attention import Attention, attention_sites
+from flashu_compile.passes.analysis.blocks import Block, residual_blocks
+from flashu_compile.passes.analysis.span import VisualSpan, visual_span
+from flashu_compile.passes.base import Kind, Pass, PassResult
+from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.inlining import inline
+from flashu_compile.passes.row_gather import RowGather
+from flashu_compile.passes.token_scorers import SCORERS, Score
+from flashu_compile.program import Program
+
+_SCOPE = "gather_tokens"
+#: 0.29 of 100 tokens are 29, though 0.29 * 100 is a little less.
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherTokens(Pass):
+    """Drop ⌊ratio · length⌋ tokens of the visual span after block `layer` of `stack`, the worst by `scorer`.
+
+    The layer itself runs on all rows. If it is in `skipped`, the next layer that runs decides. `ratio` is in [0, 1); a
+    ratio that drops nothing leaves the program as it is. Raises `ConfigurationError` on a value out of range.
+    """
+
+    kind: ClassVar[Kind] = "lossy"
+
+    stack: str
+    layer: int
+    ratio: float
+    scorer: str = "v_norm"
+    skipped: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ConfigurationError(
+                f"The ratio of visual tokens to drop must be in [0, 1), not {self.ratio}."
+            )
+        if self.layer < 0:
+            raise ConfigurationError(f"Layers are counted from 0; {self.layer} cannot drop tokens.")
+        if self.scorer not in SCORERS:
+            raise ConfigurationError(
+                f"Unknown token scorer {self.scorer!r}; known ones are: {', '.join(SCORERS)}."
+            )
+
+    def requires(self, program: Program) -> str | None:
+        if self.ratio == 0:
+            return None
+        try:
+            self._find(program)
+        except PassError as reason:
+            return str(reason)
+        return None
+
+    def call(self, program: Program) -> PassResult:
+        if self.ratio == 0:
+            return PassResult.unchanged(program)
+        block, site, span = self._find(program)
+        dropped = math.floor(self.ratio * span.length + _ROUNDING)
+        if not dropped:
+            nothing = f"dropped no token: {self.ratio} of {span.length} visual tokens is less than one"
+            return PassResult((program,), (nothing,))
+        editor = GraphEditor(program)
+        editor.remove_unused()
+        copies = {node.name: node for node in editor.graph.nodes}
+        exit_node = copies[block.exit.name]
+        behind = _behind(exit_node)
+        score = SCORERS[self.scorer](span.length, span.length - dropped)
+        index = inline(
+            editor,
+            _kept_rows(score, span, dropped),
+            [copies[node.name] for node in (site.key, site.value, *span.before)],
+            after=exit_node,
+            scope=_SCOPE,
+        )
+        rows = RowGather(editor, exit_node, index, last_stays=bool(span.after), scope=_SCOPE)
+        gathered = rows.cross(behind)
+        editor.remove_unused()
+        changes = (
+            f"after layer {block.index} of stack {self.stack}, {dropped} of {span.length} visual tokens are dropped "
+            f"by {self.scorer}",
+            f"gathered {', '.join(gathered)}",
+        )
+        return PassResult((editor.finish(),), changes)
+
+    def _find(self, program: Program) -> tuple[Block, Attention, VisualSpan]:
+        """The block that decides, its attention, and the span whose rows it runs on."""
+        span = visual_span(program)
+        blocks = residual_blocks(program, self.stack)
+        running = [block for block in blocks[self.layer :] if block.index not in self.skipped]
+        if not running:
+            raise PassError(
+                f"tokens cannot be dropped at layer {self.layer} of stack {self.stack!r} in program "
+                f"{program.name!r}: it has {len(blocks)} layers, and none from there on runs"
+            )
+        block = running[0]
+        sites = [site for site in attention_sites(program, self.stack) if site.block == block.index]
+        where = f"layer {block.index} of stack {self.stack!r} in program {program.name!r}"
+        if len(sites) != 1:
+            raise StructureError(f"Looked for one attention in {where} and found {len(sites)}.")
+        total = span.rows.meta["val"].shape[span.axis]
+        found = [sites[0].key.meta["val"].shape[2], block.exit.meta["val"].shape[1]]
+        if not isinstance(total, torch.SymInt) or any(str(size) != str(total) for size in found):
+            raise StructureError(
+                f"Looked for a dynamic number of rows, that of the visual span ({total}, at {span.rows.name}), "
+                f"in {where}, and found {found[1]}."
+            )
+        return block, sites[0], span
+
+
+def _behind(boundary: fx.Node) -> list[fx.Node]:
+    """Every operation that depends on `boundary`, in graph order."""
+    reached = {boundary}
+    behind = []
+    for node in boundary.graph.nodes:
+        if node.op == "call_function" and any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+            behind.append(node)
+    return behind
+
+
+def _kept_rows(score: Score, span: VisualSpan, dropped: int) -> Callable[..., Tensor]:
+    """A function from keys and values [b, kv_heads, rows, d] and the span's `before` to kept rows [b, kept]."""
+    length = span.length
+
+    def kept_rows(key: Tensor, value: Tensor, *before: Tensor) -> Tensor:
+        sizes = [segment.shape[span.axis] for segment in before]
+        start = sum(sizes[1:], *sizes[:1])
+        scores = score(key.narrow(2, start, length), value.narrow(2, start, length))
+        worst = scores.topk(dropped, dim=1).indices
+        stays = torch.ones_like(scores, dtype=torch.int64).scatter(1, worst, 0)
+        # The j-th token kept stands where more than j have been counted, and not before. (Sorting the places of a
+        # top-k of those kept would be a second top-k in ONNX.)
+        counted = stays.cumsum(1)
+        kept = (counted[:, None] <= torch.arange(length - dropped)[:, None]).sum(-1)
+        parts = [kept + start]
+        if span.before:
+            parts.insert(0, torch.arange(start).expand(kept.shape[0], -1))
+        if span.after:
+            end = start + length
+            parts.append((torch.arange(value.shape[2] - end) + end).expand(kept.shape[0], -1))
+        return torch.cat(parts, dim=1)
+
+    return kept_rows
