@@ -71,7 +71,9 @@ def _run_one(step: Pass, program: Program) -> tuple[PassResult, float | None]:
     tolerance = _TOLERANCE.get(_dtype(program), _HALF_TOLERANCE) if step.kind == "exact" else math.inf
     # Not `error > tolerance`: a NaN must fail too.
     if not all(error <= tolerance for error in errors.values()):
-        what = "is declared exact but changed the outputs" if step.kind == "exact" else "gives no finite outputs"
+        what = (
+            "is declared exact but changed the outputs" if step.kind == "exact" else "gives no finite outputs"
+        )
         raise PassError(f"it {what} (relative L2 error {errors})")
     # Three digits: the last bits of a norm depend on where in memory its operands lie.
     return result, float(f"{max(errors.values(), default=0.0):.2e}")

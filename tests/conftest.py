@@ -1,5 +1,15 @@
 from __future__ import annotations
 
+import os
+
+# Processes that test side by side (`pytest -n 2`) get a core each, before any library counts them: where every one
+# starts a thread per core they slow one another down many times over.
+_worker = os.environ.get("PYTEST_XDIST_WORKER")
+if _worker is not None and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
+
+# ruff: noqa: E402
 import pytest
 import torch
 

@@ -210,6 +210,6 @@ def test_nothing_is_left_behind_when_an_engine_is_wrong(
 ) -> None:
     """An engine further from eager than allowed stops the build."""
     monkeypatch.setattr("flashu_compile.exporters.parity.TOLERANCE", -1.0)
-    with pytest.raises(EmissionError, match="differs from the eager model in 'image_embeds'"):
+    with pytest.raises(EmissionError, match="differs from PyTorch in 'image_embeds'"):
         flashu_compile.export(tiny_model(), "mmu", output=tmp_path / "b", vae=VAE, tokenizer=tokenizer())
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from flashu_compile.compiler import Bundle
 from flashu_compile.config import MMUConfig, T2IConfig
 from flashu_compile.errors import InputError, PassError, RecipeError
 from flashu_compile.plan import REUSE, engines_needed
-from flashu_compile.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe import Decisions, KeptNeurons, Phase, Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import sample
 from tests.support.flashu_twin import FlashuTwin
@@ -177,10 +177,7 @@ def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
         model=oracle.model,
         scales=scales,
         shift=config.time_shift,
-        kept={
-            s: {b: n.tolist() for b, n in blocks.items()}
-            for s, blocks in recipe.decided("t2i").kept_neurons.items()
-        },
+        kept=_lists(recipe.decided("t2i").kept_neurons),
         skipped={k + 1: [p.skipped for p in phases if p.start <= k / count + 1e-9][-1] for k in range(count)},
         full=steps,
         cache_interval=config.head_cache,
@@ -190,6 +187,10 @@ def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
     truth = twin.run(oracle.text, oracle.offsets, oracle.tensors["noise"])
     latents, _ = trajectory(oracle, pipe)
     assert relative(latents, truth.latents.numpy()) < TOLERANCE
+
+
+def _lists(kept: KeptNeurons) -> dict[str, dict[int, list[int]]]:
+    return {s: {b: n.tolist() for b, n in blocks.items()} for s, blocks in kept.items()}
 
 
 def _decisions(oracle: Oracle, ratios: Mapping[str, float]) -> Decisions:
@@ -228,7 +229,7 @@ def test_understanding_equals_the_eager_twin(
     engine = flashu_compile.load(bundle.path)._engines.engine("language")
     twin = UnderstandingTwin(
         model=oracle.model,
-        kept={s: {b: n.tolist() for b, n in blocks.items()} for s, blocks in kept.items()},
+        kept=_lists(kept),
         skipped=skipped,
         token_layer=config.token_layer,
         token_ratio=config.token_pruning,
@@ -265,8 +266,3 @@ class TestErrors:
         with pytest.raises(PassError, match="there is no layer 99"):
             build(load_oracle("tiny"), "t2i", recipe, tmp_path / "b")
         assert not (tmp_path / "b").exists()
-
-    def test_steps_that_need_an_engine_that_was_not_built(self, flashu: tuple[Oracle, Bundle]) -> None:
-        pipe = flashu_compile.load(flashu[1].path)
-        with pytest.raises(InputError, match="denoise"):
-            pipe.latents("a", steps=200)
