@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import flashu_compile
 from flashu_compile.compiler import Bundle
 from flashu_compile.config import MMUConfig, T2IConfig
-from flashu_compile.errors import InputError, PassError, RecipeError
+from flashu_compile.errors import PassError, RecipeError
 from flashu_compile.plan import REUSE, engines_needed
 from flashu_compile.recipe import Decisions, KeptNeurons, Phase, Recipe
 from flashu_compile.runtime.pipeline import Pipeline
