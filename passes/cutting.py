@@ -14,7 +14,7 @@ def part_before(program: Program, role: str, name: str) -> Program:
     """The program `name` that gives output `role` alone, from the inputs it needs."""
     editor = GraphEditor(program)
     editor.set_outputs([editor.outputs()[role]])
-    inputs = _prune_inputs(editor)
+    inputs = prune_inputs(editor)
     return editor.finish(name=name, inputs=inputs, outputs=(role,), sample=_sample(program, inputs))
 
 
@@ -31,7 +31,7 @@ def part_after(
     placeholder = editor.add_input(role, cut)
     cut.replace_all_uses_with(placeholder)
     editor.set_outputs([nodes[o] if nodes[o] is not cut else placeholder for o in outputs])
-    inputs = (*_prune_inputs(editor), Input(role, axes))
+    inputs = (*prune_inputs(editor), Input(role, axes))
     value = program.run(program.sample)[role].detach()
     sample = _sample(program, inputs[:-1]) | {role: value}
     return editor.finish(name=name, inputs=inputs, outputs=outputs, sample=sample)
@@ -75,7 +75,7 @@ def _sample(program: Program, inputs: tuple[Input, ...]) -> dict[str, Tensor]:
     return {i.role: program.sample[i.role] for i in inputs}
 
 
-def _prune_inputs(editor: GraphEditor) -> tuple[Input, ...]:
+def prune_inputs(editor: GraphEditor) -> tuple[Input, ...]:
     """Remove dead nodes and the inputs nothing reads any more; the inputs that stay."""
     editor.remove_unused()
     editor.take_sizes_from_read_inputs()

@@ -32,11 +32,11 @@ _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 class GraphEditor:
-    """A private copy of a program's graph. Edit `graph`, then call `finish`."""
+    """A private copy of a program's graph, or a `graph` with the same placeholders. Edit it, then call `finish`."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, graph: fx.Graph | None = None) -> None:
         self.program = program
-        self.graph: fx.Graph = copy.deepcopy(program.exported.graph)
+        self.graph: fx.Graph = copy.deepcopy(program.exported.graph) if graph is None else graph
         specs = program.exported.graph_signature.input_specs
         placeholders = self.graph.find_nodes(op="placeholder")
         self._specs: dict[fx.Node, InputSpec] = dict(zip(placeholders, specs, strict=True))

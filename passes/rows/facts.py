@@ -1,0 +1,154 @@
+"""What is known about the numbers in a tensor without running it: bounds, and whether they count on by one.
+
+Truth values are 0 and 1. Bounds are expressions of the sizes of a program's dynamic dimensions, which are at least 0;
+a comparison is decided only where it holds for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+import torch
+
+_aten = torch.ops.aten
+Bound = sympy.Expr | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """Every element lies in [`low`, `high`] (None: no bound). `counts`: the rows are low, low + 1, … in this order."""
+
+    low: Bound = None
+    high: Bound = None
+    counts: bool = False
+
+    @property
+    def is_true(self) -> bool:
+        return self.low == 1 and self.high == 1
+
+    @property
+    def is_false(self) -> bool:
+        return self.low == 0 and self.high == 0
+
+    def counts_all(self, offset: sympy.Expr, length: sympy.Expr, rows: sympy.Expr) -> bool:
+        """Whether these `rows` numbers are those from `offset` on, `length` of them, in order."""
+        return self.counts and self.low == offset and rows == length
+
+    def loose(self) -> Fact:
+        """The same bounds, for elements in another order."""
+        return dataclasses.replace(self, counts=False)
+
+
+UNKNOWN = Fact()
+TRUE, FALSE = Fact(sympy.Integer(1), sympy.Integer(1)), Fact(sympy.Integer(0), sympy.Integer(0))
+_EITHER = Fact(sympy.Integer(0), sympy.Integer(1))
+
+
+def constant(value: object) -> Fact:
+    """The fact of a tensor that holds one number, or of a number."""
+    if isinstance(value, bool | int) or (isinstance(value, sympy.Expr) and value.is_integer):
+        number = sympy.Integer(int(value)) if isinstance(value, bool | int) else value
+        return Fact(number, number)
+    return UNKNOWN
+
+
+def at_least(first: Bound, second: Bound) -> bool:
+    """Whether first >= second for all sizes."""
+    return first is not None and second is not None and sympy.expand(first - second).is_nonnegative is True
+
+
+def union(facts: list[Fact]) -> Fact:
+    """What holds for elements of any of these tensors."""
+    low, high = facts[0].low, facts[0].high
+    for fact in facts[1:]:
+        low = _lower(low, fact.low)
+        high = _upper(high, fact.high)
+    return Fact(low, high)
+
+
+def pointwise(target: Any, arguments: list[Fact]) -> Fact:
+    """The fact of an elementwise operator's result."""
+    rule = _RULES.get(target)
+    return UNKNOWN if rule is None else rule(*arguments)
+
+
+def _lower(a: Bound, b: Bound) -> Bound:
+    return b if at_least(a, b) else a if at_least(b, a) else None
+
+
+def _upper(a: Bound, b: Bound) -> Bound:
+    return a if at_least(a, b) else b if at_least(b, a) else None
+
+
+def _less(a: Fact, b: Fact) -> Fact:
+    if a.high is not None and at_least(b.low, a.high + 1):
+        return TRUE
+    return FALSE if at_least(a.low, b.high) else _EITHER
+
+
+def _equal(a: Fact, b: Fact) -> Fact:
+    return FALSE if _less(a, b).is_true or _less(b, a).is_true else _EITHER
+
+
+def _not(a: Fact) -> Fact:
+    return FALSE if a.is_true else TRUE if a.is_false else _EITHER
+
+
+def _and(a: Fact, b: Fact) -> Fact:
+    if a.is_false or b.is_false:
+        return FALSE
+    return TRUE if a.is_true and b.is_true else _EITHER
+
+
+def _or(a: Fact, b: Fact) -> Fact:
+    return _not(_and(_not(a), _not(b)))
+
+
+def _add(a: Fact, b: Fact) -> Fact:
+    low = None if a.low is None or b.low is None else a.low + b.low
+    high = None if a.high is None or b.high is None else a.high + b.high
+    return Fact(low, high, (a.counts and b.low == b.high) or (b.counts and a.low == a.high))
+
+
+def _sub(a: Fact, b: Fact) -> Fact:
+    negated = Fact(None if b.high is None else -b.high, None if b.low is None else -b.low)
+    return _add(a, negated)
+
+
+def _clamp(a: Fact, low: Fact = UNKNOWN, high: Fact = UNKNOWN) -> Fact:
+    """Both ways round: what is not known to lie within a limit gets the limit for a bound."""
+    bottom = a.low if low.low is None or at_least(a.low, low.low) else low.low
+    top = a.high if high.high is None or at_least(high.high, a.high) else high.high
+    same = (low.low is None or at_least(a.low, low.low)) and (high.high is None or at_least(high.high, a.high))
+    return Fact(bottom, top, a.counts and same)
+
+
+_RULES: dict[Any, Any] = {
+    _aten.lt.Tensor: _less,
+    _aten.lt.Scalar: _less,
+    _aten.gt.Tensor: lambda a, b: _less(b, a),
+    _aten.gt.Scalar: lambda a, b: _less(b, a),
+    _aten.ge.Tensor: lambda a, b: _not(_less(a, b)),
+    _aten.ge.Scalar: lambda a, b: _not(_less(a, b)),
+    _aten.le.Tensor: lambda a, b: _not(_less(b, a)),
+    _aten.le.Scalar: lambda a, b: _not(_less(b, a)),
+    _aten.eq.Tensor: _equal,
+    _aten.eq.Scalar: _equal,
+    _aten.__and__.Tensor: _and,
+    _aten.bitwise_and.Tensor: _and,
+    _aten.logical_and.default: _and,
+    _aten.__or__.Tensor: _or,
+    _aten.bitwise_or.Tensor: _or,
+    _aten.logical_or.default: _or,
+    _aten.bitwise_not.default: _not,
+    _aten.logical_not.default: _not,
+    _aten.add.Tensor: _add,
+    _aten.add.Scalar: _add,
+    _aten.sub.Tensor: _sub,
+    _aten.sub.Scalar: _sub,
+    _aten.clamp.default: _clamp,
+    _aten._to_copy.default: lambda a: a,
+    _aten.where.self: lambda c, a, b: a if c.is_true else b if c.is_false else union([a, b]),
+}

@@ -1,0 +1,252 @@
+"""How operators act on segments. A rule gives the node's value, or None where the rows of segments mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from flashu_compile.passes.rows import facts
+from flashu_compile.passes.rows.facts import UNKNOWN, Fact
+from flashu_compile.passes.rows.interpreter import RowInterpreter, is_one, repeated, same_batch
+from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Space
+
+_aten = torch.ops.aten
+_COUNTED = (torch.bool, torch.int32, torch.int64)
+_END = 2**63 - 1
+
+
+def _tree(function: Callable[[Segmented], Any], argument: Any) -> Any:
+    """`argument` with `function` applied to every segmented value in it."""
+    return pytree.tree_map(
+        lambda a: function(a) if isinstance(a, Segmented) else a, argument, is_leaf=lambda a: isinstance(a, Segmented)
+    )
+
+
+def _segmented(argument: Any) -> list[Segmented]:
+    leaves = pytree.tree_leaves(argument, is_leaf=lambda a: isinstance(a, Segmented))
+    return [leaf for leaf in leaves if isinstance(leaf, Segmented)]
+
+
+def _aligned(operands: Sequence[Segmented], ndim: int) -> dict[int, Space] | None:
+    """Row dimensions of a broadcast result; None where operands split a dimension differently."""
+    spaces: dict[int, Space] = {}
+    for operand in operands:
+        for dim, space in operand.spaces.items():
+            if spaces.setdefault(dim + ndim - operand.sample.ndim, space) != space:
+                return None
+    return dict(sorted(spaces.items()))
+
+
+def _picked(operand: Segmented, key: Key, spaces: Mapping[int, Space], ndim: int) -> Key:
+    """The key of the part of `operand` that meets the result's part at `key`."""
+    segment = dict(zip(spaces, key, strict=True))
+    return tuple(segment[dim + ndim - operand.sample.ndim] for dim in operand.spaces)
+
+
+# --- element by element ---
+
+
+def pointwise(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    arguments, keywords = it.value(node.args), it.value(node.kwargs)
+    ndim = node.meta["val"].ndim
+    spaces = _aligned(_segmented((arguments, keywords)), ndim)
+    if spaces is None:
+        return None
+
+    def part(key: Key) -> Part:
+        def tensor(operand: Segmented) -> Tensor:
+            return operand.parts[_picked(operand, key, spaces, ndim)].tensor
+
+        known = [_fact(it, a, lambda o: o.parts[_picked(o, key, spaces, ndim)].fact) for a in arguments]
+        result = cast("Any", node.target)(*_tree(tensor, arguments), **_tree(tensor, keywords))
+        return Part(result, _pointwise_fact(node, known, len(spaces)))
+
+    return Segmented.build(spaces, part)
+
+
+def _fact(it: RowInterpreter, argument: Any, of: Callable[[Segmented], Fact]) -> Fact:
+    if isinstance(argument, Segmented):
+        return of(argument)
+    return facts.constant(it.sizes.expression(argument) if isinstance(argument, torch.SymInt) else argument)
+
+
+def _pointwise_fact(node: fx.Node, known: list[Fact], dims: int) -> Fact:
+    dtypes = {n.meta["val"].dtype for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)}
+    if not dtypes <= set(_COUNTED) or set(node.kwargs) - {"dtype", "min", "max"}:
+        return UNKNOWN
+    logical = node.meta["val"].dtype == torch.bool
+    if logical and node.target is _aten._to_copy.default and dtypes != {torch.bool}:
+        return UNKNOWN
+    if not logical and ("bitwise" in str(node.target) or "__" in str(node.target)):
+        return UNKNOWN
+    if node.target is _aten.clamp.default:
+        limits = [facts.constant(node.kwargs.get(n)) for n in ("min", "max")]
+        known = [*known, *limits[len(known) - 1 :]]
+    found = facts.pointwise(node.target, known)
+    return found if dims < 2 else found.loose()
+
+
+def where(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Where a segment's condition is decided, the other branch is not read there."""
+    result = pointwise(it, node)
+    condition, *choices = it.value(node.args)
+    if result is None:
+        return None
+    ndim, shape = node.meta["val"].ndim, it.shape(node)
+    parts = dict(result.parts)
+    for key in result.parts:
+        fact = condition.parts[_picked(condition, key, result.spaces, ndim)].fact
+        if fact.is_true or fact.is_false:
+            parts[key] = _chosen(choices[fact.is_false], key, result, shape)
+    return Segmented(result.spaces, parts)
+
+
+def _chosen(choice: Any, key: Key, result: Segmented, shape: tuple[sympy.Expr, ...]) -> Part:
+    """One branch of a `where`, thin and of batch one as far as it can be."""
+    like, ndim = result.parts[key].tensor, result.sample.ndim
+    sizes: list[Any] = [1 if d == 0 or d in result.spaces else like.shape[d] for d in range(ndim)]
+    if not isinstance(choice, Segmented):
+        return Part(torch.full(sizes, choice, dtype=like.dtype, device=like.device), facts.constant(choice))
+    part = choice.parts[_picked(choice, key, result.spaces, ndim)]
+    tensor = part.tensor if part.tensor.dtype == like.dtype else _aten._to_copy.default(part.tensor, dtype=like.dtype)
+    for _ in range(ndim - tensor.ndim):
+        tensor = _aten.unsqueeze.default(tensor, 0)
+    wider = [-1 if d == 0 or d in result.spaces or not is_one(tensor.shape[d]) else sizes[d] for d in range(ndim)]
+    return Part(repeated(tensor, wider), part.fact)
+
+
+# --- row by row ---
+
+
+def _each(
+    it: RowInterpreter, node: fx.Node, spaces: Mapping[int, Space], fact: Callable[[Fact], Fact] = lambda f: UNKNOWN
+) -> Segmented:
+    """The operator on each part of its first argument; `spaces` are the result's row dimensions, in that order."""
+    first = it.value(node.args[0])
+    rest, keywords = fx.map_arg((node.args[1:], node.kwargs), it.whole)
+    parts = {
+        key: Part(cast("Any", node.target)(part.tensor, *rest, **keywords), fact(part.fact))
+        for key, part in first.parts.items()
+    }
+    order = sorted(range(len(spaces)), key=list(spaces).__getitem__)
+    return Segmented(
+        dict(sorted(spaces.items())), {tuple(key[i] for i in order): part for key, part in parts.items()}
+    )
+
+
+def rows_alone(count: Callable[[fx.Node], int]) -> Callable[[RowInterpreter, fx.Node], Segmented | None]:
+    """An operator that mixes the last dimensions of its first argument only; `count` says how many."""
+
+    def rule(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+        first = it.value(node.args[0])
+        mixed = range(first.sample.ndim - count(node), first.sample.ndim)
+        return None if any(dim in mixed for dim in first.spaces) else _each(it, node, first.spaces)
+
+    return rule
+
+
+def reduction(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    first, given = it.value(node.args[0]), node.args[1] if len(node.args) > 1 else None
+    if not isinstance(given, list | tuple):
+        return None
+    dims = {d % first.sample.ndim for d in cast("list[int]", given)}
+    if dims & set(first.spaces):
+        return None
+    keep = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
+    moved = {d if keep else d - sum(m < d for m in dims): s for d, s in first.spaces.items()}
+    counted = node.target is _aten.sum.dim_IntList and first.sample.dtype in _COUNTED
+
+    def fact(known: Fact) -> Fact:
+        return Fact(low=sympy.Integer(0)) if counted and facts.at_least(known.low, sympy.Integer(0)) else UNKNOWN
+
+    return _each(it, node, moved, fact)
+
+
+def embedding(it: RowInterpreter, node: fx.Node) -> Segmented:
+    weight, ids = it.value(node.args[:2])
+    parts = {k: Part(_aten.embedding.default(weight.whole.tensor, p.tensor)) for k, p in ids.parts.items()}
+    return Segmented(ids.spaces, parts)
+
+
+def cumsum(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    first, dim = it.value(node.args[0]), cast("int", node.args[1]) % node.meta["val"].ndim
+    if dim not in first.spaces or len(first.spaces) > 1:
+        return None if first.spaces else _each(it, node, {})
+    parts: dict[Key, Part] = {}
+    before: Tensor | None = None
+    for segment in range(len(first.spaces[dim].lengths)):
+        counted = torch.cumsum(it.filled(first, (segment,)), dim)
+        counted = counted if before is None else counted + before
+        before = _aten.slice.Tensor(counted, dim, -1, _END)
+        parts[(segment,)] = Part(counted)
+    return Segmented(first.spaces, parts)
+
+
+def split_tensor(it: RowInterpreter, node: fx.Node) -> list[Segmented] | None:
+    first, size = it.value(node.args[:2])
+    dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % first.sample.ndim  # type: ignore[operator]
+    if dim in first.spaces:
+        return None
+    pieces = {key: _aten.split.Tensor(part.tensor, size, dim) for key, part in first.parts.items()}
+    count = len(node.meta["val"])
+    return [Segmented(first.spaces, {k: Part(p[i]) for k, p in pieces.items()}) for i in range(count)]
+
+
+# --- attention ---
+
+
+def attention(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Each segment's queries meet only the keys that the mask may let them see."""
+    query, key, value, *given = it.value(node.args[:4])
+    mask = given[0] if given else it.value(node.kwargs.get("attn_mask"))
+    options = {n: v for n, v in node.kwargs.items() if n != "attn_mask"}
+    if len(node.args) > 4 or options.get("is_causal") or options.get("dropout_p"):
+        return None
+    ndim = query.sample.ndim
+    rows, columns = ndim - 2, ndim - 1
+    if set(query.spaces) - {rows} or set(key.spaces) - {rows} or set(value.spaces) != set(key.spaces):
+        return None
+    keys = range(len(key.spaces[rows].lengths)) if key.spaces else (None,)
+    if mask is not None and columns + mask.sample.ndim - ndim not in mask.spaces and key.spaces:
+        return None
+
+    def part(place: Key) -> Part:
+        seen = []
+        for j in keys:
+            known = _mask_part(it, mask, place, j, rows, columns)
+            if known is None or not known.fact.is_false:
+                seen.append((j, known))
+                it.sees.setdefault(node.name, set()).add((place[0] if place else 0, j or 0))
+        tensors = [_rows_of(it, v, [j for j, _ in seen], rows) for v in (key, value)]
+        masks = [m for _, m in seen if m is not None]
+        masked = None
+        if any(not m.fact.is_true for m in masks):
+            masked = torch.cat(same_batch([m.tensor for m in masks]), -1) if len(masks) > 1 else masks[0].tensor
+        operands = same_batch([it.filled(query, place), *tensors, *([] if masked is None else [masked])])
+        result = torch.ops.aten.scaled_dot_product_attention.default(
+            *operands[:3], attn_mask=None if masked is None else masked, **options
+        )
+        return Part(result)
+
+    return Segmented.build(query.spaces, part)
+
+
+def _rows_of(it: RowInterpreter, value: Segmented, segments: list[int | None], dim: int) -> Tensor:
+    parts = [it.filled(value, () if s is None else (s,)) for s in segments]
+    return torch.cat(same_batch(parts), dim) if len(parts) > 1 else parts[0]
+
+
+def _mask_part(
+    it: RowInterpreter, mask: Segmented | None, place: Key, j: int | None, rows: int, columns: int
+) -> Part | None:
+    if mask is None:
+        return None
+    lead = rows + 2 - mask.sample.ndim
+    segment = {rows - lead: place[0] if place else 0, columns - lead: j or 0}
+    key = tuple(segment[dim] for dim in mask.spaces)
+    return Part(it.filled(mask, key), mask.parts[key].fact)

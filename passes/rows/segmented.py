@@ -1,0 +1,89 @@
+"""A tensor whose rows are kept as separate tensors, one for each segment of the sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+import sympy
+import torch
+from torch import Tensor
+
+from flashu_compile.passes.rows.facts import UNKNOWN, Fact
+
+Key = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """A numbering of rows: `total` of them, in segments of these lengths."""
+
+    lengths: tuple[sympy.Expr, ...]
+
+    @property
+    def total(self) -> sympy.Expr:
+        return sympy.expand(sum(self.lengths, sympy.Integer(0)))
+
+    def offset(self, segment: int) -> sympy.Expr:
+        return sympy.expand(sum(self.lengths[:segment], sympy.Integer(0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows of one segment. Where all of them are equal, the tensor may have one row (`thin`)."""
+
+    tensor: Tensor
+    fact: Fact = UNKNOWN
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmented:
+    """A tensor by segments. `spaces`: its row dimensions, in order; none for a tensor without rows.
+
+    `parts` has the tensor of each combination of segments, one for each row dimension.
+    """
+
+    spaces: Mapping[int, Space]
+    parts: Mapping[Key, Part]
+
+    @classmethod
+    def plain(cls, tensor: Tensor, fact: Fact = UNKNOWN) -> Segmented:
+        return cls({}, {(): Part(tensor, fact)})
+
+    @classmethod
+    def build(cls, spaces: Mapping[int, Space], make: Callable[[Key], Part]) -> Segmented:
+        """The segmented tensor whose parts `make` gives."""
+        ordered = dict(sorted(spaces.items()))
+        return cls(ordered, {key: make(key) for key in keys(ordered)})
+
+    @property
+    def sample(self) -> Tensor:
+        """One of the parts, for its number of dimensions, dtype and sizes beside the rows."""
+        return next(iter(self.parts.values())).tensor
+
+    @property
+    def whole(self) -> Part:
+        """The tensor of a value without rows."""
+        return self.parts[()]
+
+
+def keys(spaces: Mapping[int, Space]) -> Iterator[Key]:
+    return itertools.product(*(range(len(space.lengths)) for space in spaces.values()))
+
+
+class Sizes:
+    """Sizes of the traced program as expressions in the names of its dynamic dimensions."""
+
+    def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
+        symbols = {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in dict.fromkeys(names.values())}
+        self._names = {symbol: symbols[name] for symbol, name in names.items()}
+
+    def expression(self, size: int | torch.SymInt) -> sympy.Expr:
+        if isinstance(size, torch.SymInt):
+            return sympy.expand(size.node.expr.subs(self._names))
+        return sympy.Integer(size)
+
+    def shape(self, tensor: Tensor) -> tuple[sympy.Expr, ...]:
+        return tuple(self.expression(size) for size in tensor.shape)
+

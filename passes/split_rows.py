@@ -1,0 +1,116 @@
+"""Split every value by segments of rows, and compute of each only what is read. Exact.
+
+A sequence is made of rows of text and rows of a picture. After this pass there is a tensor for each run of rows that
+change together from call to call: the prompt, the image span, what follows. Attention between two segments is left
+out where the mask is proved to forbid it for any lengths, so the graph shows which rows depend on which. Rows that
+nothing reads are gone. What a batch shares is computed once and repeated where rows that differ meet it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import sympy
+import torch
+from torch import fx
+
+from flashu_compile.errors import StructureError
+from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.base import Pass, PassResult
+from flashu_compile.passes.cutting import prune_inputs
+from flashu_compile.passes.retracing import retraced
+from flashu_compile.passes.rows.interpreter import RowInterpreter
+from flashu_compile.passes.rows.operators import pointwise
+from flashu_compile.passes.rows.rules import RULES
+from flashu_compile.passes.rows.segmented import Sizes, Space
+from flashu_compile.program import Program
+
+_CAT = torch.ops.aten.cat.default
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRows(Pass):
+    """`changing`: the inputs whose values differ between calls that share everything else."""
+
+    changing: frozenset[str]
+
+    def requires(self, program: Program) -> str | None:
+        unknown = sorted(self.changing - set(program.input_roles))
+        return f"program {program.name!r} has no input {', '.join(unknown)}" if unknown else None
+
+    def call(self, program: Program) -> PassResult:
+        sizes = _sizes(program)
+        try:
+            space = row_segments(program, self.changing, sizes)
+        except StructureError as reason:
+            return PassResult((program,), (f"left alone: {reason}",))
+        interpreter = RowInterpreter(program.exported.graph, sizes, space, RULES, pointwise)
+        editor = retraced(program, interpreter.run)
+        inputs = prune_inputs(editor)
+        kept = {i.role: program.sample[i.role] for i in inputs}
+        split = editor.finish(inputs=inputs, sample=kept)
+        return PassResult((split,), _changes(program, split, space))
+
+
+def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Space:
+    """Runs of rows that do, or do not, depend on the inputs `changing`, told at the concatenation that makes them.
+
+    Raises `StructureError` if there is no such concatenation.
+    """
+    dependence = depends_on(program)
+    for node in program.exported.graph.nodes:
+        if node.target is not _CAT or isinstance(_total(node), int):
+            continue
+        parts, dim = _parts(node)
+        runs: list[tuple[bool, sympy.Expr]] = []
+        for part in parts:
+            changes = bool(dependence[part] & changing)
+            length = sizes.expression(part.meta["val"].shape[dim])
+            if runs and runs[-1][0] == changes:
+                runs[-1] = changes, sympy.expand(runs[-1][1] + length)
+            else:
+                runs.append((changes, length))
+        if len({changes for changes, _ in runs}) == 2:
+            return Space(tuple(length for _, length in runs))
+    raise StructureError(
+        f"no concatenation in program {program.name!r} joins rows that depend on {', '.join(sorted(changing))} with "
+        "rows that do not"
+    )
+
+
+def _sizes(program: Program) -> Sizes:
+    names = {}
+    nodes = {node.name: node for node in program.exported.graph.find_nodes(op="placeholder")}
+    for given, name in zip(program.inputs, program.exported.graph_signature.user_inputs, strict=True):
+        for axis, size in zip(given.axes, nodes[name].meta["val"].shape, strict=True):
+            if axis is not None and isinstance(size, torch.SymInt):
+                names[size.node.expr] = axis
+    return Sizes(names)
+
+
+def _total(node: fx.Node) -> int | torch.SymInt:
+    dim = _dim(node)
+    return node.meta["val"].shape[dim] if dim else 0
+
+
+def _dim(node: fx.Node) -> int:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return int(dim) % node.meta["val"].ndim  # type: ignore[arg-type]
+
+
+def _parts(node: fx.Node) -> tuple[list[fx.Node], int]:
+    """The operands of a concatenation along its dimension, those of nested ones included."""
+    dim = _dim(node)
+    flat: list[fx.Node] = []
+    for operand in node.args[0]:  # type: ignore[union-attr]
+        assert isinstance(operand, fx.Node)
+        nested = operand.target is _CAT and _dim(operand) == dim
+        flat += _parts(operand)[0] if nested else [operand]
+    return flat, dim
+
+
+def _changes(program: Program, split: Program, space: Space) -> tuple[str, ...]:
+    lengths = " | ".join(str(length) for length in space.lengths)
+    dropped = [role for role in program.input_roles if role not in split.input_roles]
+    unread = f"; {', '.join(dropped)} is read no longer" if dropped else ""
+    return (f"rows in segments {lengths}{unread}",)
