@@ -43,7 +43,7 @@ class EngineBuild:
     """An engine on its way into a bundle: the emitted model and one eager run of what it was made from.
 
     `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from the
-    engine itself.
+    engine itself. `prologue` names the engine that gives what this one takes with every call.
     """
 
     name: str
@@ -51,6 +51,7 @@ class EngineBuild:
     model: ir.Model
     reference_inputs: Mapping[str, Tensor]
     reference_outputs: Mapping[str, Tensor]
+    prologue: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,7 @@ def _write_engines(directory: Path, engines: Sequence[EngineBuild]) -> tuple[lis
                     inputs=tuple(_tensor_spec(value) for value in engine.model.graph.inputs),
                     outputs=tuple(_tensor_spec(value) for value in engine.model.graph.outputs),
                     reference=reference,
+                    prologue=engine.prologue,
                 )
             )
     return specs, store

@@ -25,7 +25,7 @@ from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
-from flashu_compile.program import Program
+from flashu_compile.program import Program, prologue_of
 from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
@@ -273,7 +273,8 @@ def _build(
         for number, part in enumerate(programs):
             tell(f"{task}: emitting {part.name}", start + share * (0.3 + 0.7 * number / len(programs)))
             lossy = part.name in changed or name in changed
-            build = _emit(part, _program_outputs(part) if lossy else source.truth)
+            known = set(part.outputs) <= set(source.truth)
+            build = _emit(part, source.truth if known and not lossy else _program_outputs(part), programs)
             builds.append(build)
             errors = engine_errors(build, scratch_parent)
             statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
@@ -304,13 +305,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _emit(program: Program, truth: Mapping[str, Tensor]) -> EngineBuild:
+def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, ...]) -> EngineBuild:
+    prologue = prologue_of(program.name)
     return EngineBuild(
         name=program.name,
         task=program.task,
         model=emit_onnx(program),
         reference_inputs={str(role): program.sample[role] for role in program.input_roles},
         reference_outputs={str(role): truth[role] for role in program.outputs},
+        prologue=prologue if any(other.name == prologue for other in others) else None,
     )
 
 

@@ -41,8 +41,8 @@ def _denoise(program: Program, recipe: Recipe) -> Specialised:
 
     def run(name: str, passes: tuple[Pass, ...]) -> None:
         made, done = PassManager(passes).run(dataclasses.replace(program, name=name))
-        programs.append(next(p for p in made if p.name == name))
-        records.extend(dataclasses.replace(r, program=name) for r in done)
+        programs.extend(made)
+        records.extend(done)
 
     for variant in variants(config, decided):
         if variant.name in names:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -115,7 +116,7 @@ class GraphEditor:
         """A new user input (the last one) with the shape of `node`."""
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
-            placeholder = self.graph.placeholder(f"input_{role}")
+            placeholder = self.graph.placeholder("input_" + re.sub(r"\W", "_", role))
         self._inputs[role] = placeholder
         placeholder.meta = {"val": node.meta["val"]}
         self._specs[placeholder] = InputSpec(InputKind.USER_INPUT, TensorArgument(placeholder.name), None)

@@ -10,25 +10,34 @@ from flashu_compile.passes.base import Pass
 from flashu_compile.passes.canonical_names import CanonicalNames
 from flashu_compile.passes.fold_constants import FoldConstants
 from flashu_compile.passes.gather_tokens import GatherTokens
+from flashu_compile.passes.group_heads import GroupHeads
+from flashu_compile.passes.hoist_prologue import HoistPrologue
 from flashu_compile.passes.keep_outputs import KeepOutputs
+from flashu_compile.passes.merge_duplicates import MergeDuplicates
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_dead_code import RemoveDeadCode
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.reuse_features import ReuseFeatures
 from flashu_compile.passes.split_at_output import SplitAtOutput
+from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.program import Role
 from flashu_compile.recipe import KeptNeurons
 
 LLM = "llm"
+_STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation
 CLEAN: tuple[Pass, ...] = (RemoveDeadCode(), FoldConstants(), CanonicalNames())
 
 
 def denoise(
     *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), features: bool = False
 ) -> tuple[Pass, ...]:
-    """The generation step. `features`: it also gives what a reuse program takes."""
+    """The generation step, after a prologue with what does not change during a trajectory.
+
+    `features`: it also gives what a reuse program takes.
+    """
     outputs = (Role.VELOCITY, Role.HEAD_FEATURES) if features else (Role.VELOCITY,)
-    return (KeepOutputs(outputs), *_cut(kept, skipped), *CLEAN)
+    once = (GroupHeads(), SplitRows(_STEP), MergeDuplicates(), HoistPrologue(_STEP))
+    return (KeepOutputs(outputs), *_cut(kept, skipped), *once, *CLEAN)
 
 
 def reuse() -> tuple[Pass, ...]:

@@ -37,6 +37,7 @@ def retraced(program: Program, run: Run) -> GraphEditor:
     graph = traced.graph
     for old, new in zip(placeholders, graph.find_nodes(op="placeholder"), strict=True):
         new._rename(old.name)
+        new.target = new.name
         new.meta = dict(old.meta)
     for node in graph.nodes:
         if node.op == "call_function":

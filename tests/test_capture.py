@@ -24,7 +24,7 @@ def test_capture_equals_the_published_step(denoise: Program) -> None:
         rows.append(torch.cat([ids[mask], span, tail, padding]))
         offsets.append(int(mask.sum()))
     reference = GenerationReference(model, torch.stack(rows), torch.tensor(offsets))
-    truth = reference.step(sample[Role.LATENTS], sample[Role.TIMESTEP])
+    truth = reference.step(sample[Role.LATENTS].expand(2, -1, -1, -1), sample[Role.TIMESTEP].expand(2))
     values = denoise.run(sample)
     assert relative_error(values[Role.VELOCITY], truth.velocity) < 1e-6
     assert relative_error(values[Role.HEAD_FEATURES], truth.head_features) < 1e-6
@@ -38,8 +38,8 @@ def test_captured_step_is_dynamic(denoise: Program, prompt: int, batch: int) -> 
         Role.PROMPT_IDS: torch.randint(512, (batch, prompt)),
         Role.PROMPT_MASK: torch.ones(batch, prompt, dtype=torch.bool),
         Role.TAIL_IDS: torch.randint(512, (batch, tail)),
-        Role.LATENTS: torch.randn(batch, *CONFIG.latent_shape),
-        Role.TIMESTEP: torch.rand(batch),
+        Role.LATENTS: torch.randn(1, *CONFIG.latent_shape),
+        Role.TIMESTEP: torch.rand(1),
     }
     truth = GenerationStep(tiny_model())(*(inputs[role] for role in denoise.input_roles))[0]
     assert relative_error(denoise.run(inputs)[Role.VELOCITY], truth) < 1e-6

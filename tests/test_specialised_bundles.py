@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flashu_compile.compiler import Bundle
 from flashu_compile.config import MMUConfig, T2IConfig
 from flashu_compile.errors import PassError, RecipeError
 from flashu_compile.plan import REUSE, engines_needed
+from flashu_compile.program import prologue_of
 from flashu_compile.recipe import Decisions, KeptNeurons, Phase, Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import sample
@@ -81,6 +83,11 @@ class _Watched:
         return Noting()
 
 
+def carried(pipe: Pipeline, prologue: str, text: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    engine = pipe._engines.engine(prologue)
+    return engine.run({tensor.name: text[tensor.name] for tensor in engine.spec.inputs})
+
+
 @pytest.fixture(scope="module", params=ORACLES)
 def flashu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Bundle]:
     """The published decisions, compiled."""
@@ -107,8 +114,9 @@ def test_every_velocity_equals_the_published_one(flashu: tuple[Oracle, Bundle]) 
         engine = pipe._engines.engine(step.engine)
         values = {
             **text,
-            "latents": np.concatenate([latents, latents]),
-            "timestep": np.full(2, step.t, dtype=np.float32),
+            **(carried(pipe, engine.spec.prologue, text) if engine.spec.prologue else {}),
+            "latents": latents,
+            "timestep": np.array([step.t], dtype=np.float32),
             "head_features": features,
         }
         outputs = engine.run({tensor.name: values[tensor.name] for tensor in engine.spec.inputs})
@@ -127,7 +135,8 @@ def test_engines_hold_nothing_of_what_was_cut(flashu: tuple[Oracle, Bundle]) -> 
     width = len(next(iter(recipe.decisions["t2i"].kept_neurons["llm"].values())))
     assert width < config.llm.intermediate_size
     names = {path.stem for path in bundle.path.glob("*.onnx")} - {"vae_decode"}
-    assert names == set(engines_needed(flashu_compile.load(bundle.path).plan))
+    steps = set(engines_needed(flashu_compile.load(bundle.path).plan))
+    assert names == steps | {prologue_of(name) for name in steps - {REUSE}}
     for name in names:
         graph = onnx.load(bundle.path / f"{name}.onnx", load_external_data=False).graph
         shapes = {i.name: tuple(i.dims) for i in graph.initializer}
@@ -135,7 +144,7 @@ def test_engines_hold_nothing_of_what_was_cut(flashu: tuple[Oracle, Bundle]) -> 
         if name == REUSE:
             assert not any(part in n for n in shapes for part in ("showo", "und_trans", "image_embedder"))
             continue
-        skipped = {int(i) for i in name.partition("_skip")[2].split("-") if i}
+        skipped = {int(i) for i in re.findall(r"\d+", name.partition("_skip")[2])}
         present = {int(n.split(".showo.model.layers.")[1].split(".")[0]) for n in llm}
         assert present == set(range(config.llm.num_hidden_layers)) - skipped
         expected = width if "pruned" in name else config.llm.intermediate_size

@@ -39,7 +39,8 @@ class TensorSpec:
 class EngineSpec:
     """One engine: its file, its signature, and a recorded run (`reference`, safetensors) to verify it against.
 
-    The reference file holds `input.<name>` and `output.<name>` tensors; outputs come from the eager model.
+    The reference file holds `input.<name>` and `output.<name>` tensors; outputs come from the eager model. `prologue`
+    is the engine that, run once, gives what inputs of this one keep from call to call.
     """
 
     name: str
@@ -48,6 +49,7 @@ class EngineSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     reference: str
+    prologue: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

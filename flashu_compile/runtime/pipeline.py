@@ -97,6 +97,9 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
         needed.extend((step.engine, "head_features") for step in steps if step.store)
     if manifest.understanding is not None:
         needed.extend((("vision", "image_embeds"), ("language", "logits")))
+    for engine in manifest.engines:
+        if engine.prologue is not None:
+            manifest.engine(engine.prologue)
     for name, output in dict.fromkeys(needed):
         if output not in {tensor.name for tensor in manifest.engine(name).outputs}:
             raise BundleError(f"Engine {name!r} has no output {output!r}; build the bundle again.")

@@ -12,7 +12,7 @@ from flashu_compile.errors import BundleError, InputError
 from flashu_compile.plan import Step, StepPlan
 from flashu_compile.runtime.manifest import GenerationFacts
 from flashu_compile.runtime.prompts import PromptCodec
-from flashu_compile.runtime.sessions import Engines, Tensors
+from flashu_compile.runtime.sessions import Engine, Engines, Tensors
 
 _FEATURES = "head_features"
 
@@ -55,10 +55,10 @@ def sample(
         raise BundleError(
             f"The step plan asks for solver {plan.solver!r}; this version knows {', '.join(SOLVERS)}."
         )
-    latents, cache = noise, _HeadCache()
+    latents, cache, prologues = noise, _HeadCache(), _Prologues(engines, text)
     earlier: tuple[float, NDArray[np.float32]] | None = None  # dt and velocity of the step before
     for number, step in enumerate(plan.steps, start=1):
-        velocity = _velocity(engines, step, text, latents, cache)
+        velocity = _velocity(engines, step, text, latents, cache, prologues)
         slope = velocity
         if plan.solver == "ab2" and earlier is not None:
             slope = velocity + step.dt / (2 * earlier[0]) * (velocity - earlier[1])
@@ -75,15 +75,20 @@ def sample(
 
 
 def _velocity(
-    engines: Engines, step: Step, text: Tensors, latents: NDArray[np.float32], cache: _HeadCache
+    engines: Engines,
+    step: Step,
+    text: Tensors,
+    latents: NDArray[np.float32],
+    cache: _HeadCache,
+    prologues: _Prologues,
 ) -> NDArray[np.float32]:
     """The guided velocity [c, h, w] of one step, whose head features go into or come from the cache."""
     engine, rows = engines.engine(step.engine), step.branches
     wanted = [tensor.name for tensor in engine.spec.inputs]
-    values = {name: array[rows[0] : rows[-1] + 1] for name, array in text.items()} | {
-        "latents": np.concatenate([latents] * len(rows)),
-        "timestep": np.full(len(rows), step.t, dtype=np.float32),
-    }
+    chosen = slice(rows[0], rows[-1] + 1)
+    values = {name: array[chosen] for name, array in text.items()}
+    values |= {"latents": latents, "timestep": np.array([step.t], dtype=np.float32)}
+    values.update(prologues.values(engine, chosen))
     if _FEATURES in wanted:
         values[_FEATURES] = cache.features(step)
     unknown = [name for name in wanted if name not in values]
@@ -103,6 +108,25 @@ def _velocity(
         return velocities[0]
     conditional, unconditional = velocities
     return unconditional + step.guidance_scale * (conditional - unconditional)
+
+
+class _Prologues:
+    """What stays the same during a run: computed by an engine's prologue when the engine is first used."""
+
+    def __init__(self, engines: Engines, text: Tensors) -> None:
+        self._engines, self._text = engines, text
+        self._known: dict[str, Tensors] = {}
+
+    def values(self, engine: Engine, rows: slice) -> Tensors:
+        """What `engine` takes from its prologue, for these rows of the text; nothing if it has none."""
+        name = engine.spec.prologue
+        if name is None:
+            return {}
+        if name not in self._known:
+            prologue = self._engines.engine(name)
+            self._known[name] = prologue.run({t.name: self._text[t.name] for t in prologue.spec.inputs})
+        batched = {t.name for t in engine.spec.inputs if t.shape[:1] == ("batch",)}
+        return {n: v[rows] if n in batched else v for n, v in self._known[name].items()}
 
 
 class _HeadCache:

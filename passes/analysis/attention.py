@@ -75,7 +75,7 @@ def _site(
     inside: frozenset[fx.Node],
     stored: frozenset[fx.Node],
 ) -> Attention:
-    query, key, value = (_before_repetition(source, arguments(node)[0]) for source in arguments(node)[:3])
+    query, key, value = (before_repetition(source, arguments(node)[0]) for source in arguments(node)[:3])
     heads, kv_heads = size(query, 1), size(key, 1)
     if heads is None or kv_heads is None:
         raise StructureError(
@@ -97,7 +97,7 @@ def _site(
     )
 
 
-def _before_repetition(node: fx.Node, query: fx.Node) -> fx.Node:
+def before_repetition(node: fx.Node, query: fx.Node) -> fx.Node:
     """`node`, or the [b, fewer heads, rows, d] value whose heads it repeats."""
     heads, source = size(query, 1), node
     while source.target in _REPETITION:

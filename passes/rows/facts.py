@@ -121,7 +121,9 @@ def _clamp(a: Fact, low: Fact = UNKNOWN, high: Fact = UNKNOWN) -> Fact:
     """Both ways round: what is not known to lie within a limit gets the limit for a bound."""
     bottom = a.low if low.low is None or at_least(a.low, low.low) else low.low
     top = a.high if high.high is None or at_least(high.high, a.high) else high.high
-    same = (low.low is None or at_least(a.low, low.low)) and (high.high is None or at_least(high.high, a.high))
+    same = (low.low is None or at_least(a.low, low.low)) and (
+        high.high is None or at_least(high.high, a.high)
+    )
     return Fact(bottom, top, a.counts and same)
 
 

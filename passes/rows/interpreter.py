@@ -29,7 +29,9 @@ class RowInterpreter:
     attention by name, the pairs (segment of queries, segment of keys) that its mask lets meet.
     """
 
-    def __init__(self, graph: fx.Graph, sizes: Sizes, space: Space, rules: Mapping[Any, Rule], pointwise: Rule) -> None:
+    def __init__(
+        self, graph: fx.Graph, sizes: Sizes, space: Space, rules: Mapping[Any, Rule], pointwise: Rule
+    ) -> None:
         self.graph, self.sizes, self.space = graph, sizes, space
         self.spaces: dict[sympy.Expr, Space] = {space.total: space}
         self.values: dict[fx.Node, Any] = {}
@@ -75,7 +77,9 @@ class RowInterpreter:
         if (space, segment) not in self._lengths and known in self._inputs:
             return self._inputs[known]
         if (space, segment) not in self._lengths:
-            raise StructureError(f"the number of rows in segment {segment} ({known}) is read before it is known")
+            raise StructureError(
+                f"the number of rows in segment {segment} ({known}) is read before it is known"
+            )
         return self._lengths[space, segment]
 
     def offset(self, space: Space, segment: int) -> Size:

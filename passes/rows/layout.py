@@ -26,7 +26,9 @@ def _argument(node: fx.Node, name: str) -> Any:
     """An argument of an operator by its name."""
     for place, argument in enumerate(cast("Any", node.target)._schema.arguments):
         if argument.name == name:
-            return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
+            return (
+                node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
+            )
     raise KeyError(name)
 
 
@@ -66,7 +68,9 @@ def transpose(it: RowInterpreter, node: fx.Node) -> Segmented:
     value = it.value(node.args[0])
     first, second = (cast("int", d) % value.sample.ndim for d in node.args[1:3])
     swapped = {first: second, second: first}
-    return _moved(value, {d: swapped.get(d, d) for d in value.spaces}, lambda t: _aten.transpose.int(t, first, second))
+    return _moved(
+        value, {d: swapped.get(d, d) for d in value.spaces}, lambda t: _aten.transpose.int(t, first, second)
+    )
 
 
 def permute(it: RowInterpreter, node: fx.Node) -> Segmented:
@@ -117,7 +121,9 @@ def expand(it: RowInterpreter, node: fx.Node) -> Segmented:
         if grows and size in it.spaces and dim:
             spaces[dim] = it.spaces[size]
         waits = dim in spaces or dim == 0
-        sizes.append((1 if dim < lead else -1) if waits or not grows else int(size) if size.is_Integer else given[dim])
+        sizes.append(
+            (1 if dim < lead else -1) if waits or not grows else int(size) if size.is_Integer else given[dim]
+        )
 
     def part(key: Key) -> Part:
         segment = dict(zip(sorted(spaces), key, strict=True))
@@ -158,7 +164,10 @@ def slice_(it: RowInterpreter, node: fx.Node) -> Segmented | None:
             begin, stop = _local(first - offset), _local(last - offset)
             if begin is None or stop is None:
                 return None
-            sliced = {k: Part(_aten.slice.Tensor(p.tensor, dim, begin, stop), p.fact.loose()) for k, p in inside.parts.items()}
+            sliced = {
+                k: Part(_aten.slice.Tensor(p.tensor, dim, begin, stop), p.fact.loose())
+                for k, p in inside.parts.items()
+            }
             return Segmented(inside.spaces, sliced)
     return None
 
@@ -274,7 +283,9 @@ def _groups(
     return groups
 
 
-def _kept_segments(it: RowInterpreter, operands: Sequence[Segmented], lengths: Sequence[sympy.Expr]) -> Space | None:
+def _kept_segments(
+    it: RowInterpreter, operands: Sequence[Segmented], lengths: Sequence[sympy.Expr]
+) -> Space | None:
     """The row numbering of an index that, at its end, lists all rows of the last segments, in their order."""
     kept: list[sympy.Expr] = []
     pieces = [(o.whole.fact, length) for o, length in zip(operands, lengths, strict=True) if not o.spaces]
@@ -324,7 +335,12 @@ def gather(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 def _picked_segment(fact: Fact, space: Space) -> int | None:
     for segment, length in enumerate(space.lengths):
         offset = space.offset(segment)
-        if fact.low is not None and fact.high is not None and at_least(fact.low, offset) and at_least(offset + length - 1, fact.high):
+        if (
+            fact.low is not None
+            and fact.high is not None
+            and at_least(fact.low, offset)
+            and at_least(offset + length - 1, fact.high)
+        ):
             return segment
     return None
 
@@ -370,7 +386,9 @@ def like(number: int) -> Any:
     def rule(it: RowInterpreter, node: fx.Node) -> Segmented:
         value = it.value(node.args[0])
         call: Any = node.target
-        parts = {k: Part(call(p.tensor, **node.kwargs), facts.constant(number)) for k, p in value.parts.items()}
+        parts = {
+            k: Part(call(p.tensor, **node.kwargs), facts.constant(number)) for k, p in value.parts.items()
+        }
         return Segmented(value.spaces, parts)
 
     return rule

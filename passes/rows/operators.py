@@ -23,7 +23,9 @@ _END = 2**63 - 1
 def _tree(function: Callable[[Segmented], Any], argument: Any) -> Any:
     """`argument` with `function` applied to every segmented value in it."""
     return pytree.tree_map(
-        lambda a: function(a) if isinstance(a, Segmented) else a, argument, is_leaf=lambda a: isinstance(a, Segmented)
+        lambda a: function(a) if isinstance(a, Segmented) else a,
+        argument,
+        is_leaf=lambda a: isinstance(a, Segmented),
     )
 
 
@@ -76,7 +78,9 @@ def _fact(it: RowInterpreter, argument: Any, of: Callable[[Segmented], Fact]) ->
 
 
 def _pointwise_fact(node: fx.Node, known: list[Fact], dims: int) -> Fact:
-    dtypes = {n.meta["val"].dtype for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)}
+    dtypes = {
+        n.meta["val"].dtype for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)
+    }
     if not dtypes <= set(_COUNTED) or set(node.kwargs) - {"dtype", "min", "max"}:
         return UNKNOWN
     logical = node.meta["val"].dtype == torch.bool
@@ -113,10 +117,16 @@ def _chosen(choice: Any, key: Key, result: Segmented, shape: tuple[sympy.Expr, .
     if not isinstance(choice, Segmented):
         return Part(torch.full(sizes, choice, dtype=like.dtype, device=like.device), facts.constant(choice))
     part = choice.parts[_picked(choice, key, result.spaces, ndim)]
-    tensor = part.tensor if part.tensor.dtype == like.dtype else _aten._to_copy.default(part.tensor, dtype=like.dtype)
+    tensor = (
+        part.tensor
+        if part.tensor.dtype == like.dtype
+        else _aten._to_copy.default(part.tensor, dtype=like.dtype)
+    )
     for _ in range(ndim - tensor.ndim):
         tensor = _aten.unsqueeze.default(tensor, 0)
-    wider = [-1 if d == 0 or d in result.spaces or not is_one(tensor.shape[d]) else sizes[d] for d in range(ndim)]
+    wider = [
+        -1 if d == 0 or d in result.spaces or not is_one(tensor.shape[d]) else sizes[d] for d in range(ndim)
+    ]
     return Part(repeated(tensor, wider), part.fact)
 
 
@@ -124,7 +134,10 @@ def _chosen(choice: Any, key: Key, result: Segmented, shape: tuple[sympy.Expr, .
 
 
 def _each(
-    it: RowInterpreter, node: fx.Node, spaces: Mapping[int, Space], fact: Callable[[Fact], Fact] = lambda f: UNKNOWN
+    it: RowInterpreter,
+    node: fx.Node,
+    spaces: Mapping[int, Space],
+    fact: Callable[[Fact], Fact] = lambda f: UNKNOWN,
 ) -> Segmented:
     """The operator on each part of its first argument; `spaces` are the result's row dimensions, in that order."""
     first = it.value(node.args[0])
@@ -162,7 +175,9 @@ def reduction(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     counted = node.target is _aten.sum.dim_IntList and first.sample.dtype in _COUNTED
 
     def fact(known: Fact) -> Fact:
-        return Fact(low=sympy.Integer(0)) if counted and facts.at_least(known.low, sympy.Integer(0)) else UNKNOWN
+        return (
+            Fact(low=sympy.Integer(0)) if counted and facts.at_least(known.low, sympy.Integer(0)) else UNKNOWN
+        )
 
     return _each(it, node, moved, fact)
 
@@ -226,7 +241,9 @@ def attention(it: RowInterpreter, node: fx.Node) -> Segmented | None:
         masks = [m for _, m in seen if m is not None]
         masked = None
         if any(not m.fact.is_true for m in masks):
-            masked = torch.cat(same_batch([m.tensor for m in masks]), -1) if len(masks) > 1 else masks[0].tensor
+            masked = (
+                torch.cat(same_batch([m.tensor for m in masks]), -1) if len(masks) > 1 else masks[0].tensor
+            )
         operands = same_batch([it.filled(query, place), *tensors, *([] if masked is None else [masked])])
         result = torch.ops.aten.scaled_dot_product_attention.default(
             *operands[:3], attn_mask=None if masked is None else masked, **options

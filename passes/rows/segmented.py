@@ -86,4 +86,3 @@ class Sizes:
 
     def shape(self, tensor: Tensor) -> tuple[sympy.Expr, ...]:
         return tuple(self.expression(size) for size in tensor.shape)
-

@@ -63,7 +63,7 @@ class Engine:
     def run(self, inputs: Tensors) -> dict[str, Array]:
         assert list(inputs) == [tensor.name for tensor in self.spec.inputs]
         t = inputs["timestep"].astype(np.float64).reshape(-1, 1, 1, 1)
-        assert all(len(value) == len(t) for value in inputs.values())
+        assert t.shape == (1, 1, 1, 1)
         if self._name == "reuse":
             rows = [TEXT["prompt_mask"].tolist().index(row) for row in inputs["prompt_mask"].tolist()]
             slow = inputs["head_features"]
@@ -71,6 +71,7 @@ class Engine:
         else:
             rows = [TEXT["prompt_ids"].tolist().index(row) for row in inputs["prompt_ids"].tolist()]
             assert inputs["latents"].dtype == np.float32
+            assert len(inputs["latents"]) == 1
             slow = self._owner.slow(inputs["latents"].astype(np.float64), t, POWER[rows].reshape(-1, 1, 1, 1))
         self._owner.calls.append((self._name, tuple(rows), float(t[0, 0, 0, 0])))
         outputs = {"velocity": velocity(slow, t).astype(np.float32)}

@@ -29,7 +29,11 @@ _SEED = 0
 
 
 class GenerationStep(nn.Module):
-    """The padded generation step: both guidance branches, every row, vocabulary logits included."""
+    """The padded generation step: both guidance branches, every row, vocabulary logits included.
+
+    Latents and time are given once, since the branches share them; as published, each branch computes with its own
+    copy.
+    """
 
     def __init__(self, model: Showo2) -> None:
         super().__init__()
@@ -40,10 +44,12 @@ class GenerationStep(nn.Module):
         prompt_ids: Int[Tensor, "b prompt"],
         prompt_mask: Bool[Tensor, "b prompt"],
         tail_ids: Int[Tensor, "b tail"],
-        latents: Float[Tensor, "b c h w"],
-        timestep: Float[Tensor, " b"],
+        latents: Float[Tensor, "1 c h w"],
+        timestep: Float[Tensor, " 1"],
     ) -> tuple[Tensor, Tensor, Tensor]:
         model, config = self.model, self.model.config
+        batch = prompt_ids.shape[0]
+        latents, timestep = latents.expand(batch, -1, -1, -1), timestep.expand(batch)
         time, time_row = model.embed_time(timestep)
         image = model.embed_image(latents)
         span = image if time_row is None else torch.cat([time_row, image], dim=1)
@@ -125,8 +131,8 @@ def _generation(model: Showo2) -> Capture:
             Input(Role.PROMPT_IDS, ("batch", "prompt")),
             Input(Role.PROMPT_MASK, ("batch", "prompt")),
             Input(Role.TAIL_IDS, ("batch", "tail")),
-            Input(Role.LATENTS, ("batch", None, None, None)),
-            Input(Role.TIMESTEP, ("batch",)),
+            Input(Role.LATENTS, (None, None, None, None)),
+            Input(Role.TIMESTEP, (None,)),
         ),
         outputs=(Role.VELOCITY, Role.HEAD_FEATURES, Role.LOGITS),
         stacks=_STACKS,
@@ -134,8 +140,8 @@ def _generation(model: Showo2) -> Capture:
             Role.PROMPT_IDS: prompt,
             Role.PROMPT_MASK: mask,
             Role.TAIL_IDS: tail,
-            Role.LATENTS: torch.randn(2, *config.latent_shape, generator=generator, dtype=dtype),
-            Role.TIMESTEP: torch.tensor([0.3, 0.3], dtype=dtype),
+            Role.LATENTS: torch.randn(1, *config.latent_shape, generator=generator, dtype=dtype),
+            Role.TIMESTEP: torch.tensor([0.3], dtype=dtype),
         },
     )
 

@@ -1,0 +1,165 @@
+"""Move what does not change from call to call into a program that runs once before them. Exact.
+
+Looks for the values that depend on inputs, but on none of those that change, and are read by what does. A new program,
+the prologue, computes them; the program itself takes them as inputs. After `SplitRows` these are the keys and values
+of the prompt in every layer, its mask and its rotary tables. Which attention may be relied on not to look at changing
+rows was proved there: where it could not be, nothing here is independent of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.base import Pass, PassResult
+from flashu_compile.passes.cutting import prune_inputs
+from flashu_compile.passes.editing import GraphEditor, module_path
+from flashu_compile.program import Input, Program, prologue_of
+
+_aten = torch.ops.aten
+#: Cheap to do again, and handing on what they are made from is smaller.
+_ENLARGING = (_aten.expand.default, _aten.unsqueeze.default, _aten._unsafe_view.default, _aten.clone.default)
+_SHAPING = (*_ENLARGING, _aten.view.default, _aten.transpose.int, _aten.cat.default, _aten.slice.Tensor)
+_ATTENTION = _aten.scaled_dot_product_attention.default
+
+
+@dataclasses.dataclass(frozen=True)
+class HoistPrologue(Pass):
+    """`changing`: the inputs that differ from call to call."""
+
+    changing: frozenset[str]
+
+    def call(self, program: Program) -> PassResult:
+        carried = _carried(program, self.changing)
+        if not any(_is_past(node) for node in carried):
+            reason = f"no keys or values are independent of {', '.join(sorted(self.changing))}"
+            return PassResult((program,), (f"left alone: {reason}",))
+        roles, called = _roles(program, carried), prologue_of(program.name)
+        prologue = _prologue(program, roles, called)
+        step = _step(program, roles, prologue)
+        count = len(prologue.exported.graph.find_nodes(op="call_function", target=_aten.linear.default))
+        changes = (f"{called}: {len(roles)} values, with {count} linear layers on rows that stay the same",)
+        return PassResult((prologue, step), changes)
+
+
+def _carried(program: Program, changing: frozenset[str]) -> list[fx.Node]:
+    """Values of inputs that do not change, read by what does, in graph order."""
+    dependence = depends_on(program)
+    found: dict[fx.Node, None] = {}
+    for node in program.exported.graph.nodes:
+        stays = node.op == "call_function" and dependence[node] and not dependence[node] & changing
+        if stays and isinstance(node.meta.get("val"), Tensor):
+            if any(dependence.get(user, frozenset()) & changing for user in node.users):
+                found[_smaller(node, dependence)] = None
+    return [node for node in program.exported.graph.nodes if node in found]
+
+
+def _smaller(node: fx.Node, dependence: dict[fx.Node, frozenset[str]]) -> fx.Node:
+    while node.target in _ENLARGING:
+        source = node.all_input_nodes[0]
+        if source.op != "call_function" or not dependence[source] or not _fewer(source, node):
+            break
+        node = source
+    return node
+
+
+def _fewer(source: fx.Node, node: fx.Node) -> bool:
+    """Whether `source` has no more elements than `node`, for all sizes."""
+    counts = [_elements(n.meta["val"]) for n in (source, node)]
+    return (
+        sympy.expand(counts[1] - counts[0]).subs({s: s + 1 for s in counts[0].free_symbols}).is_nonnegative
+        is True
+    )
+
+
+def _elements(value: Tensor) -> sympy.Expr:
+    count: Any = sympy.Integer(1)
+    for size in value.shape:
+        count = count * (size.node.expr if isinstance(size, torch.SymInt) else size)
+    return sympy.expand(count)
+
+
+def _is_past(node: fx.Node) -> bool:
+    return _use(node) in ("key", "value")
+
+
+def _use(node: fx.Node) -> str:
+    """What attention does with a value that reaches it by rearrangement alone; "" where nothing does."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        for user in current.users:
+            if user.target is _ATTENTION:
+                place = next((i for i, a in enumerate(user.args) if a is current), 3)
+                return ("query", "key", "value", "mask")[place]
+            if user.target in _SHAPING and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return ""
+
+
+def _roles(program: Program, carried: list[fx.Node]) -> dict[str, fx.Node]:
+    """A name for each carried value: the module it is from, and what it is."""
+    roles: dict[str, fx.Node] = {}
+    for node in carried:
+        base = f"{module_path(node) or 'top'}.{_use(node) or _made_by(node)}"
+        role, count = base, 1
+        while role in roles or role in program.input_roles:
+            count += 1
+            role = f"{base}_{count}"
+        roles[role] = node
+    return roles
+
+
+def _made_by(node: fx.Node) -> str:
+    while node.target in _SHAPING and node.all_input_nodes[0].op == "call_function":
+        node = node.all_input_nodes[0]
+    return str(node.target).split(".")[-2] if node.op == "call_function" else node.name
+
+
+def _prologue(program: Program, roles: dict[str, fx.Node], name: str) -> Program:
+    editor = GraphEditor(program)
+    copies = {node.name: node for node in editor.graph.nodes}
+    editor.set_outputs([copies[node.name] for node in roles.values()])
+    inputs = prune_inputs(editor)
+    sample = {i.role: program.sample[i.role] for i in inputs}
+    return editor.finish(name=name, inputs=inputs, outputs=tuple(roles), sample=sample)
+
+
+def _step(program: Program, roles: dict[str, fx.Node], prologue: Program) -> Program:
+    editor = GraphEditor(program)
+    copies = {node.name: node for node in editor.graph.nodes}
+    for role, original in roles.items():
+        node = copies[original.name]
+        node.replace_all_uses_with(editor.add_input(role, node))
+    given = prune_inputs(editor)
+    names = _axis_names(program)
+    carried = tuple(Input(role, _axes(node, names)) for role, node in roles.items())
+    with torch.no_grad():
+        values = prologue.run(program.sample)
+    sample = {i.role: program.sample[i.role] for i in given} | {r: v.contiguous() for r, v in values.items()}
+    return editor.finish(inputs=(*given, *carried), sample=sample)
+
+
+def _axis_names(program: Program) -> dict[sympy.Expr, str]:
+    """The program's name of every symbol that is the size of an input's dimension."""
+    names: dict[sympy.Expr, str] = {}
+    nodes = {node.name: node for node in program.exported.graph.find_nodes(op="placeholder")}
+    for given, name in zip(program.inputs, program.exported.graph_signature.user_inputs, strict=True):
+        for axis, size in zip(given.axes, nodes[name].meta["val"].shape, strict=True):
+            if axis is not None and isinstance(size, torch.SymInt):
+                names.setdefault(size.node.expr, axis)
+    return names
+
+
+def _axes(node: fx.Node, names: dict[sympy.Expr, str]) -> tuple[str | None, ...]:
+    symbols = {expr: sympy.Symbol(axis) for expr, axis in names.items()}
+    return tuple(
+        str(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else None
+        for size in node.meta["val"].shape
+    )
