@@ -19,8 +19,10 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-#: Tensors of at most this many bytes stay inside the graph file.
-INLINE_BYTES = 1024
+#: Tensors of at most this many bytes stay inside the graph file; of whole numbers, which may be sizes and places that
+#: shape inference must read, the second.
+INLINE_BYTES, INLINE_INTEGER_BYTES = 1024, 1 << 16
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _PAGE, _LINE = 4096, 64
 
 
@@ -57,7 +59,8 @@ def weight_store(
             for value in _initializers(models):
                 tensor = value.const_value
                 assert tensor is not None
-                if tensor.nbytes <= inline_bytes or tensor.dtype == ir.DataType.STRING:
+                inline = INLINE_INTEGER_BYTES if tensor.dtype in _INTEGERS else inline_bytes
+                if tensor.nbytes <= inline or tensor.dtype == ir.DataType.STRING:
                     continue
                 memory = _memory(tensor)
                 if memory not in by_memory:

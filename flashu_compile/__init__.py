@@ -7,29 +7,47 @@
     pipe.generate("a red circle left of a blue square", seed=0).save("out.png")
     pipe.ask("out.png", "what is left of the blue square?")
 
-`load` and `Pipeline` need the base installation only; `export` needs the extra ``compile``. Each is imported
+`export` and `calibrate` need the extra ``compile``; the rest needs the base installation only. Each name is imported
 when it is first used, so `import flashu_compile` is quick and needs no framework.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flashu_compile.errors import FlashuError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from flashu_compile.compiler import export
+    from flashu_compile.compiler import calibrate, export
+    from flashu_compile.config import MMUConfig, T2IConfig
+    from flashu_compile.recipe import Recipe
     from flashu_compile.runtime import Pipeline, load
 
 __version__ = "0.1.0"
 
-__all__ = ["FlashuError", "Pipeline", "__version__", "export", "load"]
+__all__ = [
+    "FlashuError",
+    "MMUConfig",
+    "Pipeline",
+    "Recipe",
+    "T2IConfig",
+    "__version__",
+    "calibrate",
+    "export",
+    "load",
+]
 
 _HOMES = {
+    "MMUConfig": "flashu_compile.config",
+    "Pipeline": "flashu_compile.runtime",
+    "Recipe": "flashu_compile.recipe",
+    "T2IConfig": "flashu_compile.config",
+    "calibrate": "flashu_compile.compiler",
     "export": "flashu_compile.compiler",
     "load": "flashu_compile.runtime",
-    "Pipeline": "flashu_compile.runtime",
 }
 
 # What the extra `compile` installs, by import name.
@@ -51,19 +69,26 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with _naming_the_extra(f"flashu_compile.{name}"):
         value = getattr(import_module(home), name)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _COMPILE_MODULES:
-            raise
-        raise MissingDependencyError(
-            f"flashu_compile.{name} needs {missing}, which is not installed. "
-            'Install what compiling takes with: pip install "flashu-compile[compile]"'
-        ) from error
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+@contextmanager
+def _naming_the_extra(what: str) -> Iterator[None]:
+    """Around an import: raises `MissingDependencyError` if `what` needs a library that the extra installs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _COMPILE_MODULES:
+            raise
+        raise MissingDependencyError(
+            f"{what} needs {missing}, which is not installed. "
+            'Install what compiling takes with: pip install "flashu-compile[compile]"'
+        ) from error

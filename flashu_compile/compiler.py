@@ -26,7 +26,7 @@ from flashu_compile.passes.manager import PassRecord
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
 from flashu_compile.program import Program, prologue_of
-from flashu_compile.recipe import Recipe
+from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
@@ -251,7 +251,7 @@ def _decide(
         else:
             program, about = captured["understand"].program, understanding_facts(loaded)
             made = calibrate_mmu(program, codec, about, recipe.mmu, chosen.questions, progress=report)
-        decisions[task] = made.decisions
+        decisions[task] = decisions.get(task, Decisions()).completed(made.decisions)
         figures[task] = made.figures
     return dataclasses.replace(recipe, decisions=decisions), figures
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flashu_compile.plan import StepPlan
+    from flashu_compile.recipe import Recipe
     from flashu_compile.runtime.manifest import Manifest
+    from flashu_compile.structure import BlockFacts, ProgramStructure, StackFacts
 
 
 def print_json(value: Any) -> None:
@@ -70,25 +72,50 @@ def print_plan(plan: StepPlan) -> None:
     print_table(("evaluation", "t", "guidance", "head cache", "engine"), rows, title=title)
 
 
+def print_recipe(recipe: Recipe) -> None:
+    """Name and techniques of a recipe, a row each."""
+    from flashu_compile.recipe_view import COLUMNS, recipe_rows
+
+    print_table(COLUMNS, recipe_rows(recipe), title=f"recipe: {recipe.name}")
+
+
 def print_build(summary: Mapping[str, Any]) -> None:
-    """The summary of a bundle just built: where, what, how big, how close to eager."""
-    sizes = {name: _size(value) for name, value in summary.get("sizes", {}).items()}
+    """The summary of a bundle just built: where, what, how big, what passes cost, how close to eager."""
+    sizes = {name: _size(value) for name, value in summary["sizes"].items()}
+    samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
     print_facts(
         {
             "bundle": summary["path"],
             "tasks": _listed(summary["tasks"]),
+            "recipe": summary["recipe"],
+            "calibrated": _listed(samples) or "nothing to decide",
             "engines": _listed(summary["engines"]),
         }
         | sizes
     )
+    _print_pass_totals(summary["passes"])
     print_table(
         ("engine", "output", "relative error against eager"),
         [
             (engine, output, f"{error:.1e}")
-            for engine, outputs in summary.get("errors", {}).items()
+            for engine, outputs in summary["errors"].items()
             for output, error in outputs.items()
         ],
     )
+
+
+def _print_pass_totals(passes: Iterable[Mapping[str, Any]]) -> None:
+    """A row for each pass that changed something, over all programs."""
+    changing: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in passes:
+        if row["changes"]:
+            changing.setdefault((row["kind"], row["name"]), []).append(row)
+    rows = []
+    for (kind, name), records in sorted(changing.items(), reverse=True):
+        errors = [record["error"] for record in records if record["error"] is not None]
+        worst = f"{max(errors):.1e}" if errors else ""
+        rows.append((name, kind, str(len(records)), worst))
+    print_table(("pass", "kind", "programs", "largest relative error of its own"), rows)
 
 
 def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any]) -> None:
@@ -109,7 +136,7 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
         print_table(
             ("", "name", "dtype", "shape"),
             [
-                (side, tensor.name, tensor.dtype, " × ".join(map(str, tensor.shape)))
+                (side, tensor.name, tensor.dtype, _shape(tensor.shape))
                 for side, tensors in sides
                 for tensor in tensors
             ],
@@ -145,6 +172,70 @@ def _print_components(counts: Mapping[str, Any]) -> None:
     total = ("total", quantity(sum(parameters.values())), quantity(sum(flops.values())))
     title = f"{counts.get('nodes', '?')} nodes; FLOPs of one run on the recorded inputs"
     print_table(("component", "parameters", "FLOPs"), [*rows, total], title=title)
+
+
+def print_structure(program: ProgramStructure) -> None:
+    """What was found in a captured program, like blocks in one row, and why the rest was not."""
+    roles, everything = tuple(tensor.role for tensor in program.inputs), "every input"
+    print_table(
+        ("", "tensor", "shape", "depends on"),
+        [
+            *(("in", tensor.role, _shape(tensor.shape), "") for tensor in program.inputs),
+            *(
+                ("out", t.role, _shape(t.shape), everything if t.reads == roles else _listed(t.reads))
+                for t in program.outputs
+            ),
+        ],
+        title=f"{program.name} ({program.task})",
+    )
+    if program.stacks:
+        print_table(
+            ("stack", "blocks", "feed-forward", "attention"),
+            [row for stack in program.stacks for row in _stack_rows(stack)],
+        )
+    span, head = program.visual_span, program.head
+    facts = {f"stack {stack.name}": f"{stack.width} wide, under {stack.root}" for stack in program.stacks}
+    if span is not None:
+        facts["visual span"] = (
+            f"{span.length} rows, with {span.before} segments before and {span.after} after"
+        )
+    if head is not None:
+        source = f" from stack {head.stack}" if head.stack is not None else ""
+        beside = f" with {_listed(head.beside)}" if head.beside else ""
+        facts["head features"] = (
+            f"{_shape(head.shape)}{source}; {_listed(head.gives)} follows from them{beside}"
+        )
+    print_facts(facts)
+    if program.not_found:
+        print_table(("not found", "why"), [(row.what, row.why) for row in program.not_found])
+    typer.echo()
+
+
+def _stack_rows(stack: StackFacts) -> Iterator[tuple[str, str, str, str]]:
+    def like(block: BlockFacts) -> tuple[Any, ...]:
+        return block.feed_forward, block.attention
+
+    for (feed_forward, attention), group in itertools.groupby(stack.blocks, like):
+        ends = [block.index for block in group]
+        ffn = "not found"
+        if feed_forward is not None:
+            ffn = f"{feed_forward.kind}{', fused' * feed_forward.fused}, {feed_forward.width} neurons"
+        sites = []
+        for site in attention:
+            shared = "" if site.kv_heads == site.heads else f" ({site.kv_heads} kv)"
+            traits = (", masked" * site.masked) + (", rotary" * site.rotary)
+            sites.append(f"{site.heads} heads of {site.head_size}{shared}{traits}")
+        yield (
+            stack.name,
+            "–".join(dict.fromkeys((str(ends[0]), str(ends[-1])))),
+            ffn,
+            "; ".join(sites) or "not found",
+        )
+
+
+def _shape(sizes: Iterable[int | str]) -> str:
+    """Sizes with × between them, sums in brackets."""
+    return " × ".join(f"({size})" if " " in str(size) else str(size) for size in sizes)
 
 
 def quantity(value: float) -> str:

@@ -116,6 +116,10 @@ class Decisions:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def completed(self, other: Decisions) -> Decisions:
+        """These decisions, with what they leave open taken from `other`."""
+        return Decisions({**other.kept_neurons, **self.kept_neurons}, self.phases or other.phases)
+
     @property
     def complete(self) -> bool:
         """Whether the kept neurons themselves are here, not only their number."""

@@ -60,7 +60,7 @@ class PruneFFN(Pass):
 
     def _neurons(self, group: FeedForward) -> Tensor:
         """The neurons kept in one group, int64 [kept]. Raises `PassError` unless they are a sorted set of its own."""
-        kept = torch.as_tensor(self.kept[group.block], dtype=torch.int64)
+        kept = torch.tensor(self.kept[group.block], dtype=torch.int64)
         where = f"block {group.block} of stack {self.stack!r}"
         if kept.ndim != 1 or not len(kept):
             raise PassError(f"the neurons kept in {where} are not a list of at least one number")

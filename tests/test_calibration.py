@@ -306,3 +306,15 @@ class TestSamples:
         assert len(first.prompts) == 5
         assert list(first.prompts) == sorted(first.prompts, key=lambda p: int(p[1:]))
         assert dataclasses.replace(samples).chosen(100, 3) == samples
+
+
+def test_decisions_that_are_there_stay(loaded: LoadedModel) -> None:
+    """Calibration takes the open ones alone."""
+    neurons = {block: np.arange(0, 64) for block in range(loaded.network.config.llm.num_hidden_layers)}
+    given = Recipe("mine", CONFIG, decisions={"t2i": Decisions({"llm": neurons})})
+    made = calibrate(
+        loaded.network, "t2i", recipe=given, calibration=PROMPTS, vae=loaded.vae, tokenizer=loaded.tokenizer
+    )
+    decided = made.decided("t2i")
+    assert all(np.array_equal(decided.kept_neurons["llm"][b], kept) for b, kept in neurons.items())
+    assert decided.phases

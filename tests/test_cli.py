@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -16,14 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import flashu_compile
-from flashu_compile import cli, display
-from flashu_compile.config import T2IConfig
+from flashu_compile import cli
 from flashu_compile.errors import CheckpointError
-from flashu_compile.plan import compile_plan
+from flashu_compile.presets import preset
 from flashu_compile.runtime import doctor
 from tests.runtime.tiny_bundle import POINTS, edit_json, flip_byte, write_bundle
 
-COMMANDS = ("build", "generate", "ask", "inspect", "verify", "doctor")
+COMMANDS = ("build", "calibrate", "recipe", "generate", "ask", "inspect", "verify", "doctor")
 
 
 def run(*arguments: object) -> Result:
@@ -98,6 +98,13 @@ class TestHelp:
             ["ask", "DIR", "photo.png"],
             ["ask", "DIR", "photo.png", "a", "--max-new-tokens", "0"],
             ["build", "model"],
+            ["build", "model", "--task", "t2i", "--samples", "0"],
+            ["calibrate", "model", "--task", "t2i"],
+            ["recipe"],
+            ["recipe", "diff", "exact"],
+            ["recipe", "merge", "exact", "flashu"],
+            ["inspect", "DIR", "--task", "t2i"],
+            ["inspect", "MODEL", "--structure", "--plan"],
             ["verify", "DIR", "--fix"],
         ],
     )
@@ -200,28 +207,6 @@ class TestInspect:
         assert len(plan["steps"]) == POINTS - 1
         assert plan["steps"][0]["engine"] == "denoise"
 
-    def test_plan_has_a_row_for_equal_evaluations(self, capsys: pytest.CaptureFixture[str]) -> None:
-        config = T2IConfig(
-            12,
-            4.0,
-            1.0,
-            guidance=((0, None), (0.25, 1.0)),
-            head_cache=3,
-            head_extrapolation=True,
-            full_ffn=0.2,
-        )
-        display.print_plan(compile_plan(config))
-        rows = [line.split() for line in capsys.readouterr().out.splitlines()[4:] if line.strip()]
-        assert rows == [
-            ["1–2", "0.000–0.182", "1", "(prompt", "alone)", "denoise"],
-            ["3", "0.182–0.273", "1", "(prompt", "alone)", "stored", "denoise"],
-            ["4–5", "0.273–0.455", "4", "denoise"],
-            ["6", "0.455–0.545", "4", "stored", "denoise"],
-            ["7–8", "0.545–0.727", "4", "reuse"],
-            ["9", "0.727–0.818", "4", "stored", "denoise"],
-            ["10–11", "0.818–1.000", "4", "denoise"],
-        ]
-
     def test_json(self, bundle: Path) -> None:
         facts = json.loads(run("inspect", bundle, "--json").stdout)
         assert facts["manifest"]["model"] == "tiny"
@@ -290,7 +275,7 @@ class TestDoctor:
 
 class TestBuild:
     @pytest.fixture
-    def exports(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    def exports(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
         """Calls of `flashu_compile.export`, whose own tests build real bundles."""
         calls: list[dict[str, Any]] = []
 
@@ -306,7 +291,16 @@ class TestBuild:
                 "sizes": {"weights_bytes": 1_234_567},
                 "errors": {"denoise": {"velocity": 2e-7}},
             }
-            return SimpleNamespace(path=Path("here"), summary=lambda: summary)
+            row = {"program": "denoise", "kind": "exact", "changes": ["x"], "error": 0.0}
+            passes = [
+                row | {"name": "FoldConstants"},
+                row | {"name": "RemoveLayers", "kind": "lossy", "error": 0.25},
+                row | {"name": "RemoveLayers", "kind": "lossy", "error": 0.125, "program": "denoise_skip3"},
+                row | {"name": "CanonicalNames", "changes": []},
+            ]
+            report = {"calibration": {"t2i": {"samples": 4}}, "passes": passes}
+            (tmp_path / "report.json").write_text(json.dumps(report))
+            return SimpleNamespace(path=tmp_path, summary=lambda: summary)
 
         # Not setattr, which would look the name up first and so import the compiler.
         monkeypatch.setitem(vars(flashu_compile), "export", export)
@@ -314,17 +308,26 @@ class TestBuild:
 
     def test_options(self, exports: list[dict[str, Any]]) -> None:
         result = run(
-            "build", "m", "--task", "t2i", "--task", "mmu", "--output", "d", "--vae", "v", "--overwrite"
+            *("build", "m", "--task", "t2i", "--task", "mmu", "--output", "d", "--vae", "v", "--overwrite"),
+            *("--recipe", "flashu", "--calibration", "c.json", "--samples", "4", "--seed", "9"),
         )
         assert result.exit_code == 0
         assert "1.23 MB" in result.stdout
         assert "2.0e-07" in result.stdout
+        assert "t2i on 4 samples" in result.stdout
+        rows = [line.split() for line in result.stdout.splitlines()]
+        assert ["RemoveLayers", "lossy", "2", "2.5e-01"] in rows
+        assert ["FoldConstants", "exact", "1", "0.0e+00"] in rows
+        assert "CanonicalNames" not in result.stdout
         assert exports == [
             {
                 "model": "m",
                 "task": ["t2i", "mmu"],
                 "output": Path("d"),
-                "recipe": "exact",
+                "recipe": preset("flashu"),
+                "calibration": Path("c.json"),
+                "samples": 4,
+                "seed": 9,
                 "backend": "onnxruntime",
                 "precision": "float32",
                 "vae": "v",
@@ -333,28 +336,37 @@ class TestBuild:
             }
         ]
 
-    def test_json(self, exports: list[dict[str, Any]]) -> None:
+    def test_json(self, exports: list[dict[str, Any]], tmp_path: Path) -> None:
         facts = json.loads(run("build", "m", "--task", "t2i", "--json").stdout)
-        assert facts["path"] == "here"
+        assert facts["path"] == str(tmp_path)
+        assert facts["recipe"] == "exact"
         assert facts["errors"] == {"denoise": {"velocity": 2e-7}}
-        assert exports[0]["output"] is None
+        assert facts["calibration"] == {"t2i": {"samples": 4}}
+        assert [row["error"] for row in facts["passes"] if row["kind"] == "lossy"] == [0.25, 0.125]
+
+    def test_defaults_are_those_of_the_library(self, exports: list[dict[str, Any]]) -> None:
+        from flashu_compile.compiler import export
+
+        assert run("build", "m", "--task", "t2i").exit_code == 0
+        (given,) = exports
+        defaults = inspect.signature(export).parameters
+        given["recipe"] = given["recipe"].name
+        assert {name: given[name] for name in given.keys() - {"model", "task"}} == {
+            name: defaults[name].default for name in given.keys() - {"model", "task"}
+        }
+
+    def test_settings(self, exports: list[dict[str, Any]]) -> None:
+        build = ("build", "m", "--task", "mmu", "--recipe", "conservative")
+        assert run(*build, "--set", "t2i.head_cache=1", "--set", "mmu.token_pruning=0.5").exit_code == 0
+        recipe = exports[0]["recipe"]
+        assert (recipe.t2i.head_cache, recipe.mmu.token_pruning) == (1, 0.5)
+        assert recipe.mmu.ffn_pruning == preset("conservative").mmu.ffn_pruning
+        assert "mmu has no field 'tokens'" in failed(run(*build, "--set", "mmu.tokens=1"))
+        assert len(exports) == 1
+
+    def test_unknown_recipe(self, exports: list[dict[str, Any]]) -> None:
+        assert "Unknown recipe 'fast'" in failed(run("build", "m", "--task", "t2i", "--recipe", "fast"))
+        assert exports == []
 
     def test_failure_is_one_line(self, exports: list[dict[str, Any]]) -> None:
         assert failed(run("build", "absent", "--task", "t2i")) == "error: No checkpoint at absent."
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00 k"),
-        (1536, "1.54 k"),
-        (99_960, "100 k"),
-        (999_950, "1.00 M"),
-        (2e12, "2.00 T"),
-        (3e15, "3 P"),
-    ],
-)
-def test_quantities(value: float, text: str) -> None:
-    assert display.quantity(value) == text

@@ -183,7 +183,8 @@ def _understanding(model: Showo2, vae: LatentCodec) -> Capture:
         stacks=_STACKS,
         sample={
             Role.PIXELS: torch.rand(2, 3, side, side, generator=generator, dtype=model.dtype) * 2 - 1,
-            Role.PREFIX_IDS: ids[:, :8],
-            Role.SUFFIX_IDS: ids[:, 8:],
+            # Not views of one tensor: its width would be traced into them.
+            Role.PREFIX_IDS: ids[:, :8].contiguous(),
+            Role.SUFFIX_IDS: ids[:, 8:].contiguous(),
         },
     )

@@ -1,0 +1,78 @@
+"""Models of fixed sizes with random weights, and decisions for them: what speed is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from flashu_compile.importing import published_decisions
+from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig, Showo2Config
+from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.vae import SpaceToDepth
+from flashu_compile.recipe import Recipe
+from flashu_compile.runtime.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+
+SEED = 0
+VAE = SpaceToDepth(factor=2)
+
+_SMALL = Showo2Config(
+    llm=LLMConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=14,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    semantic=SemanticConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6),
+    head=HeadConfig(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=5,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    latent_channels=VAE.latent_channels,
+    latent_grid=15,
+    position_grid=15,
+    sequence_length=320,
+)
+GEOMETRIES = {
+    "bench-small": _SMALL,
+    "bench-small-27": dataclasses.replace(_SMALL, latent_grid=27, position_grid=27, sequence_length=1024),
+}
+
+
+def random_model(config: Showo2Config) -> Showo2:
+    """Normal weights of the usual size, so that no activation overflows or vanishes."""
+    torch.manual_seed(SEED)
+    model = Showo2(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02)
+    return model
+
+
+def tokenizer() -> Tokenizer:
+    """One token a byte, after the special tokens of Show-o2."""
+    special = [PAD, BOS, EOS, BOI, EOI, IMAGE_PAD]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    result = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
+    result.add_special_tokens(special)
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    return result
+
+
+def published_defaults(config: Showo2Config) -> Recipe:
+    """The published schedule and ratios, with random neurons kept and random layers skipped."""
+    random = np.random.default_rng(SEED)
+    width, layers = config.llm.intermediate_size, config.llm.num_hidden_layers
+    kept = {i: np.sort(random.choice(width, int(0.8 * width) // 64 * 64, replace=False)) for i in range(layers)}
+    lists = {
+        step: sorted(random.choice(layers, int(0.2 * layers), replace=False).tolist()) for step in (1, 11, 21)
+    }
+    return published_decisions(kept, lists, time_shift=config.time_shift)

@@ -1,0 +1,112 @@
+"""What commands share: the app, how errors are told, and the arguments that mean the same everywhere."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flashu_compile.errors import FlashuError
+
+
+@contextmanager
+def told_in_one_line(exit_code: int) -> Iterator[None]:
+    """Turn every error made on purpose, or by the file system, into one line on stderr and `exit_code`."""
+    try:
+        yield
+    except FlashuError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        message = str(error)
+    else:
+        return
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(exit_code)
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with told_in_one_line(1):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Each command has its own help with examples: [bold]flashu-compile generate --help[/]",
+)
+
+TASKS = ("t2i", "mmu")
+# The panels of the help, in order.
+COMPILING, USING, LOOKING = "Compile a model", "Use a bundle", "Look and check"
+
+
+def examples(*commands: str) -> str:
+    """An epilog with one command a paragraph, as Typer's help keeps no other line breaks."""
+    return "\n\n".join(["Examples:", *(f"flashu-compile {command}" for command in commands)])
+
+
+Bundle = Annotated[Path, typer.Argument(metavar="DIR", help="A bundle made by [bold]build[/].")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Provider = Annotated[
+    str,
+    typer.Option(
+        help="What runs the engines: cpu, cuda, tensorrt, or a provider's name in ONNX Runtime. "
+        "It is used or the command fails; [bold]doctor[/] tells which work here."
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads an engine computes with.", show_default="one per core")
+]
+Vae = Annotated[
+    str | None, typer.Option(help="The VAE of a checkpoint that does not bring its own: folder or file.")
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder or file."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import flashu_compile
+
+        typer.echo(f"flashu-compile {flashu_compile.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compile a unified multimodal model into a bundle of inference engines, and use the bundle.
+
+    A bundle is a folder. [bold]build[/] makes one from a checkpoint and a recipe, which [bold]calibrate[/]
+    completes; these two and [bold]inspect --structure[/] need the extra [bold]flashu-compile\\[compile][/].
+    Everything else runs without PyTorch.
+    """
+
+
+def quiet_onnxruntime() -> None:
+    """What ONNX Runtime logs natively, our errors say in one line."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+
+
+def quiet_torch() -> None:
+    """What PyTorch, when it traces, says of its own code is nothing a user could act on."""
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)

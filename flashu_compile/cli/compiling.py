@@ -1,0 +1,191 @@
+"""build and calibrate: from a model to a bundle, and to a recipe's decisions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashu_compile import display
+from flashu_compile.cli.base import COMPILING, Json, Tokenizer, Vae, app, examples, quiet_torch
+from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
+
+if TYPE_CHECKING:
+    from flashu_compile.recipe import Recipe
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="'showo2-shapes' (bundled), a folder in the published Show-o2 layout, or a hub id.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TASK.FIELD=VALUE",
+        help="Change one parameter of the recipe: t2i.head_cache=1, mmu.token_pruning=0.3, t2i.full_ffn=10/34, "
+        "t2i.points=none (the model's own), t2i.guidance='[[0, 0.75], [0.7, 1]]'. Repeatable; of several for one "
+        "field the last holds. What was decided by another value of it is decided anew.",
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='What open decisions are measured on: JSON {"prompts": ["…"], "questions": [{"image": "path from '
+        'the file", "question": "…"}]}; prompts for t2i, questions for mmu.',
+        show_default="the samples that come with the model",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="At most so many samples are used for each task.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Chooses among more samples than that, and seeds the noise pictures start from."
+    ),
+]
+# The library's own default; written out, since help must not import it.
+SAMPLES = 20
+
+
+@app.command(
+    rich_help_panel=COMPILING,
+    epilog=examples(
+        "build showo2-shapes --task t2i --task mmu --output build/shapes",
+        "build showo2-shapes --task t2i --recipe flashu --set t2i.head_cache=1 --output build/no-cache",
+        "build showo2-shapes --task t2i --recipe flashu.json --output build/flashu",
+        "build ./show-o2-1.5B --task t2i --vae ./Wan2.1-Diffusers/vae --tokenizer ./tokenizer.json",
+    ),
+)
+def build(
+    model: Model,
+    task: Annotated[
+        list[str],
+        typer.Option(help="What the bundle does: t2i (text to image), mmu (questions). Repeatable."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the bundle goes.", show_default="./<model>-<tasks>"),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE|DIR",
+            help="What to optimise: 'exact' changes no output, 'conservative', 'flashu' and 'aggressive' trade "
+            "accuracy for speed; or a recipe that [bold]calibrate[/] or you wrote, or that of a bundle.",
+        ),
+    ] = "exact",
+    settings: Settings = None,
+    calibration: Calibration = None,
+    samples: Samples = SAMPLES,
+    seed: Seed = 0,
+    precision: Annotated[str, typer.Option(help="The dtype engines compute in.")] = "float32",
+    backend: Annotated[str, typer.Option(help="What the engines are made for.")] = "onnxruntime",
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at the output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL into a bundle of engines. The folder appears complete, or not at all.
+
+    Decisions that the recipe leaves open are measured first, on the samples; those it brings are carried out.
+    """
+    import flashu_compile
+
+    chosen = _recipe(recipe, settings)
+    quiet_torch()
+    with display.progress_bar("Starting") as advance:
+        bundle = flashu_compile.export(
+            model,
+            task,
+            output=output,
+            recipe=chosen,
+            calibration=calibration,
+            samples=samples,
+            seed=seed,
+            backend=backend,
+            precision=precision,
+            vae=vae,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=advance,
+        )
+    summary = {**bundle.summary(), "path": str(bundle.path), "recipe": chosen.name, **_measured(bundle.path)}
+    if as_json:
+        display.print_json(summary)
+    else:
+        display.print_build(summary)
+
+
+@app.command(
+    rich_help_panel=COMPILING,
+    epilog=examples(
+        "calibrate showo2-shapes --task t2i --task mmu --output flashu.json",
+        "calibrate showo2-shapes --task t2i --recipe aggressive --calibration prompts.json --output mine.json",
+        "calibrate showo2-shapes --task mmu --set mmu.ffn_pruning=0.3 --samples 8 --output mine.json --json",
+    ),
+)
+def calibrate(
+    model: Model,
+    task: Annotated[
+        list[str], typer.Option(help="What to decide for: t2i (text to image), mmu (questions). Repeatable.")
+    ],
+    output: RecipeOutput,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE|DIR",
+            help="What is to be decided: 'conservative', 'flashu', 'aggressive', or a recipe of yours.",
+        ),
+    ] = "flashu",
+    settings: Settings = None,
+    calibration: Calibration = None,
+    samples: Samples = SAMPLES,
+    seed: Seed = 0,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe at the output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a recipe's open decisions for MODEL, and save them for [bold]build[/].
+
+    Which FFN neurons stay, and which layers are skipped when, follows from what the model computes on the samples.
+    The result can be read and edited, and compared with [bold]recipe diff[/].
+    """
+    import flashu_compile
+
+    chosen = _recipe(recipe, settings)
+    quiet_torch()
+    check_output(output, overwrite=overwrite)
+    with display.progress_bar("Starting") as advance:
+        decided = flashu_compile.calibrate(
+            model,
+            task,
+            recipe=chosen,
+            calibration=calibration,
+            samples=samples,
+            seed=seed,
+            vae=vae,
+            tokenizer=tokenizer,
+            progress=advance,
+        )
+    tell_saved(decided, decided.save(output), as_json=as_json)
+
+
+def _recipe(source: str, settings: list[str] | None) -> Recipe:
+    from flashu_compile.overrides import override
+    from flashu_compile.presets import find_recipe
+
+    return override(find_recipe(source), settings or ())
+
+
+def _measured(bundle: Path) -> dict[str, Any]:
+    """What the report of a bundle just built says of calibration and passes."""
+    from flashu_compile.runtime.manifest import REPORT
+
+    report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
+    return {"calibration": report["calibration"], "passes": report["passes"]}

@@ -1,0 +1,219 @@
+"""inspect, verify and doctor: what a bundle or a model is made of, whether it is whole, what works on a machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashu_compile import display
+from flashu_compile.cli.base import (
+    LOOKING,
+    TASKS,
+    Bundle,
+    Json,
+    Provider,
+    Threads,
+    Tokenizer,
+    Vae,
+    app,
+    examples,
+    quiet_onnxruntime,
+    quiet_torch,
+)
+from flashu_compile.errors import InputError, UnknownTaskError
+
+
+@app.command(
+    rich_help_panel=LOOKING,
+    epilog=examples(
+        "inspect build/shapes",
+        "inspect build/shapes --plan",
+        "inspect build/shapes --json | jq .report.sizes",
+        "inspect showo2-shapes --structure",
+        "inspect ./show-o2-1.5B --structure --task t2i --vae ./Wan2.1_VAE.pth --json",
+    ),
+)
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|MODEL",
+            help="A bundle made by [bold]build[/]; with --structure a model, as [bold]build[/] takes it.",
+        ),
+    ],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the step plan of picture generation instead.")
+    ] = False,
+    structure: Annotated[
+        bool, typer.Option("--structure", help="Print what techniques find in MODEL, and why not.")
+    ] = False,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --structure: the tasks to look at, t2i or mmu. Repeatable.", show_default="both"
+        ),
+    ] = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a bundle: engines, signatures, and nodes, parameters and FLOPs by component.
+
+    With --structure, show what a model offers to the techniques, and why the rest was not found:
+    residual blocks, FFN groups and attention by stack, the picture's rows, what a head cache can keep,
+    and what each output depends on.
+    """
+    if structure:
+        if plan:
+            raise typer.BadParameter("--plan is for bundles, --structure for models; give one of them.")
+        _inspect_model(target, task or TASKS, vae, tokenizer, as_json=as_json)
+    elif task or vae or tokenizer:
+        raise typer.BadParameter("--task, --vae and --tokenizer go with --structure.")
+    else:
+        _inspect_bundle(Path(target), plan=plan, as_json=as_json)
+
+
+def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
+    from flashu_compile.plan import StepPlan
+    from flashu_compile.runtime.files import BundleFiles
+    from flashu_compile.runtime.manifest import PLAN, REPORT, read_manifest
+
+    manifest = read_manifest(bundle)
+    files = BundleFiles(bundle, manifest)
+    step_plan = StepPlan.from_json(files.text(PLAN)) if manifest.generation else None
+    report = json.loads(files.text(REPORT))
+    if plan and step_plan is None:
+        raise InputError(f"{bundle} makes no pictures ({', '.join(manifest.tasks)}), so it has no step plan.")
+    if as_json:
+        steps = None if step_plan is None else dataclasses.asdict(step_plan)
+        whole = {"manifest": dataclasses.asdict(manifest), "plan": steps, "report": report}
+        display.print_json(steps if plan else whole)
+    elif plan and step_plan is not None:
+        display.print_plan(step_plan)
+    else:
+        display.print_bundle(bundle, manifest, report)
+
+
+def _inspect_model(
+    model: str, tasks: Sequence[str], vae: str | None, tokenizer: str | None, *, as_json: bool
+) -> None:
+    import flashu_compile
+    from flashu_compile.runtime.manifest import MANIFEST
+
+    if (Path(model) / MANIFEST).is_file():
+        raise InputError(
+            f"{model} is a bundle, whose engines are made; --structure looks at the model they are made from."
+        )
+    unknown = [name for name in tasks if name not in TASKS]
+    if unknown:
+        raise UnknownTaskError(f"Unknown task {unknown[0]!r}; known tasks are: {', '.join(TASKS)}.")
+    wanted = [task for task in TASKS if task in tasks]
+    quiet_torch()
+    with flashu_compile._naming_the_extra("inspect --structure"):
+        from flashu_compile.structure import model_structure
+    with display.progress_bar("Starting") as advance:
+        programs = model_structure(model, wanted, vae=vae, tokenizer=tokenizer, progress=advance)
+    if as_json:
+        display.print_json([dataclasses.asdict(program) for program in programs])
+    else:
+        for program in programs:
+            display.print_structure(program)
+
+
+@app.command(
+    rich_help_panel=LOOKING,
+    epilog=examples(
+        "verify build/shapes",
+        "verify build/shapes --provider cuda --json",
+    ),
+)
+def verify(
+    bundle: Bundle, provider: Provider = "cpu", threads: Threads = None, as_json: Json = False
+) -> None:
+    """Check every file's hash, then run each engine against the reference recorded at build time.
+
+    The exit code is 1 if a file is missing, changed or unexpected, or an output is off by more than the tolerance.
+    """
+    from flashu_compile.runtime.verify import verify as check
+
+    quiet_onnxruntime()
+    with display.progress_bar("Verifying") as advance:
+        result = check(bundle, provider=provider, threads=threads, progress=lambda name: advance(name, None))
+    if as_json:
+        display.print_json(
+            {
+                "ok": result.ok,
+                "files": [dataclasses.asdict(row) for row in result.files],
+                # JSON has no infinity.
+                "outputs": [
+                    {
+                        **dataclasses.asdict(row),
+                        "error": row.error if row.error < math.inf else None,
+                        "ok": row.ok,
+                    }
+                    for row in result.outputs
+                ],
+            }
+        )
+    else:
+        wrong = [row for row in result.files if not row.ok]
+        typer.echo(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
+        for row in wrong:
+            typer.echo(f"  {row.status}: {row.name}")
+        display.print_table(
+            ("engine", "output", "relative error", "tolerance", ""),
+            [
+                (
+                    row.engine,
+                    row.output,
+                    row.note or f"{row.error:.1e}",
+                    f"{row.tolerance:.0e}",
+                    "ok" if row.ok else "FAILED",
+                )
+                for row in result.outputs
+            ],
+        )
+    if not result.ok:
+        typer.echo(f"error: {bundle} is not what was built; copy or build it again.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command(
+    rich_help_panel=LOOKING,
+    epilog=examples(
+        "doctor",
+        "doctor --json",
+    ),
+)
+def doctor(as_json: Json = False) -> None:
+    """Tell which backends work on this machine, and what the others lack.
+
+    A backend works if a session made just now really runs on it; what is only installed is called found.
+    The exit code is 1 if bundles cannot be run at all.
+    """
+    quiet_onnxruntime()
+    from flashu_compile.runtime.doctor import examine
+
+    findings = examine()
+    if as_json:
+        display.print_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        display.print_table(
+            ("status", "backend or library", "details"),
+            [
+                (
+                    row.status,
+                    row.name,
+                    f"for {row.needed_for}: {row.detail}" if row.status == "missing" else row.detail,
+                )
+                for row in findings
+            ],
+        )
+    if findings[0].status != "works":
+        raise typer.Exit(1)

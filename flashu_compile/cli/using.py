@@ -1,0 +1,119 @@
+"""generate and ask: what a bundle is for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashu_compile import display
+from flashu_compile.cli.base import USING, Bundle, Json, Provider, Threads, app, examples, quiet_onnxruntime
+
+if TYPE_CHECKING:
+    from flashu_compile.runtime import Pipeline
+
+
+@app.command(
+    rich_help_panel=USING,
+    epilog=examples(
+        'generate build/shapes "a red circle left of a blue square" --output picture.png',
+        'generate build/shapes "two green triangles" --seed 7 --steps 20 --guidance-scale 4 -o triangles.webp',
+    ),
+)
+def generate(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The picture: .png, .jpg, .webp, .bmp or .tiff. Replaced if it exists."
+        ),
+    ] = Path("picture.png"),
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Time points: N points are N - 1 evaluations.", show_default="the bundle's plan"
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="How strongly the prompt is followed; 1 is plain.", show_default="the bundle's plan"
+        ),
+    ] = None,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Make a picture of PROMPT."""
+    from flashu_compile.runtime.images import check_picture_path, save_picture
+
+    check_picture_path(output)
+    pipeline = _load(bundle, provider, threads)
+    started = time.perf_counter()
+    with display.progress_bar("Generating") as advance:
+        picture = pipeline.generate(
+            prompt,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            progress=lambda done, total: advance("Generating", done / total),
+        )
+    seconds = time.perf_counter() - started
+    save_picture(picture, output)
+    if not as_json:
+        typer.echo(str(output))
+        return
+    plan = pipeline.plan_for(steps, guidance_scale)
+    display.print_json(
+        {
+            "output": str(output),
+            "prompt": prompt,
+            "seed": seed,
+            "steps": plan.points,
+            "evaluations": len(plan.steps),
+            "guidance_scales": sorted({step.guidance_scale for step in plan.steps}),
+            "width": picture.width,
+            "height": picture.height,
+            "seconds": round(seconds, 3),
+        }
+    )
+
+
+@app.command(
+    rich_help_panel=USING,
+    epilog=examples(
+        'ask build/shapes photo.png "what is left of the blue square?"',
+        'ask build/shapes photo.png "how many circles?" "what colour is the star?" --json',
+    ),
+)
+def ask(
+    bundle: Bundle,
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture file.")],
+    question: Annotated[
+        list[str], typer.Argument(metavar="QUESTION", help="One or more questions about it.")
+    ],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="the bundle's")
+    ] = None,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
+    answers = _load(bundle, provider, threads).ask(picture, question, max_new_tokens=max_new_tokens)
+    if as_json:
+        display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
+        return
+    for answer in answers:
+        typer.echo(" ".join(answer.split()))
+
+
+def _load(bundle: Path, provider: str, threads: int | None) -> Pipeline:
+    quiet_onnxruntime()
+    import flashu_compile
+
+    return flashu_compile.load(bundle, provider=provider, threads=threads)
