@@ -27,7 +27,9 @@ _SMALL = Showo2Config(
         num_attention_heads=4,
         num_key_value_heads=2,
     ),
-    semantic=SemanticConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6),
+    semantic=SemanticConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6
+    ),
     head=HeadConfig(
         hidden_size=512,
         intermediate_size=2048,
@@ -71,7 +73,9 @@ def published_defaults(config: Showo2Config) -> Recipe:
     """The published schedule and ratios, with random neurons kept and random layers skipped."""
     random = np.random.default_rng(SEED)
     width, layers = config.llm.intermediate_size, config.llm.num_hidden_layers
-    kept = {i: np.sort(random.choice(width, int(0.8 * width) // 64 * 64, replace=False)) for i in range(layers)}
+    kept = {
+        i: np.sort(random.choice(width, int(0.8 * width) // 64 * 64, replace=False)) for i in range(layers)
+    }
     lists = {
         step: sorted(random.choice(layers, int(0.2 * layers), replace=False).tolist()) for step in (1, 11, 21)
     }

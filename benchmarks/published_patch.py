@@ -21,10 +21,18 @@ from flashu_compile.plan import REUSE, StepPlan
 
 
 class PublishedPatch:
-    """`kept`: the neurons of each LLM layer on steps that are not full; `skipped`: the layers left out, by step."""
+    """`kept`: the neurons of each LLM layer on steps that are not full; `skipped`: the layers left out, by step.
+
+    `full`: the number of steps, at the end, that run everything.
+    """
 
     def __init__(
-        self, model: Showo2, plan: StepPlan, kept: Mapping[int, Sequence[int]], skipped: Mapping[int, Sequence[int]], full: int
+        self,
+        model: Showo2,
+        plan: StepPlan,
+        kept: Mapping[int, Sequence[int]],
+        skipped: Mapping[int, Sequence[int]],
+        full: int,
     ) -> None:
         self.model, self.plan, self.skipped, self.full = model, plan, skipped, full
         self._whole = [layer.mlp for layer in model.showo.model.layers]

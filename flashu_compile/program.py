@@ -25,6 +25,7 @@ class Role(StrEnum):
     PIXELS = "pixels"
     IMAGE_EMBEDS = "image_embeds"
     PREFIX_IDS = "prefix_ids"
+    IMAGE_END_IDS = "image_end_ids"
     SUFFIX_IDS = "suffix_ids"
     LOGITS = "logits"
 

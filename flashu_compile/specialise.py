@@ -64,4 +64,6 @@ def _understand(program: Program, recipe: Recipe) -> Specialised:
             pipelines.LLM, config.token_layer, config.token_pruning, config.token_scorer, skipped
         )
     passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
-    return PassManager(passes).run(program)
+    (vision, language), records = PassManager(passes).run(program)
+    decoding, more = PassManager(pipelines.decode()).run(language)
+    return (vision, *decoding), (*records, *more)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -135,15 +136,30 @@ class GraphEditor:
         """Take every symbolic size from an input whose values are read, where one has it.
 
         torch.export takes a size that several inputs share from any of them; an input read for nothing but such
-        a size would be kept alive by it.
+        a size would be kept alive by it. Where no input has the size itself, one that differs by a number serves.
         """
         read = [n for n in self._inputs.values() if any(not _is_size(user) for user in n.users)]
         for node in [n for n in self.graph.nodes if _is_size(n) and n.args[0] not in read]:
-            for source in read:
-                dims = [d for d, size in enumerate(source.meta["val"].shape) if _same(size, node.meta["val"])]
-                if dims:
-                    node.args = (source, dims[0])
-                    break
+            found = [
+                (abs(surplus), surplus, source, dim)
+                for source in read
+                for dim, size in enumerate(source.meta["val"].shape)
+                if (surplus := _surplus(size, node.meta["val"])) is not None
+            ]
+            if not found:
+                continue
+            _, surplus, source, dim = min(found, key=lambda entry: entry[0])
+            if surplus == 0:
+                node.args = (source, dim)
+                continue
+            with self.graph.inserting_after(node):
+                larger = self.graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
+            larger.meta = {"val": source.meta["val"].shape[dim]}
+            with self.graph.inserting_after(larger):
+                same = self.graph.call_function(operator.sub, (larger, surplus))
+            same.meta = dict(node.meta)
+            node.replace_all_uses_with(same)
+            self.graph.erase_node(node)
 
     def drop_inputs(self, roles: Sequence[str]) -> None:
         """Remove user inputs. They must be without users."""
@@ -209,11 +225,12 @@ def _is_size(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.sym_size.int
 
 
-def _same(size: object, other: object) -> bool:
-    """Whether two sizes are the same symbolic expression, without adding a guard."""
+def _surplus(size: object, other: object) -> int | None:
+    """How much larger a symbolic size is than another, if that is a number. Adds no guard."""
     if not isinstance(size, torch.SymInt) or not isinstance(other, torch.SymInt):
-        return False
-    return size.node.expr == other.node.expr
+        return None
+    difference = size.node.expr - other.node.expr
+    return int(difference) if difference.is_Integer else None
 
 
 def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> ModuleCallEntry:

@@ -157,6 +157,7 @@ def _kept_rows(score: Score, span: VisualSpan, dropped: int) -> Callable[..., Te
         # top-k of those kept would be a second top-k in ONNX.)
         counted = stays.cumsum(1)
         kept = (counted[:, None] <= torch.arange(length - dropped)[:, None]).sum(-1)
+        kept = kept.clamp(max=length - 1)  # as it is anyway; said for whoever must know which rows are picked
         parts = [kept + start]
         if span.before:
             parts.insert(0, torch.arange(start).expand(kept.shape[0], -1))

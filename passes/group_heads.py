@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
+import sympy
 import torch
 from torch import fx
 
 from flashu_compile.passes.analysis.attention import before_repetition
+from flashu_compile.passes.analysis.graph import size
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_INTERLEAVE = torch.ops.aten.repeat_interleave.self_int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,9 @@ class GroupHeads(Pass):
         for node in [n for n in editor.graph.nodes if n.target is _ATTENTION]:
             query, key, value = cast("list[fx.Node]", node.args[:3])
             shared = [before_repetition(source, query) for source in (key, value)]
-            if shared[0] is key or shared[1] is value or not all(map(_in_place, (key, value))):
+            if shared[0] is key or shared[1] is value or size(shared[0], 1) != size(shared[1], 1):
+                continue
+            if not (_in_place(key, shared[0]) and _in_place(value, shared[1])):
                 continue
             node.update_arg(1, shared[0])
             node.update_arg(2, shared[1])
@@ -40,12 +45,31 @@ class GroupHeads(Pass):
         return PassResult((editor.finish(),), (f"keys and values of {grouped} attentions are not repeated",))
 
 
-def _in_place(node: fx.Node) -> bool:
-    """Whether each head stands beside its copies: repeated by a new dimension behind that of the heads."""
-    while node.target is not torch.ops.aten.repeat_interleave.self_int:
-        if node.target is torch.ops.aten.unsqueeze.default:
-            return node.args[1] == 2
+def _in_place(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` repeats each head of `source` [b, heads, rows, d] beside itself.
+
+    Views keep the order of elements, so it does if only one step repeats, one dimension, right behind the heads.
+    """
+    steps = []
+    while node is not source:
+        steps.append(node)
         node = cast("fx.Node", node.args[0])
-        if node.op != "call_function":
-            return False
-    return node.args[2:] == (1,)
+    repeats = [step for step in steps if _count(_shape(step)) != _count(_shape(step.args[0]))]
+    if len(repeats) != 1:
+        return False
+    before, after = _shape(repeats[0].args[0]), _shape(repeats[0])
+    if len(before) != len(after):
+        return False
+    grown = [dim for dim, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    # Interleaving repeats each along the dimension of the heads, expanding a dimension of one behind it.
+    behind = grown[0] + (repeats[0].target is _INTERLEAVE)
+    return len(grown) == 1 and _count(before[:behind]) == _count(_shape(source)[:2])
+
+
+def _shape(node: object) -> list[sympy.Expr]:
+    sizes = cast("fx.Node", node).meta["val"].shape
+    return [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in sizes]
+
+
+def _count(sizes: list[sympy.Expr]) -> sympy.Expr:
+    return sympy.expand(sympy.prod(sizes))

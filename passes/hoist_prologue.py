@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import prune_inputs
 from flashu_compile.passes.editing import GraphEditor, module_path
@@ -26,6 +27,7 @@ _aten = torch.ops.aten
 _ENLARGING = (_aten.expand.default, _aten.unsqueeze.default, _aten._unsafe_view.default, _aten.clone.default)
 _SHAPING = (*_ENLARGING, _aten.view.default, _aten.transpose.int, _aten.cat.default, _aten.slice.Tensor)
 _ATTENTION = _aten.scaled_dot_product_attention.default
+_ARGUMENTS = ("query", "key", "value", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,12 @@ class HoistPrologue(Pass):
 
     def call(self, program: Program) -> PassResult:
         carried = _carried(program, self.changing)
+        for node in carried:
+            if "query" in _uses(node):
+                reason = (
+                    f"attention lets rows of {module_path(node) or 'the top module'} see rows that change"
+                )
+                return PassResult((program,), (f"left alone: {reason}",))
         if not any(_is_past(node) for node in carried):
             reason = f"no keys or values are independent of {', '.join(sorted(self.changing))}"
             return PassResult((program,), (f"left alone: {reason}",))
@@ -85,29 +93,29 @@ def _elements(value: Tensor) -> sympy.Expr:
 
 
 def _is_past(node: fx.Node) -> bool:
-    return _use(node) in ("key", "value")
+    return not {"key", "value"}.isdisjoint(_uses(node))
 
 
-def _use(node: fx.Node) -> str:
-    """What attention does with a value that reaches it by rearrangement alone; "" where nothing does."""
-    waiting, seen = [node], {node}
+def _uses(node: fx.Node) -> list[str]:
+    """What attention does with a value that reaches it by rearrangement alone."""
+    waiting, seen, found = [node], {node}, set()
     while waiting:
         current = waiting.pop()
         for user in current.users:
             if user.target is _ATTENTION:
-                place = next((i for i, a in enumerate(user.args) if a is current), 3)
-                return ("query", "key", "value", "mask")[place]
-            if user.target in _SHAPING and user not in seen:
+                places = [place for place, argument in enumerate(user.args) if argument is current]
+                found |= {_ARGUMENTS[place] for place in places or [3]}
+            elif user.target in _SHAPING and user not in seen:
                 seen.add(user)
                 waiting.append(user)
-    return ""
+    return [use for use in _ARGUMENTS if use in found]
 
 
 def _roles(program: Program, carried: list[fx.Node]) -> dict[str, fx.Node]:
     """A name for each carried value: the module it is from, and what it is."""
     roles: dict[str, fx.Node] = {}
     for node in carried:
-        base = f"{module_path(node) or 'top'}.{_use(node) or _made_by(node)}"
+        base = f"{module_path(node) or 'top'}.{next(iter(_uses(node)), _made_by(node))}"
         role, count = base, 1
         while role in roles or role in program.input_roles:
             count += 1
@@ -119,7 +127,8 @@ def _roles(program: Program, carried: list[fx.Node]) -> dict[str, fx.Node]:
 def _made_by(node: fx.Node) -> str:
     while node.target in _SHAPING and node.all_input_nodes[0].op == "call_function":
         node = node.all_input_nodes[0]
-    return str(node.target).split(".")[-2] if node.op == "call_function" else node.name
+    target: Any = node.target
+    return str(getattr(target, "overloadpacket", target).__name__)
 
 
 def _prologue(program: Program, roles: dict[str, fx.Node], name: str) -> Program:
@@ -138,28 +147,16 @@ def _step(program: Program, roles: dict[str, fx.Node], prologue: Program) -> Pro
         node = copies[original.name]
         node.replace_all_uses_with(editor.add_input(role, node))
     given = prune_inputs(editor)
-    names = _axis_names(program)
-    carried = tuple(Input(role, _axes(node, names)) for role, node in roles.items())
+    sizes = Sizes(program)
+    carried = tuple(Input(role, _axes(node, sizes)) for role, node in roles.items())
     with torch.no_grad():
         values = prologue.run(program.sample)
     sample = {i.role: program.sample[i.role] for i in given} | {r: v.contiguous() for r, v in values.items()}
     return editor.finish(inputs=(*given, *carried), sample=sample)
 
 
-def _axis_names(program: Program) -> dict[sympy.Expr, str]:
-    """The program's name of every symbol that is the size of an input's dimension."""
-    names: dict[sympy.Expr, str] = {}
-    nodes = {node.name: node for node in program.exported.graph.find_nodes(op="placeholder")}
-    for given, name in zip(program.inputs, program.exported.graph_signature.user_inputs, strict=True):
-        for axis, size in zip(given.axes, nodes[name].meta["val"].shape, strict=True):
-            if axis is not None and isinstance(size, torch.SymInt):
-                names.setdefault(size.node.expr, axis)
-    return names
-
-
-def _axes(node: fx.Node, names: dict[sympy.Expr, str]) -> tuple[str | None, ...]:
-    symbols = {expr: sympy.Symbol(axis) for expr, axis in names.items()}
+def _axes(node: fx.Node, sizes: Sizes) -> tuple[str | None, ...]:
     return tuple(
-        str(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else None
+        str(sizes.expression(size)) if isinstance(size, torch.SymInt) else None
         for size in node.meta["val"].shape
     )

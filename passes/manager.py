@@ -127,8 +127,12 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def compare(before: Program, after: PassResult) -> dict[str, float]:
-    """Relative L2 error of every output the pass kept, on the sample inputs."""
+    """Relative L2 error of every output the pass kept, on the sample inputs.
+
+    A pass may take an input apart: then what it made of the sample counts.
+    """
+    first = after.programs[0]
     with torch.no_grad():
         truth = before.run(before.sample)
-        values = run_chain(after.programs, before.sample)
+        values = run_chain(after.programs, {**before.sample, **first.sample})
     return {role: relative_error(values[role], truth[role]) for role in truth if role not in after.dropped}

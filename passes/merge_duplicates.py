@@ -28,7 +28,13 @@ class MergeDuplicates(Pass):
             if not node.users or node.is_impure():
                 continue
             leaves, form = pytree.tree_flatten((node.args, node.kwargs))
-            key = (node.target, str(form), tuple((type(leaf), leaf) for leaf in leaves))
+            # By their text, since 0.0 and -0.0 are equal, and a slice or NaN is no key.
+            alike = [leaf if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves]
+            key = (
+                node.target,
+                str(form),
+                tuple((type(leaf), a) for leaf, a in zip(leaves, alike, strict=True)),
+            )
             known = first.setdefault(key, node)
             if known is not node:
                 node.replace_all_uses_with(known)

@@ -7,17 +7,20 @@ are gathered before layers are removed, and neurons are pruned where all FFNs ar
 from __future__ import annotations
 
 from flashu_compile.passes.base import Pass
+from flashu_compile.passes.cache_rows import CacheRows
 from flashu_compile.passes.canonical_names import CanonicalNames
 from flashu_compile.passes.fold_constants import FoldConstants
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.group_heads import GroupHeads
 from flashu_compile.passes.hoist_prologue import HoistPrologue
 from flashu_compile.passes.keep_outputs import KeepOutputs
+from flashu_compile.passes.last_row import LastRow
 from flashu_compile.passes.merge_duplicates import MergeDuplicates
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_dead_code import RemoveDeadCode
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.reuse_features import ReuseFeatures
+from flashu_compile.passes.separate_first import SeparateFirst
 from flashu_compile.passes.split_at_output import SplitAtOutput
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.program import Role
@@ -52,6 +55,15 @@ def understand(
     tokens = () if gather is None else (gather,)
     split = SplitAtOutput(Role.IMAGE_EMBEDS, ("vision", "language"), ("batch", None, None))
     return (*tokens, *_cut(kept, skipped), split, *CLEAN)
+
+
+def decode() -> tuple[Pass, ...]:
+    """The language part, after a prologue over the picture's rows; it gives and takes keys and values."""
+    changing = frozenset({Role.SUFFIX_IDS})
+    # The token that ends the image belongs to it: the published mask lets the image see it.
+    separate = SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS)
+    once = (separate, GroupHeads(), SplitRows(changing), MergeDuplicates(), HoistPrologue(changing))
+    return (*once, CacheRows(), LastRow(), *CLEAN)
 
 
 def _cut(kept: KeptNeurons | None, skipped: tuple[int, ...]) -> tuple[Pass, ...]:

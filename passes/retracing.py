@@ -1,4 +1,4 @@
-"""A program traced anew: its graph is carried out by an interpreter of one's own, and what that does is the new graph."""
+"""A program traced anew: an interpreter of one's own carries its graph out, and what it does is the new graph."""
 
 from __future__ import annotations
 

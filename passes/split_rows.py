@@ -16,13 +16,14 @@ from torch import fx
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import prune_inputs
 from flashu_compile.passes.retracing import retraced
 from flashu_compile.passes.rows.interpreter import RowInterpreter
 from flashu_compile.passes.rows.operators import pointwise
 from flashu_compile.passes.rows.rules import RULES
-from flashu_compile.passes.rows.segmented import Sizes, Space
+from flashu_compile.passes.rows.segmented import Space
 from flashu_compile.program import Program
 
 _CAT = torch.ops.aten.cat.default
@@ -39,13 +40,13 @@ class SplitRows(Pass):
         return f"program {program.name!r} has no input {', '.join(unknown)}" if unknown else None
 
     def call(self, program: Program) -> PassResult:
-        sizes = _sizes(program)
+        sizes = Sizes(program)
         try:
             space = row_segments(program, self.changing, sizes)
+            interpreter = RowInterpreter(program.exported.graph, sizes, space, RULES, pointwise)
+            editor = retraced(program, interpreter.run)
         except StructureError as reason:
             return PassResult((program,), (f"left alone: {reason}",))
-        interpreter = RowInterpreter(program.exported.graph, sizes, space, RULES, pointwise)
-        editor = retraced(program, interpreter.run)
         inputs = prune_inputs(editor)
         kept = {i.role: program.sample[i.role] for i in inputs}
         split = editor.finish(inputs=inputs, sample=kept)
@@ -62,6 +63,8 @@ def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Sp
         if node.target is not _CAT or isinstance(_total(node), int):
             continue
         parts, dim = _parts(node)
+        if any(user.target is _CAT and _dim(user) == dim for user in node.users):
+            continue  # a part of the rows
         runs: list[tuple[bool, sympy.Expr]] = []
         for part in parts:
             changes = bool(dependence[part] & changing)
@@ -76,16 +79,6 @@ def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Sp
         f"no concatenation in program {program.name!r} joins rows that depend on {', '.join(sorted(changing))} with "
         "rows that do not"
     )
-
-
-def _sizes(program: Program) -> Sizes:
-    names = {}
-    nodes = {node.name: node for node in program.exported.graph.find_nodes(op="placeholder")}
-    for given, name in zip(program.inputs, program.exported.graph_signature.user_inputs, strict=True):
-        for axis, size in zip(given.axes, nodes[name].meta["val"].shape, strict=True):
-            if axis is not None and isinstance(size, torch.SymInt):
-                names[size.node.expr] = axis
-    return Sizes(names)
 
 
 def _total(node: fx.Node) -> int | torch.SymInt:

@@ -23,6 +23,7 @@ from flashu_compile.calibration import (
     skip_layers,
 )
 from flashu_compile.capture import capture
+from flashu_compile.compiler import calibrate
 from flashu_compile.config import MMUConfig, T2IConfig
 from flashu_compile.errors import CalibrationError, RecipeError
 from flashu_compile.facts import generation_facts, understanding_facts
@@ -32,6 +33,7 @@ from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.program import Program, Role
+from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.recording import Recorder
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import CalibrationSamples, calibration_samples

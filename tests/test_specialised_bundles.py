@@ -20,6 +20,7 @@ from flashu_compile.errors import PassError, RecipeError
 from flashu_compile.plan import REUSE, engines_needed
 from flashu_compile.program import prologue_of
 from flashu_compile.recipe import Decisions, KeptNeurons, Phase, Recipe
+from flashu_compile.runtime.decoding import Picture
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import sample
 from tests.support.flashu_twin import FlashuTwin
@@ -235,7 +236,7 @@ def test_understanding_equals_the_eager_twin(
     bundle = build(
         oracle, "mmu", Recipe("some", mmu=config, decisions={"mmu": decisions}), tmp_path / "bundle"
     )
-    engine = flashu_compile.load(bundle.path)._engines.engine("language")
+    engines = flashu_compile.load(bundle.path)._engines
     twin = UnderstandingTwin(
         model=oracle.model,
         kept=_lists(kept),
@@ -246,13 +247,15 @@ def test_understanding_equals_the_eager_twin(
     with torch.inference_mode():
         image = twin.image(oracle.tensors["mmu_latents"])
     truth = twin.last(image, oracle.prefix, oracle.suffix)
-    inputs = {
-        "prefix_ids": oracle.prefix.numpy(),
-        "suffix_ids": oracle.suffix.numpy(),
-        "image_embeds": image.numpy(),
-    }
-    assert relative(engine.run(inputs)["logits"], truth.logits.numpy()) < TOLERANCE
-    graph = onnx.load(bundle.path / "language.onnx", load_external_data=False).graph
+    picture = Picture(engines, oracle.prefix[0].tolist(), image.numpy())
+    ids, answer = oracle.suffix[0].tolist(), picture.answer(oracle.suffix[0, 0].item())
+    whole = picture.answer(ids[0]).first(ids)
+    assert relative(whole, truth.logits[0].numpy()) < TOLERANCE
+    logits = answer.first(ids[:2])
+    for token in ids[2:]:
+        logits = answer.after(token)
+    assert relative(logits, truth.logits[0].numpy()) < TOLERANCE
+    graph = onnx.load(bundle.path / "language_prologue.onnx", load_external_data=False).graph
     assert [node.op_type for node in graph.node].count("TopK") == 1
 
 

@@ -22,6 +22,7 @@ from flashu_compile.errors import (
 )
 from flashu_compile.plan import StepPlan, compile_plan, engines_needed
 from flashu_compile.recipe import Recipe
+from flashu_compile.runtime import decoding
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.images import Picture, engine_pixels, to_picture
 from flashu_compile.runtime.manifest import (
@@ -36,7 +37,7 @@ from flashu_compile.runtime.manifest import (
 from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngines, Tensors
+from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngines
 
 Progress = Callable[[int, int], None]
 
@@ -271,27 +272,50 @@ class Pipeline:
         Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable
         question, `BundleError` if an engine's file is damaged.
         """
+        suffixes, limit = self._questions(question, max_new_tokens)
+        picture = self._picture(image)
+        answers = [self._codec.decode(list(self._tokens(picture, suffix, limit))) for suffix in suffixes]
+        return answers[0] if isinstance(question, str) else answers
+
+    def stream(self, image: Picture, question: str, *, max_new_tokens: int | None = None) -> Iterator[str]:
+        """The answer piece by piece, as it is decoded: together the pieces are what `ask` gives.
+
+        Arguments and errors as for `ask`; all are checked when this is called.
+        """
+        (suffix,), limit = self._questions(question, max_new_tokens)
+        return self._pieces(self._picture(image), suffix, limit)
+
+    def _pieces(self, picture: decoding.Picture, suffix: list[int], limit: int) -> Iterator[str]:
+        ids: list[int] = []
+        said = ""
+        for token in self._tokens(picture, suffix, limit):
+            ids.append(token)
+            text = self._codec.decode(ids)
+            if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):
+                yield text[len(said) :]
+                said = text
+        text = self._codec.decode(ids)
+        if text != said:
+            yield text[len(said) :]
+
+    def _questions(
+        self, question: str | list[str], max_new_tokens: int | None
+    ) -> tuple[list[list[int]], int]:
+        """The ids behind the image for every question, and the limit of tokens."""
         facts = self._understanding()
         limit = facts.max_new_tokens if max_new_tokens is None else _integer("max_new_tokens", max_new_tokens)
         if limit < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {limit}.")
         longest = facts.max_question_tokens
-        suffixes = [self._codec.question_suffix(text, longest) for text in _texts("question", question)]
-        pixels = engine_pixels(image, facts.picture_size)
-        embeds = self._engines.engine("vision").run({"pixels": pixels})["image_embeds"]
-        answers = [self._answer(embeds, suffix, limit) for suffix in suffixes]
-        return answers[0] if isinstance(question, str) else answers
+        return [self._codec.question_suffix(text, longest) for text in _texts("question", question)], limit
 
-    def _answer(self, embeds: NDArray[np.float32], suffix: list[int], limit: int) -> str:
-        logits = _FullForward(self._engines.engine("language"), self._codec.question_prefix(), embeds)
-        tokens: list[int] = []
-        following = int(logits.first(suffix).argmax())
-        while following != self._codec.eos:
-            tokens.append(following)
-            if len(tokens) == limit:
-                break
-            following = int(logits.after(following).argmax())
-        return self._codec.decode(tokens)
+    def _picture(self, image: Picture) -> decoding.Picture:
+        pixels = engine_pixels(image, self._understanding().picture_size)
+        embeds = self._engines.engine("vision").run({"pixels": pixels})["image_embeds"]
+        return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
+
+    def _tokens(self, picture: decoding.Picture, suffix: list[int], limit: int) -> Iterator[int]:
+        return decoding.tokens(picture.answer(suffix[0]), suffix, self._codec.eos, limit)
 
     def _generation(self) -> GenerationFacts:
         if self.manifest.generation is None:
@@ -308,32 +332,6 @@ class Pipeline:
             f"This bundle was built for {', '.join(self.manifest.tasks)} and cannot {purpose}: "
             f"build one with task {task!r}."
         )
-
-
-class _FullForward:
-    """Next-token logits of one answer by running the whole sequence for every token, as published.
-
-    A cached decoder takes its place with the same two methods, each giving logits [vocab].
-    """
-
-    def __init__(self, engine: Engine, prefix: list[int], embeds: NDArray[np.float32]) -> None:
-        self._engine = engine
-        self._prefix = np.array([prefix], dtype=np.int64)
-        self._embeds = embeds
-        self._suffix: list[int] = []
-
-    def first(self, suffix: list[int]) -> NDArray[np.float32]:
-        self._suffix = list(suffix)
-        return self._run()
-
-    def after(self, token: int) -> NDArray[np.float32]:
-        self._suffix.append(token)
-        return self._run()
-
-    def _run(self) -> NDArray[np.float32]:
-        suffix = np.array([self._suffix], dtype=np.int64)
-        inputs: Tensors = {"prefix_ids": self._prefix, "image_embeds": self._embeds, "suffix_ids": suffix}
-        return self._engine.run(inputs)["logits"][0]
 
 
 def _integer(name: str, value: int) -> int:

@@ -7,6 +7,7 @@ a comparison is decided only where it holds for all of them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -14,11 +15,17 @@ import torch
 
 _aten = torch.ops.aten
 Bound = sympy.Expr | None
+#: Dtypes of whole numbers; facts are about no others.
+COUNTED = (torch.bool, torch.int32, torch.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Every element lies in [`low`, `high`] (None: no bound). `counts`: the rows are low, low + 1, … in this order."""
+    """Every element lies in [`low`, `high`] (None: no bound).
+
+    `counts`: along one dimension the elements are low, low + 1, … up to high, in this order, and along all others they
+    are equal.
+    """
 
     low: Bound = None
     high: Bound = None
@@ -32,9 +39,19 @@ class Fact:
     def is_false(self) -> bool:
         return self.low == 0 and self.high == 0
 
+    @property
+    def is_number(self) -> bool:
+        """Whether all elements are the same number."""
+        return self.low is not None and self.low == self.high
+
     def counts_all(self, offset: sympy.Expr, length: sympy.Expr, rows: sympy.Expr) -> bool:
-        """Whether these `rows` numbers are those from `offset` on, `length` of them, in order."""
-        return self.counts and self.low == offset and rows == length
+        """Whether these `rows` numbers are those from `offset` on, `length` of them, in order.
+
+        That it is these rows along which they count is for the caller to know.
+        """
+        if not self.counts or self.low is None or self.high is None:
+            return False
+        return self.low == offset and rows == length and sympy.expand(self.high - self.low + 1 - rows) == 0
 
     def loose(self) -> Fact:
         """The same bounds, for elements in another order."""
@@ -59,6 +76,12 @@ def at_least(first: Bound, second: Bound) -> bool:
     return first is not None and second is not None and sympy.expand(first - second).is_nonnegative is True
 
 
+def as_number(size: sympy.Expr) -> int | None:
+    """A size that is the same for all sizes of the dynamic dimensions."""
+    size = sympy.expand(size)
+    return int(size) if size.is_Integer else None
+
+
 def union(facts: list[Fact]) -> Fact:
     """What holds for elements of any of these tensors."""
     low, high = facts[0].low, facts[0].high
@@ -68,8 +91,8 @@ def union(facts: list[Fact]) -> Fact:
     return Fact(low, high)
 
 
-def pointwise(target: Any, arguments: list[Fact]) -> Fact:
-    """The fact of an elementwise operator's result."""
+def pointwise(target: Any, arguments: Sequence[Fact | None]) -> Fact:
+    """The fact of an elementwise operator's result. None: an argument that is not given."""
     rule = _RULES.get(target)
     return UNKNOWN if rule is None else rule(*arguments)
 
@@ -83,6 +106,7 @@ def _upper(a: Bound, b: Bound) -> Bound:
 
 
 def _less(a: Fact, b: Fact) -> Fact:
+    # Bounds are of whole numbers: less is less by one.
     if a.high is not None and at_least(b.low, a.high + 1):
         return TRUE
     return FALSE if at_least(a.low, b.high) else _EITHER
@@ -106,25 +130,29 @@ def _or(a: Fact, b: Fact) -> Fact:
     return _not(_and(_not(a), _not(b)))
 
 
-def _add(a: Fact, b: Fact) -> Fact:
+def _add(a: Fact, b: Fact, *scale: Fact) -> Fact:
+    if scale:
+        return UNKNOWN
     low = None if a.low is None or b.low is None else a.low + b.low
     high = None if a.high is None or b.high is None else a.high + b.high
-    return Fact(low, high, (a.counts and b.low == b.high) or (b.counts and a.low == a.high))
+    return Fact(low, high, (a.counts and b.is_number) or (b.counts and a.is_number))
 
 
-def _sub(a: Fact, b: Fact) -> Fact:
+def _sub(a: Fact, b: Fact, *scale: Fact) -> Fact:
     negated = Fact(None if b.high is None else -b.high, None if b.low is None else -b.low)
-    return _add(a, negated)
+    return _add(a, negated, *scale)
 
 
-def _clamp(a: Fact, low: Fact = UNKNOWN, high: Fact = UNKNOWN) -> Fact:
-    """Both ways round: what is not known to lie within a limit gets the limit for a bound."""
-    bottom = a.low if low.low is None or at_least(a.low, low.low) else low.low
-    top = a.high if high.high is None or at_least(high.high, a.high) else high.high
-    same = (low.low is None or at_least(a.low, low.low)) and (
-        high.high is None or at_least(high.high, a.high)
-    )
-    return Fact(bottom, top, a.counts and same)
+def _clamp(a: Fact, low: Fact | None = None, high: Fact | None = None) -> Fact:
+    """As torch does it: the lower limit first, so that the upper one wins where they cross. None: no such limit."""
+    result = a
+    if low is not None and not at_least(a.low, low.high):
+        bottom = a.low if low.low is None or at_least(a.low, low.low) else low.low
+        result = Fact(bottom, _upper(a.high, low.high))
+    if high is not None and not at_least(high.low, result.high):
+        top = result.high if high.high is None or at_least(high.high, result.high) else high.high
+        result = Fact(_lower(result.low, high.low), top)
+    return result
 
 
 _RULES: dict[Any, Any] = {

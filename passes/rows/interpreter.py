@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import sympy
@@ -13,7 +14,8 @@ from torch.fx import traceback
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.graph import is_pointwise
-from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Sizes, Space
+from flashu_compile.passes.analysis.sizes import Sizes
+from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Space
 
 _aten = torch.ops.aten
 Size = int | torch.SymInt
@@ -43,11 +45,12 @@ class RowInterpreter:
     def run(self, placeholders: Mapping[fx.Node, Tensor]) -> list[Tensor]:
         """The graph's outputs, whole."""
         live = _live(self.graph)
-        for node, tensor in placeholders.items():
-            self.values[node] = Segmented.plain(tensor)
+        for tensor in placeholders.values():
             for size in tensor.shape:
                 if isinstance(size, torch.SymInt):
                     self._inputs.setdefault(self.sizes.expression(size), size)
+        for node, tensor in placeholders.items():
+            self.values[node] = self._rows_split(Segmented.plain(tensor), self.row_spaces(node))
         for node in self.graph.nodes:
             if node.op == "call_function" and node in live:
                 with traceback.set_current_meta(node):
@@ -63,7 +66,21 @@ class RowInterpreter:
 
     def row_spaces(self, node: fx.Node) -> dict[int, Space]:
         """The dimensions of the result of `node` that hold rows, told by their sizes."""
-        return {d: self.spaces[e] for d, e in enumerate(self.shape(node)) if e in self.spaces}
+        return self._row_dims(node.meta["val"])
+
+    def _row_dims(self, value: Tensor) -> dict[int, Space]:
+        return {d: self.spaces[e] for d, e in enumerate(self.sizes.shape(value)) if e in self.spaces}
+
+    def size(self, expected: sympy.Expr) -> Size:
+        """A size of the original graph as a size in this one, from those of the inputs."""
+        if expected.is_Integer:
+            return int(expected)
+        if expected in self._inputs:
+            return self._inputs[expected]
+        if not (expected.is_Add or expected.is_Mul):
+            raise StructureError(f"no input has the size {expected}")
+        operands = [self.size(operand) for operand in expected.args]
+        return functools.reduce(operator.add if expected.is_Add else operator.mul, operands)
 
     def learn(self, space: Space, segment: int, length: Size) -> None:
         """`length` is the number of rows of a segment, as a size in the graph."""
@@ -74,13 +91,8 @@ class RowInterpreter:
         known = space.lengths[segment]
         if known.is_Integer:
             return int(known)
-        if (space, segment) not in self._lengths and known in self._inputs:
-            return self._inputs[known]
-        if (space, segment) not in self._lengths:
-            raise StructureError(
-                f"the number of rows in segment {segment} ({known}) is read before it is known"
-            )
-        return self._lengths[space, segment]
+        found = self._lengths.get((space, segment))
+        return self.size(known) if found is None else found
 
     def offset(self, space: Space, segment: int) -> Size:
         """The number of rows before a segment."""
@@ -121,27 +133,15 @@ class RowInterpreter:
         sizes: list[Any] = [-1] * tensor.ndim
         for dim, expected in enumerate(self.shape(node)):
             if is_one(tensor.shape[dim]) and expected != 1:
-                sizes[dim] = self._size_of(expected)
+                sizes[dim] = self.size(expected)
         return repeated(tensor, sizes)
 
-    def _size_of(self, expected: sympy.Expr) -> Size:
-        if expected.is_Integer:
-            return int(expected)
-        if expected not in self._inputs:
-            raise StructureError(f"no input has the size {expected}, to which a value must be repeated")
-        return self._inputs[expected]
-
-    def split(self, tensor: Tensor, spaces: Mapping[int, Space]) -> Segmented:
-        """A whole tensor by segments."""
-
-        def part(key: Key) -> Part:
-            piece = tensor
-            for (dim, space), segment in zip(sorted(spaces.items()), key, strict=True):
-                start = self.offset(space, segment)
-                piece = _aten.slice.Tensor(piece, dim, start, start + self.length(space, segment))
-            return Part(piece)
-
-        return Segmented.build(spaces, part)
+    def first_waits(self, node: Any) -> bool:
+        """Whether the first dimension of the value of `node` is one that has yet to be repeated."""
+        value = self.values[node]
+        if 0 in value.spaces or not value.sample.ndim or self.shape(node)[0] == 1:
+            return False
+        return any(is_one(part.tensor.shape[0]) for part in value.parts.values())
 
     # --- nodes ---
 
@@ -151,33 +151,73 @@ class RowInterpreter:
         if target is operator.getitem:
             return self.values[cast("fx.Node", node.args[0])][node.args[1]]
         if target is _aten.sym_size.int:
-            return self._read_size(*self.value(node.args))
-        if not isinstance(value, Tensor | list | tuple):
-            return target(*self.value(node.args), **self.value(node.kwargs))
+            return self._read_size(*node.args)
         rule = self._rules.get(target, self._pointwise if is_pointwise(node) else None)
         result = None if rule is None else rule(self, node)
-        return self._run_whole(node) if result is None else result
+        if result is None:
+            arguments, keywords = fx.map_arg((node.args, node.kwargs), self.whole)
+            result = target(*arguments, **keywords)
+        several = isinstance(value, list | tuple)
+        made = [
+            self._rows_split(r if isinstance(r, Segmented) else Segmented.plain(r), self._row_dims(v))
+            if isinstance(v, Tensor)
+            else r
+            for r, v in (zip(result, value, strict=True) if several else [(result, value)])
+        ]
+        return made if several else made[0]
 
-    def _read_size(self, value: Segmented, dim: int) -> Size:
+    def _read_size(self, source: Any, dim: Any) -> Size:
+        value: Segmented = self.values[source]
         dim %= value.sample.ndim
         if dim not in value.spaces:
-            return value.sample.shape[dim]
+            size = value.sample.shape[dim]
+            return self.size(self.shape(source)[dim]) if is_one(size) else size
         space = value.spaces[dim]
         return self.offset(space, len(space.lengths))
 
-    def _run_whole(self, node: fx.Node) -> Any:
-        arguments = fx.map_arg(node.args, self.whole)
-        keywords = fx.map_arg(node.kwargs, self.whole)
-        result = cast("Any", node.target)(*arguments, **keywords)
-        if isinstance(result, list | tuple):
-            return [Segmented.plain(r) for r in result]
-        return self.split(result, self.row_spaces(node))
+    def _rows_split(self, value: Segmented, spaces: Mapping[int, Space]) -> Segmented:
+        """`value` with those of its row dimensions split that a rule left whole."""
+        missing = {dim: space for dim, space in spaces.items() if dim not in value.spaces}
+        if not missing:
+            return value
+        together = dict(sorted({**value.spaces, **missing}.items()))
+
+        def part(key: Key) -> Part:
+            segment = dict(zip(together, key, strict=True))
+            old = value.parts[tuple(segment[dim] for dim in value.spaces)]
+            tensor = old.tensor
+            for dim, space in missing.items():
+                if not is_one(tensor.shape[dim]):
+                    start = self.offset(space, segment[dim])
+                    stop = start + self.length(space, segment[dim])
+                    tensor = _aten.slice.Tensor(tensor, dim, start, stop)
+            return Part(tensor, old.fact.loose())
+
+        return Segmented.build(together, part)
 
 
 def repeated(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
     """`tensor` expanded to `sizes`, of which -1 is any; itself if all are."""
     as_is = all(isinstance(size, int) and size == -1 for size in sizes)
     return tensor if as_is else _aten.expand.default(tensor, sizes)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of an operator by its name."""
+    for place, declared in enumerate(cast("Any", node.target)._schema.arguments):
+        if declared.name == name:
+            given = node.kwargs.get(name, declared.default_value)
+            return node.args[place] if place < len(node.args) else given
+    raise KeyError(name)
+
+
+def decided(part: Part, rows: Iterable[int]) -> Part:
+    """A truth value that is known needs nothing to be computed from: a constant, thin in dimensions `rows`."""
+    if part.tensor.dtype != torch.bool or not (part.fact.is_true or part.fact.is_false):
+        return part
+    sizes: list[Any] = [1 if d == 0 or d in rows else size for d, size in enumerate(part.tensor.shape)]
+    value = _aten.full.default(sizes, part.fact.is_true, dtype=torch.bool, device=part.tensor.device)
+    return Part(value, part.fact)
 
 
 def is_one(size: Size) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import sympy
@@ -11,12 +11,20 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from flashu_compile.passes.rows import facts
-from flashu_compile.passes.rows.facts import UNKNOWN, Fact
-from flashu_compile.passes.rows.interpreter import RowInterpreter, is_one, repeated, same_batch
+from flashu_compile.passes.rows.facts import COUNTED, UNKNOWN, Fact
+from flashu_compile.passes.rows.interpreter import (
+    RowInterpreter,
+    argument,
+    decided,
+    is_one,
+    repeated,
+    same_batch,
+)
 from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Space
+from flashu_compile.passes.rows.segmented import keys as places
 
 _aten = torch.ops.aten
-_COUNTED = (torch.bool, torch.int32, torch.int64)
+_SUMS = (_aten.add.Tensor, _aten.add.Scalar)
 _END = 2**63 - 1
 
 
@@ -59,38 +67,40 @@ def pointwise(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     spaces = _aligned(_segmented((arguments, keywords)), ndim)
     if spaces is None:
         return None
+    given = arguments
+    if node.target is _aten.clamp.default:
+        given = it.value([argument(node, name) for name in ("self", "min", "max")])
 
     def part(key: Key) -> Part:
         def tensor(operand: Segmented) -> Tensor:
             return operand.parts[_picked(operand, key, spaces, ndim)].tensor
 
-        known = [_fact(it, a, lambda o: o.parts[_picked(o, key, spaces, ndim)].fact) for a in arguments]
+        known = [_fact(it, a, lambda o: o.parts[_picked(o, key, spaces, ndim)].fact) for a in given]
         result = cast("Any", node.target)(*_tree(tensor, arguments), **_tree(tensor, keywords))
-        return Part(result, _pointwise_fact(node, known, len(spaces)))
+        return decided(Part(result, _pointwise_fact(node, known, len(spaces))), spaces)
 
     return Segmented.build(spaces, part)
 
 
-def _fact(it: RowInterpreter, argument: Any, of: Callable[[Segmented], Fact]) -> Fact:
-    if isinstance(argument, Segmented):
-        return of(argument)
-    return facts.constant(it.sizes.expression(argument) if isinstance(argument, torch.SymInt) else argument)
+def _fact(it: RowInterpreter, operand: Any, of: Callable[[Segmented], Fact]) -> Fact | None:
+    if operand is None or isinstance(operand, Segmented):
+        return None if operand is None else of(operand)
+    return facts.constant(it.sizes.expression(operand) if isinstance(operand, torch.SymInt) else operand)
 
 
-def _pointwise_fact(node: fx.Node, known: list[Fact], dims: int) -> Fact:
+def _pointwise_fact(node: fx.Node, known: list[Fact | None], dims: int) -> Fact:
     dtypes = {
         n.meta["val"].dtype for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)
     }
-    if not dtypes <= set(_COUNTED) or set(node.kwargs) - {"dtype", "min", "max"}:
+    if not dtypes <= set(COUNTED) or set(node.kwargs) - {"dtype", "min", "max"}:
         return UNKNOWN
     logical = node.meta["val"].dtype == torch.bool
+    if logical and node.target in _SUMS:
+        return UNKNOWN  # True and True make True, not 2
     if logical and node.target is _aten._to_copy.default and dtypes != {torch.bool}:
         return UNKNOWN
     if not logical and ("bitwise" in str(node.target) or "__" in str(node.target)):
         return UNKNOWN
-    if node.target is _aten.clamp.default:
-        limits = [facts.constant(node.kwargs.get(n)) for n in ("min", "max")]
-        known = [*known, *limits[len(known) - 1 :]]
     found = facts.pointwise(node.target, known)
     return found if dims < 2 else found.loose()
 
@@ -158,7 +168,9 @@ def rows_alone(count: Callable[[fx.Node], int]) -> Callable[[RowInterpreter, fx.
     def rule(it: RowInterpreter, node: fx.Node) -> Segmented | None:
         first = it.value(node.args[0])
         mixed = range(first.sample.ndim - count(node), first.sample.ndim)
-        return None if any(dim in mixed for dim in first.spaces) else _each(it, node, first.spaces)
+        if any(dim in mixed for dim in first.spaces) or (0 in mixed and it.first_waits(node.args[0])):
+            return None
+        return _each(it, node, first.spaces)
 
     return rule
 
@@ -168,11 +180,11 @@ def reduction(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     if not isinstance(given, list | tuple):
         return None
     dims = {d % first.sample.ndim for d in cast("list[int]", given)}
-    if dims & set(first.spaces):
-        return None
+    if not dims or dims & set(first.spaces) or (0 in dims and it.first_waits(node.args[0])):
+        return None  # no dimensions are all of them
     keep = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
     moved = {d if keep else d - sum(m < d for m in dims): s for d, s in first.spaces.items()}
-    counted = node.target is _aten.sum.dim_IntList and first.sample.dtype in _COUNTED
+    counted = node.target is _aten.sum.dim_IntList and first.sample.dtype in COUNTED
 
     def fact(known: Fact) -> Fact:
         return (
@@ -183,19 +195,19 @@ def reduction(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def embedding(it: RowInterpreter, node: fx.Node) -> Segmented:
-    weight, ids = it.value(node.args[:2])
-    parts = {k: Part(_aten.embedding.default(weight.whole.tensor, p.tensor)) for k, p in ids.parts.items()}
+    weight, ids = it.whole(cast("fx.Node", node.args[0])), it.value(node.args[1])
+    parts = {k: Part(_aten.embedding.default(weight, p.tensor)) for k, p in ids.parts.items()}
     return Segmented(ids.spaces, parts)
 
 
 def cumsum(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     first, dim = it.value(node.args[0]), cast("int", node.args[1]) % node.meta["val"].ndim
     if dim not in first.spaces or len(first.spaces) > 1:
-        return None if first.spaces else _each(it, node, {})
+        return None if first.spaces or it.first_waits(node.args[0]) else _each(it, node, {})
     parts: dict[Key, Part] = {}
     before: Tensor | None = None
     for segment in range(len(first.spaces[dim].lengths)):
-        counted = torch.cumsum(it.filled(first, (segment,)), dim)
+        counted = _aten.cumsum.default(it.filled(first, (segment,)), dim, **node.kwargs)
         counted = counted if before is None else counted + before
         before = _aten.slice.Tensor(counted, dim, -1, _END)
         parts[(segment,)] = Part(counted)
@@ -203,11 +215,13 @@ def cumsum(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def split_tensor(it: RowInterpreter, node: fx.Node) -> list[Segmented] | None:
-    first, size = it.value(node.args[:2])
-    dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % first.sample.ndim  # type: ignore[operator]
-    if dim in first.spaces:
+    """`split` and `chunk` along a dimension that is no rows."""
+    first, given = it.value(node.args[:2])
+    dim = argument(node, "dim") % first.sample.ndim
+    if dim in first.spaces or (dim == 0 and it.first_waits(node.args[0])):
         return None
-    pieces = {key: _aten.split.Tensor(part.tensor, size, dim) for key, part in first.parts.items()}
+    call: Any = node.target
+    pieces = {key: call(part.tensor, given, dim) for key, part in first.parts.items()}
     count = len(node.meta["val"])
     return [Segmented(first.spaces, {k: Part(p[i]) for k, p in pieces.items()}) for i in range(count)]
 
@@ -220,37 +234,49 @@ def attention(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     query, key, value, *given = it.value(node.args[:4])
     mask = given[0] if given else it.value(node.kwargs.get("attn_mask"))
     options = {n: v for n, v in node.kwargs.items() if n != "attn_mask"}
-    if len(node.args) > 4 or options.get("is_causal") or options.get("dropout_p"):
-        return None
     ndim = query.sample.ndim
-    rows, columns = ndim - 2, ndim - 1
-    if set(query.spaces) - {rows} or set(key.spaces) - {rows} or set(value.spaces) != set(key.spaces):
+    # With two dimensions, the first is the rows and no batch.
+    if len(node.args) > 4 or options.get("is_causal") or options.get("dropout_p") or ndim < 3:
+        return None
+    rows = ndim - 2
+    if set(query.spaces) - {rows} or set(key.spaces) - {rows} or value.spaces != key.spaces:
         return None
     keys = range(len(key.spaces[rows].lengths)) if key.spaces else (None,)
-    if mask is not None and columns + mask.sample.ndim - ndim not in mask.spaces and key.spaces:
+    if mask is not None and not _meets(mask, ndim, bool(key.spaces)):
         return None
+    seen_by = {place: _seen(it, mask, place, keys, rows) for place in places(query.spaces)}
+    if not all(seen_by.values()):
+        return None  # what attention over nothing gives is for the kernel to say
 
     def part(place: Key) -> Part:
-        seen = []
-        for j in keys:
-            known = _mask_part(it, mask, place, j, rows, columns)
-            if known is None or not known.fact.is_false:
-                seen.append((j, known))
-                it.sees.setdefault(node.name, set()).add((place[0] if place else 0, j or 0))
+        seen = seen_by[place]
         tensors = [_rows_of(it, v, [j for j, _ in seen], rows) for v in (key, value)]
         masks = [m for _, m in seen if m is not None]
         masked = None
         if any(not m.fact.is_true for m in masks):
-            masked = (
-                torch.cat(same_batch([m.tensor for m in masks]), -1) if len(masks) > 1 else masks[0].tensor
-            )
-        operands = same_batch([it.filled(query, place), *tensors, *([] if masked is None else [masked])])
-        result = torch.ops.aten.scaled_dot_product_attention.default(
-            *operands[:3], attn_mask=None if masked is None else masked, **options
-        )
-        return Part(result)
+            pieces = [m.tensor for m in masks]
+            # A mask of fewer dimensions than the queries has no batch.
+            pieces = same_batch(pieces) if pieces[0].ndim == ndim else pieces
+            masked = torch.cat(pieces, -1) if len(masks) > 1 else pieces[0]
+        batched = [masked] if masked is not None and masked.ndim == ndim else []
+        operands = same_batch([it.filled(query, place), *tensors, *batched])[:3]
+        return Part(_aten.scaled_dot_product_attention.default(*operands, attn_mask=masked, **options))
 
     return Segmented.build(query.spaces, part)
+
+
+def _meets(mask: Segmented, ndim: int, keys_split: bool) -> bool:
+    """Whether a mask is split by rows of queries and keys alone, and by keys if these are."""
+    rows, columns = mask.sample.ndim - 2, mask.sample.ndim - 1
+    return not set(mask.spaces) - {rows, columns} and (columns in mask.spaces) == keys_split
+
+
+def _seen(
+    it: RowInterpreter, mask: Segmented | None, place: Key, keys: Iterable[int | None], rows: int
+) -> list[tuple[int | None, Part | None]]:
+    """Segments of keys that queries at `place` may see, each with its part of the mask."""
+    parts = [(j, _mask_part(it, mask, place, j, rows, rows + 1)) for j in keys]
+    return [(j, part) for j, part in parts if part is None or not part.fact.is_false]
 
 
 def _rows_of(it: RowInterpreter, value: Segmented, segments: list[int | None], dim: int) -> Tensor:
@@ -266,4 +292,6 @@ def _mask_part(
     lead = rows + 2 - mask.sample.ndim
     segment = {rows - lead: place[0] if place else 0, columns - lead: j or 0}
     key = tuple(segment[dim] for dim in mask.spaces)
-    return Part(it.filled(mask, key), mask.parts[key].fact)
+    # A mask that is no truth value is added, and 0 forbids nothing.
+    fact = mask.parts[key].fact if mask.sample.dtype == torch.bool else UNKNOWN
+    return Part(it.filled(mask, key), fact)

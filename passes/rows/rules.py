@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from flashu_compile.passes.rows import layout, operators
+from flashu_compile.passes.rows import joining, layout, operators
 from flashu_compile.passes.rows.interpreter import Rule
 
 _aten = torch.ops.aten
 
 RULES: dict[Any, Rule] = {
     _aten.linear.default: operators.rows_alone(lambda node: 1),
+    # Pictures have no rows, but their batch may be one.
+    _aten.conv2d.default: operators.rows_alone(lambda node: 3),
     _aten.layer_norm.default: operators.rows_alone(lambda node: len(node.args[1])),  # type: ignore[arg-type]
     _aten.rms_norm.default: operators.rows_alone(lambda node: len(node.args[1])),  # type: ignore[arg-type]
     _aten.mean.dim: operators.reduction,
@@ -21,6 +23,8 @@ RULES: dict[Any, Rule] = {
     _aten.embedding.default: operators.embedding,
     _aten.cumsum.default: operators.cumsum,
     _aten.split.Tensor: operators.split_tensor,
+    _aten.split_with_sizes.default: operators.split_tensor,
+    _aten.chunk.default: operators.split_tensor,
     # Not tagged as pointwise by torch.
     _aten.__and__.Tensor: operators.pointwise,
     _aten.__or__.Tensor: operators.pointwise,
@@ -40,8 +44,9 @@ RULES: dict[Any, Rule] = {
     _aten.expand.default: layout.expand,
     _aten.slice.Tensor: layout.slice_,
     _aten.select.int: layout.select,
-    _aten.cat.default: layout.cat,
-    _aten.gather.default: layout.gather,
+    _aten.cat.default: joining.cat,
+    _aten.stack.default: joining.stack,
+    _aten.gather.default: joining.gather,
     _aten.arange.default: layout.arange,
     _aten.ones.default: layout.filled_with(1),
     _aten.zeros.default: layout.filled_with(0),

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 import sympy
-import torch
 from torch import Tensor
 
 from flashu_compile.passes.rows.facts import UNKNOWN, Fact
@@ -70,19 +69,3 @@ class Segmented:
 
 def keys(spaces: Mapping[int, Space]) -> Iterator[Key]:
     return itertools.product(*(range(len(space.lengths)) for space in spaces.values()))
-
-
-class Sizes:
-    """Sizes of the traced program as expressions in the names of its dynamic dimensions."""
-
-    def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
-        symbols = {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in dict.fromkeys(names.values())}
-        self._names = {symbol: symbols[name] for symbol, name in names.items()}
-
-    def expression(self, size: int | torch.SymInt) -> sympy.Expr:
-        if isinstance(size, torch.SymInt):
-            return sympy.expand(size.node.expr.subs(self._names))
-        return sympy.Integer(size)
-
-    def shape(self, tensor: Tensor) -> tuple[sympy.Expr, ...]:
-        return tuple(self.expression(size) for size in tensor.shape)

@@ -245,6 +245,18 @@ def test_answers_depend_on_picture_and_question(pipeline: Pipeline) -> None:
     assert pipeline.ask(DARK, ["is it?", "nothing", "is it?"]) == ["dark", "", "dark"]
 
 
+@pytest.mark.parametrize("question", ["what?", "none", "z"])
+def test_streamed_pieces_are_the_answer(pipeline: Pipeline, question: str) -> None:
+    pieces = list(pipeline.stream(BRIGHT, question, max_new_tokens=4))
+    assert "".join(pieces) == pipeline.ask(BRIGHT, question, max_new_tokens=4)
+    assert all(pieces)
+
+
+def test_streaming_checks_its_arguments_when_called(pipeline: Pipeline) -> None:
+    with pytest.raises(InputError, match="max_new_tokens must be at least 1"):
+        pipeline.stream(BRIGHT, "what?", max_new_tokens=0)
+
+
 def test_answers_end_at_the_limit(pipeline: Pipeline) -> None:
     assert pipeline.ask(BRIGHT, "is it?", max_new_tokens=2) == "li"
     assert pipeline.ask(BRIGHT, "zzz?") == "z" * MAX_NEW_TOKENS

@@ -1,0 +1,50 @@
+"""Give out the keys and values of a program's own rows, so that later calls can take them as rows before. Exact.
+
+For a program that goes on from keys and values of earlier rows (`HoistPrologue`): wherever attention reads these
+followed by the program's own, its own become an output. Called again with both together as the earlier rows, the
+program goes on behind them: it tells where it stands from how many there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import torch
+from torch import fx
+
+from flashu_compile.passes.base import Pass, PassResult
+from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.program import Program
+from flashu_compile.runtime.decoding import new_rows
+
+_CAT = torch.ops.aten.cat.default
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRows(Pass):
+    """Programs without such inputs are left alone."""
+
+    def call(self, program: Program) -> PassResult:
+        editor = GraphEditor(program)
+        own = {
+            role: found
+            for role, node in editor.user_inputs().items()
+            if (found := _own_rows(node)) is not None
+        }
+        if not own:
+            return PassResult.unchanged(program)
+        editor.set_outputs([*editor.outputs().values(), *own.values()])
+        outputs = (*program.outputs, *(new_rows(role) for role in own))
+        changes = (f"gives its own rows of {len(own)} keys and values",)
+        return PassResult((editor.finish(outputs=outputs),), changes)
+
+
+def _own_rows(past: fx.Node) -> fx.Node | None:
+    """What attention reads behind the rows of `past`, an input."""
+    for user in past.users:
+        parts = cast("list[fx.Node]", user.args[0]) if user.target is _CAT else []
+        if len(parts) == 2 and parts[0] is past and any(reader.target is _ATTENTION for reader in user.users):
+            return parts[1]
+    return None
