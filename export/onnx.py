@@ -29,6 +29,7 @@ from torch.export import ExportedProgram
 
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.simplify_onnx import simplify
+from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import module_path
 from flashu_compile.program import Program
 
@@ -310,27 +311,24 @@ def _name_constants(program: Program, graph: ir.Graph) -> None:
 
 def _name_dimensions(program: Program, graph: ir.Graph) -> None:
     """torch's symbols (`s47 + s76 + 145`) become the names the program gives its dimensions."""
-    names = _symbols(program)
+    _check_dimensions(program)
+    sizes = Sizes(program)
 
     def named(dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None:
             return dim if isinstance(dim, int) else None
-        if dim.value in names:
-            return names[dim.value]
-        text = re.sub(r"\b[su]\d+\b", lambda match: names.get(match[0], match[0]), dim.value)
-        symbols = {name: sympy.Symbol(name) for name in names.values()}
         try:
-            return str(sympy.sympify(text, locals=symbols))  # in an order that depends on our names alone
+            return sizes.rename(dim.value)
         except (sympy.SympifyError, TypeError, SyntaxError):
-            return text
+            return dim.value
 
     for value in (*graph.inputs, *graph.outputs, *(o for node in graph for o in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([named(d) for d in value.shape])
 
 
-def _symbols(program: Program) -> dict[str, str]:
-    """torch's symbol → the program's name of the dimension."""
+def _check_dimensions(program: Program) -> None:
+    """Dimensions with a name are dynamic, and those with different names differ. Raises `EmissionError`."""
     placeholders = {n.name: n for n in program.exported.graph.nodes if n.op == "placeholder"}
     names: dict[str, str] = {}
     for given, name in zip(program.inputs, program.exported.graph_signature.user_inputs, strict=True):
@@ -346,7 +344,6 @@ def _symbols(program: Program) -> dict[str, str]:
                     f"Program {program.name!r}: dimension {position} of input {given.role!r} is called {axis!r} "
                     f"but always equals dimension {names[str(size)]!r}."
                 )
-    return names
 
 
 def _check_signature(program: Program, model: ir.Model) -> None:

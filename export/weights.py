@@ -19,9 +19,9 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-#: Tensors of at most this many bytes stay inside the graph file; of whole numbers, which may be sizes and places that
-#: shape inference must read, the second.
-INLINE_BYTES, INLINE_INTEGER_BYTES = 1024, 1 << 16
+#: Tensors of at most this many bytes stay inside the graph file; so many times as much where they are whole numbers,
+#: which may be sizes and places that shape inference must read.
+INLINE_BYTES, _INTEGER_FACTOR = 1024, 64
 _INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _PAGE, _LINE = 4096, 64
 
@@ -59,7 +59,7 @@ def weight_store(
             for value in _initializers(models):
                 tensor = value.const_value
                 assert tensor is not None
-                inline = INLINE_INTEGER_BYTES if tensor.dtype in _INTEGERS else inline_bytes
+                inline = inline_bytes * (_INTEGER_FACTOR if tensor.dtype in _INTEGERS else 1)
                 if tensor.nbytes <= inline or tensor.dtype == ir.DataType.STRING:
                     continue
                 memory = _memory(tensor)

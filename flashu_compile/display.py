@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,9 +98,9 @@ def print_build(summary: Mapping[str, Any]) -> None:
     print_table(
         ("engine", "output", "relative error against eager"),
         [
-            (engine, output, f"{error:.1e}")
+            (engine, alike[0], f"{max(outputs[name] for name in alike[1]):.1e}")
             for engine, outputs in summary["errors"].items()
-            for output, error in outputs.items()
+            for alike in _alike({name: name for name in outputs})
         ],
     )
 
@@ -136,9 +137,9 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
         print_table(
             ("", "name", "dtype", "shape"),
             [
-                (side, tensor.name, tensor.dtype, _shape(tensor.shape))
+                (side, name, *row)
                 for side, tensors in sides
-                for tensor in tensors
+                for row, name in _tensor_rows({t.name: (t.dtype, _shape(t.shape)) for t in tensors})
             ],
             title=f"{engine.name} ({engine.task}, {engine.file})",
         )
@@ -161,6 +162,25 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
             ],
             title="passes",
         )
+
+
+def _tensor_rows(tensors: Mapping[str, tuple[str, str]]) -> Iterator[tuple[tuple[str, str], str]]:
+    """(dtype, shape) and name of every tensor, those of different layers that are alike in one row."""
+    for name, members in _alike({name: f"{name} {row}" for name, row in tensors.items()}):
+        yield tensors[members[0]], name
+
+
+def _alike(names: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Names, in order, that differ in a layer's number alone, under one: `layers.0…11.key`. Values are compared."""
+    groups: dict[str, list[str]] = {}
+    for name, compared in names.items():
+        groups.setdefault(re.sub(r"\.\d+\.", ".#.", compared), []).append(name)
+    for members in groups.values():
+        numbers = [int(found[0][1:-1]) for name in members if (found := re.search(r"\.\d+\.", name))]
+        label = members[0]
+        if len(members) > 1:
+            label = re.sub(r"\.\d+\.", f".{min(numbers)}…{max(numbers)}.", label, count=1)
+        yield label, members
 
 
 def _print_components(counts: Mapping[str, Any]) -> None:

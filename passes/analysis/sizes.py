@@ -21,12 +21,17 @@ class Sizes:
                     self._learn(size.node.expr, axis)
 
     def _learn(self, size: sympy.Expr, axis: str) -> None:
-        """Where a dimension is a symbol and a number, as after a row was taken off, it is the dimension that is named."""
-        named = sympy.Symbol(axis, integer=True, nonnegative=True)
-        if len(size.free_symbols) == 1 and axis.isidentifier():
+        """Names the symbol in `size`, which may be one and a number, as `axis` names a dimension."""
+        called = _named(axis)
+        if len(size.free_symbols) == len(called.free_symbols) == 1:
             (symbol,) = size.free_symbols
             if (size - symbol).is_Integer:
-                self._symbols.setdefault(symbol, named - (size - symbol))
+                self._symbols.setdefault(symbol, called - (size - symbol))
+
+    def rename(self, text: str) -> str:
+        """An expression in torch's symbols (`s47 + s76`) in the names, in an order that depends on these alone."""
+        names = {sympy.Symbol(symbol.name): called for symbol, called in self._symbols.items()}
+        return str(sympy.expand(sympy.sympify(text).subs(names)))
 
     def expression(self, size: int | torch.SymInt) -> sympy.Expr:
         if isinstance(size, torch.SymInt):
@@ -35,3 +40,11 @@ class Sizes:
 
     def shape(self, tensor: Tensor) -> tuple[sympy.Expr, ...]:
         return tuple(self.expression(size) for size in tensor.shape)
+
+
+def _named(axis: str) -> sympy.Expr:
+    """A dimension's name as an expression: a symbol, or one and a number, such as "prefix + 11"."""
+    if axis.isidentifier():
+        return sympy.Symbol(axis, integer=True, nonnegative=True)
+    expression = sympy.sympify(axis)
+    return expression.subs({s: sympy.Symbol(s.name, integer=True, nonnegative=True) for s in expression.free_symbols})

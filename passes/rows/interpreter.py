@@ -18,6 +18,7 @@ from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Space
 
 _aten = torch.ops.aten
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 Size = int | torch.SymInt
 Rule = Callable[["RowInterpreter", fx.Node], Any]
 
@@ -156,6 +157,9 @@ class RowInterpreter:
         result = None if rule is None else rule(self, node)
         if result is None:
             arguments, keywords = fx.map_arg((node.args, node.kwargs), self.whole)
+            if target in _VIEWS:  # rows put together, or repeated for a batch, are laid out in another way
+                first = _aten.clone.default(arguments[0], memory_format=torch.contiguous_format)
+                arguments = (first, *arguments[1:])
             result = target(*arguments, **keywords)
         several = isinstance(value, list | tuple)
         made = [

@@ -72,6 +72,11 @@ def shape(node: fx.Node) -> list[str]:
     return [str(size) for size in node.meta["val"].shape]
 
 
+def placeholder_shape(program: Program, role: str) -> list[str]:
+    names = dict(zip(program.input_roles, program.exported.graph_signature.user_inputs, strict=True))
+    return shape(next(node for node in program.exported.graph.nodes if node.name == names[role]))
+
+
 def paths(program: Program) -> set[str]:
     """Modules of everything that works."""
     return {module_path(node) for node in working(program)}
