@@ -157,7 +157,7 @@ def slice_(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     dim = argument(node, "dim") % value.sample.ndim
     start, end = argument(node, "start"), argument(node, "end")
     step = argument(node, "step")
-    if (dim in value.spaces and step != 1) or (dim == 0 and it.first_waits(source)):
+    if (dim in value.spaces and step != 1) or (dim == 0 and it.first_waits(node.args[0])):
         return None
     if dim not in value.spaces:
         bounds = it.value((start, end, step))
