@@ -19,10 +19,9 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-#: Tensors of at most this many bytes stay inside the graph file; so many times as much where they are whole numbers,
-#: which may be sizes and places that shape inference must read.
-INLINE_BYTES, _INTEGER_FACTOR = 1024, 64
-_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+#: Tensors of at most this many bytes stay inside the graph file; lists of int64 may have so many times as many, since
+#: they may be sizes and places, which shape inference must read.
+INLINE_BYTES, _LIST_FACTOR = 1024, 64
 _PAGE, _LINE = 4096, 64
 
 
@@ -59,7 +58,8 @@ def weight_store(
             for value in _initializers(models):
                 tensor = value.const_value
                 assert tensor is not None
-                inline = inline_bytes * (_INTEGER_FACTOR if tensor.dtype in _INTEGERS else 1)
+                is_list = tensor.dtype == ir.DataType.INT64 and len(tensor.shape) == 1
+                inline = inline_bytes * (_LIST_FACTOR if is_list else 1)
                 if tensor.nbytes <= inline or tensor.dtype == ir.DataType.STRING:
                     continue
                 memory = _memory(tensor)

@@ -87,7 +87,8 @@ def _fewer(source: fx.Node, node: fx.Node) -> bool:
 
 def _elements(value: Tensor) -> sympy.Expr:
     count: Any = sympy.Integer(1)
-    for size in value.shape:
+    sizes: list[Any] = list(value.shape)
+    for size in sizes:
         count = count * (size.node.expr if isinstance(size, torch.SymInt) else size)
     return sympy.expand(count)
 

@@ -47,4 +47,6 @@ def _named(axis: str) -> sympy.Expr:
     if axis.isidentifier():
         return sympy.Symbol(axis, integer=True, nonnegative=True)
     expression = sympy.sympify(axis)
-    return expression.subs({s: sympy.Symbol(s.name, integer=True, nonnegative=True) for s in expression.free_symbols})
+    return expression.subs(
+        {s: sympy.Symbol(s.name, integer=True, nonnegative=True) for s in expression.free_symbols}
+    )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
 _aten = torch.ops.aten
-Bound = sympy.Expr | None
+Bound: TypeAlias = "sympy.Expr | None"
 #: Dtypes of whole numbers; facts are about no others.
 COUNTED = (torch.bool, torch.int32, torch.int64)
 

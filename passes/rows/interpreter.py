@@ -161,12 +161,13 @@ class RowInterpreter:
                 first = _aten.clone.default(arguments[0], memory_format=torch.contiguous_format)
                 arguments = (first, *arguments[1:])
             result = target(*arguments, **keywords)
+        values: Any = value
         several = isinstance(value, list | tuple)
         made = [
             self._rows_split(r if isinstance(r, Segmented) else Segmented.plain(r), self._row_dims(v))
             if isinstance(v, Tensor)
             else r
-            for r, v in (zip(result, value, strict=True) if several else [(result, value)])
+            for r, v in (zip(result, values, strict=True) if several else [(result, value)])
         ]
         return made if several else made[0]
 

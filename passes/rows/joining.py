@@ -6,7 +6,7 @@ Rules as in `operators`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import sympy
 import torch
@@ -93,10 +93,11 @@ def _at_segments(
             continue
         segment, place = next(iter(inside.items()))
         tensor, number = operand.whole.tensor, sympy.Integer(place)
-        first = Fact(fact.low, fact.low + place - 1, True)
-        rest = Fact(fact.low + place, fact.high, True)
+        low: Any = fact.low
+        first, rest = Fact(low, low + place - 1, True), Fact(low + place, fact.high, True)
         # Not cut from the tensor, which would tie it to the length of the whole.
-        counted = torch.arange(place, dtype=tensor.dtype) + (it.offset(it.space, segment) - place)
+        start: Any = it.offset(it.space, segment) - place
+        counted = torch.arange(place, dtype=tensor.dtype) + start
         for _ in range(dim):
             counted = _aten.unsqueeze.default(counted, 0)
         parts.append((Segmented.plain(counted, first), number))

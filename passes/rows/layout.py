@@ -240,16 +240,16 @@ def select(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 def arange(it: RowInterpreter, node: fx.Node) -> Segmented:
     count = it.shape(node)[0]
-    end = it.value(node.args[0])
+    end, call = it.value(node.args[0]), cast("Any", torch.arange)
     if count not in it.spaces:
-        made = torch.arange(end, **node.kwargs)
+        made = call(end, **node.kwargs)
         known = Fact(sympy.Integer(0), count - 1, True) if made.dtype in COUNTED else UNKNOWN
         return Segmented.plain(made, known)
     space = it.spaces[count]
 
     def part(key: Key) -> Part:
         (segment,), offset = key, space.offset(key[0])
-        tensor = torch.arange(it.length(space, segment), **node.kwargs)
+        tensor = call(it.length(space, segment), **node.kwargs)
         tensor = tensor + it.offset(space, segment) if segment else tensor
         last = sympy.expand(offset + space.lengths[segment] - 1)
         return Part(tensor, Fact(offset, last, True) if tensor.dtype in COUNTED else UNKNOWN)

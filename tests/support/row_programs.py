@@ -30,11 +30,14 @@ class Mixed(nn.Module):
         return (self.read(torch.cat(both, dim=1)),)
 
 
-def mixed(read: Rows) -> Program:
+def reading(read: Rows) -> Mixed:
     torch.manual_seed(0)
+    return Mixed(read).double().eval()
+
+
+def mixed(read: Rows) -> Program:
     inputs = (Input("prompt", ("batch", "prompt", None)), Input("picture", (None, None, None)))
-    module = Mixed(read).double().eval()
-    return capture(Capture("mixed", "none", module, inputs, ("y",), {}, mixed_inputs(3, 5)))
+    return capture(Capture("mixed", "none", reading(read), inputs, ("y",), {}, mixed_inputs(3, 5)))
 
 
 def mixed_inputs(batch: int, prompt: int) -> dict[str, Tensor]:
