@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -42,6 +43,8 @@ _SCALE, _MARGIN, _CAPTION, _COLUMNS = 6, 12, 22, 3
 
 
 def main(folder: Path = FOLDER) -> None:
+    # What PyTorch, when it traces, says of its own code is nothing a user could act on.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
     console = Console()
     started = time.perf_counter()
     bundle, pictures = folder / "bundle", folder / "pictures"
