@@ -58,8 +58,13 @@ class _CountedEngine:
         return self._engine.spec
 
     def run(self, inputs: Tensors) -> dict[str, np.ndarray]:
-        self._rows[self.spec.name] += len(next(iter(inputs.values())))
+        self._rows[self.spec.name] += len(inputs[batched_input(self.spec)])
         return self._engine.run(inputs)
+
+
+def batched_input(spec: EngineSpec) -> str:
+    """The first input with a row for each guidance branch or picture; latents and time are given once for all."""
+    return next(tensor.name for tensor in spec.inputs if isinstance(tensor.shape[0], str))
 
 
 @functools.lru_cache(maxsize=1)
@@ -171,6 +176,6 @@ def row_flops(bundle: Path) -> dict[str, float]:
     flops = {}
     for spec in read_manifest(bundle).engines:
         with safe_open(bundle / spec.reference, framework="np") as reference:
-            rows = reference.get_slice(f"input.{spec.inputs[0].name}").get_shape()[0]
+            rows = reference.get_slice(f"input.{batched_input(spec)}").get_shape()[0]
         flops[spec.name] = sum(engines[spec.name]["flops"].values()) / rows
     return flops

@@ -273,8 +273,7 @@ def _build(
         for number, part in enumerate(programs):
             tell(f"{task}: emitting {part.name}", start + share * (0.3 + 0.7 * number / len(programs)))
             lossy = part.name in changed or name in changed
-            known = set(part.outputs) <= set(source.truth)
-            build = _emit(part, source.truth if known and not lossy else _program_outputs(part), programs)
+            build = _emit(part, _truth(part, {} if lossy else source.truth), programs)
             builds.append(build)
             errors = engine_errors(build, scratch_parent)
             statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
@@ -288,10 +287,15 @@ def _eager_outputs(spec: Capture) -> dict[str, Tensor]:
     return dict(zip(spec.outputs, results, strict=True))
 
 
-def _program_outputs(program: Program) -> dict[str, Tensor]:
-    """The outputs of the specialised graph in PyTorch: the truth for engines of lossy passes."""
+def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What an engine must give: the eager model's outputs, and the graph's in PyTorch where that has none of the name.
+
+    So it is with all outputs after lossy passes, and with values that one engine hands to another.
+    """
+    if set(program.outputs) <= set(eager):
+        return eager
     with torch.inference_mode(), _one_thread():
-        return program.run(program.sample)
+        return {**program.run(program.sample), **eager}
 
 
 @contextmanager

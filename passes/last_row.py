@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.passes.analysis.attention import attention_mask
-from flashu_compile.passes.analysis.graph import is_pointwise
+from flashu_compile.passes.analysis.graph import dimension, is_pointwise
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program import Program
@@ -89,11 +89,8 @@ class _Narrowing:
             return False
         if is_pointwise(node) or node.target in _ROW_BY_ROW or node.target is _ATTENTION:
             return True
-        if node.target is _aten.cat.default:
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-            return cast("int", dim) % node.meta["val"].ndim != self._row_dim(node)
-        if node.target is _aten.slice.Tensor:
-            return cast("int", node.args[1]) % node.meta["val"].ndim != self._row_dim(node)
+        if node.target in (_aten.cat.default, _aten.slice.Tensor):
+            return dimension(node) != self._row_dim(node)
         return node.target in _VIEWS
 
     def _is_context(self, reader: fx.Node, source: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.attention import attention_mask
-from flashu_compile.passes.analysis.graph import carries_tensor, is_pointwise
+from flashu_compile.passes.analysis.graph import argument, carries_tensor, is_pointwise
 from flashu_compile.passes.editing import GraphEditor, module_path
 from flashu_compile.passes.inlining import inline
 
@@ -178,16 +178,16 @@ class RowGather:
         if node.target in (_aten.index.Tensor, _aten.index_put.default):
             picked = [dim for dim, index in enumerate(cast("list[Any]", indices)) if index is not None]
         else:
-            given = _argument(node, "dims" if node.target is _aten.roll.default else "dim")
+            given = argument(node, "dims" if node.target is _aten.roll.default else "dim")
             picked = [dim % value.ndim for dim in (given if isinstance(given, list | tuple) else [given])]
         if any(self._counts_rows(value.shape[dim]) for dim in picked):
             raise self._lost(node, f"{node.target} picks rows by their place")
 
     def _is_harmless(self, node: fx.Node) -> bool:
         if node.target is _aten.select.int:
-            return self.last_stays and _argument(node, "index") == -1
+            return self.last_stays and argument(node, "index") == -1
         if node.target is _aten.slice.Tensor:
-            start, end = _argument(node, "start") or 0, _argument(node, "end")
+            start, end = argument(node, "start") or 0, argument(node, "end")
             return (start == 0 or (start == -1 and self.last_stays)) and (end is None or end == _END)
         return False
 
@@ -228,13 +228,3 @@ def _expression(size: int | torch.SymInt) -> sympy.Expr:
 def _operand(node: fx.Node) -> fx.Node:
     """The tensor an operator is applied to."""
     return cast("fx.Node", node.args[0])
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """An argument of an operator by its name."""
-    for place, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            return (
-                node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
-            )
-    raise KeyError(name)

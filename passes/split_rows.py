@@ -16,6 +16,7 @@ from torch import fx
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.analysis.graph import dimension
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import prune_inputs
@@ -63,7 +64,7 @@ def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Sp
         if node.target is not _CAT or isinstance(_total(node), int):
             continue
         parts, dim = _parts(node)
-        if any(user.target is _CAT and _dim(user) == dim for user in node.users):
+        if any(user.target is _CAT and dimension(user) == dim for user in node.users):
             continue  # a part of the rows
         runs: list[tuple[bool, sympy.Expr]] = []
         for part in parts:
@@ -82,22 +83,17 @@ def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Sp
 
 
 def _total(node: fx.Node) -> int | torch.SymInt:
-    dim = _dim(node)
+    dim = dimension(node)
     return node.meta["val"].shape[dim] if dim else 0
-
-
-def _dim(node: fx.Node) -> int:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return int(dim) % node.meta["val"].ndim  # type: ignore[arg-type]
 
 
 def _parts(node: fx.Node) -> tuple[list[fx.Node], int]:
     """The operands of a concatenation along its dimension, those of nested ones included."""
-    dim = _dim(node)
+    dim = dimension(node)
     flat: list[fx.Node] = []
     for operand in node.args[0]:  # type: ignore[union-attr]
         assert isinstance(operand, fx.Node)
-        nested = operand.target is _CAT and _dim(operand) == dim
+        nested = operand.target is _CAT and dimension(operand) == dim
         flat += _parts(operand)[0] if nested else [operand]
     return flat, dim
 

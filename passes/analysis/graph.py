@@ -19,6 +19,15 @@ def value_flow(program: Program) -> nx.DiGraph:
     in no way that matters. Nodes are in graph order, which is a topological one.
     """
     graph = program.exported.graph
+    live = live_nodes(graph)
+    flow = nx.DiGraph()
+    flow.add_nodes_from(node for node in graph.nodes if node in live and carries_tensor(node))
+    flow.add_edges_from((source, node) for node in flow for source in node.all_input_nodes if source in flow)
+    return flow
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Every node that an output depends on."""
     live: set[fx.Node] = set()
     stack = [graph.output_node()]
     while stack:
@@ -26,10 +35,7 @@ def value_flow(program: Program) -> nx.DiGraph:
             if source not in live:
                 live.add(source)
                 stack.append(source)
-    flow = nx.DiGraph()
-    flow.add_nodes_from(node for node in graph.nodes if node in live and carries_tensor(node))
-    flow.add_edges_from((source, node) for node in flow for source in node.all_input_nodes if source in flow)
-    return flow
+    return live
 
 
 def carries_tensor(node: fx.Node) -> bool:
@@ -41,6 +47,21 @@ def carries_tensor(node: fx.Node) -> bool:
 def arguments(node: fx.Node) -> tuple[Any, ...]:
     """Positional arguments; torch.fx declares each as one of twenty types, and callers know which."""
     return node.args
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of an operator by its name. Raises `KeyError` if the operator has none of that name."""
+    target: Any = node.target
+    for place, declared in enumerate(target._schema.arguments):
+        if declared.name == name:
+            given = node.kwargs.get(name, declared.default_value)
+            return node.args[place] if place < len(node.args) else given
+    raise KeyError(name)
+
+
+def dimension(node: fx.Node) -> int:
+    """The argument `dim` of an operator, counted from the first dimension of its result."""
+    return int(argument(node, "dim")) % node.meta["val"].ndim
 
 
 def stored_nodes(program: Program) -> frozenset[fx.Node]:

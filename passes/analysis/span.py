@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from flashu_compile.errors import StructureError
-from flashu_compile.passes.analysis.graph import before, is_pointwise, size, value_flow
+from flashu_compile.passes.analysis.graph import before, dimension, is_pointwise, size, value_flow
 from flashu_compile.program import Program, Role
 
 _CAT = torch.ops.aten.cat.default
@@ -50,7 +50,7 @@ def visual_span(program: Program) -> VisualSpan:
     while True:
         whole = embeds if span is None else span.rows
         copies = _copies(flow, whole)
-        cats = [user for user in flow if user.target is _CAT and _axis(user) == axis]
+        cats = [user for user in flow if user.target is _CAT and dimension(user) == axis]
         uses = [(cat, place) for cat in cats for place, part in enumerate(cat.args[0]) if part in copies]
         if not uses:
             break
@@ -99,8 +99,3 @@ def _copies(flow: nx.DiGraph, start: fx.Node) -> set[fx.Node]:
                 found.add(user)
                 stack.append(user)
     return found
-
-
-def _axis(cat: fx.Node) -> int:
-    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
-    return dim % cat.meta["val"].ndim

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx import traceback
 
 from flashu_compile.errors import StructureError
-from flashu_compile.passes.analysis.graph import is_pointwise
+from flashu_compile.passes.analysis.graph import is_pointwise, live_nodes
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Space
 
@@ -28,8 +28,7 @@ class RowInterpreter:
 
     Every dimension whose size is the total of `space` holds rows and is split. An operator without a rule, or whose
     rule declines (None), runs on whole tensors; so a missing rule costs speed, not truth. Tensors of batch one that
-    the graph repeats for a batch stay as they are until something needs the repetition. `sees` holds, for each
-    attention by name, the pairs (segment of queries, segment of keys) that its mask lets meet.
+    the graph repeats for a batch stay as they are until something needs the repetition.
     """
 
     def __init__(
@@ -38,14 +37,13 @@ class RowInterpreter:
         self.graph, self.sizes, self.space = graph, sizes, space
         self.spaces: dict[sympy.Expr, Space] = {space.total: space}
         self.values: dict[fx.Node, Any] = {}
-        self.sees: dict[str, set[tuple[int, int]]] = {}
         self._rules, self._pointwise = rules, pointwise
         self._lengths: dict[tuple[Space, int], Size] = {}
         self._inputs: dict[sympy.Expr, Size] = {}
 
     def run(self, placeholders: Mapping[fx.Node, Tensor]) -> list[Tensor]:
         """The graph's outputs, whole."""
-        live = _live(self.graph)
+        live = live_nodes(self.graph)
         for tensor in placeholders.values():
             for size in tensor.shape:
                 if isinstance(size, torch.SymInt):
@@ -207,15 +205,6 @@ def repeated(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
     return tensor if as_is else _aten.expand.default(tensor, sizes)
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an operator by its name."""
-    for place, declared in enumerate(cast("Any", node.target)._schema.arguments):
-        if declared.name == name:
-            given = node.kwargs.get(name, declared.default_value)
-            return node.args[place] if place < len(node.args) else given
-    raise KeyError(name)
-
-
 def decided(part: Part, rows: Iterable[int]) -> Part:
     """A truth value that is known needs nothing to be computed from: a constant, thin in dimensions `rows`."""
     if part.tensor.dtype != torch.bool or not (part.fact.is_true or part.fact.is_false):
@@ -235,14 +224,3 @@ def same_batch(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not larger:
         return list(tensors)
     return [t.expand(larger[0], *[-1] * (t.ndim - 1)) if is_one(t.shape[0]) else t for t in tensors]
-
-
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    live: set[fx.Node] = set()
-    stack = [graph.output_node()]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in live:
-                live.add(source)
-                stack.append(source)
-    return live

@@ -12,24 +12,23 @@ import sympy
 import torch
 from torch import fx
 
+from flashu_compile.passes.analysis.graph import dimension
 from flashu_compile.passes.rows import facts
 from flashu_compile.passes.rows.facts import UNKNOWN, Fact, as_number, at_least
 from flashu_compile.passes.rows.interpreter import (
     RowInterpreter,
-    Size,
-    argument,
     decided,
     is_one,
     same_batch,
 )
-from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Space
+from flashu_compile.passes.rows.segmented import Key, Part, Segmented, Space, keys
 
 _aten = torch.ops.aten
 _END = 2**63 - 1
 
 
 def cat(it: RowInterpreter, node: fx.Node) -> Segmented | None:
-    dim = argument(node, "dim") % node.meta["val"].ndim
+    dim = dimension(node)
     sources = _flat(it, node, dim)
     operands: list[Segmented] = [it.value(source) for source in sources]
     lengths = [it.shape(source)[dim] for source in sources]
@@ -54,12 +53,12 @@ def cat(it: RowInterpreter, node: fx.Node) -> Segmented | None:
         return None
     for segment, group in enumerate(groups):
         if len(group) == 1:
-            it.learn(along, segment, _rows(it, group[0], dim))
+            it.learn(along, segment, group[0].sample.shape[dim])
     spaces = dict(sorted({**spaces, dim: along}.items()))
     place = list(spaces).index(dim)
     rest = {d: s for d, s in spaces.items() if d != dim}
     made: dict[Key, Part] = {}
-    for key in Segmented.build(spaces, lambda _: Part(operands[0].sample)).parts:
+    for key in keys(spaces):
         inner = key[:place] + key[place + 1 :]
         made[key] = _catenated(it, groups[key[place]], rest, inner, dim)
         if not is_one(made[key].tensor.shape[dim]):
@@ -71,7 +70,7 @@ def _flat(it: RowInterpreter, node: fx.Node, dim: int) -> list[fx.Node]:
     """What is concatenated along `dim`, the parts of concatenations that are no rows of their own included."""
     flat: list[fx.Node] = []
     for source in cast("list[fx.Node]", node.args[0]):
-        nested = source.target is node.target and argument(source, "dim") % source.meta["val"].ndim == dim
+        nested = source.target is node.target and dimension(source) == dim
         flat += _flat(it, source, dim) if nested and it.shape(source)[dim] not in it.spaces else [source]
     return flat
 
@@ -108,10 +107,6 @@ def _at_segments(
             )
         )
     return [operand for operand, _ in parts], [length for _, length in parts]
-
-
-def _rows(it: RowInterpreter, operand: Segmented, dim: int) -> Size:
-    return operand.sample.shape[dim]
 
 
 def _catenated(
@@ -167,7 +162,7 @@ def _kept_segments(
 def stack(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     sources = cast("list[fx.Node]", node.args[0])
     first, *others = operands = [it.value(source) for source in sources]
-    dim = argument(node, "dim") % node.meta["val"].ndim
+    dim = dimension(node)
     if any(o.spaces != first.spaces for o in others) or (not dim and any(map(it.first_waits, sources))):
         return None
     parts = {}

@@ -13,12 +13,12 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.passes.analysis.graph import argument
 from flashu_compile.passes.rows import facts
 from flashu_compile.passes.rows.facts import COUNTED, UNKNOWN, Fact, as_number, at_least
 from flashu_compile.passes.rows.interpreter import (
     RowInterpreter,
     Size,
-    argument,
     is_one,
     repeated,
 )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from flashu_compile.passes.analysis.graph import argument
 from flashu_compile.passes.rows import facts
 from flashu_compile.passes.rows.facts import COUNTED, UNKNOWN, Fact
 from flashu_compile.passes.rows.interpreter import (
     RowInterpreter,
-    argument,
     decided,
     is_one,
     repeated,
