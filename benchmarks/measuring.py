@@ -92,11 +92,6 @@ def flops(call: Call) -> float:
     return float(counter.get_total_flops())
 
 
-def ratios(times: Mapping[str, float], fast: Sequence[str], slow: Sequence[str]) -> dict[str, float]:
-    """How many times faster each of `fast` is than each of `slow`, by "fast over slow"; absent ones are left out."""
-    return {f"{f} over {s}": times[s] / times[f] for f in fast for s in slow if f in times and s in times}
-
-
 def parser(documentation: str | None, *, repeats: int) -> argparse.ArgumentParser:
     """The options that all benchmarks have: --repeats, --threads, --output."""
     result = argparse.ArgumentParser(
