@@ -44,7 +44,9 @@ def test_operators_are_listed_by_time() -> None:
     assert list(operator_seconds(events).items()) == [("Add", pytest.approx(7e-6)), ("MatMul", 5e-6)]
 
 
-@pytest.mark.parametrize(("task", "engines"), [("t2i", {"denoise": 5, "vae_decode": 1}), ("mmu", {"vision": 1})])
+@pytest.mark.parametrize(
+    ("task", "engines"), [("t2i", {"denoise": 5, "vae_decode": 1}), ("mmu", {"vision": 1})]
+)
 def test_a_bundle_is_profiled(tmp_path: Path, task: str, engines: dict[str, int]) -> None:
     result = profile(write_bundle(tmp_path / "tiny"), task, repeats=1, threads=1)
     rows = {row["engine"]: row for row in result["engines"]}
