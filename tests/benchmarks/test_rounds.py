@@ -1,0 +1,53 @@
+"""Rounds that are finished are not run again, other settings begin anew, and recipes are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.geometries import (
+    GEOMETRIES,
+    published_defaults,
+    token_pruning,
+    understanding_defaults,
+)
+from benchmarks.rounds import Rounds
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    said: list[str] = []
+    calls = {"a": lambda: said.append("a"), "b": lambda: said.append("b")}
+    Rounds(tmp_path, "t2i", {"threads": 1}).run(calls, 1)
+    again = Rounds(tmp_path, "t2i", {"threads": 1})
+    again.run(calls, 3)
+    assert "".join(said) == "ababab"
+    assert again.median("seconds").keys() == {"a", "b"}
+    assert all(value > 0 for value in again.median("peak").values())
+    Rounds(tmp_path, "t2i", {"threads": 2}).run(calls, 1)
+    assert "".join(said) == "abababab"
+
+
+def test_a_round_that_fails_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Rounds(tmp_path, "t2i", {}).run({"a": lambda: 1 / 0}, 1)
+    rounds = Rounds(tmp_path, "t2i", {})
+    rounds.run({"a": lambda: None}, 1)
+    assert list(rounds.median("seconds")) == ["a"]
+
+
+def test_what_is_made_once_is_kept(tmp_path: Path) -> None:
+    assert Rounds(tmp_path, "t2i", {}).once("errors", lambda: {"x": 0.5}) == {"x": 0.5}
+    assert Rounds(tmp_path, "t2i", {}).once("errors", lambda: pytest.fail("made again")) == {"x": 0.5}
+
+
+@pytest.mark.parametrize("name", ["bench-tiny", "bench-small"])
+def test_recipes_leave_nothing_to_decide(name: str) -> None:
+    config = GEOMETRIES[name]
+    techniques = understanding_defaults(config)
+    assert not techniques.needs_calibration("mmu")
+    assert not token_pruning().needs_calibration("mmu")
+    assert not published_defaults(config).needs_calibration("t2i")
+    kept = techniques.decided("mmu").kept_widths["llm"]
+    assert set(kept.values()) == {int(0.8 * config.llm.intermediate_size) // 64 * 64}
+    assert len(techniques.decided("mmu").phases[0].skipped) == config.llm.num_hidden_layers // 5
