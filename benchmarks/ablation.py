@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ablation_rows import BASE, FULL, PRESETS, Row, ablation_rows, chosen_rows, evaluations
 from benchmarks.ablation_table import ablation_tables, compare
-from benchmarks.bundle_vs_eager import PROMPT, in_turn, machine, seconds
+from benchmarks.bundle_vs_eager import PROMPT
+from benchmarks.measuring import in_turn, machine, seconds
 from benchmarks.records import Records, digest, recipe_digest, save_array, weights_digest
 from benchmarks.scoring import MAX_NEW_TOKENS, Quiz, Workers, pipeline, row_flops, workers
 from examples.showo2_shapes.evaluate import prompts, quizzes
@@ -160,9 +161,11 @@ class Ablation:
 
     def _draw_in_turn(self, bundle: Path, plan: StepPlan) -> tuple[float, float]:
         pipe, _ = pipeline(bundle, plan, self.settings.threads)
-        return in_turn(
-            lambda: self.eager.generate(PROMPT), lambda: pipe.generate(PROMPT), self.settings.repeats
+        times = in_turn(
+            {"eager": lambda: self.eager.generate(PROMPT), "bundle": lambda: pipe.generate(PROMPT)},
+            self.settings.repeats,
         )
+        return times["eager"], times["bundle"]
 
     def _answer(self, row: Row, bundle: Path) -> dict[str, Any]:
         asked: list[Quiz] = [(picture, [qa.question for qa in quiz]) for picture, quiz in self.quizzes]
@@ -195,8 +198,10 @@ class Ablation:
             for qa in quiz:
                 who.ask(image, qa.question, max_new_tokens=MAX_NEW_TOKENS)
 
-        times = in_turn(lambda: ask(self.eager), lambda: ask(pipe), max(self.settings.repeats, 3))
-        return times[0] / len(quiz), times[1] / len(quiz)
+        times = in_turn(
+            {"eager": lambda: ask(self.eager), "bundle": lambda: ask(pipe)}, max(self.settings.repeats, 3)
+        )
+        return times["eager"] / len(quiz), times["bundle"] / len(quiz)
 
     def estimate(self, rows: Iterable[Row]) -> float:
         """Seconds that rows which are not finished may take; too many where engines turn out cheaper or shared."""
