@@ -26,7 +26,7 @@ from flashu_compile.passes.analysis.graph import live_nodes
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cache_rows import new_rows
-from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.editing import GraphEditor, module_path
 from flashu_compile.passes.inlining import inline
 from flashu_compile.passes.write_rows import WRITE_ROWS
 from flashu_compile.program import Input, Program
@@ -36,8 +36,8 @@ _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
 _SCOPE = "earlier_rows"
 _CAPACITY = "capacity"
-#: Rows that are free in the sample's buffers.
-_ROOM = 5
+#: Rows of the sample's buffers that stay free.
+_ROOM = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +79,14 @@ class _Updating:
         count = self._add_counter()
         starts = {rows: self._start(count, rows) for rows in set(self.rows.values())}
         self._write(starts)
-        self._place(count)
         self._hide(starts)
+        self.editor.remove_unused()  # masks over all rows, which are positions' readers too
+        self._place(count)
         self.editor.remove_unused()
-        left = [
-            node
-            for node in live_nodes(self.editor.graph)
-            if node.target is _aten.sym_size.int and node.args[0] in self.buffers.values() and node.args[1] == 2
-            and any(_reads_size(user) for user in node.users)
-        ]  # fmt: skip
-        if left:
-            raise StructureError(f"{left[0].name} takes the number of earlier rows for something unknown")
+        for node in live_nodes(self.editor.graph):
+            given = [source for source in node.all_input_nodes if self._is_size(source)]
+            if given and isinstance(node.meta.get("val"), Tensor) and module_path(node) != _SCOPE:
+                raise StructureError(f"{node.name} takes the number of earlier rows for something unknown")
         return self._finish()
 
     def _add_counter(self) -> fx.Node:
@@ -153,16 +150,12 @@ class _Updating:
         for node in exits:
             if node.meta["val"].shape[0] != 1:
                 raise StructureError(f"{node.name} has positions in another than the batch's dimension")
-            outside = list(dict.fromkeys(s for n in region for s in n.all_input_nodes if s not in region))
-            given = [n for n in outside if isinstance(n.meta["val"], Tensor)]
+            needed = _needed(node, region)
+            outside = dict.fromkeys(s for n in needed for s in n.all_input_nodes if s not in region)
+            given = [count, *(s for s in outside if isinstance(s.meta["val"], Tensor))]
             surplus = {m: self._surplus(m.args[1]) for m in moved}
-            made = inline(
-                self.editor,
-                _for_each(region, node, given, surplus),
-                [count, *given],
-                after=_last([count, *given]),
-                scope=_SCOPE,
-            )
+            function = _for_each(needed, given[1:], surplus)
+            made = inline(self.editor, function, given, after=_last(given), scope=_SCOPE)
             node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
 
     def _is_size(self, argument: object) -> bool:
@@ -184,7 +177,8 @@ class _Updating:
         batch, _, count, _ = sample[first].shape
         sample[self.counter] = torch.full((batch,), count)
         for role in self.roles:
-            sample[role] = torch.nn.functional.pad(sample[role], (0, 0, 0, _ROOM))
+            room = self._new_rows(role) + _ROOM
+            sample[role] = torch.nn.functional.pad(sample[role], (0, 0, 0, room))
         most = sizes.expression(self.buffers[first].meta["val"].shape[2])
         inputs = []
         for given in program.inputs:
@@ -201,6 +195,17 @@ class _Updating:
         )
         counter = Input(self.counter, (batch_axis,))
         return self.editor.finish(inputs=(*inputs, counter), outputs=outputs, sample=sample)
+
+
+    def _new_rows(self, role: str) -> int:
+        """How many rows the sample adds."""
+        nodes = dict(zip(self.program.outputs, self.program.exported.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+        new = nodes[new_rows(role)].meta["val"].shape[2]
+        for name, node in self.editor.user_inputs().items():
+            for dim, size in enumerate(node.meta["val"].shape):
+                if str(size) == str(new):
+                    return int(self.program.sample[name].shape[dim])
+        raise StructureError(f"no input has as many rows as {role} gains")
 
 
 def _rows(buffer: fx.Node) -> sympy.Expr:
@@ -235,10 +240,6 @@ def _visible(own: Tensor, start: Tensor, buffer: Tensor) -> Tensor:
     return earlier | (among_own & ~behind)
 
 
-def _reads_size(user: fx.Node) -> bool:
-    return user.op == "call_function" and user.target is not WRITE_ROWS
-
-
 def _last(nodes: Sequence[fx.Node]) -> fx.Node:
     """The one that stands last in the graph."""
     return max(nodes)
@@ -250,7 +251,9 @@ def _without_data(sources: Iterable[fx.Node]) -> list[fx.Node]:
     for graph in {node.graph for node in region}:
         constant: set[fx.Node] = set()
         for node in graph.nodes:
-            if node.op != "call_function":
+            if node.op != "call_function" or not isinstance(node.meta["val"], Tensor):
+                continue
+            if module_path(node) == _SCOPE:  # what this pass has made
                 continue
             read = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
             if node not in region and any(s in region for s in read):
@@ -262,6 +265,15 @@ def _without_data(sources: Iterable[fx.Node]) -> list[fx.Node]:
     return []
 
 
+def _needed(node: fx.Node, region: Sequence[fx.Node]) -> list[fx.Node]:
+    """What of `region` the node follows from, and the node, in graph order."""
+    found = {node}
+    for candidate in reversed(region):
+        if any(user in found for user in candidate.users):
+            found.add(candidate)
+    return [candidate for candidate in region if candidate in found]
+
+
 def _is_stored(node: fx.Node) -> bool:
     return node.op == "placeholder" and not any(
         isinstance(size, torch.SymInt) for size in node.meta["val"].shape
@@ -269,9 +281,9 @@ def _is_stored(node: fx.Node) -> bool:
 
 
 def _for_each(
-    region: Sequence[fx.Node], wanted: fx.Node, given: Sequence[fx.Node], surplus: dict[fx.Node, int]
+    nodes: Sequence[fx.Node], given: Sequence[fx.Node], surplus: dict[fx.Node, int]
 ) -> Callable[..., Tensor]:
-    """A function from counts [b] and the values `given` to `wanted` [b, ...], each computed as for one of the batch.
+    """A function from counts [b] and the values `given` to the last of `nodes` [b, ...], computed for each count alone.
 
     Nodes in `surplus` add the count and a number to their first argument.
     """
@@ -289,13 +301,13 @@ def _for_each(
             def value(node: fx.Node) -> Any:
                 return made[node] if node in made else known[str(node.meta["val"])]
 
-            for node in region:
+            for node in nodes:
                 if node in surplus:
                     made[node] = value(cast("fx.Node", node.args[0])) + (count + surplus[node])
                 else:
                     arguments, keywords = fx.map_arg((node.args, node.kwargs), value)
                     made[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
-            return made[wanted]
+            return made[nodes[-1]]
 
         return torch.vmap(for_one)(counts).squeeze(1)
 
