@@ -19,11 +19,11 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import pad
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.attention import attention_mask
 from flashu_compile.passes.analysis.graph import live_nodes
-from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor, module_path
@@ -144,7 +144,8 @@ class _Updating:
 
     def _place(self, count: fx.Node) -> None:
         """What follows from where new rows stand is computed for each element of the batch."""
-        moved = [n for n in self.editor.graph.nodes if n.target is _aten.add.Tensor and self._is_size(n.args[1])]
+        additions = self.editor.graph.find_nodes(op="call_function", target=_aten.add.Tensor)
+        moved = [node for node in additions if self._is_size(node.args[1])]
         region = _without_data(moved)
         exits = [node for node in region if any(user not in region for user in node.users)]
         for node in exits:
@@ -171,36 +172,28 @@ class _Updating:
         return int(difference)
 
     def _finish(self) -> Program:
-        program, sizes = self.program, Sizes(self.program)
-        sample = dict(program.sample)
-        first = next(r for r in self.roles if self.rows[r] == self.most)
-        batch, _, count, _ = sample[first].shape
-        sample[self.counter] = torch.full((batch,), count)
+        program = self.program
+        first = next(role for role in self.roles if self.rows[role] == self.most)
+        batch, _, count, _ = program.sample[first].shape
+        room = self._new_rows(first) + _ROOM
+        sample = dict(program.sample) | {self.counter: torch.full((batch,), count)}
+        sample |= {role: pad(program.sample[role], (0, 0, 0, room)) for role in self.roles}
+        axes = {given.role: given.axes for given in program.inputs}
         for role in self.roles:
-            room = self._new_rows(role) + _ROOM
-            sample[role] = torch.nn.functional.pad(sample[role], (0, 0, 0, room))
-        most = sizes.expression(self.buffers[first].meta["val"].shape[2])
-        inputs = []
-        for given in program.inputs:
-            axes = given.axes
-            if given.role in self.roles:
-                fewer = most - sizes.expression(self.buffers[given.role].meta["val"].shape[2])
-                capacity = f"{_CAPACITY} - {fewer}" if fewer else _CAPACITY
-                axes = (*axes[:2], capacity, *axes[3:])
-            inputs.append(Input(given.role, axes))
-        batch_axis = next(i.axes[0] for i in program.inputs if i.role == first)
-        outputs = tuple(
-            updated(next(r for r in self.roles if new_rows(r) == o)) if o in map(new_rows, self.roles) else o
-            for o in program.outputs
+            fewer = self.most - self.rows[role]
+            capacity = f"{_CAPACITY} - {fewer}" if fewer else _CAPACITY
+            axes[role] = (*axes[role][:2], capacity, *axes[role][3:])
+        axes[self.counter] = axes[first][:1]
+        became = {new_rows(role): updated(role) for role in self.roles}
+        return self.editor.finish(
+            inputs=tuple(Input(role, names) for role, names in axes.items()),
+            outputs=tuple(became.get(role, role) for role in program.outputs),
+            sample=sample,
         )
-        counter = Input(self.counter, (batch_axis,))
-        return self.editor.finish(inputs=(*inputs, counter), outputs=outputs, sample=sample)
-
 
     def _new_rows(self, role: str) -> int:
         """How many rows the sample adds."""
-        nodes = dict(zip(self.program.outputs, self.program.exported.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
-        new = nodes[new_rows(role)].meta["val"].shape[2]
+        new = GraphEditor(self.program).outputs()[new_rows(role)].meta["val"].shape[2]
         for name, node in self.editor.user_inputs().items():
             for dim, size in enumerate(node.meta["val"].shape):
                 if str(size) == str(new):

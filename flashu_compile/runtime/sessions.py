@@ -174,7 +174,9 @@ class OnnxRuntimeEngine:
         others = [name for name in self._outputs if name not in become]
         try:
             values = {
-                name: ort.OrtValue.ortvalue_from_numpy(array if name in state else np.ascontiguousarray(array))
+                name: ort.OrtValue.ortvalue_from_numpy(
+                    array if name in state else np.ascontiguousarray(array)
+                )
                 for name, array in given.items()
             }
             for name, value in values.items():

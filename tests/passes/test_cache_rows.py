@@ -11,6 +11,7 @@ from flashu_compile.program import Program, Role, prologue_of
 from tests.passes.conftest import Decoding
 from tests.tiny import CONFIG
 
+
 @pytest.mark.parametrize(("prefix", "first", "more"), [(3, 1, 4), (8, 6, 3)])
 def test_rows_one_by_one_equal_all_at_once(parts: Decoding, prefix: int, first: int, more: int) -> None:
     uncut, vision, prologue, language, _ = parts

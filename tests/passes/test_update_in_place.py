@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-import pytest
 import torch
 from torch import Tensor
 
