@@ -42,7 +42,11 @@ _ROOM = 3
 
 @dataclasses.dataclass(frozen=True)
 class UpdateInPlace(Pass):
-    """`counter` is the role of the new input, the number of rows before, int64 [batch]."""
+    """`counter` is the role of the new input, the number of rows before, int64 [batch].
+
+    Programs without such inputs and outputs are left alone. Raises `StructureError` where one has them and more follows
+    from the number of earlier rows than is known here: answers are decoded on buffers or not at all.
+    """
 
     counter: str
 
@@ -50,10 +54,7 @@ class UpdateInPlace(Pass):
         roles = tuple(role for role in program.input_roles if new_rows(role) in program.outputs)
         if not roles:
             return PassResult.unchanged(program)
-        try:
-            after = _Updating(program, roles, self.counter).run()
-        except StructureError as reason:
-            return PassResult((program,), (f"left alone: {reason}",))
+        after = _Updating(program, roles, self.counter).run()
         changes = (f"{len(roles)} keys and values are buffers, written from {self.counter} on",)
         return PassResult((after,), changes, tuple(new_rows(role) for role in roles))
 
@@ -77,7 +78,7 @@ class _Updating:
 
     def run(self) -> Program:
         count = self._add_counter()
-        starts = {rows: self._start(count, rows) for rows in set(self.rows.values())}
+        starts = {rows: self._start(count, rows) for rows in dict.fromkeys(self.rows.values())}
         self._write(starts)
         self._hide(starts)
         self.editor.remove_unused()  # masks over all rows, which are positions' readers too

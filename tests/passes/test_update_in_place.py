@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import pytest
 import torch
 from torch import Tensor
 
+from flashu_compile.errors import StructureError
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor
@@ -98,12 +100,11 @@ def test_programs_without_rows_of_their_own_are_left_alone(understand: Program) 
     assert result.changes == ()
 
 
-def test_a_mask_that_hides_earlier_rows_is_left_alone(parts: Decoding) -> None:
+def test_a_mask_that_hides_earlier_rows_is_refused(parts: Decoding) -> None:
     editor = GraphEditor(parts.cached)
     for node in editor.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default):
         if node.args[1] is True:
             node.update_arg(1, False)
     hidden = editor.finish()
-    result = UpdateInPlace(COUNTER).call(hidden)
-    assert result.programs == (hidden,)
-    assert "is not open to all earlier rows" in result.changes[0]
+    with pytest.raises(StructureError, match="is not open to all earlier rows"):
+        UpdateInPlace(COUNTER).call(hidden)
