@@ -270,7 +270,8 @@ class Pipeline:
     ) -> str | list[str]:
         """The answer to a question about a picture; for a list of questions, a list of answers.
 
-        `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions.
+        `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions, whose
+        answers are decoded side by side. A question in a list gets the answer that it gets alone.
         Decoding is greedy and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's).
 
         Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable
@@ -278,8 +279,11 @@ class Pipeline:
         """
         suffixes, limit = self._questions(question, max_new_tokens)
         picture = self._picture(image)
-        answers = [self._codec.decode(list(self._tokens(picture, suffix, limit))) for suffix in suffixes]
-        return answers[0] if isinstance(question, str) else answers
+        answers: list[list[int]] = [[] for _ in suffixes]
+        for number, token in decoding.tokens(picture, suffixes, self._codec.eos, limit):
+            answers[number].append(token)
+        texts = [self._codec.decode(ids) for ids in answers]
+        return texts[0] if isinstance(question, str) else texts
 
     def stream(self, image: Picture, question: str, *, max_new_tokens: int | None = None) -> Iterator[str]:
         """The answer piece by piece, as it is decoded: together the pieces are what `ask` gives.
@@ -292,7 +296,7 @@ class Pipeline:
     def _pieces(self, picture: decoding.Picture, suffix: list[int], limit: int) -> Iterator[str]:
         ids: list[int] = []
         said = ""
-        for token in self._tokens(picture, suffix, limit):
+        for _, token in decoding.tokens(picture, [suffix], self._codec.eos, limit):
             ids.append(token)
             text = self._codec.decode(ids)
             if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):
@@ -317,9 +321,6 @@ class Pipeline:
         pixels = engine_pixels(image, self._understanding().picture_size)
         embeds = self._engines.engine("vision").run({"pixels": pixels})["image_embeds"]
         return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
-
-    def _tokens(self, picture: decoding.Picture, suffix: list[int], limit: int) -> Iterator[int]:
-        return decoding.tokens(picture.answer(suffix[0]), suffix, self._codec.eos, limit)
 
     def _generation(self) -> GenerationFacts:
         if self.manifest.generation is None:
