@@ -42,6 +42,7 @@ from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.plan import StepPlan, compile_plan, engines_needed
 from flashu_compile.presets import find_recipe
+from flashu_compile.program import prologue_of
 from flashu_compile.recipe import Recipe
 from flashu_compile.shapes.language import caption
 from flashu_compile.shapes.scorer import score_many
@@ -179,12 +180,13 @@ class Ablation:
         save_array(self.work / f"{self.key(row)}.npy", np.array(flat))
         eager, compiled = self._answer_in_turn(bundle)
         flops = row_flops(bundle)
-        # An answer by itself: its picture is encoded once, and the language engine runs once for every token.
+        # An answer by itself: its picture is encoded and prepared once, and the language engine runs for every token.
         tokens = given.rows["language"] / len(right)
+        once = flops["vision"] + flops[prologue_of("language")]
         return {
             "right": float(np.mean(right)),
             "evaluations": {"language": tokens},
-            "flops": flops["vision"] + tokens * flops["language"],
+            "flops": once + tokens * flops["language"],
             "seconds": {"score": scoring, "eager": eager, "bundle": compiled},
         }
 

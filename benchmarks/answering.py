@@ -52,11 +52,11 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     def engines(name: str) -> list[int]:
         pipe = pipes[name]
         picture = decoding.Picture(pipe._engines, prefix, _embeds(pipe, pixels))
-        return list(decoding.tokens(picture.answer(suffix[0]), suffix, NEVER, tokens))
+        return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
 
     def prefill(name: str) -> np.ndarray:
         picture = decoding.Picture(pipes[name]._engines, prefix, embeds[name])
-        return picture.answer(suffix[0]).first(suffix)
+        return picture.answers([suffix]).first()[0]
 
     def check() -> dict[str, float]:
         truth = UnderstandingReference(model, VAE.encode(pixels)).logits(

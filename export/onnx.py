@@ -24,6 +24,7 @@ import onnx_ir.passes.common as common
 import sympy
 import torch
 from onnxscript import opset20 as op
+from onnxscript.values import Opset
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -31,6 +32,7 @@ from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.simplify_onnx import simplify
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import module_path
+from flashu_compile.passes.write_rows import WRITE_ROWS
 from flashu_compile.program import Program
 
 #: The newest opset whose fused operators ONNX Runtime runs well, chosen by measurement (1.31, CPU, one thread,
@@ -104,6 +106,10 @@ def _rsub(x: ir.Value, other: float, alpha: float = 1) -> Any:
     return op.Sub(number(other), x if alpha == 1 else op.Mul(x, number(alpha)))
 
 
+def _write_rows(buffer: Any, rows: Any, start: Any) -> Any:
+    return Opset("", 24).TensorScatter(buffer, rows, start, axis=2)
+
+
 _aten = torch.ops.aten
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _aten.linear.default: _linear,
@@ -111,6 +117,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _aten.__and__.Tensor: _and,
     _aten.__or__.Tensor: _or,
     _aten.rsub.Scalar: _rsub,
+    WRITE_ROWS: _write_rows,
 }
 
 

@@ -28,6 +28,7 @@ class Role(StrEnum):
     PREFIX_IDS = "prefix_ids"
     IMAGE_END_IDS = "image_end_ids"
     SUFFIX_IDS = "suffix_ids"
+    ROWS_BEFORE = "rows_before"
     LOGITS = "logits"
 
 

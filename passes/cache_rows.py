@@ -16,10 +16,14 @@ from torch import fx
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program import Program
-from flashu_compile.runtime.decoding import new_rows
 
 _CAT = torch.ops.aten.cat.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def new_rows(role: str) -> str:
+    """The output that holds a program's own rows of what it takes, of the rows before, as input `role`."""
+    return f"{role}.new"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from flashu_compile.passes.reuse_features import ReuseFeatures
 from flashu_compile.passes.separate_first import SeparateFirst
 from flashu_compile.passes.split_at_output import SplitAtOutput
 from flashu_compile.passes.split_rows import SplitRows
+from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program import Role
 from flashu_compile.recipe import KeptNeurons
 
@@ -58,12 +59,13 @@ def understand(
 
 
 def decode() -> tuple[Pass, ...]:
-    """The language part, after a prologue over the picture's rows; it gives and takes keys and values."""
+    """The language part, after a prologue over the picture's rows; it updates buffers of keys and values."""
     changing = frozenset({Role.SUFFIX_IDS})
     # The token that ends the image belongs to it: the published mask lets the image see it.
     separate = SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS)
     once = (separate, GroupHeads(), SplitRows(changing), MergeDuplicates(), HoistPrologue(changing))
-    return (*once, CacheRows(), LastRow(), *CLEAN)
+    cached = (CacheRows(), UpdateInPlace(Role.ROWS_BEFORE), MergeDuplicates())
+    return (*once, *cached, LastRow(), *CLEAN)
 
 
 def _cut(kept: KeptNeurons | None, skipped: tuple[int, ...]) -> tuple[Pass, ...]:

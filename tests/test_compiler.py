@@ -109,7 +109,7 @@ def test_engines_reproduce_the_published_model(name: str, tmp_path: Path) -> Non
 
     embeds = oracle.tensors["image_embeds"].numpy()
     suffix = oracle.suffix[0].tolist()
-    logits = Picture(engines, oracle.prefix[0].tolist(), embeds).answer(suffix[0]).first(suffix)
+    logits = Picture(engines, oracle.prefix[0].tolist(), embeds).answers([suffix]).first()[0]
     assert relative(logits.ravel(), oracle.tensors["mmu_logits_last"].numpy().ravel()) < TOLERANCE
 
 

@@ -20,6 +20,7 @@ from flashu_compile.cli.base import (
     Provider,
     Threads,
     Tokenizer,
+    Trust,
     Vae,
     app,
     examples,
@@ -134,7 +135,11 @@ def _inspect_model(
     ),
 )
 def verify(
-    bundle: Bundle, provider: Provider = "cpu", threads: Threads = None, as_json: Json = False
+    bundle: Bundle,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    trust: Trust = False,
+    as_json: Json = False,
 ) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
 
@@ -144,7 +149,13 @@ def verify(
 
     quiet_onnxruntime()
     with display.progress_bar("Verifying") as advance:
-        result = check(bundle, provider=provider, threads=threads, progress=lambda name: advance(name, None))
+        result = check(
+            bundle,
+            provider=provider,
+            threads=threads,
+            trust=trust,
+            progress=lambda name: advance(name, None),
+        )
     if as_json:
         display.print_json(
             {

@@ -1,33 +1,45 @@
-"""The next token's logits, for one answer after another to one picture: with cached keys and values, or without."""
+"""Answers to questions about one picture, token by token: a batch of them on cached keys and values, or one by one
+without.
+
+Every answer has rows of its own in the caches, which begin as those of the picture. Answers that differ in length share
+a batch, since an engine is told for each how many rows there are before; one that has ended makes room for the last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.errors import BundleError
+from flashu_compile.runtime.manifest import EngineSpec
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
+from flashu_compile.runtime.state import State, state_of, update
 
 LANGUAGE = "language"
+ROWS_BEFORE = "rows_before"
+#: Rows that a cache gains when it is full. Attention takes time for all of them, full or not, and a cache that grows is
+#: copied: at 1024 rows that costs as much as one token.
+ROOM = 64
+#: More answers than this take turns: each has keys and values of its own.
+BATCH = 8
 
 
-def new_rows(name: str) -> str:
-    """The output that holds an engine's own rows of what it takes, of the rows before, as input `name`."""
-    return f"{name}.new"
+class Answers(Protocol):
+    """Answers on their way, all to questions about one picture."""
 
-
-class Answer(Protocol):
-    """One answer on its way."""
-
-    def first(self, suffix: list[int]) -> NDArray[np.float32]:
-        """Logits [vocab] of the token after `suffix`, the ids behind the image."""
+    def first(self) -> NDArray[np.float32]:
+        """Logits [answers, vocab] of each one's first token."""
         ...
 
-    def after(self, token: int) -> NDArray[np.float32]:
-        """Logits [vocab] of the token after `token`, which follows what was given before."""
+    def after(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [answers, vocab] of the tokens after `tokens`, one for each, which follow what was given before."""
+        ...
+
+    def drop(self, place: int) -> None:
+        """Forget the answer at `place`; the last one takes its place."""
         ...
 
 
@@ -39,80 +51,131 @@ class Picture:
         self._inputs: Tensors = {"prefix_ids": np.array([prefix], dtype=np.int64), "image_embeds": embeds}
         self._context: Mapping[str, NDArray[Any]] | None = None
 
-    def answer(self, image_end: int) -> Answer:
-        """A new answer; `image_end` is the first id behind the image, which all suffixes begin with."""
+    def answers(self, suffixes: Sequence[list[int]]) -> Answers:
+        """New answers to questions; each suffix holds the ids behind the image and begins with the same."""
         if self._engine.spec.prologue is None:
-            return _FullForward(self._engine, self._inputs)
+            return _FullForward(self._engine, self._inputs, suffixes)
         if self._context is None:
-            ids = np.array([[image_end]], dtype=np.int64)
+            ids = np.array([suffixes[0][:1]], dtype=np.int64)
             prologue = self._engines.engine(self._engine.spec.prologue)
             self._context = prologue.run({**self._inputs, "image_end_ids": ids})
-        return _CachedForward(self._engine, self._context)
+        # The first id is part of the context.
+        return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
 
 
-def tokens(answer: Answer, suffix: list[int], end: int, limit: int) -> Iterator[int]:
-    """Greedy tokens, up to `limit` of them, ending before the token `end`."""
-    following = int(answer.first(suffix).argmax())
+def tokens(
+    picture: Picture, suffixes: Sequence[list[int]], end: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    """Greedy tokens of every answer, each with the number of its suffix: up to `limit` before the token `end`."""
+    for start in range(0, len(suffixes), BATCH):
+        for number, token in _batch(picture.answers(suffixes[start : start + BATCH]), end, limit):
+            yield start + number, token
+
+
+def _batch(answers: Answers, end: int, limit: int) -> Iterator[tuple[int, int]]:
+    logits = answers.first()
+    live = list(range(len(logits)))  # numbers of the answers, by place
     for count in range(1, limit + 1):
-        if following == end:
+        following = logits.argmax(axis=1).tolist()
+        for place in reversed(range(len(live))):
+            if following[place] == end:
+                answers.drop(place)
+                live[place], following[place] = live[-1], following[-1]
+                del live[-1], following[-1]
+        yield from zip(live, following, strict=True)
+        if not live or count == limit:
             return
-        yield following
-        if count < limit:
-            following = int(answer.after(following).argmax())
+        logits = answers.after(following)
 
 
 class _FullForward:
     """Runs the whole sequence for every token, as published."""
 
-    def __init__(self, engine: Engine, inputs: Tensors) -> None:
+    def __init__(self, engine: Engine, inputs: Tensors, suffixes: Sequence[list[int]]) -> None:
         self._engine, self._inputs = engine, inputs
-        self._suffix: list[int] = []
+        self._suffixes = [list(suffix) for suffix in suffixes]
 
-    def first(self, suffix: list[int]) -> NDArray[np.float32]:
-        self._suffix = list(suffix)
-        return self._run()
+    def first(self) -> NDArray[np.float32]:
+        rows = [np.array([suffix], dtype=np.int64) for suffix in self._suffixes]
+        return np.concatenate(
+            [self._engine.run({**self._inputs, "suffix_ids": row})["logits"] for row in rows]
+        )
 
-    def after(self, token: int) -> NDArray[np.float32]:
-        self._suffix.append(token)
-        return self._run()
+    def after(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        for suffix, token in zip(self._suffixes, tokens, strict=True):
+            suffix.append(token)
+        return self.first()
 
-    def _run(self) -> NDArray[np.float32]:
-        suffix = np.array([self._suffix], dtype=np.int64)
-        return self._engine.run({**self._inputs, "suffix_ids": suffix})["logits"][0]
+    def drop(self, place: int) -> None:
+        self._suffixes[place] = self._suffixes[-1]
+        del self._suffixes[-1]
 
 
 class _CachedForward:
     """Runs new rows alone, on keys and values of the rows before. `context`: those of the picture and what precedes."""
 
-    def __init__(self, engine: Engine, context: Mapping[str, NDArray[Any]]) -> None:
-        self._engine = engine
-        self._past = dict(context)
-        given = {tensor.name for tensor in engine.spec.outputs}
-        self._axes = {
-            tensor.name: _row_axis(tensor.shape)
-            for tensor in engine.spec.inputs
-            if tensor.name in context and new_rows(tensor.name) in given
-        }
-        if self._axes.keys() != context.keys():
-            raise BundleError(
-                f"Engine {engine.spec.name!r} does not go on from its own rows; build the bundle again."
-            )
+    def __init__(
+        self, engine: Engine, context: Mapping[str, NDArray[Any]], suffixes: Sequence[list[int]]
+    ) -> None:
+        self._engine, self._suffixes = engine, suffixes
+        self._caches = Caches(engine.spec, context, len(suffixes))
 
-    def first(self, suffix: list[int]) -> NDArray[np.float32]:
-        return self._run(suffix[1:])  # the first is part of the context
+    def first(self) -> NDArray[np.float32]:
+        lengths = [len(suffix) for suffix in self._suffixes]
+        if len(set(lengths)) == 1:
+            return self._run(list(self._suffixes), lengths)
+        # Logits are those of the last row, which is not the same for all: their last ids follow on their own. What
+        # fills up shorter ones is written behind them, seen by none of theirs, and written over by what follows.
+        longest = max(lengths) - 1
+        ids = [suffix[:-1] + [0] * (longest - len(suffix) + 1) for suffix in self._suffixes]
+        self._run(ids, [length - 1 for length in lengths])
+        return self.after([suffix[-1] for suffix in self._suffixes])
 
-    def after(self, token: int) -> NDArray[np.float32]:
-        return self._run([token])
+    def after(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return self._run([[token] for token in tokens], [1] * len(tokens))
 
-    def _run(self, ids: list[int]) -> NDArray[np.float32]:
-        outputs = self._engine.run({"suffix_ids": np.array([ids], dtype=np.int64), **self._past})
-        self._past = {
-            name: np.concatenate([self._past[name], outputs[new_rows(name)]], axis=axis)
-            for name, axis in self._axes.items()
-        }
-        return outputs["logits"][0]
+    def drop(self, place: int) -> None:
+        self._caches.drop(place)
+
+    def _run(self, ids: list[list[int]], lengths: list[int]) -> NDArray[np.float32]:
+        state = self._caches.state(room_for=len(ids[0]))
+        inputs = {"suffix_ids": np.array(ids, dtype=np.int64), ROWS_BEFORE: self._caches.lengths.copy()}
+        logits = update(self._engine, inputs, state)["logits"]
+        self._caches.lengths += lengths
+        return logits
 
 
-def _row_axis(shape: tuple[int | str, ...]) -> int:
-    """The dimension that grows: the dynamic one that is not the batch."""
-    return next(axis for axis, size in enumerate(shape) if axis and isinstance(size, str))
+class Caches:
+    """Keys and values of the rows so far, [answers, heads, capacity, width] for each layer that has some.
+
+    `lengths` are the rows of each answer in the largest cache; others have fewer by the same number for all answers.
+    """
+
+    def __init__(self, spec: EngineSpec, context: Mapping[str, NDArray[Any]], count: int) -> None:
+        if set(state_of(spec)) != set(context):
+            raise BundleError(f"Engine {spec.name!r} does not update its caches; build the bundle again.")
+        rows = {name: value.shape[2] for name, value in context.items()}
+        most = max(rows.values())
+        self._fewer = {name: most - number for name, number in rows.items()}
+        self._arrays = {name: value.repeat(count, axis=0) for name, value in context.items()}
+        self.lengths = np.full(count, most, dtype=np.int64)
+
+    def state(self, *, room_for: int) -> State:
+        """The caches, with room for so many more rows of each answer."""
+        needed = int(self.lengths.max()) + room_for
+        for name, array in self._arrays.items():
+            if array.shape[2] + self._fewer[name] < needed:
+                batch, heads, rows, width = array.shape
+                larger = np.zeros((batch, heads, needed + ROOM - self._fewer[name], width), array.dtype)
+                larger[:, :, :rows] = array
+                self._arrays[name] = larger
+        return self._arrays
+
+    def drop(self, place: int) -> None:
+        """Forget an answer; the last one takes its place. The rest stays where it is."""
+        self.lengths[place] = self.lengths[-1]
+        self.lengths = self.lengths[:-1]
+        for name, array in self._arrays.items():
+            if place < len(array) - 1:
+                array[place] = array[-1]
+            self._arrays[name] = array[:-1]

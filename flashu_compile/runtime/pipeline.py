@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from flashu_compile.errors import (
-    BackendUnavailableError,
     BundleError,
     ConfigurationError,
     InputError,
@@ -23,6 +22,7 @@ from flashu_compile.errors import (
 from flashu_compile.plan import StepPlan, compile_plan, engines_needed
 from flashu_compile.recipe import Recipe
 from flashu_compile.runtime import decoding
+from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.images import Picture, engine_pixels, to_picture
 from flashu_compile.runtime.manifest import (
@@ -37,7 +37,7 @@ from flashu_compile.runtime.manifest import (
 from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngines
+from flashu_compile.runtime.sessions import Engine, Engines
 
 Progress = Callable[[int, int], None]
 
@@ -48,22 +48,26 @@ def load(
     provider: str = "cpu",
     threads: int | None = None,
     verify_hashes: bool = True,
+    trust: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Open the bundle at `path`. Nothing in it is executed as code; engines load when first used.
+    """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime: what is asked for runs, or this
     fails. `threads` is the number of threads an engine computes with (None: one per core). `verify_hashes=False`
-    skips comparing each file with its recorded SHA-256 before its first use.
+    skips comparing each file with its recorded SHA-256 before its first use. `trust=True` lets a backend run whose
+    engines are code: give it only for bundles whose builder you know. `options` are the backend's own, by name.
 
     Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
-    provider name or number of threads.
+    provider name, number of threads or option, or if trust is needed.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
-    if manifest.backend != "onnxruntime":
-        raise BackendUnavailableError(
-            f"{directory} was built for backend {manifest.backend!r}; this version runs 'onnxruntime' bundles."
+    if find_run_backend(manifest.backend).runs_code and not verify_hashes:
+        raise ConfigurationError(
+            f"{directory} was built for backend {manifest.backend!r}, whose engines are code: "
+            "their hashes are always checked; leave verify_hashes out."
         )
     files = BundleFiles(directory, manifest, verify_hashes=verify_hashes)
     codec = PromptCodec.from_file(files.path(TOKENIZER))
@@ -72,7 +76,7 @@ def load(
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
     _check_parts(manifest, plan)
-    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads)
+    engines = open_engines(files, provider=provider, threads=threads, trust=trust, options=options)
     return Pipeline(manifest, plan, recipe, codec, engines)
 
 
@@ -266,7 +270,8 @@ class Pipeline:
     ) -> str | list[str]:
         """The answer to a question about a picture; for a list of questions, a list of answers.
 
-        `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions.
+        `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions, whose
+        answers are decoded side by side. A question in a list gets the answer that it gets alone.
         Decoding is greedy and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's).
 
         Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable
@@ -274,8 +279,11 @@ class Pipeline:
         """
         suffixes, limit = self._questions(question, max_new_tokens)
         picture = self._picture(image)
-        answers = [self._codec.decode(list(self._tokens(picture, suffix, limit))) for suffix in suffixes]
-        return answers[0] if isinstance(question, str) else answers
+        answers: list[list[int]] = [[] for _ in suffixes]
+        for number, token in decoding.tokens(picture, suffixes, self._codec.eos, limit):
+            answers[number].append(token)
+        texts = [self._codec.decode(ids) for ids in answers]
+        return texts[0] if isinstance(question, str) else texts
 
     def stream(self, image: Picture, question: str, *, max_new_tokens: int | None = None) -> Iterator[str]:
         """The answer piece by piece, as it is decoded: together the pieces are what `ask` gives.
@@ -288,7 +296,7 @@ class Pipeline:
     def _pieces(self, picture: decoding.Picture, suffix: list[int], limit: int) -> Iterator[str]:
         ids: list[int] = []
         said = ""
-        for token in self._tokens(picture, suffix, limit):
+        for _, token in decoding.tokens(picture, [suffix], self._codec.eos, limit):
             ids.append(token)
             text = self._codec.decode(ids)
             if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):
@@ -313,9 +321,6 @@ class Pipeline:
         pixels = engine_pixels(image, self._understanding().picture_size)
         embeds = self._engines.engine("vision").run({"pixels": pixels})["image_embeds"]
         return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
-
-    def _tokens(self, picture: decoding.Picture, suffix: list[int], limit: int) -> Iterator[int]:
-        return decoding.tokens(picture.answer(suffix[0]), suffix, self._codec.eos, limit)
 
     def _generation(self) -> GenerationFacts:
         if self.manifest.generation is None:

@@ -26,6 +26,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
+from flashu_compile.runtime.state import State, state_of, updated
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -136,6 +137,7 @@ class OnnxRuntimeEngine:
         self.spec = spec
         self._session = session
         self._outputs = [tensor.name for tensor in spec.outputs]
+        self._state = state_of(spec)
         for side, tensors, values in (
             ("inputs", spec.inputs, session.get_inputs()),
             ("outputs", spec.outputs, session.get_outputs()),
@@ -150,11 +152,47 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         check_inputs(self.spec, inputs)
+        if self._state:
+            state = {name: inputs[name].copy() for name in self._state}
+            rest = {name: value for name, value in inputs.items() if name not in state}
+            outputs = self.update(rest, state)
+            return outputs | {updated(name): array for name, array in state.items()}
         try:
             values = self._session.run(self._outputs, dict(inputs))
         except _ORT_ERRORS as error:
-            raise BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}") from error
+            raise self._failed(error) from error
         return dict(zip(self._outputs, values, strict=True))
+
+    def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
+        """As `Updating` says: the arrays of `state` are bound as inputs and as outputs, and ONNX Runtime's
+        TensorScatter writes new rows into what is both. (Bound to two places, it would copy first.)
+        """
+        given = {**inputs, **state}
+        check_inputs(self.spec, given)
+        binding = self._session.io_binding()
+        become = {updated(name): name for name in state}
+        others = [name for name in self._outputs if name not in become]
+        try:
+            values = {
+                name: ort.OrtValue.ortvalue_from_numpy(
+                    array if name in state else np.ascontiguousarray(array)
+                )
+                for name, array in given.items()
+            }
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, source in become.items():
+                binding.bind_ortvalue_output(name, values[source])
+            for name in others:
+                binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(binding)
+        except _ORT_ERRORS as error:
+            raise self._failed(error) from error
+        results = binding.get_outputs()[len(become) :]
+        return {name: value.numpy() for name, value in zip(others, results, strict=True)}
+
+    def _failed(self, error: Exception) -> BundleError:
+        return BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}")
 
 
 class OnnxRuntimeEngines:

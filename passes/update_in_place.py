@@ -1,0 +1,308 @@
+"""Keep keys and values in buffers of fixed capacity that every call writes its own rows into. Exact by composition.
+
+For a program that goes on from keys and values of earlier rows and gives its own (`CacheRows`). Their inputs become
+buffers with room for more rows, their outputs the same buffers updated, and a new input says how many rows of the
+largest buffer hold something, for each element of the batch. So elements may differ in length, nothing is copied from
+call to call where a runtime writes in place, and rows behind the end may hold anything.
+
+Three things follow from the number of earlier rows, where it was a size and is now a value: where rows are written;
+what the mask lets them see, of the earlier rows all and of their own what the program's mask says; and their positions.
+The last are computed for each element as they were for all: by the same operators, vectorised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import pad
+
+from flashu_compile.errors import StructureError
+from flashu_compile.passes.analysis.attention import attention_mask
+from flashu_compile.passes.analysis.graph import live_nodes
+from flashu_compile.passes.base import Pass, PassResult
+from flashu_compile.passes.cache_rows import new_rows
+from flashu_compile.passes.editing import GraphEditor, module_path
+from flashu_compile.passes.inlining import inline
+from flashu_compile.passes.write_rows import WRITE_ROWS
+from flashu_compile.program import Input, Program
+from flashu_compile.runtime.state import updated
+
+_aten = torch.ops.aten
+_ATTENTION = _aten.scaled_dot_product_attention.default
+_SCOPE = "earlier_rows"
+_CAPACITY = "capacity"
+#: Rows of the sample's buffers that stay free.
+_ROOM = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateInPlace(Pass):
+    """`counter` is the role of the new input, the number of rows before, int64 [batch].
+
+    Programs without such inputs and outputs are left alone. Raises `StructureError` where one has them and more follows
+    from the number of earlier rows than is known here: answers are decoded on buffers or not at all.
+    """
+
+    counter: str
+
+    def call(self, program: Program) -> PassResult:
+        roles = tuple(role for role in program.input_roles if new_rows(role) in program.outputs)
+        if not roles:
+            return PassResult.unchanged(program)
+        after = _Updating(program, roles, self.counter).run()
+        changes = (f"{len(roles)} keys and values are buffers, written from {self.counter} on",)
+        return PassResult((after,), changes, tuple(new_rows(role) for role in roles))
+
+
+class _Updating:
+    def __init__(self, program: Program, roles: tuple[str, ...], counter: str) -> None:
+        self.program, self.roles, self.counter = program, roles, counter
+        self.editor = GraphEditor(program)
+        self.editor.remove_unused()
+        nodes = self.editor.user_inputs()
+        self.buffers = {role: nodes[role] for role in roles}
+        self.rows = {role: _rows(node) for role, node in self.buffers.items()}
+        symbols = {symbol for size in self.rows.values() for symbol in size.free_symbols}
+        if len(symbols) != 1:
+            raise StructureError("keys and values do not all have one number of rows, but for a constant")
+        (self.symbol,) = symbols
+        free = {size.subs(self.symbol, 0): size for size in self.rows.values()}
+        if any(not (size - self.symbol).is_Integer for size in free.values()):
+            raise StructureError("numbers of rows of keys and values do not differ by constants")
+        self.most = free[max(free)]
+
+    def run(self) -> Program:
+        count = self._add_counter()
+        starts = {rows: self._start(count, rows) for rows in dict.fromkeys(self.rows.values())}
+        self._write(starts)
+        self._hide(starts)
+        self.editor.remove_unused()  # masks over all rows, which are positions' readers too
+        self._place(count)
+        self.editor.remove_unused()
+        for node in live_nodes(self.editor.graph):
+            given = [source for source in node.all_input_nodes if self._is_size(source)]
+            if given and isinstance(node.meta.get("val"), Tensor) and module_path(node) != _SCOPE:
+                raise StructureError(f"{node.name} takes the number of earlier rows for something unknown")
+        return self._finish()
+
+    def _add_counter(self) -> fx.Node:
+        """A new input with one whole number for each element of the batch."""
+        like = next(iter(self.buffers.values()))
+        node = self.editor.add_input(self.counter, like)
+        node.meta = {"val": like.meta["val"].new_empty(like.meta["val"].shape[:1], dtype=torch.int64)}
+        return node
+
+    def _start(self, count: fx.Node, rows: sympy.Expr) -> fx.Node:
+        """Where new rows go in buffers that have `rows` where the largest have the most."""
+        fewer = int(self.most - rows)
+        return self._insert(count, _aten.sub.Tensor, (count, fewer)) if fewer else count
+
+    def _insert(self, after: fx.Node, target: Any, arguments: tuple[Any, ...]) -> fx.Node:
+        with self.editor.graph.inserting_after(after):
+            node = self.editor.graph.call_function(target, arguments)
+        node.meta = {"nn_module_stack": {_SCOPE: (_SCOPE, "")}}
+        self.editor.propagate([node])
+        return node
+
+    def _write(self, starts: dict[sympy.Expr, fx.Node]) -> None:
+        """Attention reads the updated buffer where it read earlier rows and new ones; it is an output."""
+        outputs = self.editor.outputs()
+        for role, buffer in self.buffers.items():
+            own = outputs[new_rows(role)]
+            (joined,) = (user for user in buffer.users if user.target is _aten.cat.default)
+            if list(cast("Sequence[fx.Node]", joined.args[0])) != [buffer, own]:
+                raise StructureError(f"{joined.name} does not join {role} and new rows")
+            with self.editor.graph.inserting_before(joined):
+                node = self.editor.graph.call_function(WRITE_ROWS, (buffer, own, starts[self.rows[role]]))
+            node.meta = {key: joined.meta[key] for key in ("nn_module_stack",) if key in joined.meta}
+            self.editor.propagate([node])
+            joined.replace_all_uses_with(node)
+            self.editor.graph.erase_node(joined)
+            outputs[new_rows(role)] = node
+        self.editor.set_outputs(list(outputs.values()))
+
+    def _hide(self, starts: dict[sympy.Expr, fx.Node]) -> None:
+        """Masks over earlier and new rows become masks over buffers."""
+        buffers = {rows: role for role, rows in self.rows.items()}
+        made: dict[fx.Node, fx.Node] = {}
+        for attention in [n for n in self.editor.graph.nodes if n.target is _ATTENTION]:
+            mask = attention_mask(attention)
+            if mask is None:
+                raise StructureError(f"attention at {attention.name} has no mask")
+            if mask not in made:
+                before, own = _parts(mask)
+                rows = sympy.expand(before.meta["val"].shape[-1].node.expr)
+                if not _all_true(before) or rows not in starts:
+                    raise StructureError(f"mask {mask.name} is not open to all earlier rows")
+                arguments = [own, starts[rows], self.buffers[buffers[rows]]]
+                made[mask] = inline(self.editor, _visible, arguments, after=_last(arguments), scope=_SCOPE)
+            attention.replace_input_with(mask, made[mask])
+
+    def _place(self, count: fx.Node) -> None:
+        """What follows from where new rows stand is computed for each element of the batch."""
+        additions = self.editor.graph.find_nodes(op="call_function", target=_aten.add.Tensor)
+        moved = [node for node in additions if self._is_size(node.args[1])]
+        region = _without_data(moved)
+        exits = [node for node in region if any(user not in region for user in node.users)]
+        for node in exits:
+            if node.meta["val"].shape[0] != 1:
+                raise StructureError(f"{node.name} has positions in another than the batch's dimension")
+            needed = _needed(node, region)
+            outside = dict.fromkeys(s for n in needed for s in n.all_input_nodes if s not in region)
+            given = [count, *(s for s in outside if isinstance(s.meta["val"], Tensor))]
+            surplus = {m: self._surplus(m.args[1]) for m in moved}
+            function = _for_each(needed, given[1:], surplus)
+            made = inline(self.editor, function, given, after=_last(given), scope=_SCOPE)
+            node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
+
+    def _is_size(self, argument: object) -> bool:
+        """Whether it is a number that follows from how many earlier rows there are."""
+        value = argument.meta["val"] if isinstance(argument, fx.Node) else None
+        return isinstance(value, torch.SymInt) and self.symbol in value.node.expr.free_symbols
+
+    def _surplus(self, argument: object) -> int:
+        """By how much it is more than the rows of the largest buffer."""
+        difference = sympy.expand(cast("fx.Node", argument).meta["val"].node.expr - self.most)
+        if not difference.is_Integer:
+            raise StructureError(f"positions move by {difference} more than there are rows")
+        return int(difference)
+
+    def _finish(self) -> Program:
+        program = self.program
+        first = next(role for role in self.roles if self.rows[role] == self.most)
+        batch, _, count, _ = program.sample[first].shape
+        room = self._new_rows(first) + _ROOM
+        sample = dict(program.sample) | {self.counter: torch.full((batch,), count)}
+        sample |= {role: pad(program.sample[role], (0, 0, 0, room)) for role in self.roles}
+        axes = {given.role: given.axes for given in program.inputs}
+        for role in self.roles:
+            fewer = self.most - self.rows[role]
+            capacity = f"{_CAPACITY} - {fewer}" if fewer else _CAPACITY
+            axes[role] = (*axes[role][:2], capacity, *axes[role][3:])
+        axes[self.counter] = axes[first][:1]
+        became = {new_rows(role): updated(role) for role in self.roles}
+        return self.editor.finish(
+            inputs=tuple(Input(role, names) for role, names in axes.items()),
+            outputs=tuple(became.get(role, role) for role in program.outputs),
+            sample=sample,
+        )
+
+    def _new_rows(self, role: str) -> int:
+        """How many rows the sample adds."""
+        new = GraphEditor(self.program).outputs()[new_rows(role)].meta["val"].shape[2]
+        for name, node in self.editor.user_inputs().items():
+            for dim, size in enumerate(node.meta["val"].shape):
+                if str(size) == str(new):
+                    return int(self.program.sample[name].shape[dim])
+        raise StructureError(f"no input has as many rows as {role} gains")
+
+
+def _rows(buffer: fx.Node) -> sympy.Expr:
+    size = buffer.meta["val"].shape[2]
+    if not isinstance(size, torch.SymInt):
+        raise StructureError(f"{buffer.name} has a fixed number of rows")
+    return sympy.expand(size.node.expr)
+
+
+def _parts(mask: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The mask over earlier rows, and that over new ones."""
+    parts = cast("list[fx.Node]", mask.args[0]) if mask.target is _aten.cat.default else []
+    if len(parts) != 2 or not isinstance(parts[0].meta["val"].shape[-1], torch.SymInt):
+        raise StructureError(f"mask {mask.name} is not one of earlier rows and new ones")
+    return parts[0], parts[1]
+
+
+def _all_true(mask: fx.Node) -> bool:
+    while mask.target in (_aten.expand.default, _aten.unsqueeze.default, _aten.view.default):
+        mask = cast("fx.Node", mask.args[0])
+    return mask.target is _aten.full.default and mask.args[1] is True
+
+
+def _visible(own: Tensor, start: Tensor, buffer: Tensor) -> Tensor:
+    """What new rows see of a buffer: all before `start`, and of their own what `own` [b or 1, 1, new, new] says."""
+    new = own.shape[-1]
+    place = torch.arange(buffer.shape[2]) - start[:, None]
+    column = place.clamp(0, new - 1)[:, None, None, :]
+    shape = (start.shape[0], 1, new, buffer.shape[2])
+    among_own = own.expand(start.shape[0], -1, -1, -1).gather(3, column.expand(shape))
+    earlier, behind = (place < 0)[:, None, None, :], (place >= new)[:, None, None, :]
+    return earlier | (among_own & ~behind)
+
+
+def _last(nodes: Sequence[fx.Node]) -> fx.Node:
+    """The one that stands last in the graph."""
+    return max(nodes)
+
+
+def _without_data(sources: Iterable[fx.Node]) -> list[fx.Node]:
+    """`sources` and what follows from them and constants alone, in graph order."""
+    region: dict[fx.Node, None] = dict.fromkeys(sources)
+    for graph in {node.graph for node in region}:
+        constant: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node.op != "call_function" or not isinstance(node.meta["val"], Tensor):
+                continue
+            if module_path(node) == _SCOPE:  # what this pass has made
+                continue
+            read = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
+            if node not in region and any(s in region for s in read):
+                if all(s in region or s in constant or _is_stored(s) for s in read):
+                    region[node] = None
+            elif all(s in constant for s in read):
+                constant.add(node)
+        return [node for node in graph.nodes if node in region]
+    return []
+
+
+def _needed(node: fx.Node, region: Sequence[fx.Node]) -> list[fx.Node]:
+    """What of `region` the node follows from, and the node, in graph order."""
+    found = {node}
+    for candidate in reversed(region):
+        if any(user in found for user in candidate.users):
+            found.add(candidate)
+    return [candidate for candidate in region if candidate in found]
+
+
+def _is_stored(node: fx.Node) -> bool:
+    return node.op == "placeholder" and not any(
+        isinstance(size, torch.SymInt) for size in node.meta["val"].shape
+    )
+
+
+def _for_each(
+    nodes: Sequence[fx.Node], given: Sequence[fx.Node], surplus: dict[fx.Node, int]
+) -> Callable[..., Tensor]:
+    """A function from counts [b] and the values `given` to the last of `nodes` [b, ...], computed for each count alone.
+
+    Nodes in `surplus` add the count and a number to their first argument.
+    """
+
+    def positions(counts: Tensor, *values: Tensor) -> Tensor:
+        known = {
+            str(size): found.shape[d]
+            for node, found in zip(given, values, strict=True)
+            for d, size in enumerate(node.meta["val"].shape)
+        }
+
+        def for_one(count: Tensor) -> Tensor:
+            made: dict[fx.Node, Any] = dict(zip(given, values, strict=True))
+
+            def value(node: fx.Node) -> Any:
+                return made[node] if node in made else known[str(node.meta["val"])]
+
+            for node in nodes:
+                if node in surplus:
+                    made[node] = value(cast("fx.Node", node.args[0])) + (count + surplus[node])
+                else:
+                    arguments, keywords = fx.map_arg((node.args, node.kwargs), value)
+                    made[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+            return made[nodes[-1]]
+
+        return torch.vmap(for_one)(counts).squeeze(1)
+
+    return positions

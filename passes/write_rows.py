@@ -1,0 +1,28 @@
+"""The operator that programs update buffers of rows with: `flashu_compile::write_rows`.
+
+ONNX has it as TensorScatter, which writes into the buffer itself if input and output are one; PyTorch has nothing that
+says as much in one node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("flashu_compile::write_rows", mutates_args=())
+def write_rows(buffer: Tensor, rows: Tensor, start: Tensor) -> Tensor:
+    """`buffer` with `rows[i]` written over its rows from `start[i]` on, all of which must be there.
+
+    Shapes are [b, heads, capacity, width], [b, heads, new, width] and [b]; an operator's schema has no place for them.
+    """
+    place = start[:, None] + torch.arange(rows.shape[2])
+    return buffer.scatter(2, place[:, None, :, None].expand_as(rows), rows)
+
+
+@write_rows.register_fake
+def _(buffer: Tensor, rows: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+WRITE_ROWS = torch.ops.flashu_compile.write_rows.default

@@ -1,0 +1,110 @@
+"""Decoding on buffers of fixed capacity, batches of different lengths included, against the whole sequence at once."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor
+
+from flashu_compile.errors import StructureError
+from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.passes.cache_rows import new_rows
+from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.manager import relative_error
+from flashu_compile.passes.update_in_place import UpdateInPlace
+from flashu_compile.passes.write_rows import WRITE_ROWS
+from flashu_compile.program import Program, Role
+from flashu_compile.runtime.state import updated
+from tests.passes.conftest import Decoding
+from tests.tiny import CONFIG
+
+PREFIX = 5
+COUNTER = Role.ROWS_BEFORE
+
+
+def _ids(count: int, seed: int) -> Tensor:
+    return torch.randint(CONFIG.llm.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def _caches(parts: Decoding) -> list[str]:
+    return [role for role in parts.language.input_roles if updated(role) in parts.language.outputs]
+
+
+def test_elements_of_different_lengths_equal_whole_sequences(parts: Decoding) -> None:
+    """Two answers to one picture: 2 and 4 new ids, then three more one by one, in buffers full of other things."""
+    _, vision, prologue, _, language = parts
+    embeds = vision.run({Role.PIXELS: vision.sample[Role.PIXELS][:1]})[Role.IMAGE_EMBEDS]
+    start = {Role.PREFIX_IDS: _ids(PREFIX, 0), Role.IMAGE_EMBEDS: embeds}
+    end = _ids(1, 1)
+    context = prologue.run(start | {Role.IMAGE_END_IDS: end})
+    most = max(value.shape[2] for value in context.values())
+    state = {}
+    for role, value in context.items():
+        rows = value.expand(2, -1, -1, -1)
+        state[role] = torch.nn.functional.pad(rows, (0, 0, 0, 9), value=1e3)
+    firsts, more = [_ids(2, 2), _ids(4, 3)], [_ids(3, 4), _ids(3, 5)]
+    filler = torch.zeros(1, 2, dtype=torch.int64)
+    before = torch.tensor([most, most])
+    ids = torch.cat([torch.cat([firsts[0], filler], dim=1), firsts[1]])
+    outputs = language.run({Role.SUFFIX_IDS: ids, COUNTER: before, **state})
+    whole = [torch.cat([end, first], dim=1) for first in firsts]
+    truth = parts.uncut.run(start | {Role.SUFFIX_IDS: whole[1]})[Role.LOGITS]
+    assert relative_error(outputs[Role.LOGITS][1:], truth) < 2e-6
+    before = before + torch.tensor([2, 4])
+    for step in range(3):
+        state = {role: outputs[updated(role)] for role in state}
+        new = [ids[:, step : step + 1] for ids in more]
+        outputs = language.run({Role.SUFFIX_IDS: torch.cat(new), COUNTER: before, **state})
+        before = before + 1
+        whole = [torch.cat(pair, dim=1) for pair in zip(whole, new, strict=True)]
+        for element, suffix in enumerate(whole):
+            truth = parts.uncut.run(start | {Role.SUFFIX_IDS: suffix})[Role.LOGITS]
+            assert relative_error(outputs[Role.LOGITS][element : element + 1], truth) < 2e-6
+
+
+def test_every_cache_is_written_and_none_is_joined(parts: Decoding) -> None:
+    program = parts.language
+    graph, caches = program.exported.graph, _caches(parts)
+    assert len(caches) == len([o for o in parts.cached.outputs if o.endswith(".new")]) > 0
+    assert not any(new_rows(role) in program.outputs for role in caches)
+    written = graph.find_nodes(op="call_function", target=WRITE_ROWS)
+    assert len(written) == len(caches)
+    capacities = {str(node.meta["val"].shape[2]) for node in written}
+    for join in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        assert capacities.isdisjoint(map(str, join.meta["val"].shape))
+    axes = {i.role: i.axes for i in program.inputs}
+    assert axes[COUNTER] == ("batch",)
+    assert all(axes[role][2].startswith("capacity") for role in caches)
+
+
+def test_layers_behind_token_gather_have_smaller_buffers(parts: Decoding) -> None:
+    axes = {i.role: i.axes[2] for i in parts.language.inputs if i.role in _caches(parts)}
+    sizes = {role: value.shape[2] for role, value in parts.language.sample.items() if role in axes}
+    most = max(sizes.values())
+    for role, size in sizes.items():
+        assert axes[role] == ("capacity" if size == most else f"capacity - {most - size}")
+
+
+def test_onnx_scatters(parts: Decoding) -> None:
+    model = emit_onnx(parts.language)
+    scatters = [node for node in model.graph if node.op_type == "TensorScatter"]
+    assert {node.inputs[0].name for node in scatters} == set(_caches(parts))
+    assert {node.outputs[0].name for node in scatters} == {updated(role) for role in _caches(parts)}
+    assert all(isinstance(node.inputs[2], ir.Value) for node in scatters)
+
+
+def test_programs_without_rows_of_their_own_are_left_alone(understand: Program) -> None:
+    result = UpdateInPlace(COUNTER).call(understand)
+    assert result.programs == (understand,)
+    assert result.changes == ()
+
+
+def test_a_mask_that_hides_earlier_rows_is_refused(parts: Decoding) -> None:
+    editor = GraphEditor(parts.cached)
+    for node in editor.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default):
+        if node.args[1] is True:
+            node.update_arg(1, False)
+    hidden = editor.finish()
+    with pytest.raises(StructureError, match="is not open to all earlier rows"):
+        UpdateInPlace(COUNTER).call(hidden)
