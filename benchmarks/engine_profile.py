@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import Any
 
 import onnxruntime as ort
 
+from benchmarks.measuring import Call, seconds
 from flashu_compile.runtime.manifest import EngineSpec, read_manifest
 from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngine
+from flashu_compile.runtime.state import update
 
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 _ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
@@ -36,17 +37,22 @@ class WatchedEngines:
 
 
 class _Watched:
-    def __init__(self, engine: Engine, seconds: list[float]) -> None:
-        self._engine, self._seconds = engine, seconds
+    def __init__(self, engine: Engine, noted: list[float]) -> None:
+        self._engine, self._seconds = engine, noted
 
     @property
     def spec(self) -> EngineSpec:
         return self._engine.spec
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        started = time.perf_counter()
-        outputs = self._engine.run(inputs)
-        self._seconds.append(time.perf_counter() - started)
+        return self._timed(lambda: self._engine.run(inputs))
+
+    def update(self, inputs: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        return self._timed(lambda: update(self._engine, inputs, state))
+
+    def _timed(self, call: Call) -> dict[str, Any]:
+        taken, outputs = seconds(call)
+        self._seconds.append(taken)
         return outputs
 
 
