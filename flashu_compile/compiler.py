@@ -30,7 +30,7 @@ from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
-from flashu_compile.specialise import specialise
+from flashu_compile.specialise import order_neurons, specialise
 
 TASKS = ("t2i", "mmu")
 BACKENDS = ("onnxruntime",)
@@ -262,12 +262,13 @@ def _build(
     """Specialise every captured program and emit what comes out."""
     builds: list[EngineBuild] = []
     statistics: dict[str, Any] = {}
-    records: list[PassRecord] = []
-    for index, source in enumerate(captured.values()):
+    ordered, placed, ordering = order_neurons({name: c.program for name, c in captured.items()}, recipe)
+    records = list(ordering)
+    for index, (name, source) in enumerate(captured.items()):
         start, share = 0.4 + 0.5 * index / len(captured), 0.5 / len(captured)
-        task, name = source.program.task, source.program.name
+        task = source.program.task
         tell(f"{task}: passes over {name}", start)
-        programs, made = specialise(source.program, recipe)
+        programs, made = specialise(ordered[name], placed)
         records.extend(made)
         changed = {record.program for record in made if record.kind == "lossy" and record.changes}
         for number, part in enumerate(programs):
