@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
-from flashu_compile.capture import Capture, capture
-from flashu_compile.errors import CheckpointError, ConfigurationError, RecipeError, UnknownTaskError
+from flashu_compile.captured import (
+    BuiltEngines,
+    CapturedModel,
+    CapturedProgram,
+    Progress,
+    capture_model,
+    named_tasks,
+    one_thread,
+)
+from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.parity import engine_errors
 from flashu_compile.exporters.statistics import graph_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
-from flashu_compile.models.loading import LoadedModel, load_model
-from flashu_compile.models.showo2.adapter import captures
-from flashu_compile.passes.manager import PassRecord
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
 from flashu_compile.program import Program, prologue_of
@@ -30,13 +34,10 @@ from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
-from flashu_compile.specialise import order_neurons, specialise
+from flashu_compile.specialise import Job, jobs, neuron_order
 
-TASKS = ("t2i", "mmu")
 BACKENDS = ("onnxruntime",)
 PRECISIONS = ("float32",)
-
-Progress = Callable[[str, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +59,8 @@ class Bundle:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Captured:
-    """A captured program, and the outputs of the untraced module on its sample."""
-
-    program: Program
-    truth: Mapping[str, Tensor]
-
-
 def export(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
     *,
     output: str | Path | None = None,
@@ -87,7 +80,7 @@ def export(
 
     Args:
         model: a Show-o2 network (ours, or the authors' class), the name of a bundled model ("showo2-shapes"), a
-            local checkpoint directory, or a hub id.
+            local checkpoint directory, a hub id, or what `capture_model` made of one of these.
         task: "t2i", "mmu", or a list of them.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
@@ -106,7 +99,7 @@ def export(
     Raises:
         FlashuError: a subclass that says what is wrong and what to do; nothing is left behind.
     """
-    tasks = _tasks(task)
+    tasks = named_tasks(task)
     chosen = find_recipe(recipe)
     _check_choice("backend", backend, BACKENDS)
     _check_choice("precision", precision, PRECISIONS)
@@ -114,26 +107,25 @@ def export(
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
-    tell("loading the model", 0.0)
-    loaded = _load(model, vae, tokenizer, llm_config)
+    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    loaded = source.loaded
     directory = Path(output) if output is not None else Path(f"{loaded.name}-{'-'.join(tasks)}")
     ensure_writable(directory, overwrite=overwrite)
 
-    captured = _capture(loaded, tasks, tell)
-    decided, figures = _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)
+    decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    builds, statistics, records = _build(captured, decided, directory.absolute().parent, tell)
+    built = _build(source, tasks, decided, directory.absolute().parent, tell)
     tell("writing the bundle", 0.9)
     manifest = write_bundle(
         directory,
-        engines=builds,
+        engines=built.engines,
         facts=bundle_facts(loaded, tasks, backend, precision, decided.name),
         tokenizer=loaded.tokenizer,
         recipe=decided,
         plan=compile_plan(decided.t2i, decided.decided("t2i")) if "t2i" in tasks else None,
         report={
-            "engines": statistics,
-            "passes": [dataclasses.asdict(r) for r in records],
+            "engines": built.statistics,
+            "passes": [dataclasses.asdict(r) for r in built.records],
             "calibration": figures,
         },
         checkpoint_bytes=checkpoint_bytes(loaded),
@@ -144,7 +136,7 @@ def export(
 
 
 def calibrate(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
     *,
     recipe: str | Path | Recipe = "flashu",
@@ -173,31 +165,30 @@ def calibrate(
     Raises:
         FlashuError: a subclass that says what is wrong and what to do.
     """
-    tasks = _tasks(task)
+    tasks = named_tasks(task)
     chosen = find_recipe(recipe)
     given = _given_samples(chosen, tasks, calibration)
     tell = progress or (lambda stage, fraction: None)
-    loaded = _load(model, vae, tokenizer, llm_config)
-    captured = _capture(loaded, tasks, tell)
-    return _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)[0]
+    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    return _decide(chosen, source, tasks, given, samples, seed, tell)[0]
 
 
-def _load(model: nn.Module | str | Path, vae: object, tokenizer: object, llm_config: Any) -> LoadedModel:
-    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
-    if loaded.vae is None:
-        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
-    return loaded
-
-
-def _capture(loaded: LoadedModel, tasks: tuple[str, ...], tell: Progress) -> dict[str, _Captured]:
-    """Every program of the tasks, captured once, by name."""
-    assert loaded.vae is not None
-    specs = [spec for task in tasks for spec in captures(task, loaded.network, loaded.vae)]
-    captured = {}
-    for index, spec in enumerate(specs):
-        tell(f"{spec.task}: capturing {spec.name}", 0.02 + 0.18 * index / len(specs))
-        captured[spec.name] = _Captured(capture(spec), _eager_outputs(spec))
-    return captured
+def _captured(
+    model: nn.Module | str | Path | CapturedModel,
+    tasks: tuple[str, ...],
+    vae: object,
+    tokenizer: object,
+    llm_config: Any,
+    tell: Progress,
+) -> CapturedModel:
+    if not isinstance(model, CapturedModel):
+        part = lambda stage, fraction: tell(stage, 0.2 * fraction)  # noqa: E731
+        return capture_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, progress=part)
+    if any(given is not None for given in (vae, tokenizer, llm_config)):
+        raise ConfigurationError(
+            "A captured model has its VAE, tokenizer and configuration; leave these out."
+        )
+    return model
 
 
 def _given_samples(recipe: Recipe, tasks: tuple[str, ...], calibration: object) -> CalibrationSamples | None:
@@ -212,8 +203,7 @@ def _given_samples(recipe: Recipe, tasks: tuple[str, ...], calibration: object) 
 
 def _decide(
     recipe: Recipe,
-    captured: Mapping[str, _Captured],
-    loaded: LoadedModel,
+    source: CapturedModel,
     tasks: tuple[str, ...],
     given: CalibrationSamples | None,
     count: int,
@@ -221,6 +211,7 @@ def _decide(
     tell: Progress,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the model's own sampler settings and every decision taken, and the figures they rest on."""
+    loaded, captured = source.loaded, source.of(tasks)
     own = loaded.network.config
     recipe = recipe.resolved(points=own.steps, guidance_scale=own.guidance_scale, time_shift=own.time_shift)
     undecided = [task for task in tasks if recipe.needs_calibration(task)]
@@ -257,35 +248,43 @@ def _decide(
 
 
 def _build(
-    captured: Mapping[str, _Captured], recipe: Recipe, scratch_parent: Path, tell: Progress
-) -> tuple[list[EngineBuild], dict[str, Any], list[PassRecord]]:
-    """Specialise every captured program and emit what comes out."""
-    builds: list[EngineBuild] = []
-    statistics: dict[str, Any] = {}
-    ordered, placed, ordering = order_neurons({name: c.program for name, c in captured.items()}, recipe)
-    records = list(ordering)
-    for index, (name, source) in enumerate(captured.items()):
-        start, share = 0.4 + 0.5 * index / len(captured), 0.5 / len(captured)
-        task = source.program.task
-        tell(f"{task}: passes over {name}", start)
-        programs, made = specialise(ordered[name], placed)
-        records.extend(made)
-        changed = {record.program for record in made if record.kind == "lossy" and record.changes}
-        for number, part in enumerate(programs):
-            tell(f"{task}: emitting {part.name}", start + share * (0.3 + 0.7 * number / len(programs)))
-            lossy = part.name in changed or name in changed
-            build = _emit(part, _truth(part, {} if lossy else source.truth), programs)
-            builds.append(build)
-            errors = engine_errors(build, scratch_parent)
-            statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
-    return builds, statistics, records
+    source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, scratch_parent: Path, tell: Progress
+) -> BuiltEngines:
+    """Specialise every captured program of the tasks and emit what comes out."""
+    order = neuron_order(recipe, tasks, source.ordered_weights)
+    parts: list[BuiltEngines] = []
+    captured = source.of(tasks)
+    for index, program in enumerate(captured.values()):
+        share = 0.5 / len(captured)
+        start, ordering = 0.4 + share * index, order.job(program.program)
+        (ordered,), records = ordering.run(program.program)
+        parts.append(BuiltEngines((), {}, records))
+        todo = jobs(ordered, order.recipe)
+        for number, job in enumerate(todo):
+            tell(f"{ordered.task}: building {job.name}", start + share * number / len(todo))
+            key = ordering.fingerprint() + job.fingerprint()
+            if key not in source.built:
+                ready = dataclasses.replace(program, program=ordered)
+                source.built[key] = _engines(ready, job, scratch_parent)
+            parts.append(source.built[key])
+    return BuiltEngines(
+        engines=tuple(engine for part in parts for engine in part.engines),
+        statistics={name: made for part in parts for name, made in part.statistics.items()},
+        records=tuple(record for part in parts for record in part.records),
+    )
 
 
-def _eager_outputs(spec: Capture) -> dict[str, Tensor]:
-    """The outputs of the untraced module on the sample: the truth that exact engines are held against."""
-    with torch.inference_mode(), _one_thread():
-        results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
-    return dict(zip(spec.outputs, results, strict=True))
+def _engines(captured: CapturedProgram, job: Job, scratch_parent: Path) -> BuiltEngines:
+    programs, records = job.run(captured.program)
+    changed = {record.program for record in records if record.kind == "lossy" and record.changes}
+    builds, statistics = [], {}
+    for part in programs:
+        lossy = part.name in changed or job.name in changed
+        build = _emit(part, _truth(part, {} if lossy else captured.truth), programs)
+        builds.append(build)
+        errors = engine_errors(build, scratch_parent)
+        statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
+    return BuiltEngines(tuple(builds), statistics, records)
 
 
 def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -295,19 +294,8 @@ def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor
     """
     if set(program.outputs) <= set(eager):
         return eager
-    with torch.inference_mode(), _one_thread():
+    with torch.inference_mode(), one_thread():
         return {**program.run(program.sample), **eager}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The last bits depend on how many threads there are, and a build's bytes must not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, ...]) -> EngineBuild:
@@ -320,15 +308,6 @@ def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, 
         reference_outputs={str(role): truth[role] for role in program.outputs},
         prologue=prologue if any(other.name == prologue for other in others) else None,
     )
-
-
-def _tasks(task: str | Sequence[str]) -> tuple[str, ...]:
-    asked = (task,) if isinstance(task, str) else tuple(task)
-    unknown = [name for name in asked if name not in TASKS]
-    if unknown or not asked:
-        what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
-        raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
-    return tuple(name for name in TASKS if name in asked)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.base import Pass
@@ -20,85 +24,129 @@ from flashu_compile.recipe import TASKS, Decisions, KeptNeurons, Recipe
 Specialised = tuple[tuple[Program, ...], tuple[PassRecord, ...]]
 
 
-def order_neurons(
-    programs: Mapping[str, Program], recipe: Recipe
-) -> tuple[dict[str, Program], Recipe, tuple[PassRecord, ...]]:
-    """Captured programs whose neurons are ordered by what the tasks keep, and the recipe in terms of that order.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Engines that are made of one captured program together.
 
-    Every task's kept neurons are then one range of the whole weights. Raises `PassError` as `specialise` does.
+    `passes` run over the program under the name `name`; `then` over what they make, by the name it has. `only` names
+    the one program to keep, where the passes also make what is not wanted.
     """
-    built = {program.task for program in programs.values()}
-    decided = {task: recipe.decided(task) if task in built else Decisions() for task in TASKS}
-    t2i, mmu = (decisions.kept_neurons for decisions in decided.values())
-    orders = {stack: OrderNeurons(stack, t2i.get(stack, {}), mmu.get(stack, {})) for stack in {**t2i, **mmu}}
-    ordered: dict[str, Program] = {}
-    records: list[PassRecord] = []
-    for name, program in programs.items():
-        passes = tuple(step for stack, step in orders.items() if stack in program.stacks)
-        (ordered[name],), made = PassManager(passes).run(program)
-        records.extend(made)
+
+    name: str
+    passes: tuple[Pass, ...]
+    then: Mapping[str, tuple[Pass, ...]] = dataclasses.field(default_factory=dict)
+    only: str | None = None
+
+    def run(self, program: Program) -> Specialised:
+        """Raises `PassError` if a structure that a pass needs is not there or decisions do not fit the model."""
+        made, records = PassManager(self.passes).run(dataclasses.replace(program, name=self.name))
+        programs: list[Program] = []
+        for one in made:
+            if one.name in self.then:
+                parts, more = PassManager(self.then[one.name]).run(one)
+                programs.extend(parts)
+                records += more
+            else:
+                programs.append(one)
+        if self.only is not None:
+            programs = [p for p in programs if p.name == self.only]
+            records = tuple(r for r in records if r.program == self.only)
+        return tuple(programs), records
+
+    def fingerprint(self) -> str:
+        """Equal for jobs that do the same to the same program."""
+        return hashlib.sha256(json.dumps(_plain(self)).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronOrder:
+    """How the neurons of a model are ordered, and the `recipe` with its kept neurons where they are then."""
+
+    recipe: Recipe
+    passes: tuple[OrderNeurons, ...]
+
+    def job(self, program: Program) -> Job:
+        """What orders the neurons of a captured program."""
+        return Job(program.name, tuple(step for step in self.passes if step.stack in program.stacks))
+
+
+def neuron_order(
+    recipe: Recipe, tasks: Sequence[str], shared: dict[Hashable, tuple[Tensor, Tensor]] | None = None
+) -> NeuronOrder:
+    """The order in which what each of `tasks` keeps is one range of the whole weights.
+
+    `shared` holds ordered weights of programs of the same model, and gets those that are made.
+    """
+    decided = {task: recipe.decided(task) if task in tasks else Decisions() for task in TASKS}
+    first, second = (decisions.kept_neurons for decisions in decided.values())
+    shared = {} if shared is None else shared
+    passes = {
+        stack: OrderNeurons(stack, first.get(stack, {}), second.get(stack, {}), shared)
+        for stack in sorted({*first, *second})
+    }
     placed = {
         task: dataclasses.replace(
-            decisions,
-            kept_neurons=_places(decisions.kept_neurons, orders, index),
-            kept_widths={},
+            decisions, kept_neurons=_places(decisions.kept_neurons, passes, index), kept_widths={}
         )
         for index, (task, decisions) in enumerate(decided.items())
     }
-    return ordered, dataclasses.replace(recipe, decisions=placed), tuple(records)
+    return NeuronOrder(dataclasses.replace(recipe, decisions=placed), tuple(passes.values()))
 
 
-def _places(kept: KeptNeurons, orders: Mapping[str, OrderNeurons], task: int) -> KeptNeurons:
+def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) -> KeptNeurons:
     """Where the kept neurons of a task are after ordering."""
 
-    def place(stack: str, block: int) -> NDArray[np.int64]:
-        found = kept_ranges(orders[stack].first.get(block), orders[stack].second.get(block))[task]
+    def place(step: OrderNeurons, block: int) -> NDArray[np.int64]:
+        found = kept_ranges(step.first.get(block), step.second.get(block))[task]
         assert found is not None, "a block that is listed keeps some"
         return np.array(found, dtype=np.int64)
 
-    return {stack: {block: place(stack, block) for block in blocks} for stack, blocks in kept.items()}
+    return {stack: {block: place(passes[stack], block) for block in blocks} for stack, blocks in kept.items()}
+
+
+def jobs(program: Program, recipe: Recipe) -> tuple[Job, ...]:
+    """What `recipe` makes of a captured program. Raises `RecipeError` if the recipe lacks a decision."""
+    if program.name == "denoise":
+        return _denoise(recipe)
+    if program.name == "understand":
+        return (_understand(recipe),)
+    return (Job(program.name, pipelines.CLEAN),)
 
 
 def specialise(program: Program, recipe: Recipe) -> Specialised:
-    """The engines' programs that `recipe` makes of a captured program, and what each pass did.
-
-    Raises `PassError` if a structure that a technique needs is not there or the decisions do not fit the model,
-    `RecipeError` if the recipe lacks a decision.
-    """
-    makers: dict[str, Callable[[Program, Recipe], Specialised]] = {
-        "denoise": _denoise,
-        "understand": _understand,
-    }
-    if program.name in makers:
-        return makers[program.name](program, recipe)
-    return PassManager(pipelines.CLEAN).run(program)
+    """The engines' programs that `recipe` makes of a captured program, and what each pass did."""
+    programs: list[Program] = []
+    records: list[PassRecord] = []
+    for job in jobs(program, recipe):
+        made, done = job.run(program)
+        programs.extend(made)
+        records.extend(done)
+    return tuple(programs), tuple(records)
 
 
-def _denoise(program: Program, recipe: Recipe) -> Specialised:
+def _denoise(recipe: Recipe) -> tuple[Job, ...]:
     """One engine for each variant that the recipe's plan runs, and the one that reuses head features."""
     config, decided = recipe.t2i, recipe.decided("t2i")
     names = engines_needed(compile_plan(config, decided))
     cached = config.head_cache > 1
-    programs: list[Program] = []
-    records: list[PassRecord] = []
-
-    def run(name: str, passes: tuple[Pass, ...]) -> None:
-        made, done = PassManager(passes).run(dataclasses.replace(program, name=name))
-        programs.extend(made)
-        records.extend(done)
-
-    for variant in variants(config, decided):
-        if variant.name in names:
-            kept = decided.kept_neurons if variant.pruned else {}
-            run(variant.name, pipelines.denoise(kept=kept, skipped=variant.skipped, features=cached))
+    found = [
+        Job(
+            variant.name,
+            pipelines.denoise(
+                kept=decided.kept_neurons if variant.pruned else {},
+                skipped=variant.skipped,
+                features=cached,
+            ),
+        )
+        for variant in variants(config, decided)
+        if variant.name in names
+    ]
     if REUSE in names:
-        made, done = PassManager(pipelines.reuse()).run(program)
-        programs.extend(p for p in made if p.name == REUSE)
-        records.extend(r for r in done if r.program == REUSE)
-    return tuple(programs), tuple(records)
+        found.append(Job("denoise", pipelines.reuse(), only=REUSE))
+    return tuple(found)
 
 
-def _understand(program: Program, recipe: Recipe) -> Specialised:
+def _understand(recipe: Recipe) -> Job:
     config, decided = recipe.mmu, recipe.decided("mmu")
     skipped = decided.phases[0].skipped if decided.phases else ()
     gather = None
@@ -107,6 +155,20 @@ def _understand(program: Program, recipe: Recipe) -> Specialised:
             pipelines.LLM, config.token_layer, config.token_pruning, config.token_scorer, skipped
         )
     passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
-    (vision, language), records = PassManager(passes).run(program)
-    decoding, more = PassManager(pipelines.decode()).run(language)
-    return (vision, *decoding), (*records, *more)
+    return Job("understand", passes, then={"language": pipelines.decode()})
+
+
+def _plain(value: Any) -> Any:
+    """Decisions as JSON values, the name of each dataclass with its fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        return [type(value).__name__, fields]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return [[_plain(k), _plain(v)] for k, v in sorted(value.items(), key=lambda item: str(item[0]))]
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value))
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

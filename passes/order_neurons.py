@@ -74,7 +74,10 @@ class OrderNeurons(Pass):
             return None
         first, second = kept
         return torch.cat(
-            [part.nonzero()[:, 0] for part in (first & ~second, first & second, second & ~first, ~first & ~second)]
+            [
+                part.nonzero()[:, 0]
+                for part in (first & ~second, first & second, second & ~first, ~first & ~second)
+            ]
         )
 
     def _reorder(

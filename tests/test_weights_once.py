@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -110,4 +109,6 @@ def test_a_tied_embedding_is_stored_once(bundle: Bundle, places: dict[str, Place
     table = CONFIG.llm.vocab_size * CONFIG.llm.hidden_size * 4
     tables = {place for engine in places.values() for place in engine.values() if place[1] == table}
     assert len(tables) == 1
-    assert all(table in {length for _, length in places[n].values()} for n in ("denoise_prologue", "language"))
+    assert all(
+        table in {length for _, length in places[n].values()} for n in ("denoise_prologue", "language")
+    )

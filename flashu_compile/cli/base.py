@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -68,6 +68,12 @@ Provider = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads an engine computes with.", show_default="one per core")
+]
+Memory = Annotated[
+    Literal["fast", "low"],
+    typer.Option(
+        help="fast: each engine keeps weights as it computes best; low: all engines share one map of them."
+    ),
 ]
 Vae = Annotated[
     str | None, typer.Option(help="The VAE of a checkpoint that does not bring its own: folder or file.")

@@ -17,6 +17,7 @@ from flashu_compile.cli.base import (
     TASKS,
     Bundle,
     Json,
+    Memory,
     Provider,
     Threads,
     Tokenizer,
@@ -134,7 +135,11 @@ def _inspect_model(
     ),
 )
 def verify(
-    bundle: Bundle, provider: Provider = "cpu", threads: Threads = None, as_json: Json = False
+    bundle: Bundle,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    memory: Memory = "fast",
+    as_json: Json = False,
 ) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
 
@@ -144,7 +149,13 @@ def verify(
 
     quiet_onnxruntime()
     with display.progress_bar("Verifying") as advance:
-        result = check(bundle, provider=provider, threads=threads, progress=lambda name: advance(name, None))
+        result = check(
+            bundle,
+            provider=provider,
+            threads=threads,
+            memory=memory,
+            progress=lambda name: advance(name, None),
+        )
     if as_json:
         display.print_json(
             {

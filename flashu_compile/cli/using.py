@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashu_compile import display
-from flashu_compile.cli.base import USING, Bundle, Json, Provider, Threads, app, examples, quiet_onnxruntime
+from flashu_compile.cli.base import (
+    USING,
+    Bundle,
+    Json,
+    Memory,
+    Provider,
+    Threads,
+    app,
+    examples,
+    quiet_onnxruntime,
+)
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline
@@ -46,13 +56,14 @@ def generate(
     ] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
+    memory: Memory = "fast",
     as_json: Json = False,
 ) -> None:
     """Make a picture of PROMPT."""
     from flashu_compile.runtime.images import check_picture_path, save_picture
 
     check_picture_path(output)
-    pipeline = _load(bundle, provider, threads)
+    pipeline = _load(bundle, provider, threads, memory)
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -101,10 +112,11 @@ def ask(
     ] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
+    memory: Memory = "fast",
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
-    answers = _load(bundle, provider, threads).ask(picture, question, max_new_tokens=max_new_tokens)
+    answers = _load(bundle, provider, threads, memory).ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
@@ -112,8 +124,8 @@ def ask(
         typer.echo(" ".join(answer.split()))
 
 
-def _load(bundle: Path, provider: str, threads: int | None) -> Pipeline:
+def _load(bundle: Path, provider: str, threads: int | None, memory: str) -> Pipeline:
     quiet_onnxruntime()
     import flashu_compile
 
-    return flashu_compile.load(bundle, provider=provider, threads=threads)
+    return flashu_compile.load(bundle, provider=provider, threads=threads, memory=memory)

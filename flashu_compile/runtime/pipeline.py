@@ -47,17 +47,20 @@ def load(
     *,
     provider: str = "cpu",
     threads: int | None = None,
+    memory: str = "fast",
     verify_hashes: bool = True,
 ) -> Pipeline:
     """Open the bundle at `path`. Nothing in it is executed as code; engines load when first used.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime: what is asked for runs, or this
-    fails. `threads` is the number of threads an engine computes with (None: one per core). `verify_hashes=False`
-    skips comparing each file with its recorded SHA-256 before its first use.
+    fails. `threads` is the number of threads an engine computes with (None: one per core). With `memory="fast"` each
+    engine keeps weights in the form that is fastest to compute with; with `"low"` (on the CPU) all engines read one map
+    of the weights, which takes far less memory and more time. `verify_hashes=False` skips comparing each file with its
+    recorded SHA-256 before its first use.
 
     Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
-    provider name or number of threads.
+    provider name, number of threads or memory mode.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -72,7 +75,7 @@ def load(
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
     _check_parts(manifest, plan)
-    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads)
+    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads, memory=memory)
     return Pipeline(manifest, plan, recipe, codec, engines)
 
 

@@ -67,13 +67,14 @@ def verify(
     *,
     provider: str = "cpu",
     threads: int | None = None,
+    memory: str = "fast",
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
 
     `progress` is told the name of each file and engine before it is checked. Raises only what makes checking
     impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider or number of threads.
+    provider does not work here, `ConfigurationError` on an unknown provider, number of threads or memory mode.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -83,7 +84,7 @@ def verify(
         )
     # Every hash is checked here, once; engines with a damaged file are not loaded.
     files = BundleFiles(directory, manifest, verify_hashes=False)
-    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads)
+    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads, memory=memory)
     tell = progress or (lambda _: None)
     checked = tuple(_check_files(directory, manifest, tell))
     damaged = {row.name for row in checked if not row.ok}
