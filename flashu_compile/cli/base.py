@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -70,7 +70,7 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads an engine computes with.", show_default="one per core")
 ]
 Memory = Annotated[
-    Literal["fast", "low"],
+    str,
     typer.Option(
         help="fast: each engine keeps weights as it computes best; low: all engines share one map of them."
     ),
