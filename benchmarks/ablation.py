@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ablation_rows import BASE, FULL, PRESETS, Row, ablation_rows, chosen_rows, evaluations
 from benchmarks.ablation_table import ablation_tables, compare
-from benchmarks.bundle_vs_eager import PROMPT, in_turn, machine, seconds
+from benchmarks.bundle_vs_eager import PROMPT
+from benchmarks.measuring import in_turn, machine, seconds
 from benchmarks.records import Records, digest, recipe_digest, save_array, weights_digest
 from benchmarks.scoring import MAX_NEW_TOKENS, Quiz, Workers, pipeline, row_flops, workers
 from examples.showo2_shapes.evaluate import prompts, quizzes
@@ -41,6 +42,7 @@ from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.plan import StepPlan, compile_plan, engines_needed
 from flashu_compile.presets import find_recipe
+from flashu_compile.program import prologue_of
 from flashu_compile.recipe import Recipe
 from flashu_compile.shapes.language import caption
 from flashu_compile.shapes.scorer import score_many
@@ -160,9 +162,11 @@ class Ablation:
 
     def _draw_in_turn(self, bundle: Path, plan: StepPlan) -> tuple[float, float]:
         pipe, _ = pipeline(bundle, plan, self.settings.threads)
-        return in_turn(
-            lambda: self.eager.generate(PROMPT), lambda: pipe.generate(PROMPT), self.settings.repeats
+        times = in_turn(
+            {"eager": lambda: self.eager.generate(PROMPT), "bundle": lambda: pipe.generate(PROMPT)},
+            self.settings.repeats,
         )
+        return times["eager"], times["bundle"]
 
     def _answer(self, row: Row, bundle: Path) -> dict[str, Any]:
         asked: list[Quiz] = [(picture, [qa.question for qa in quiz]) for picture, quiz in self.quizzes]
@@ -176,12 +180,13 @@ class Ablation:
         save_array(self.work / f"{self.key(row)}.npy", np.array(flat))
         eager, compiled = self._answer_in_turn(bundle)
         flops = row_flops(bundle)
-        # An answer by itself: its picture is encoded once, and the language engine runs once for every token.
+        # An answer by itself: its picture is encoded and prepared once, and the language engine runs for every token.
         tokens = given.rows["language"] / len(right)
+        once = flops["vision"] + flops[prologue_of("language")]
         return {
             "right": float(np.mean(right)),
             "evaluations": {"language": tokens},
-            "flops": flops["vision"] + tokens * flops["language"],
+            "flops": once + tokens * flops["language"],
             "seconds": {"score": scoring, "eager": eager, "bundle": compiled},
         }
 
@@ -195,8 +200,10 @@ class Ablation:
             for qa in quiz:
                 who.ask(image, qa.question, max_new_tokens=MAX_NEW_TOKENS)
 
-        times = in_turn(lambda: ask(self.eager), lambda: ask(pipe), max(self.settings.repeats, 3))
-        return times[0] / len(quiz), times[1] / len(quiz)
+        times = in_turn(
+            {"eager": lambda: ask(self.eager), "bundle": lambda: ask(pipe)}, max(self.settings.repeats, 3)
+        )
+        return times["eager"] / len(quiz), times["bundle"] / len(quiz)
 
     def estimate(self, rows: Iterable[Row]) -> float:
         """Seconds that rows which are not finished may take; too many where engines turn out cheaper or shared."""

@@ -1,4 +1,4 @@
-"""export(): model and task in, bundle out. Capture → calibrate → passes → ONNX → bundle, nothing else."""
+"""export(): model and task in, bundle out. Capture → calibrate → passes → engines → bundle, nothing else."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from flashu_compile.captured import (
     one_thread,
 )
 from flashu_compile.errors import ConfigurationError, RecipeError
+from flashu_compile.exporters.backends import Backend, Emitted, check_precision, find_backend
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
-from flashu_compile.exporters.onnx import emit_onnx
-from flashu_compile.exporters.parity import engine_errors
-from flashu_compile.exporters.statistics import graph_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
@@ -35,9 +33,6 @@ from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
 from flashu_compile.specialise import Job, jobs, neuron_order
-
-BACKENDS = ("onnxruntime",)
-PRECISIONS = ("float32",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +52,15 @@ class Bundle:
             "sizes": report["sizes"],
             "errors": {name: engine["errors"] for name, engine in report["engines"].items()},
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maker:
+    """What engines are made by; they are tried in temporary directories in `scratch_parent`."""
+
+    backend: Backend
+    precision: str
+    scratch_parent: Path
 
 
 def export(
@@ -101,8 +105,8 @@ def export(
     """
     tasks = named_tasks(task)
     chosen = find_recipe(recipe)
-    _check_choice("backend", backend, BACKENDS)
-    _check_choice("precision", precision, PRECISIONS)
+    check_precision(backend, precision)
+    find_backend(backend).check()
     given = _given_samples(chosen, tasks, calibration)
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
@@ -114,7 +118,8 @@ def export(
 
     decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    built = _build(source, tasks, decided, directory.absolute().parent, tell)
+    maker = _Maker(find_backend(backend), precision, directory.absolute().parent)
+    built = _build(source, tasks, decided, maker, tell)
     tell("writing the bundle", 0.9)
     manifest = write_bundle(
         directory,
@@ -248,10 +253,11 @@ def _decide(
 
 
 def _build(
-    source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, scratch_parent: Path, tell: Progress
+    source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, maker: _Maker, tell: Progress
 ) -> BuiltEngines:
     """Specialise every captured program of the tasks and emit what comes out."""
     order = neuron_order(recipe, tasks, source.ordered_weights)
+    kind = f"{type(maker.backend).__module__} {maker.precision}"
     parts: list[BuiltEngines] = []
     captured = source.of(tasks)
     for index, program in enumerate(captured.values()):
@@ -262,10 +268,10 @@ def _build(
         todo = jobs(ordered, order.recipe)
         for number, job in enumerate(todo):
             tell(f"{ordered.task}: building {job.name}", start + share * number / len(todo))
-            key = ordering.fingerprint() + job.fingerprint()
+            key = f"{kind} {ordering.fingerprint()} {job.fingerprint()}"
             if key not in source.built:
                 ready = dataclasses.replace(program, program=ordered)
-                source.built[key] = _engines(ready, job, scratch_parent)
+                source.built[key] = _engines(ready, job, maker)
             parts.append(source.built[key])
     return BuiltEngines(
         engines=tuple(engine for part in parts for engine in part.engines),
@@ -274,17 +280,19 @@ def _build(
     )
 
 
-def _engines(captured: CapturedProgram, job: Job, scratch_parent: Path) -> BuiltEngines:
-    programs, records = job.run(captured.program)
-    changed = {record.program for record in records if record.kind == "lossy" and record.changes}
-    builds, statistics = [], {}
+def _engines(captured: CapturedProgram, job: Job, maker: _Maker) -> BuiltEngines:
+    programs, passes = job.run(captured.program)
+    changed = {record.program for record in passes if record.kind == "lossy" and record.changes}
+    builds, statistics, records = [], {}, list(passes)
     for part in programs:
         lossy = part.name in changed or job.name in changed
-        build = _emit(part, _truth(part, {} if lossy else captured.truth), programs)
+        emitted = maker.backend.emit(part, maker.precision)
+        records.extend(emitted.records)
+        build = _engine(part, emitted, _truth(part, {} if lossy else captured.truth), programs)
         builds.append(build)
-        errors = engine_errors(build, scratch_parent)
-        statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
-    return BuiltEngines(tuple(builds), statistics, records)
+        errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
+        statistics[part.name] = {**emitted.statistics, "errors": errors}
+    return BuiltEngines(tuple(builds), statistics, tuple(records))
 
 
 def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -298,18 +306,15 @@ def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor
         return {**program.run(program.sample), **eager}
 
 
-def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, ...]) -> EngineBuild:
+def _engine(
+    program: Program, emitted: Emitted, truth: Mapping[str, Tensor], others: tuple[Program, ...]
+) -> EngineBuild:
     prologue = prologue_of(program.name)
     return EngineBuild(
         name=program.name,
         task=program.task,
-        model=emit_onnx(program),
+        model=emitted.model,
         reference_inputs={str(role): program.sample[role] for role in program.input_roles},
         reference_outputs={str(role): truth[role] for role in program.outputs},
         prologue=prologue if any(other.name == prologue for other in others) else None,
     )
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigurationError(f"Unknown {name} {value!r}; known ones are: {', '.join(known)}.")

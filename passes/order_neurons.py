@@ -65,12 +65,15 @@ class OrderNeurons(Pass):
         return PassResult((editor.finish(),), tuple(changes))
 
     def _order(self, group: FeedForward) -> Tensor | None:
-        """The neurons of a group in their new order, or None where both tasks keep all of them."""
+        """The neurons of a group in their new order, or None where both tasks keep all of them.
+
+        A task that is not named for the block asks for no order.
+        """
         kept = torch.zeros(2, group.width, dtype=torch.bool)
         for task, by_block in enumerate((self.first, self.second)):
-            neurons = by_block.get(group.block)
-            kept[task, slice(None) if neurons is None else chosen_neurons(neurons, group)] = True
-        if bool(kept.all()):
+            if (neurons := by_block.get(group.block)) is not None:
+                kept[task, chosen_neurons(neurons, group)] = True
+        if all(int(task.sum()) in (0, group.width) for task in kept):
             return None
         first, second = kept
         return torch.cat(

@@ -75,6 +75,12 @@ Memory = Annotated[
         help="fast: each engine keeps weights as it computes best; low: all engines share one map of them."
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Run a bundle whose engines are code. Give it only if you know who built the bundle."
+    ),
+]
 Vae = Annotated[
     str | None, typer.Option(help="The VAE of a checkpoint that does not bring its own: folder or file.")
 ]

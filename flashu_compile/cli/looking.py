@@ -21,6 +21,7 @@ from flashu_compile.cli.base import (
     Provider,
     Threads,
     Tokenizer,
+    Trust,
     Vae,
     app,
     examples,
@@ -139,6 +140,7 @@ def verify(
     provider: Provider = "cpu",
     threads: Threads = None,
     memory: Memory = "fast",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
@@ -154,6 +156,7 @@ def verify(
             provider=provider,
             threads=threads,
             memory=memory,
+            trust=trust,
             progress=lambda name: advance(name, None),
         )
     if as_json:

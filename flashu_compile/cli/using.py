@@ -16,6 +16,7 @@ from flashu_compile.cli.base import (
     Memory,
     Provider,
     Threads,
+    Trust,
     app,
     examples,
     quiet_onnxruntime,
@@ -57,13 +58,14 @@ def generate(
     provider: Provider = "cpu",
     threads: Threads = None,
     memory: Memory = "fast",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Make a picture of PROMPT."""
     from flashu_compile.runtime.images import check_picture_path, save_picture
 
     check_picture_path(output)
-    pipeline = _load(bundle, provider, threads, memory)
+    pipeline = _load(bundle, provider, threads, memory, trust)
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -113,10 +115,12 @@ def ask(
     provider: Provider = "cpu",
     threads: Threads = None,
     memory: Memory = "fast",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
-    answers = _load(bundle, provider, threads, memory).ask(picture, question, max_new_tokens=max_new_tokens)
+    pipeline = _load(bundle, provider, threads, memory, trust)
+    answers = pipeline.ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
@@ -124,8 +128,8 @@ def ask(
         typer.echo(" ".join(answer.split()))
 
 
-def _load(bundle: Path, provider: str, threads: int | None, memory: str) -> Pipeline:
+def _load(bundle: Path, provider: str, threads: int | None, memory: str, trust: bool) -> Pipeline:
     quiet_onnxruntime()
     import flashu_compile
 
-    return flashu_compile.load(bundle, provider=provider, threads=threads, memory=memory)
+    return flashu_compile.load(bundle, provider=provider, threads=threads, memory=memory, trust=trust)

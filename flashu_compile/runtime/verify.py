@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flashu_compile.errors import BackendUnavailableError, FlashuError
+from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import MANIFEST, WEIGHTS, EngineSpec, Manifest, file_entry, read_manifest
-from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngines
+from flashu_compile.runtime.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.runtime.sessions import Engines
 
 TOLERANCE = 1e-4
 
@@ -68,30 +69,32 @@ def verify(
     provider: str = "cpu",
     threads: int | None = None,
     memory: str = "fast",
+    trust: bool = False,
+    options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
 
     `progress` is told the name of each file and engine before it is checked. Raises only what makes checking
     impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider, number of threads or memory mode.
+    provider does not work here, `ConfigurationError` on an unknown provider, number of threads, memory mode or option,
+    or if the engines are code and `trust` is not given; see `load` for these.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
-    if manifest.backend != "onnxruntime":
-        raise BackendUnavailableError(
-            f"{directory} was built for backend {manifest.backend!r}, unknown to this version."
-        )
+    shared = find_run_backend(manifest.backend).weights
     # Every hash is checked here, once; engines with a damaged file are not loaded.
     files = BundleFiles(directory, manifest, verify_hashes=False)
-    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads, memory=memory)
+    engines = open_engines(
+        files, provider=provider, threads=threads, memory=memory, trust=trust, options=options
+    )
     tell = progress or (lambda _: None)
     checked = tuple(_check_files(directory, manifest, tell))
     damaged = {row.name for row in checked if not row.ok}
     outputs: list[OutputCheck] = []
     for spec in manifest.engines:
         tell(spec.name)
-        unusable = sorted(damaged & {spec.file, spec.reference, WEIGHTS})
+        unusable = sorted(damaged & {spec.file, spec.reference, shared})
         if unusable:
             outputs.append(_not_run(spec, f"not run: {', '.join(unusable)} damaged or missing"))
             continue

@@ -74,6 +74,7 @@ def test_low_memory_gives_the_same(bundle: Path, pipeline: Pipeline) -> None:
     picture = pipeline.generate("a")
     assert low.ask(picture, "what?") == pipeline.ask(picture, "what?")
     assert verify(bundle, memory="low").ok
+    assert verify(bundle, options={"memory": "low"}).ok
 
 
 def test_engines_outlive_their_pipeline(bundle: Path) -> None:
