@@ -3,7 +3,7 @@
 What the result promises:
 
 * inputs and outputs carry their roles as names; dynamic dimensions carry the names of `Input.axes`;
-* every parameter is one initializer, under its name in the program's state dict and in the checkpoint's layout;
+* every parameter is one initializer, under its name in the program's state dict and in the layout it has in memory;
 * every node is called after the module it came from and says in two short `metadata_props` where it was born;
 * nothing in it depends on paths, time or hash seeds.
 """
@@ -29,6 +29,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from flashu_compile.errors import EmissionError
+from flashu_compile.exporters.layout import follow_memory
 from flashu_compile.exporters.simplify_onnx import simplify
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import module_path
@@ -57,6 +58,7 @@ def emit_onnx(program: Program, *, opset: int = DEFAULT_OPSET) -> ir.Model:
     _check_signature(program, model)
     _record_origins(model)
     simplify(model, _tensors(program))
+    follow_memory(model)
     _finish(program, model, opset)
     return model
 

@@ -1,8 +1,9 @@
 """The weight store: one file with the weights of all engines of a bundle.
 
-Tensors of equal content are stored once, whichever engines and names they belong to. They lie in the order the
-engines first read them, large ones on page boundaries so that a reader can map them. Tensors are hashed and
-written one after another: no second copy of the weights is ever in memory.
+Memory that several tensors share is stored once: a tensor that is a range of another (the kept neurons of a weight)
+refers to a range of the other's place. So are tensors of equal content, whichever engines and names they belong to.
+Tensors lie in the order the engines first read them, large ones on page boundaries so that a reader can map them.
+They are hashed and written one after another: no second copy of the weights is ever in memory.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 #: Tensors of at most this many bytes stay inside the graph file; lists of int64 may have so many times as many, since
@@ -27,7 +29,7 @@ _PAGE, _LINE = 4096, 64
 
 @dataclasses.dataclass(frozen=True)
 class StoreSummary:
-    """`bytes`: size of the file. `tensors`: stored tensors. `references`: initializers that point at them."""
+    """`bytes`: size of the file. `tensors`: stored pieces of memory. `references`: initializers that point at them."""
 
     bytes: int
     tensors: int
@@ -35,10 +37,26 @@ class StoreSummary:
     referenced_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    offset: int
-    length: int
+@dataclasses.dataclass
+class _Region:
+    """Memory that is stored as one piece: that of one tensor, or of several which overlap.
+
+    Its bytes are those from `start` to `end` of torch's memory, or those of `largest`, which may lie scattered.
+    """
+
+    start: int
+    end: int
+    largest: ir.TensorProtocol
+    offset: int | None = None
+
+    def data(self) -> bytes | memoryview:
+        raw = getattr(self.largest, "raw", None)
+        if self.end - self.start == self.largest.nbytes or not isinstance(raw, Tensor):
+            return _data(self.largest)
+        storage = raw.untyped_storage()
+        first = self.start - storage.data_ptr()
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage, first, (self.end - self.start,), (1,))  # type: ignore[call-overload]
+        return whole.numpy().data
 
 
 @contextmanager
@@ -49,29 +67,23 @@ def weight_store(
 
     Save the models inside the context, in the folder of `path`. Afterwards they hold their own tensors again.
     """
+    stored = [value for value in _initializers(models) if not _inline(_tensor(value), inline_bytes)]
+    regions = _regions([_tensor(value) for value in stored])
     replaced: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    by_content: dict[bytes, _Place] = {}
-    by_memory: dict[Hashable, _Place] = {}
+    by_content: dict[bytes, int] = {}
     referenced = 0
     try:
         with path.open("wb") as file:
-            for value in _initializers(models):
-                tensor = value.const_value
-                assert tensor is not None
-                is_list = tensor.dtype == ir.DataType.INT64 and len(tensor.shape) == 1
-                inline = inline_bytes * (_LIST_FACTOR if is_list else 1)
-                if tensor.nbytes <= inline or tensor.dtype == ir.DataType.STRING:
-                    continue
-                memory = _memory(tensor)
-                if memory not in by_memory:
-                    by_memory[memory] = _store(tensor, file, by_content)
-                place = by_memory[memory]
-                referenced += place.length
+            for value, (region, within) in zip(stored, regions, strict=True):
+                tensor = _tensor(value)
+                if region.offset is None:
+                    region.offset = _store(region, file, by_content)
+                referenced += tensor.nbytes
                 replaced.append((value, tensor))
                 value.const_value = ir.ExternalTensor(
                     path.name,
-                    place.offset,
-                    place.length,
+                    region.offset + within,
+                    tensor.nbytes,
                     ir.DataType(tensor.dtype),
                     shape=ir.Shape(tensor.numpy().shape),
                     name=value.name or "",
@@ -96,23 +108,61 @@ def _initializers(models: Sequence[ir.Model]) -> Iterator[ir.Value]:
         yield from (value for _, value in sorted(model.graph.initializers.items()) if value not in seen)
 
 
-def _memory(tensor: ir.TensorProtocol) -> Hashable:
-    """Equal for tensors that are the same memory, so that a weight of several engines is hashed once."""
-    raw = getattr(tensor, "raw", None)
-    if isinstance(raw, Tensor):
-        return (raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride())
-    return id(tensor)
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
 
 
-def _store(tensor: ir.TensorProtocol, file: BinaryIO, by_content: dict[bytes, _Place]) -> _Place:
-    data = _data(tensor)
-    digest = hashlib.sha256(f"{ir.DataType(tensor.dtype).name} {tensor.numpy().shape}\n".encode())
+def _inline(tensor: ir.TensorProtocol, limit: int) -> bool:
+    is_list = tensor.dtype == ir.DataType.INT64 and len(tensor.shape) == 1
+    return tensor.nbytes <= limit * (_LIST_FACTOR if is_list else 1) or tensor.dtype == ir.DataType.STRING
+
+
+def _regions(tensors: Iterable[ir.TensorProtocol]) -> list[tuple[_Region, int]]:
+    """The region of each tensor, and where in it the tensor begins.
+
+    Tensors of torch that lie in one piece share a region where they overlap; one that lies scattered shares it with
+    tensors that are the same memory.
+    """
+    found: list[tuple[_Region, int] | None] = []
+    pieces: list[tuple[int, int, int, ir.TensorProtocol]] = []
+    scattered: dict[object, _Region] = {}
+    for place, tensor in enumerate(tensors):
+        raw = getattr(tensor, "raw", None)
+        if isinstance(raw, Tensor) and _lies_as_stored(raw, tensor):
+            pieces.append((raw.data_ptr(), raw.data_ptr() + tensor.nbytes, place, tensor))
+            found.append(None)
+            continue
+        key = (raw.data_ptr(), raw.dtype, raw.shape, raw.stride()) if isinstance(raw, Tensor) else id(tensor)
+        found.append((scattered.setdefault(key, _Region(0, tensor.nbytes, tensor)), 0))
+    region = None
+    for start, end, place, tensor in sorted(pieces, key=lambda piece: piece[:3]):
+        if region is None or start >= region.end:
+            region = _Region(start, end, tensor)
+        region.end = max(region.end, end)
+        if tensor.nbytes > region.largest.nbytes:
+            region.largest = tensor
+        found[place] = (region, start - region.start)
+    return [entry for entry in found if entry is not None]
+
+
+def _lies_as_stored(raw: Tensor, tensor: ir.TensorProtocol) -> bool:
+    plain = sys.byteorder == "little" and ir.DataType(tensor.dtype).bitwidth >= 8
+    return plain and raw.device.type == "cpu" and raw.is_contiguous()
+
+
+def _store(region: _Region, file: BinaryIO, by_content: dict[bytes, int]) -> int:
+    data = region.data()
+    digest = hashlib.sha256()
+    if len(data) == region.largest.nbytes:
+        kind, shape = ir.DataType(region.largest.dtype).name, region.largest.numpy().shape
+        digest.update(f"{kind} {shape}\n".encode())
     digest.update(data)
     key = digest.digest()
     if key not in by_content:
         alignment = _PAGE if len(data) >= 16 * _PAGE else _LINE
         file.write(bytes(-file.tell() % alignment))
-        by_content[key] = _Place(file.tell(), len(data))
+        by_content[key] = file.tell()
         file.write(data)
     return by_content[key]
 

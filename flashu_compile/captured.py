@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ class BuiltEngines:
 class CapturedModel:
     """A model with its captured programs. `export` and `calibrate` take it in place of a model.
 
-    Engines that were built for one recipe are kept, in memory, and serve the next recipe that asks for the same.
+    Engines that were built for one recipe are kept, in memory, and serve the next recipe that asks for the same; so are
+    weights whose neurons were put into another order.
     """
 
     def __init__(self, loaded: LoadedModel, programs: Mapping[str, CapturedProgram]) -> None:
         self.loaded, self.programs = loaded, programs
         self.built: dict[str, BuiltEngines] = {}
+        self.ordered_weights: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
         """The programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""

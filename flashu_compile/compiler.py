@@ -32,7 +32,7 @@ from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
-from flashu_compile.specialise import Job, jobs
+from flashu_compile.specialise import Job, jobs, neuron_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,14 +256,23 @@ def _build(
     source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, maker: _Maker, tell: Progress
 ) -> BuiltEngines:
     """Specialise every captured program of the tasks and emit what comes out."""
-    work = [(c, job) for c in source.of(tasks).values() for job in jobs(c.program, recipe)]
-    parts = []
-    for index, (captured, job) in enumerate(work):
-        tell(f"{captured.program.task}: building {job.name}", 0.4 + 0.5 * index / len(work))
-        key = f"{type(maker.backend).__module__} {maker.precision} {job.fingerprint()}"
-        if key not in source.built:
-            source.built[key] = _engines(captured, job, maker)
-        parts.append(source.built[key])
+    order = neuron_order(recipe, tasks, source.ordered_weights)
+    kind = f"{type(maker.backend).__module__} {maker.precision}"
+    parts: list[BuiltEngines] = []
+    captured = source.of(tasks)
+    for index, program in enumerate(captured.values()):
+        share = 0.5 / len(captured)
+        start, ordering = 0.4 + share * index, order.job(program.program)
+        (ordered,), records = ordering.run(program.program)
+        parts.append(BuiltEngines((), {}, records))
+        todo = jobs(ordered, order.recipe)
+        for number, job in enumerate(todo):
+            tell(f"{ordered.task}: building {job.name}", start + share * number / len(todo))
+            key = f"{kind} {ordering.fingerprint()} {job.fingerprint()}"
+            if key not in source.built:
+                ready = dataclasses.replace(program, program=ordered)
+                source.built[key] = _engines(ready, job, maker)
+            parts.append(source.built[key])
     return BuiltEngines(
         engines=tuple(engine for part in parts for engine in part.engines),
         statistics={name: made for part in parts for name, made in part.statistics.items()},

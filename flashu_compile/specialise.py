@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassManager, PassRecord
+from flashu_compile.passes.order_neurons import OrderNeurons, kept_ranges
 from flashu_compile.plan import REUSE, compile_plan, engines_needed, variants
 from flashu_compile.program import Program
-from flashu_compile.recipe import Recipe
+from flashu_compile.recipe import TASKS, Decisions, KeptNeurons, Recipe
 
 Specialised = tuple[tuple[Program, ...], tuple[PassRecord, ...]]
 
@@ -53,6 +56,52 @@ class Job:
     def fingerprint(self) -> str:
         """Equal for jobs that do the same to the same program."""
         return hashlib.sha256(json.dumps(_plain(self)).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronOrder:
+    """How the neurons of a model are ordered, and the `recipe` with its kept neurons where they are then."""
+
+    recipe: Recipe
+    passes: tuple[OrderNeurons, ...]
+
+    def job(self, program: Program) -> Job:
+        """What orders the neurons of a captured program."""
+        return Job(program.name, tuple(step for step in self.passes if step.stack in program.stacks))
+
+
+def neuron_order(
+    recipe: Recipe, tasks: Sequence[str], shared: dict[Hashable, tuple[Tensor, Tensor]] | None = None
+) -> NeuronOrder:
+    """The order in which what each of `tasks` keeps is one range of the whole weights.
+
+    `shared` holds ordered weights of programs of the same model, and gets those that are made.
+    """
+    decided = {task: recipe.decided(task) if task in tasks else Decisions() for task in TASKS}
+    first, second = (decisions.kept_neurons for decisions in decided.values())
+    shared = {} if shared is None else shared
+    passes = {
+        stack: OrderNeurons(stack, first.get(stack, {}), second.get(stack, {}), shared)
+        for stack in sorted({*first, *second})
+    }
+    placed = {
+        task: dataclasses.replace(
+            decisions, kept_neurons=_places(decisions.kept_neurons, passes, index), kept_widths={}
+        )
+        for index, (task, decisions) in enumerate(decided.items())
+    }
+    return NeuronOrder(dataclasses.replace(recipe, decisions=placed), tuple(passes.values()))
+
+
+def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) -> KeptNeurons:
+    """Where the kept neurons of a task are after ordering."""
+
+    def place(step: OrderNeurons, block: int) -> NDArray[np.int64]:
+        found = kept_ranges(step.first.get(block), step.second.get(block))[task]
+        assert found is not None, "a block that is listed keeps some"
+        return np.array(found, dtype=np.int64)
+
+    return {stack: {block: place(passes[stack], block) for block in blocks} for stack, blocks in kept.items()}
 
 
 def jobs(program: Program, recipe: Recipe) -> tuple[Job, ...]:
@@ -112,7 +161,7 @@ def _understand(recipe: Recipe) -> Job:
 def _plain(value: Any) -> Any:
     """Decisions as JSON values, the name of each dataclass with its fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return [type(value).__name__, fields]
     if isinstance(value, np.ndarray):
         return value.tolist()

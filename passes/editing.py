@@ -78,17 +78,18 @@ class GraphEditor:
         self._specs[node] = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name)
         return node
 
-    def narrow(self, reader: fx.Node, position: int, value: Tensor) -> None:
+    def narrow(self, reader: fx.Node, position: int, value: Tensor) -> bool:
         """Make `reader` take `value` for its argument at `position`, a stored tensor, which keeps its name.
 
-        A tensor that others read too stays as it is for them, and `reader` gets a constant of its own. Shapes that
-        follow from the new one are the caller's to bring up to date (`propagate`).
+        A tensor that others read too stays as it is for them, and `reader` gets a constant of its own: whether it
+        did is returned. Shapes that follow from the new one are the caller's to bring up to date (`propagate`).
         """
         node = cast("fx.Node", reader.args[position])
         spec = self._specs[node]
         name = str(spec.target)
         shared = sum(str(other.target) == name for other in self._specs.values() if other.kind in _STORED) > 1
-        if shared or len(node.users) > 1 or sum(a is node for a in reader.args) > 1:
+        own = shared or len(node.users) > 1 or sum(a is node for a in reader.args) > 1
+        if own:
             node = self.add_constant(name, value, node)
             reader.update_arg(position, node)
         elif name in self._constants:
@@ -97,6 +98,7 @@ class GraphEditor:
             parameter = spec.kind is InputKind.PARAMETER
             self._state[name] = torch.nn.Parameter(value, requires_grad=False) if parameter else value
         node.meta = node.meta | {"val": self._fake_mode().from_tensor(value.detach(), static_shapes=True)}
+        return own
 
     def propagate(self, nodes: Iterable[fx.Node]) -> None:
         """Work out shapes and dtypes of `nodes`, given in graph order, again from those of what they read."""

@@ -2,25 +2,31 @@
 
 Looks for the feed-forward group of each block of a stack (`analysis.feed_forward`), gated, fused or plain, and keeps
 the chosen hidden neurons, in their order. Sliced weights keep their names and dtype; no full-width weight remains.
+Neurons that are neighbours are a view of the whole weight's memory; others are copied out of it.
 Source: task-specific FFN pruning of Flash-Unified (arXiv 2603.15271).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from flashu_compile.errors import PassError, StructureError
-from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards, slice_arguments
+from flashu_compile.passes.analysis.feed_forward import FeedForward, slice_arguments
 from flashu_compile.passes.analysis.graph import arguments
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.neurons import (
+    Neurons,
+    chosen_groups,
+    chosen_neurons,
+    neuron_rows,
+    stored_positions,
+    stored_weight,
+)
 from flashu_compile.program import Program
 
 
@@ -31,19 +37,13 @@ class PruneFFN(Pass):
     kind: ClassVar[Kind] = "lossy"
 
     stack: str
-    kept: Mapping[int, Sequence[int] | NDArray[np.int64]]
+    kept: Mapping[int, Neurons]
 
     def call(self, program: Program) -> PassResult:
         if not self.kept:
             return PassResult.unchanged(program)
-        groups = {group.block: group for group in feed_forwards(program, self.stack)}
-        unknown = sorted(set(self.kept) - set(groups))
-        if unknown:
-            raise PassError(
-                f"there is no block {', '.join(map(str, unknown))} to prune: stack {self.stack!r} of program "
-                f"{program.name!r} has {len(groups)}, counted from 0"
-            )
-        chosen = {index: self._neurons(groups[index]) for index in sorted(self.kept)}
+        groups = chosen_groups(program, self.stack, self.kept)
+        chosen = {index: chosen_neurons(self.kept[index], group) for index, group in groups.items()}
         chosen = {index: kept for index, kept in chosen.items() if len(kept) < groups[index].width}
         if not chosen:
             return PassResult.unchanged(program)
@@ -54,47 +54,42 @@ class PruneFFN(Pass):
         editor.remove_unused()  # whole weights that only pruned groups shared
         changes = (
             f"block {index} of stack {self.stack}: kept {len(kept)} of {groups[index].width} neurons"
+            f"{_why_copied(groups[index], kept)}"
             for index, kept in chosen.items()
         )
         return PassResult((editor.finish(),), tuple(changes))
 
-    def _neurons(self, group: FeedForward) -> Tensor:
-        """The neurons kept in one group, int64 [kept]. Raises `PassError` unless they are a sorted set of its own."""
-        kept = torch.tensor(self.kept[group.block], dtype=torch.int64)
-        where = f"block {group.block} of stack {self.stack!r}"
-        if kept.ndim != 1 or not len(kept):
-            raise PassError(f"the neurons kept in {where} are not a list of at least one number")
-        if bool((kept.diff() <= 0).any()) or kept[0] < 0 or kept[-1] >= group.width:
-            raise PassError(
-                f"the neurons kept in {where} are not different numbers from 0 to {group.width - 1} in ascending order"
-            )
-        return kept
+
+def _why_copied(group: FeedForward, kept: Tensor) -> str:
+    """What keeps the weights that stay from being ranges of the whole ones; nothing where nothing does."""
+    if not _neighbours(kept):
+        return ", as copies: they are not neighbours"
+    return ", partly as copies: one layer makes several of each neuron" if group.fused else ""
+
+
+def _neighbours(numbers: Tensor) -> bool:
+    return int(numbers[-1] - numbers[0]) == len(numbers) - 1
+
+
+def _taken(weight: Tensor, dim: int, numbers: Tensor) -> Tensor:
+    """Slices of a weight: a view where they are neighbours."""
+    if _neighbours(numbers):
+        return weight.narrow(dim, int(numbers[0]), len(numbers))
+    return weight.index_select(dim, numbers)
 
 
 def _prune(editor: GraphEditor, copies: Mapping[str, fx.Node], group: FeedForward, kept: Tensor) -> None:
     down = copies[group.down.name]
-    editor.narrow(down, 1, _weight(editor, down, 1).index_select(1, kept))
+    editor.narrow(down, 1, _taken(stored_weight(editor, down, 1), 1, kept))
     width = len(kept)
     for up in (copies[node.name] for node in group.ups):
-        halves = len(_weight(editor, up, 1)) // group.width
-        rows = torch.cat([kept + half * group.width for half in range(halves)])
-        for position in range(1, len(up.args)):
-            if up.args[position] is not None:
-                editor.narrow(up, position, _weight(editor, up, position).index_select(0, rows))
+        for position in stored_positions(up):
+            weight = stored_weight(editor, up, position)
+            editor.narrow(up, position, _taken(weight, 0, neuron_rows(kept, weight, group.width)))
     for part in (copies[node.name] for node in group.parts):
         _resize(part, group.width, width)
     names = {node.name for node in (*group.ups, *group.inner, group.down)}
     editor.propagate(node for node in editor.graph.nodes if node.name in names)
-
-
-def _weight(editor: GraphEditor, layer: fx.Node, position: int) -> Tensor:
-    weight: fx.Node = arguments(layer)[position]
-    stored = editor.stored(weight)
-    if stored is None:
-        raise StructureError(
-            f"The weights of {layer.name} cannot be pruned: {weight.name} is computed, not stored."
-        )
-    return stored.detach()
 
 
 def _resize(part: fx.Node, width: int, kept: int) -> None:

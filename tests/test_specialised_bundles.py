@@ -154,9 +154,9 @@ def test_engines_hold_nothing_of_what_was_cut(flashu: tuple[Oracle, Bundle]) -> 
         skipped = {int(i) for i in re.findall(r"\d+", name.partition("_skip")[2])}
         present = {int(n.split(".showo.model.layers.")[1].split(".")[0]) for n in llm}
         assert present == set(range(config.llm.num_hidden_layers)) - skipped
-        expected = width if "pruned" in name else config.llm.intermediate_size
+        expected = width if "pruned" in name else config.llm.intermediate_size  # by rows in every layer
         assert {s for n, s in llm.items() if n.endswith("down_proj.weight")} == {
-            (config.llm.hidden_size, expected)
+            (expected, config.llm.hidden_size)
         }
         assert {s[0] for n, s in llm.items() if not n.endswith("down_proj.weight")} == {expected}
 

@@ -69,6 +69,12 @@ Provider = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads an engine computes with.", show_default="one per core")
 ]
+Memory = Annotated[
+    str,
+    typer.Option(
+        help="fast: each engine keeps weights as it computes best; low: all engines share one map of them."
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option(

@@ -17,6 +17,7 @@ from flashu_compile.cli.base import (
     TASKS,
     Bundle,
     Json,
+    Memory,
     Provider,
     Threads,
     Tokenizer,
@@ -138,6 +139,7 @@ def verify(
     bundle: Bundle,
     provider: Provider = "cpu",
     threads: Threads = None,
+    memory: Memory = "fast",
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -153,6 +155,7 @@ def verify(
             bundle,
             provider=provider,
             threads=threads,
+            memory=memory,
             trust=trust,
             progress=lambda name: advance(name, None),
         )

@@ -13,6 +13,7 @@ from flashu_compile.cli.base import (
     USING,
     Bundle,
     Json,
+    Memory,
     Provider,
     Threads,
     Trust,
@@ -56,6 +57,7 @@ def generate(
     ] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
+    memory: Memory = "fast",
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -63,7 +65,7 @@ def generate(
     from flashu_compile.runtime.images import check_picture_path, save_picture
 
     check_picture_path(output)
-    pipeline = _load(bundle, provider, threads, trust)
+    pipeline = _load(bundle, provider, threads, memory, trust)
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -112,11 +114,13 @@ def ask(
     ] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
+    memory: Memory = "fast",
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
-    answers = _load(bundle, provider, threads, trust).ask(picture, question, max_new_tokens=max_new_tokens)
+    pipeline = _load(bundle, provider, threads, memory, trust)
+    answers = pipeline.ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
@@ -124,8 +128,8 @@ def ask(
         typer.echo(" ".join(answer.split()))
 
 
-def _load(bundle: Path, provider: str, threads: int | None, trust: bool) -> Pipeline:
+def _load(bundle: Path, provider: str, threads: int | None, memory: str, trust: bool) -> Pipeline:
     quiet_onnxruntime()
     import flashu_compile
 
-    return flashu_compile.load(bundle, provider=provider, threads=threads, trust=trust)
+    return flashu_compile.load(bundle, provider=provider, threads=threads, memory=memory, trust=trust)

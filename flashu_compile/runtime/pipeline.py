@@ -47,6 +47,7 @@ def load(
     *,
     provider: str = "cpu",
     threads: int | None = None,
+    memory: str = "fast",
     verify_hashes: bool = True,
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -54,13 +55,15 @@ def load(
     """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime: what is asked for runs, or this
-    fails. `threads` is the number of threads an engine computes with (None: one per core). `verify_hashes=False`
-    skips comparing each file with its recorded SHA-256 before its first use. `trust=True` lets a backend run whose
-    engines are code: give it only for bundles whose builder you know. `options` are the backend's own, by name.
+    fails. `threads` is the number of threads an engine computes with (None: one per core). With `memory="fast"` each
+    engine keeps weights in the form that is fastest to compute with; with `"low"` (ONNX Runtime on the CPU) all engines
+    read one map of the weights, which takes less memory and more time. `verify_hashes=False` skips comparing each file
+    with its recorded SHA-256 before its first use. `trust=True` lets a backend run whose engines are code: give it only
+    for bundles whose builder you know. `options` are the backend's own, by name.
 
     Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
-    provider name, number of threads or option, or if trust is needed.
+    provider name, number of threads, memory mode or option, or if trust is needed.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -76,7 +79,9 @@ def load(
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
     _check_parts(manifest, plan)
-    engines = open_engines(files, provider=provider, threads=threads, trust=trust, options=options)
+    engines = open_engines(
+        files, provider=provider, threads=threads, memory=memory, trust=trust, options=options
+    )
     return Pipeline(manifest, plan, recipe, codec, engines)
 
 

@@ -26,6 +26,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
+from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
 from flashu_compile.runtime.state import State, state_of, updated
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -133,9 +134,12 @@ def _written(tensor: TensorSpec) -> str:
 class OnnxRuntimeEngine:
     """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads."""
 
-    def __init__(self, spec: EngineSpec, session: ort.InferenceSession) -> None:
+    def __init__(
+        self, spec: EngineSpec, session: ort.InferenceSession, weights: SharedWeights | None = None
+    ) -> None:
         self.spec = spec
         self._session = session
+        self._weights = weights  # the session reads them for as long as it lives
         self._outputs = [tensor.name for tensor in spec.outputs]
         self._state = state_of(spec)
         for side, tensors, values in (
@@ -199,16 +203,27 @@ class OnnxRuntimeEngines:
     """Sessions of a bundle on one execution provider, created lazily and once, whichever thread asks first.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; `threads` is the number of threads
-    an engine computes with (None: one per core). Raises `ConfigurationError` if either makes no sense,
-    `BackendUnavailableError` if the provider does not work here.
+    an engine computes with (None: one per core); `memory` is `fast`, or `low` for engines that share one map of the
+    weights. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider does
+    not work here.
     """
 
-    def __init__(self, files: BundleFiles, *, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        files: BundleFiles,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        memory: str = "fast",
+    ) -> None:
         if threads is not None and threads < 1:
             raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
+        check_memory(memory, resolve_provider(provider)[0])
         if resolve_provider(provider) != PROVIDERS["cpu"]:
             probe_provider(provider)
         self.provider = provider
+        self._shares = memory == "low"
+        self._weights: SharedWeights | None = None
         self._files, self._threads = files, threads
         self._engines: dict[str, OnnxRuntimeEngine] = {}
         self._lock = threading.Lock()
@@ -222,14 +237,16 @@ class OnnxRuntimeEngines:
     def _create(self, spec: EngineSpec) -> OnnxRuntimeEngine:
         path = self._files.path(spec.file)
         if WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists():
-            self._files.path(WEIGHTS)
+            weights = self._files.path(WEIGHTS)
+            if self._shares and self._weights is None:
+                self._weights = SharedWeights(weights)
         try:
-            session = create_session(path, self.provider, self._threads)
+            session = create_session(path, self.provider, self._threads, self._weights)
         except _ORT_ERRORS as error:
             raise BundleError(
                 f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
             ) from error
-        return OnnxRuntimeEngine(spec, session)
+        return OnnxRuntimeEngine(spec, session, self._weights)
 
 
 def resolve_provider(provider: str) -> tuple[str, ...]:
@@ -244,8 +261,13 @@ def resolve_provider(provider: str) -> tuple[str, ...]:
     )
 
 
-def create_session(model: Path | bytes, provider: str, threads: int | None = None) -> ort.InferenceSession:
-    """A session that has every provider asked for, or an error.
+def create_session(
+    model: Path | bytes,
+    provider: str,
+    threads: int | None = None,
+    weights: SharedWeights | None = None,
+) -> ort.InferenceSession:
+    """A session that has every provider asked for, or an error. With `weights` it reads those, which must outlive it.
 
     Raises `BackendUnavailableError` if a provider is missing, and whatever ONNX Runtime raises on a bad model.
     """
@@ -263,6 +285,8 @@ def create_session(model: Path | bytes, provider: str, threads: int | None = Non
     options.use_deterministic_compute = True
     if threads is not None:
         options.intra_op_num_threads = threads
+    if weights is not None and isinstance(model, Path):
+        weights.configure(options, model)
     session = ort.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options,

@@ -68,6 +68,7 @@ def verify(
     *,
     provider: str = "cpu",
     threads: int | None = None,
+    memory: str = "fast",
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -76,15 +77,17 @@ def verify(
 
     `progress` is told the name of each file and engine before it is checked. Raises only what makes checking
     impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider, number of threads or option, or if the
-    engines are code and `trust` is not given; see `load` for these.
+    provider does not work here, `ConfigurationError` on an unknown provider, number of threads, memory mode or option,
+    or if the engines are code and `trust` is not given; see `load` for these.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
     shared = find_run_backend(manifest.backend).weights
     # Every hash is checked here, once; engines with a damaged file are not loaded.
     files = BundleFiles(directory, manifest, verify_hashes=False)
-    engines = open_engines(files, provider=provider, threads=threads, trust=trust, options=options)
+    engines = open_engines(
+        files, provider=provider, threads=threads, memory=memory, trust=trust, options=options
+    )
     tell = progress or (lambda _: None)
     checked = tuple(_check_files(directory, manifest, tell))
     damaged = {row.name for row in checked if not row.ok}

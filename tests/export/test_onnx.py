@@ -278,3 +278,24 @@ def test_emission_leaves_the_program_as_it_was(step: Program) -> None:
     before = str(step.exported.graph)
     emit_onnx(step)
     assert str(step.exported.graph) == before
+
+
+def test_a_weight_that_lies_by_columns_is_read_by_rows() -> None:
+    """As its transpose, so that the graph refers to the memory as it is; a copy would share it with nothing."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 48)
+            self.layer.weight = nn.Parameter(torch.randn(WIDTH, 48).t())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    turned = unary("turned", Turned(), torch.randn(2, 3, WIDTH))
+    model = emit_onnx(turned)
+    weight = model.graph.initializers["layer.weight"].const_value
+    assert weight is not None
+    assert tuple(weight.shape) == (WIDTH, 48)
+    assert weight.raw.data_ptr() == turned.exported.state_dict["layer.weight"].data_ptr()
+    assert worst_error(model, turned, dict(turned.sample)) < 1e-5

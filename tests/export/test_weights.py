@@ -63,6 +63,30 @@ def test_stored_tensors_read_back(tmp_path: Path, dtype: torch.dtype) -> None:
             assert back.tobytes() == ir.tensor(tensor.contiguous()).tobytes()
 
 
+def test_a_range_of_a_tensor_lies_in_its_place(tmp_path: Path) -> None:
+    weight = torch.randn(60, 40)
+    rows, turned = weight[10:50], torch.randn(40, 60).t()
+    first, second = model_of(part=rows, apart=turned), model_of(whole=weight, apart=turned)
+    with weight_store([first, second], tmp_path / "weights.bin") as summary:
+        whole, part = stored(second, "whole"), stored(first, "part")
+        assert (whole.offset, part.offset) == (0, 10 * 40 * 4)
+        assert part.numpy().tolist() == rows.tolist()
+        assert stored(first, "apart").offset == stored(second, "apart").offset
+    assert summary == StoreSummary(bytes=2 * 9600, tensors=2, references=4, referenced_bytes=3 * 9600 + 6400)
+
+
+def test_of_a_weight_that_nobody_reads_whole_its_parts_are_stored(tmp_path: Path) -> None:
+    """Once where they overlap; what nobody reads is left out, and parts that merely touch are two tensors."""
+    weight = torch.randn(100, 10)
+    model = model_of(early=weight[:40], late=weight[30:70], last=weight[70:])
+    with weight_store([model], tmp_path / "weights.bin") as summary:
+        assert stored(model, "late").offset - stored(model, "early").offset == 30 * 40
+        for name, rows in (("early", weight[:40]), ("late", weight[30:70]), ("last", weight[70:])):
+            assert stored(model, name).numpy().tolist() == rows.tolist()
+    assert summary.tensors == 2
+    assert summary.bytes == 2816 + 1200  # 70 rows up to a line of 64 bytes, and 30 rows
+
+
 def test_small_tensors_stay_in_the_graph(tmp_path: Path) -> None:
     model = model_of(small=torch.randn(256), large=torch.randn(257))
     with weight_store([model], tmp_path / "weights.bin") as summary:

@@ -75,10 +75,11 @@ def open_engines(
     *,
     provider: str = "cpu",
     threads: int | None = None,
+    memory: str = "fast",
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Engines:
-    """The engines of a bundle, on the backend it was built for.
+    """The engines of a bundle, on the backend it was built for. `memory` is an option that not every backend has.
 
     Raises `BackendUnavailableError` if that does not work here, `ConfigurationError` if its engines are code and
     `trust` is not given, or on unknown options.
@@ -91,6 +92,8 @@ def open_engines(
             "if you know who built it, load it with trust=True (--trust)."
         )
     given = dict(options or {})
+    if memory != "fast":  # which is what every backend does by itself
+        given["memory"] = memory
     unknown = sorted(given.keys() - backend.options.keys())
     if unknown:
         known = ", ".join(backend.options) or "none"

@@ -15,12 +15,14 @@ from flashu_compile.runtime.sessions import PROVIDERS, OnnxRuntimeEngines, probe
 class OnnxRuntime:
     runs_code = False
     weights = WEIGHTS
-    options: Mapping[str, str] = {}
+    options: Mapping[str, str] = {
+        "memory": "fast: each engine keeps weights as it computes best; low: all engines share one map of them"
+    }
 
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> OnnxRuntimeEngines:
-        return OnnxRuntimeEngines(files, provider=provider, threads=threads)
+        return OnnxRuntimeEngines(files, provider=provider, threads=threads, **options)
 
     def examine(self) -> Iterator[Finding]:
         for provider in PROVIDERS:

@@ -1,0 +1,29 @@
+"""Weights of an ONNX graph in the layout they have in memory. Exact: the same products, said the other way round."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from torch import Tensor
+
+
+def follow_memory(model: ir.Model) -> None:
+    """Read a weight that lies by columns as its transpose, which lies by rows, where all its readers are Gemm.
+
+    Otherwise the graph would store a turned copy of it, which shares no bytes with anything.
+    """
+    for value in model.graph.initializers.values():
+        raw = getattr(value.const_value, "raw", None)
+        if not isinstance(raw, Tensor) or raw.ndim != 2 or raw.is_contiguous() or not raw.t().is_contiguous():
+            continue
+        uses = value.uses()
+        if value.is_graph_output() or not all(_reads_as_second_factor(use) for use in uses):
+            continue
+        turned = ir.tensor(raw.detach().t(), name=value.name)
+        value.const_value, value.shape = turned, ir.Shape(turned.shape)
+        for use in uses:
+            transposed = use.node.attributes.get_int("transB", 0)
+            use.node.attributes["transB"] = ir.AttrInt64("transB", 1 - transposed)
+
+
+def _reads_as_second_factor(use: ir.Usage) -> bool:
+    return use.node.op_type == "Gemm" and use.idx == 1

@@ -1,0 +1,73 @@
+"""The weights of a bundle in memory once: one map of the store that the sessions of all engines read.
+
+By itself ONNX Runtime maps each weight for each session, and copies many of them into a form that its kernels read
+faster (prepacking). Here a session gets its weights as they lie in the map, and copies none.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import onnxruntime as ort
+
+from flashu_compile.errors import BundleError, ConfigurationError
+from flashu_compile.runtime.external_data import ExternalWeight, external_weights
+
+Memory = Literal["fast", "low"]
+
+# Only the size of an element matters to the map; what it means is told to ONNX Runtime by ONNX's number of it.
+_ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def check_memory(memory: str, provider: str) -> None:
+    """Raises `ConfigurationError` if there is no such mode, or not on this provider (by ONNX Runtime's name)."""
+    if memory not in get_args(Memory):
+        raise ConfigurationError(
+            f"Unknown memory mode {memory!r}; known ones are: {', '.join(get_args(Memory))}."
+        )
+    if memory == "low" and provider != "CPUExecutionProvider":
+        raise ConfigurationError(
+            f'memory="low" shares a map of the weights in the computer\'s own memory, which {provider} does not '
+            'compute in; leave it at "fast".'
+        )
+
+
+class SharedWeights:
+    """A map of the weight store. It must live as long as the sessions made with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map = np.memmap(path, np.uint8, "r")
+        self._values: dict[ExternalWeight, ort.OrtValue] = {}
+        self._lock = threading.Lock()
+
+    def configure(self, options: ort.SessionOptions, graph: Path) -> None:
+        """Make a session of `graph` read its weights from the map. Raises `BundleError` if they are not in it."""
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        for weight in external_weights(graph.read_bytes(), str(graph)):
+            options.add_initializer(weight.name, self._value(weight, graph))
+
+    def _value(self, weight: ExternalWeight, graph: Path) -> ort.OrtValue:
+        size = _ELEMENT_BYTES.get(weight.data_type)
+        inside = 0 <= weight.offset <= weight.offset + weight.length <= len(self._map)
+        if weight.location != self.path.name or not inside or size is None:
+            raise BundleError(
+                f"{graph} has no place in {self.path} for {weight.name}; build the bundle again."
+            )
+        if math.prod(weight.shape) * size != weight.length:
+            raise BundleError(
+                f"{graph} says that {weight.name} has {weight.length} bytes for the shape {list(weight.shape)}; "
+                "build the bundle again."
+            )
+        with self._lock:
+            if weight not in self._values:
+                data = self._map[weight.offset : weight.offset + weight.length]
+                self._values[weight] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                    data.view(_UNSIGNED[size]).reshape(weight.shape), weight.data_type
+                )
+            return self._values[weight]

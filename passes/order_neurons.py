@@ -1,0 +1,116 @@
+"""Order the neurons of feed-forward groups so that what each of two tasks keeps is one range of them. Exact.
+
+Looks for the feed-forward group of each block of a stack (`analysis.feed_forward`) in which a task keeps only some
+neurons, and puts them in the order {first task only, both, second task only, neither}: rows of the layers that make
+them, columns of the one that reads them. That one's weight is laid out by columns, so that a range of neurons is a
+range of memory in every weight of the group, and pruned programs can share the bytes of the whole one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.passes.analysis.feed_forward import FeedForward
+from flashu_compile.passes.base import Kind, Pass, PassResult
+from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.neurons import (
+    Neurons,
+    chosen_groups,
+    chosen_neurons,
+    neuron_rows,
+    stored_positions,
+    stored_weight,
+)
+from flashu_compile.program import Program
+
+Kept = Mapping[int, Neurons]
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderNeurons(Pass):
+    """`first`, `second`: for each block index, the neurons that a task keeps, sorted; a block not named stays whole.
+
+    `shared` holds the weights that were ordered already. Programs of one model that are given to one instance share
+    them, as they shared those they came with.
+    """
+
+    kind: ClassVar[Kind] = "exact"
+
+    stack: str
+    first: Kept
+    second: Kept
+    shared: dict[Hashable, tuple[Tensor, Tensor]] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def call(self, program: Program) -> PassResult:
+        blocks = self.first.keys() | self.second.keys()
+        if not blocks:
+            return PassResult.unchanged(program)
+        editor = GraphEditor(program)
+        copies = {node.name: node for node in editor.graph.nodes}
+        changes = []
+        for group in chosen_groups(program, self.stack, blocks).values():
+            if (order := self._order(group)) is not None:
+                changes.append(self._reorder(editor, copies, group, order))
+        if not changes:
+            return PassResult.unchanged(program)
+        editor.remove_unused()  # weights in the old order that only ordered groups shared
+        return PassResult((editor.finish(),), tuple(changes))
+
+    def _order(self, group: FeedForward) -> Tensor | None:
+        """The neurons of a group in their new order, or None where both tasks keep all of them.
+
+        A task that is not named for the block asks for no order.
+        """
+        kept = torch.zeros(2, group.width, dtype=torch.bool)
+        for task, by_block in enumerate((self.first, self.second)):
+            if (neurons := by_block.get(group.block)) is not None:
+                kept[task, chosen_neurons(neurons, group)] = True
+        if all(int(task.sum()) in (0, group.width) for task in kept):
+            return None
+        first, second = kept
+        return torch.cat(
+            [
+                part.nonzero()[:, 0]
+                for part in (first & ~second, first & second, second & ~first, ~first & ~second)
+            ]
+        )
+
+    def _reorder(
+        self, editor: GraphEditor, copies: Mapping[str, fx.Node], group: FeedForward, order: Tensor
+    ) -> str:
+        """Put the weights of one group in order, and say so."""
+        down = copies[group.down.name]
+        own = editor.narrow(down, 1, self._ordered(stored_weight(editor, down, 1), order, by_columns=True))
+        for up in (copies[node.name] for node in group.ups):
+            for position in stored_positions(up):
+                weight = stored_weight(editor, up, position)
+                rows = neuron_rows(order, weight, group.width)
+                own |= editor.narrow(up, position, self._ordered(weight, rows, by_columns=False))
+        also = "; other readers keep the weights in their old order, so they are there twice" if own else ""
+        return f"block {group.block} of stack {self.stack}: ordered {group.width} neurons{also}"
+
+    def _ordered(self, weight: Tensor, order: Tensor, *, by_columns: bool) -> Tensor:
+        memory = (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
+        key = (memory, by_columns, order.numpy().tobytes())
+        if key not in self.shared:
+            # The old weight is kept with it: while it lives, nothing else can have its address.
+            turned = weight.t() if by_columns else weight
+            ordered = turned.index_select(0, order)
+            self.shared[key] = (weight, ordered.t() if by_columns else ordered)
+        return self.shared[key][1]
+
+
+def kept_ranges(first: Neurons | None, second: Neurons | None) -> tuple[range | None, range | None]:
+    """Where `OrderNeurons` puts what each task keeps in a block; None for a task that keeps all."""
+    if first is None or second is None:
+        return tuple(None if kept is None else range(len(kept)) for kept in (first, second))  # type: ignore[return-value]
+    start = len(first) - len(np.intersect1d(first, second))
+    return range(len(first)), range(start, start + len(second))
