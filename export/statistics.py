@@ -36,6 +36,22 @@ def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
     }
 
 
+def program_statistics(program: Program) -> dict[str, Any]:
+    """The same of an engine that is the program's own graph."""
+    targets = [n.target for n in program.exported.graph.nodes if n.op == "call_function"]
+    names = (str(getattr(t, "overloadpacket", None) or getattr(t, "__name__", t)) for t in targets)
+    operators = Counter(name.removeprefix("aten.") for name in names)
+    parameters: Counter[str] = Counter()
+    for name, tensor in {**program.exported.state_dict, **program.exported.constants}.items():
+        parameters[component(name, program.stacks)] += tensor.numel()
+    return {
+        "nodes": sum(operators.values()),
+        "operators": dict(sorted(operators.items())),
+        "parameters": dict(sorted(parameters.items())),
+        "flops": _flops(program),
+    }
+
+
 def component(path: str, stacks: Mapping[str, str]) -> str:
     """The stack whose root is `path` or a parent of it; the longest root if several are."""
     found = [(len(root), name) for name, root in stacks.items() if f"{path}.".startswith(f"{root}.")]
