@@ -7,60 +7,25 @@ Eager and bundle take turns; medians over `--repeats`. Both use the same number 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
-import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import flashu_compile
+from benchmarks.measuring import in_turn, machine, parser, relative, report, seconds
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.runtime.manifest import REPORT
 
 PROMPT = "a red circle left of a blue square"
 QUESTION = "what is left of the blue square?"
-
-
-def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
-
-
-def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of two calls that take turns, after one warm-up each."""
-    first(), second()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        times[0].append(seconds(first)[0])
-        times[1].append(seconds(second)[0])
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def relative(value: np.ndarray, truth: np.ndarray) -> float:
-    return float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
-
-
-def machine() -> dict[str, Any]:
-    names = ("torch", "onnx", "transformers", "numpy")
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        **{name: version(name) for name in names},
-    }
 
 
 def measure(model: str, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
@@ -72,14 +37,16 @@ def measure(model: str, repeats: int, threads: int, folder: Path) -> dict[str, A
     truth = eager.trajectory(PROMPT, seed=0).latents.numpy()
     latents = np.asarray(pipe.latents(PROMPT, seed=0))
     picture = eager.generate(PROMPT, seed=0)
-    answers = [p.ask(picture, QUESTION, max_new_tokens=8) for p in (eager, pipe)]
-    drawing = in_turn(lambda: eager.generate(PROMPT), lambda: pipe.generate(PROMPT), repeats)
-    asking = in_turn(
-        lambda: eager.ask(picture, QUESTION, max_new_tokens=8),
-        lambda: pipe.ask(picture, QUESTION, max_new_tokens=8),
-        repeats,
+
+    def ask(who: Any) -> str:
+        return who.ask(picture, QUESTION, max_new_tokens=8)
+
+    answers = [ask(eager), ask(pipe)]
+    drawing = in_turn(
+        {"eager": lambda: eager.generate(PROMPT), "bundle": lambda: pipe.generate(PROMPT)}, repeats
     )
-    report = json.loads((bundle.path / REPORT).read_text())
+    asking = in_turn({"eager": lambda: ask(eager), "bundle": lambda: ask(pipe)}, repeats)
+    built = json.loads((bundle.path / REPORT).read_text())
     return {
         "model": model,
         "threads": threads,
@@ -89,38 +56,35 @@ def measure(model: str, repeats: int, threads: int, folder: Path) -> dict[str, A
         "seconds": {
             "build": build,
             "load_and_first_step": first,
-            "eager_generate": drawing[0],
-            "bundle_generate": drawing[1],
-            "eager_ask": asking[0],
-            "bundle_ask": asking[1],
+            "eager_generate": drawing["eager"],
+            "bundle_generate": drawing["bundle"],
+            "eager_ask": asking["eager"],
+            "bundle_ask": asking["bundle"],
         },
-        "bytes": report["sizes"],
+        "bytes": built["sizes"],
         "answers": answers,
         "errors": {
             "final_latents": relative(latents, truth),
             **{
                 f"{name}.{o}": e
-                for name, engine in report["engines"].items()
+                for name, engine in built["engines"].items()
                 for o, e in engine["errors"].items()
             },
         },
-        "ratios": {"generate": drawing[0] / drawing[1], "ask": asking[0] / asking[1]},
+        "ratios": {
+            "generate": drawing["eager"] / drawing["bundle"],
+            "ask": asking["eager"] / asking["bundle"],
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="showo2-shapes")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__, repeats=5)
+    options.add_argument("--model", default="showo2-shapes")
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(arguments.model, arguments.repeats, arguments.threads, Path(scratch))
-    text = json.dumps(result, indent=1)
-    if arguments.output is not None:
-        arguments.output.write_text(text + "\n")
-    print(text)
+    report(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from flashu_compile.config import MMUConfig
 from flashu_compile.importing import published_decisions
 from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig, Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import SpaceToDepth
-from flashu_compile.recipe import Recipe
+from flashu_compile.recipe import Decisions, Phase, Recipe
 from flashu_compile.runtime.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 
 SEED = 0
@@ -42,7 +43,30 @@ _SMALL = Showo2Config(
     position_grid=15,
     sequence_length=320,
 )
+_TINY = Showo2Config(
+    llm=LLMConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    semantic=SemanticConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+    head=HeadConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    latent_channels=VAE.latent_channels,
+    latent_grid=4,
+    position_grid=4,
+    sequence_length=64,
+)
 GEOMETRIES = {
+    "bench-tiny": _TINY,  # for trying the benchmarks out
     "bench-small": _SMALL,
     "bench-small-27": dataclasses.replace(_SMALL, latent_grid=27, position_grid=27, sequence_length=1024),
 }
@@ -72,11 +96,33 @@ def tokenizer() -> Tokenizer:
 def published_defaults(config: Showo2Config) -> Recipe:
     """The published schedule and ratios, with random neurons kept and random layers skipped."""
     random = np.random.default_rng(SEED)
-    width, layers = config.llm.intermediate_size, config.llm.num_hidden_layers
-    kept = {
-        i: np.sort(random.choice(width, int(0.8 * width) // 64 * 64, replace=False)) for i in range(layers)
-    }
+    layers = config.llm.num_hidden_layers
+    kept = _kept(random, config)
     lists = {
         step: sorted(random.choice(layers, int(0.2 * layers), replace=False).tolist()) for step in (1, 11, 21)
     }
     return published_decisions(kept, lists, time_shift=config.time_shift)
+
+
+def understanding_defaults(config: Showo2Config) -> Recipe:
+    """All understanding techniques at their default ratios, with random neurons kept and random layers skipped."""
+    random = np.random.default_rng(SEED)
+    layers = config.llm.num_hidden_layers
+    kept = _kept(random, config)
+    skipped = random.choice(layers, int(0.2 * layers), replace=False).tolist()
+    techniques = MMUConfig(ffn_pruning=0.2, layer_skipping=0.2, token_pruning=0.5)
+    decided = Decisions({"llm": kept}, (Phase(0.0, tuple(skipped)),))
+    return Recipe("techniques", mmu=techniques, decisions={"mmu": decided})
+
+
+def token_pruning() -> Recipe:
+    """Half of the image tokens dropped at layer 2, and nothing else."""
+    return Recipe("token-pruning", mmu=MMUConfig(token_pruning=0.5))
+
+
+def _kept(random: np.random.Generator, config: Showo2Config) -> dict[int, np.ndarray]:
+    """Four fifths of each LLM layer's neurons, rounded down to a multiple of 64."""
+    width, layers = config.llm.intermediate_size, config.llm.num_hidden_layers
+    return {
+        i: np.sort(random.choice(width, int(0.8 * width) // 64 * 64, replace=False)) for i in range(layers)
+    }

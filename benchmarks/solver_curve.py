@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bundle_vs_eager import machine, seconds
+from benchmarks.measuring import machine, seconds
 from benchmarks.records import Records, digest, mean_relative_error, save_array, weights_digest
 from benchmarks.scoring import Workers, draw_some, workers
 from examples.showo2_shapes.evaluate import prompts

@@ -1,0 +1,103 @@
+"""One answer about one picture, from pixels to tokens: eager loops and the engines, and their prefills.
+
+The published loop recomputes the whole sequence for every token; `eager_cached` is the fair peer. A prefill begins
+with the picture's embeddings and ends with the logits of the first token; its picture has not been seen before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import flashu_compile
+from benchmarks.bundles import Bundles
+from benchmarks.cached_eager import CachedEager
+from benchmarks.geometries import SEED, VAE, random_model, token_pruning, understanding_defaults
+from benchmarks.measuring import flops, relative
+from benchmarks.subject import Subject
+from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.reference import UnderstandingReference
+from flashu_compile.runtime import decoding
+from flashu_compile.runtime.pipeline import Pipeline
+
+TOKENS = 32
+QUESTION = "what is left of the blue square?"
+NEVER = -1  # an end token that no answer has: all answers are of full length
+
+
+def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
+    config = bundles.config
+    chosen = {"exact": "exact", "half_tokens": token_pruning(), "techniques": understanding_defaults(config)}
+    pipes = {
+        name: flashu_compile.load(bundles.path("mmu", recipe), threads=threads)
+        for name, recipe in chosen.items()
+    }
+    model, half = random_model(config), random_model(config).to(torch.bfloat16)
+    codec = pipes["exact"]._codec
+    prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
+    side = config.latent_shape[1] * VAE.spatial_factor
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)
+    embeds = {name: _embeds(pipe, pixels) for name, pipe in pipes.items()}
+    seen = CachedEager(model, VAE.encode(pixels))
+
+    def published(count: int) -> list[int]:
+        loop = UnderstandingReference(model, VAE.encode(pixels))
+        return loop.greedy(torch.tensor([prefix]), torch.tensor([suffix]), count, None)
+
+    def cached(network: Showo2) -> list[int]:
+        return CachedEager(network, VAE.encode(pixels)).greedy(prefix, suffix, tokens, None)
+
+    def engines(name: str) -> list[int]:
+        pipe = pipes[name]
+        picture = decoding.Picture(pipe._engines, prefix, _embeds(pipe, pixels))
+        return list(decoding.tokens(picture.answer(suffix[0]), suffix, NEVER, tokens))
+
+    def prefill(name: str) -> np.ndarray:
+        picture = decoding.Picture(pipes[name]._engines, prefix, embeds[name])
+        return picture.answer(suffix[0]).first(suffix)
+
+    def check() -> dict[str, float]:
+        truth = UnderstandingReference(model, VAE.encode(pixels)).logits(
+            torch.tensor([prefix]), torch.tensor([suffix])
+        )
+        said, last = published(tokens), truth[0, -1].numpy()
+        return {
+            "first logits, exact against eager_uncached": relative(prefill("exact"), last),
+            "first logits, eager_cached against eager_uncached": relative(
+                seen.prefill(prefix, suffix)[0].numpy(), last
+            ),
+            "tokens of exact that differ from eager_uncached": _differing(engines("exact"), said),
+            "tokens of eager_cached that differ from eager_uncached": _differing(cached(model), said),
+        }
+
+    calls: dict[str, Any] = {
+        "eager_uncached": lambda: published(tokens),
+        "eager_cached": lambda: cached(model),
+        "eager_cached_bf16": lambda: cached(half),
+        **{name: lambda name=name: engines(name) for name in pipes},
+        "prefill_eager": lambda: seen.prefill(prefix, suffix),
+        **{f"prefill_{name}": lambda name=name: prefill(name) for name in pipes},
+    }
+    answers = ("eager_uncached", "eager_cached", "eager_cached_bf16")
+    pairs = [(fast, slow) for fast in pipes for slow in answers]
+    pairs += [("half_tokens", "exact"), ("techniques", "exact")]
+    prefills = ("half_tokens", "techniques")
+    pairs += [(f"prefill_{fast}", f"prefill_{slow}") for fast in prefills for slow in ("exact", "eager")]
+    pairs += [("prefill_exact", "prefill_eager")]
+    counted = ("eager_uncached", "eager_cached", "prefill_eager")
+
+    def work() -> dict[str, float]:
+        done = {name: flops(calls[name]) for name in counted}
+        return done | {"eager_cached_bf16": done["eager_cached"]}
+
+    return Subject(calls, tuple(pairs), check, work)
+
+
+def _embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:
+    return pipe._engines.engine("vision").run({"pixels": pixels.numpy()})["image_embeds"]
+
+
+def _differing(said: list[int], truth: list[int]) -> int:
+    return sum(a != b for a, b in zip(said, truth, strict=True))

@@ -1,0 +1,128 @@
+"""What benchmarks share: the machine, times taken in turn, errors, counted work and this machine's peak.
+
+Times of calls that are compared are taken in turn, so that what else the machine does falls on all of them, and are
+medians. Work counts matrix products, convolutions and attention; a multiplication and an addition are two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+Call = Callable[[], Any]
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions."""
+    names = ("torch", "onnx", "transformers", "numpy")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        **{name: version(name) for name in names},
+    }
+
+
+def seconds(call: Call) -> tuple[float, Any]:
+    """How long one call takes, and what it gives."""
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def times_in_turn(
+    calls: Mapping[str, Call], repeats: int, *, warm_up: bool = True, loud: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every call, `repeats` of each, one after the other; after a first call each that does not count."""
+    if warm_up:
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats):
+        for name, call in calls.items():
+            times[name].append(seconds(call)[0])
+            if loud:
+                print(f"  {repeat + 1}/{repeats} {name}: {times[name][-1]:.4g} s", flush=True)
+    return times
+
+
+def in_turn(
+    calls: Mapping[str, Call], repeats: int, *, warm_up: bool = True, loud: bool = False
+) -> dict[str, float]:
+    """Median seconds of calls that take turns."""
+    return medians(times_in_turn(calls, repeats, warm_up=warm_up, loud=loud))
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def relative(value: np.ndarray, truth: np.ndarray) -> float:
+    """L2 error of `value`, relative to `truth`."""
+    return float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
+
+
+def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 20) -> float:
+    """GFLOP/s of a square matrix product in PyTorch, the median of `repeats`."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    a @ b
+    return 2 * size**3 / statistics.median(seconds(lambda: a @ b)[0] for _ in range(repeats)) / 1e9
+
+
+def flops(call: Call) -> float:
+    """Floating-point operations of what PyTorch computes in a call."""
+    # PyTorch counts the attention kernels of other devices by itself.
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def parser(documentation: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks have: --repeats, --threads, --output."""
+    result = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--repeats", type=int, default=repeats)
+    result.add_argument("--threads", type=int, default=os.cpu_count())
+    result.add_argument("--output", type=Path, help="JSON file; what was measured is printed in any case")
+    return result
+
+
+def report(result: Mapping[str, Any], output: Path | None) -> None:
+    """Print a result, and write it where it was asked for."""
+    text = json.dumps(result, indent=1, default=float)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Two products: [rows, d] with [d, columns], and [rows, columns] with [columns, d_v]. Called with shapes."""
+    *batch, rows, width = query
+    return 2 * int(np.prod(batch)) * rows * key[-2] * (width + value[-1])
+
+
+def _processor() -> str:
+    """The processor's name, which only /proc tells on Linux."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

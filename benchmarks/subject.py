@@ -1,0 +1,25 @@
+"""What speed.py times for a task: calls by name, and what is to be said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from benchmarks.measuring import Call
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Calls by name, and what is to be reported of them.
+
+    Attributes:
+        calls: what is timed. Calls that are compared do the same work, but for what the comparison is about.
+        pairs: (fast, slow) of every ratio.
+        check: errors of some calls against others, by what is compared; it runs every call of them once.
+        flops: floating-point operations of calls in eager PyTorch, counted.
+    """
+
+    calls: Mapping[str, Call]
+    pairs: tuple[tuple[str, str], ...]
+    check: Callable[[], dict[str, float]]
+    flops: Callable[[], dict[str, float]]
