@@ -1,4 +1,4 @@
-"""What the backends that stay in PyTorch have in common: precision, signatures, and one file of tensors for a bundle."""
+"""What the backends that stay in PyTorch have in common: precision, signatures, and a bundle's file of tensors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def in_precision(program: Program, precision: str) -> tuple[Program, tuple[PassR
 
 
 def plain_copy(program: Program) -> ExportedProgram:
-    """The program's graph with its sample as example inputs, without assertions and without the paths of source files."""
+    """The program's graph with its sample as example inputs, without assertions and paths of source files."""
     old = program.exported
     graph = copy.deepcopy(old.graph)
     for node in reversed(list(graph.nodes)):

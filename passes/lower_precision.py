@@ -58,7 +58,7 @@ class LowerPrecision(Pass):
         lowered = 0
         for node in list(editor.graph.nodes):
             if node.op == "output":
-                node.args = fx.map_arg(node.args, lambda n: casts.back(n, node))
+                casts.raise_(node)
             if node.op != "call_function":
                 continue
             kind = getattr(node.target, "overloadpacket", None)
@@ -87,10 +87,10 @@ class _Casts:
         reader.kwargs = fx.map_arg(reader.kwargs, lambda n: self._short(n, reader))
 
     def raise_(self, reader: fx.Node) -> None:
-        reader.args = fx.map_arg(reader.args, lambda n: self.back(n, reader))
-        reader.kwargs = fx.map_arg(reader.kwargs, lambda n: self.back(n, reader))
+        reader.args = fx.map_arg(reader.args, lambda n: self._full(n, reader))
+        reader.kwargs = fx.map_arg(reader.kwargs, lambda n: self._full(n, reader))
 
-    def back(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+    def _full(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         return self._cast(node, torch.float32, reader) if _dtype(node) == self._dtype else node
 
     def _short(self, node: fx.Node, reader: fx.Node) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code an engine, and one file of tensors.
+"""Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code an engine, and shared tensors.
 
 Weights stay outside the packages (`aot_inductor.package_constants_in_so`), so engines share them. Building takes a
 C++ compiler; running takes PyTorch and a machine like the one it was built on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,14 +108,12 @@ def test_nothing_in_the_bundle_is_a_pickle(bundles: dict[str, Path]) -> None:
 def test_code_is_not_run_without_trust_or_with_a_changed_file(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     for call in (flashu_compile.load, verify):
         with pytest.raises(ConfigurationError, match="trust=True"):
             call(bundles["float32"])
     with pytest.raises(ConfigurationError, match="always checked"):
         flashu_compile.load(bundles["float32"], trust=True, verify_hashes=False)
-    with pytest.raises(ConfigurationError, match="Unknown option 'fast'.*compile"):
+    with pytest.raises(ConfigurationError, match=r"Unknown option 'fast'.*compile"):
         flashu_compile.load(bundles["float32"], trust=True, options={"fast": True})
     own = Path(shutil.copytree(bundles["float32"], tmp_path / "own"))
     flip_byte(own / "denoise.json", 1000)
