@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -17,6 +16,7 @@ from torch.export import ExportedProgram
 from flashu_compile.exporters.backends import Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
 from flashu_compile.passes.analysis.sizes import Sizes
+from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.lower_precision import LowerPrecision
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.program import Program, Role
@@ -44,8 +44,8 @@ def in_precision(program: Program, precision: str) -> tuple[Program, tuple[PassR
 
 def plain_copy(program: Program) -> ExportedProgram:
     """The program's graph with its sample as example inputs, without assertions and paths of source files."""
-    old = program.exported
-    graph = copy.deepcopy(old.graph)
+    old = GraphEditor(program).finish().exported
+    graph = old.graph
     for node in reversed(list(graph.nodes)):
         node.meta.pop("stack_trace", None)
         if node.op == "call_function" and "_assert" in str(node.target):

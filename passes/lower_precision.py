@@ -101,7 +101,7 @@ class _Casts:
             return self._cast(node, self._dtype, reader)
         key = node, self._dtype
         if key not in self._known:
-            name = f"{self._editor.name(node)}.{str(self._dtype).removeprefix('torch.')}"
+            name = f"{self._editor.name(node)}_{str(self._dtype).removeprefix('torch.')}"
             short = self._editor.add_constant(name, stored.detach().to(self._dtype), node)
             short.meta["val"] = node.meta["val"].to(self._dtype)
             self._known[key] = short

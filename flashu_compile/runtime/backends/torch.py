@@ -129,10 +129,10 @@ BACKEND = Torch()
 
 
 def _eager(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
-    tensors = dict(tensors)
     try:
-        # Which of them are parameters, and which constants, the graph says.
-        program = deserialize(SerializedArtifact(path.read_bytes(), tensors, tensors, b""))  # type: ignore[arg-type]
+        content = path.read_bytes()
+        state, constants = _sorted(json.loads(content), tensors)
+        program = deserialize(SerializedArtifact(content, state, constants, b""))
         if device.type != "cpu":
             from torch.export.passes import move_to_device_pass
 
@@ -142,6 +142,23 @@ def _eager(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: 
         raise BundleError(
             f"PyTorch {torch.__version__} cannot read engine {spec.name!r} from {path}: {error}"
         ) from error
+
+
+def _sorted(graph: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """The tensors that the graph calls parameters and buffers, and those that it calls constants."""
+    state: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in graph["graph_module"]["signature"]["input_specs"]:
+        ((kind, fields),) = spec.items()
+        if kind == "parameter":
+            name = fields["parameter_name"]
+            state[name] = torch.nn.Parameter(tensors[name], requires_grad=False)
+        elif kind == "buffer" and fields["persistent"]:
+            state[fields["buffer_name"]] = tensors[fields["buffer_name"]]
+        elif kind in ("buffer", "tensor_constant"):
+            name = fields[f"{kind}_name"]
+            constants[name] = tensors[name]
+    return state, constants
 
 
 def _compiled(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
