@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
+from numpy.typing import NDArray
 
-from flashu_compile.errors import EmissionError
+from flashu_compile.errors import BundleError, EmissionError, InputError
+from flashu_compile.exporters.backends import Backend
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.weights import weight_store
-from flashu_compile.runtime.manifest import WEIGHTS
+from flashu_compile.runtime.backends import open_engines
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.manifest import WEIGHTS, Manifest, file_entry
 from flashu_compile.runtime.sessions import create_session
-from flashu_compile.runtime.verify import TOLERANCE, relative_error
+from flashu_compile.runtime.verify import TOLERANCE, TOLERANCES, relative_error
 
 
 def engine_errors(build: EngineBuild, scratch_parent: Path) -> dict[str, float]:
@@ -36,15 +42,40 @@ def engine_errors(build: EngineBuild, scratch_parent: Path) -> dict[str, float]:
             values = create_session(path, "cpu", threads=1).run(names, inputs, options)
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
             raise EmissionError(f"ONNX Runtime cannot run engine {build.name!r}: {error}") from error
+    return output_errors(build, dict(zip(names, values, strict=True)), TOLERANCE)
+
+
+def written_errors(
+    build: EngineBuild, backend: Backend, name: str, precision: str, scratch_parent: Path
+) -> dict[str, float]:
+    """The same for an engine of any backend, run by that backend's own run side, on the CPU and one thread."""
+    with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
+        directory = Path(scratch)
+        specs = backend.write([build], directory).specs
+        tasks, files = (build.task,), {path.name: file_entry(path) for path in directory.iterdir()}
+        manifest = Manifest("", tasks, name, precision, "", specs, None, None, {}, files)
+        inputs = {role: tensor.numpy() for role, tensor in build.reference_inputs.items()}
+        try:
+            engines = open_engines(BundleFiles(directory, manifest), threads=1, trust=True)
+            values = engines.engine(build.name).run(inputs)
+        except (BundleError, InputError) as error:
+            raise EmissionError(f"Engine {build.name!r} does not run: {error}") from error
+        return output_errors(build, values, TOLERANCES[precision])
+
+
+def output_errors(
+    build: EngineBuild, values: Mapping[str, NDArray[Any]], tolerance: float
+) -> dict[str, float]:
+    """Relative L2 error of every output. Raises `EmissionError` if one is above `tolerance`, or not a number."""
     errors = {}
-    for name, value in zip(names, values, strict=True):
-        off = relative_error(value, build.reference_outputs[name].numpy())
+    for name, truth in build.reference_outputs.items():
+        off = relative_error(values[name], truth.numpy())
         # Three digits: the last bits of a norm depend on where in memory its operands lie.
         errors[name] = float(f"{off:.2e}")
-        # Not `error > TOLERANCE`: a NaN must fail too.
-        if not errors[name] <= TOLERANCE:
+        # Not `error > tolerance`: a NaN must fail too.
+        if not errors[name] <= tolerance:
             raise EmissionError(
                 f"Engine {build.name!r} differs from PyTorch in {name!r}: "
-                f"relative L2 error {errors[name]:.2e}, allowed {TOLERANCE:.0e}."
+                f"relative L2 error {errors[name]:.2e}, allowed {tolerance:.0e}."
             )
     return errors

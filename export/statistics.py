@@ -36,6 +36,22 @@ def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
     }
 
 
+def program_statistics(program: Program) -> dict[str, Any]:
+    """The same of an engine that is the program's own graph."""
+    targets = [n.target for n in program.exported.graph.nodes if n.op == "call_function"]
+    names = (str(getattr(t, "overloadpacket", None) or getattr(t, "__name__", t)) for t in targets)
+    operators = Counter(name.removeprefix("aten.") for name in names)
+    parameters: Counter[str] = Counter()
+    for name, tensor in {**program.exported.state_dict, **program.exported.constants}.items():
+        parameters[component(name, program.stacks)] += tensor.numel()
+    return {
+        "nodes": sum(operators.values()),
+        "operators": dict(sorted(operators.items())),
+        "parameters": dict(sorted(parameters.items())),
+        "flops": _flops(program),
+    }
+
+
 def component(path: str, stacks: Mapping[str, str]) -> str:
     """The stack whose root is `path` or a parent of it; the longest root if several are."""
     found = [(len(root), name) for name, root in stacks.items() if f"{path}.".startswith(f"{root}.")]
@@ -84,7 +100,7 @@ class _FlopInterpreter(fx.Interpreter):
         flops = self.mode.get_total_flops() - before
         if n.target is torch.ops.aten.scaled_dot_product_attention.default:
             # torch's registry knows the kernels of some devices only, and no grouped heads.
-            query, key, value = (self.env[node] for node in n.all_input_nodes[:3])
+            query, key, value = (self.env[node] for node in n.args[:3])
             flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         if flops:
             self.counts[component(module_path(n), self.stacks)] += flops

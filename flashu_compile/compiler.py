@@ -92,8 +92,9 @@ def export(
         calibration: what a recipe's open decisions are measured on: prompts for t2i, (image, question) pairs for
             mmu; see `calibrate`.
         samples, seed: how many of them are used, and which; see `calibrate`.
-        backend: "onnxruntime".
-        precision: "float32".
+        backend: what runs the engines: "onnxruntime", "torch" or "aot_inductor". The last two are code to whoever
+            loads the bundle, which takes `load(…, trust=True)`.
+        precision: "float32", or "bfloat16" where the backend has it.
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.

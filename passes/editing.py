@@ -55,6 +55,10 @@ class GraphEditor:
         name = str(spec.target)
         return self._constants[name] if name in self._constants else self._state[name]
 
+    def name(self, node: fx.Node) -> str:
+        """The name in the checkpoint of what a placeholder of a stored tensor stands for."""
+        return str(self._specs[node].target)
+
     def user_inputs(self) -> dict[str, fx.Node]:
         """Placeholders of the program's inputs, by role."""
         return dict(self._inputs)

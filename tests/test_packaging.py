@@ -99,7 +99,26 @@ def test_passes_name_no_model() -> None:
 
 
 def test_runtime_imports_no_framework() -> None:
-    assert imports_of({"torch", "transformers"}, "flashu_compile/runtime") == []
+    """But for the files of the backends that run in one, each imported when a bundle asks for it."""
+    backends = (
+        "flashu_compile/runtime/backends/torch.py:",
+        "flashu_compile/runtime/backends/aot_inductor.py:",
+    )
+    found = imports_of({"torch", "transformers"}, "flashu_compile/runtime")
+    assert [line for line in found if not line.startswith(backends)] == []
+
+
+def test_a_bundle_for_a_framework_that_is_absent_names_the_extra() -> None:
+    said = run_without_extras(
+        "from flashu_compile.runtime.backends import backend_names, find_run_backend\n"
+        "assert 'torch' in backend_names()\n"
+        "try:\n"
+        "    find_run_backend('torch')\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    assert "MissingDependencyError" in said
+    assert 'pip install "flashu-compile[compile]"' in said
 
 
 def test_root_import_is_lazy() -> None:

@@ -83,8 +83,12 @@ def build(
     calibration: Calibration = None,
     samples: Samples = SAMPLES,
     seed: Seed = 0,
-    precision: Annotated[str, typer.Option(help="The dtype engines compute in.")] = "float32",
-    backend: Annotated[str, typer.Option(help="What the engines are made for.")] = "onnxruntime",
+    precision: Annotated[
+        str, typer.Option(help="What engines compute in: float32, or bfloat16 where the backend has it.")
+    ] = "float32",
+    backend: Annotated[
+        str, typer.Option(help="What runs the engines: onnxruntime, torch or aot_inductor.")
+    ] = "onnxruntime",
     vae: Vae = None,
     tokenizer: Tokenizer = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at the output.")] = False,

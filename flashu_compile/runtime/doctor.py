@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import importlib.util
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -21,7 +20,7 @@ _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnx
 
 
 def examine() -> list[Finding]:
-    """Look at every backend; takes a second or two, and longer where TensorRT works. Raises nothing."""
+    """Look at every backend. Takes seconds, and longer where TensorRT works or C++ is compiled. Raises nothing."""
     return [*_backends(), *_onnxruntime(), *_libraries()]
 
 
@@ -59,7 +58,6 @@ def _libraries() -> Iterator[Finding]:
         'pip install "flashu-compile[tensorrt]"',
     )
     yield _tensorrt()
-    yield _aot_inductor()
 
 
 def _package(module: str, distribution: str, purpose: str, advice: str) -> Finding:
@@ -84,22 +82,6 @@ def _tensorrt() -> Finding:
             purpose,
         )
     return Finding("tensorrt", "found", ", ".join(found), purpose)
-
-
-def _aot_inductor() -> Finding:
-    """AOTInductor is part of PyTorch from 2.6 on; compiling with it takes a C++ compiler, running does not."""
-    name, purpose = "aot inductor", "AOTInductor artefacts"
-    version = _installed("torch", "torch")
-    if version is None:
-        return Finding(
-            name, "missing", 'it is part of PyTorch: pip install "flashu-compile[compile]"', purpose
-        )
-    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
-    if compiler is None:
-        return Finding(
-            name, "missing", f"torch {version}, but no C++ compiler on PATH (g++ or clang++)", purpose
-        )
-    return Finding(name, "found", f"torch {version}, {compiler}", purpose)
 
 
 def _installed(module: str, distribution: str) -> str | None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
 from flashu_compile.runtime import Pipeline, doctor, load, sessions
@@ -118,8 +120,11 @@ def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch)
         finding = findings[f"onnxruntime: {provider}"]
         assert finding.status == ("missing" if lacks(provider) else "works")
         assert finding.status == "works" or "It needs" in finding.detail
+    assert findings["torch: cpu"].status == "works"
+    assert findings["torch: cuda"].status == ("works" if torch.cuda.is_available() else "missing")
+    assert findings["aot_inductor"].status == ("works" if shutil.which("g++") else "missing")
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     findings = {finding.name: finding for finding in doctor.examine()}
-    for name in ("torch", "transformers", "onnxscript", "torch_tensorrt", "aot inductor"):
+    for name in ("torch", "transformers", "onnxscript", "torch_tensorrt"):
         assert findings[name].status == "missing"
         assert 'pip install "flashu-compile[' in findings[name].detail

@@ -1,0 +1,75 @@
+"""Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code an engine, and shared tensors.
+
+Weights stay outside the packages (`aot_inductor.package_constants_in_so`), so engines share them. Building takes a
+C++ compiler; running takes PyTorch and a machine like the one it was built on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flashu_compile.errors import BackendUnavailableError, EmissionError
+from flashu_compile.exporters.backends import Emitted, Written
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.parity import written_errors
+from flashu_compile.exporters.statistics import program_statistics
+from flashu_compile.exporters.torch_programs import (
+    PRECISIONS,
+    TorchModel,
+    in_precision,
+    plain_copy,
+    write_engines,
+)
+from flashu_compile.program import Program
+
+_OPTIONS = {"aot_inductor.package_constants_in_so": False}
+
+
+class AOTInductor:
+    precisions = PRECISIONS
+
+    def check(self) -> None:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            compiler = get_cpp_compiler()
+        except InvalidCxxCompiler:
+            compiler = ""
+        if shutil.which(compiler) is None:
+            raise BackendUnavailableError(
+                "Backend 'aot_inductor' compiles C++ and finds no compiler for it: install g++ or clang++, "
+                "or name one in the environment variable CXX."
+            )
+
+    def emit(self, program: Program, precision: str) -> Emitted:
+        program, records = in_precision(program, precision)
+        exported = plain_copy(program)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "engine.pt2"
+            try:
+                with torch.no_grad():
+                    torch._inductor.aoti_compile_and_package(
+                        exported, package_path=str(path), inductor_configs=_OPTIONS
+                    )
+            except Exception as error:  # whatever Inductor or the C++ compiler trips over
+                raise EmissionError(
+                    f"AOTInductor cannot compile program {program.name!r}: {error}"
+                ) from error
+            content = path.read_bytes()
+        tensors = {**exported.state_dict, **exported.constants}
+        return Emitted(TorchModel(program, content, tensors), program_statistics(program), records)
+
+    def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        return write_engines(list(engines), directory, ".pt2")
+
+    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
+        return written_errors(engine, self, "aot_inductor", precision, scratch_parent)
+
+
+BACKEND = AOTInductor()

@@ -1,0 +1,60 @@
+"""Programs as they are, for PyTorch: torch.export's own JSON form of a graph, with the tensors in one safetensors file.
+
+Not `torch.export.save`: its archives hold the example inputs, and some tensors, as pickles, and hold the weights
+once for every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch._export.serde.serialize import serialize
+
+from flashu_compile.errors import EmissionError
+from flashu_compile.exporters.backends import Emitted, Written
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.parity import written_errors
+from flashu_compile.exporters.statistics import program_statistics
+from flashu_compile.exporters.torch_programs import (
+    PRECISIONS,
+    TorchModel,
+    in_precision,
+    plain_copy,
+    write_engines,
+)
+from flashu_compile.program import Program
+
+
+class Torch:
+    precisions = PRECISIONS
+
+    def check(self) -> None:
+        """Whoever compiles has PyTorch."""
+
+    def emit(self, program: Program, precision: str) -> Emitted:
+        program, records = in_precision(program, precision)
+        exported = plain_copy(program)
+        try:
+            artifact = serialize(
+                exported,
+                serialize_state_dict=False,
+                serialize_constants=False,
+                serialize_example_inputs=False,
+            )
+        except Exception as error:  # torch's serializer raises many unrelated types
+            raise EmissionError(
+                f"Program {program.name!r} cannot be written by torch.export: {error}"
+            ) from error
+        tensors = {**exported.state_dict, **exported.constants}
+        model = TorchModel(program, artifact.exported_program, tensors)
+        return Emitted(model, program_statistics(program), records)
+
+    def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        return write_engines(list(engines), directory, ".json")
+
+    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
+        return written_errors(engine, self, "torch", precision, scratch_parent)
+
+
+BACKEND = Torch()

@@ -1,0 +1,117 @@
+"""What the backends that stay in PyTorch have in common: precision, signatures, and a bundle's file of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from flashu_compile.exporters.backends import Written
+from flashu_compile.exporters.bundle import EngineBuild, write_reference
+from flashu_compile.passes.analysis.sizes import Sizes
+from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.lower_precision import LowerPrecision
+from flashu_compile.passes.manager import PassManager, PassRecord
+from flashu_compile.program import Program, Role
+from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
+
+PRECISIONS = ("float32", "bfloat16")
+TENSORS = "weights.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchModel:
+    """An engine of these backends: what is written to its file, and the tensors that this refers to by name."""
+
+    program: Program
+    content: bytes
+    tensors: Mapping[str, Tensor]
+
+
+def in_precision(program: Program, precision: str) -> tuple[Program, tuple[PassRecord, ...]]:
+    if precision == "float32":
+        return program, ()
+    (made,), records = PassManager((LowerPrecision(precision, keep=(Role.TIMESTEP,)),)).run(program)
+    return made, records
+
+
+def plain_copy(program: Program) -> ExportedProgram:
+    """The program's graph with its sample as example inputs, without assertions and paths of source files."""
+    old = GraphEditor(program).finish().exported
+    graph = old.graph
+    for node in reversed(list(graph.nodes)):
+        node.meta.pop("stack_trace", None)
+        if node.op == "call_function" and "_assert" in str(node.target):
+            graph.erase_node(node)
+    return ExportedProgram(
+        root=torch.fx.GraphModule({}, graph),
+        graph=graph,
+        graph_signature=old.graph_signature,
+        state_dict=old.state_dict,
+        range_constraints=old.range_constraints,
+        module_call_graph=old.module_call_graph,
+        example_inputs=(tuple(program.sample[role] for role in program.input_roles), {}),
+        constants=old.constants,
+        verifiers=[old.verifier],
+    )
+
+
+def write_engines(engines: list[EngineBuild], directory: Path, suffix: str) -> Written:
+    """A file an engine, and one for the tensors of all, in which tensors of equal content are stored once."""
+    stored: dict[str, Tensor] = {}
+    by_content: dict[bytes, str] = {}
+    keys: dict[str, dict[str, str]] = {}
+    for engine in engines:
+        keys[engine.name] = {}
+        for name, tensor in sorted(engine.model.tensors.items()):
+            data = tensor.detach().cpu().contiguous()
+            digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}\n".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+            key = by_content.setdefault(
+                digest.digest(), name if name not in stored else f"{engine.name}/{name}"
+            )
+            stored.setdefault(key, data)
+            keys[engine.name][name] = key
+    # One entry: safetensors writes several in any order.
+    owned = {key: tensor.clone() for key, tensor in stored.items()}
+    save_file(owned, directory / TENSORS, metadata={"engines": json.dumps(keys, sort_keys=True)})
+    specs = tuple(_write(engine, directory, suffix) for engine in engines)
+    references = sum(map(len, keys.values()))
+    store = {"bytes": (directory / TENSORS).stat().st_size, "tensors": len(stored), "references": references}
+    return Written(specs, TENSORS, {"weight_store": store})
+
+
+def _write(engine: EngineBuild, directory: Path, suffix: str) -> EngineSpec:
+    file = f"{engine.name}{suffix}"
+    (directory / file).write_bytes(engine.model.content)
+    program: Program = engine.model.program
+    graph, signature = program.exported.graph, program.exported.graph_signature
+    nodes, sizes = {node.name: node for node in graph.nodes}, Sizes(program)
+
+    def specs(roles: tuple[str, ...], names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+        values = [nodes[name].meta["val"] for name in names]
+        return tuple(_tensor(str(role), value, sizes) for role, value in zip(roles, values, strict=True))
+
+    return EngineSpec(
+        name=engine.name,
+        task=engine.task,
+        file=file,
+        inputs=specs(program.input_roles, signature.user_inputs),
+        outputs=specs(program.outputs, signature.user_outputs),
+        reference=write_reference(engine, directory),
+        prologue=engine.prologue,
+    )
+
+
+def _tensor(role: str, value: Tensor, sizes: Sizes) -> TensorSpec:
+    shape = tuple(
+        sizes.rename(str(size.node.expr)) if isinstance(size, torch.SymInt) else size for size in value.shape
+    )
+    return TensorSpec(role, str(value.dtype).removeprefix("torch."), shape)

@@ -1,0 +1,165 @@
+"""Programs in PyTorch: eager, or with `options={"compile": True}` through torch.compile.
+
+Reading a graph evaluates its symbolic expressions and looks its operators up by name, and PyTorch makes Python code
+of it; so engines are code, whatever they look like.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch._export.serde.serialize import SerializedArtifact, deserialize
+
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.findings import Finding
+from flashu_compile.runtime.manifest import EngineSpec
+from flashu_compile.runtime.sessions import Tensors, check_inputs
+
+TENSORS = "weights.safetensors"
+
+Call = Callable[..., Sequence[Tensor]]
+Maker = Callable[[EngineSpec, Path, Mapping[str, Tensor], torch.device], Call]
+
+
+class TorchEngine:
+    """A function of tensors under an engine's signature."""
+
+    def __init__(self, spec: EngineSpec, call: Call, device: torch.device) -> None:
+        self.spec = spec
+        self._call, self._device = call, device
+
+    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        check_inputs(self.spec, inputs)
+        values = [np.require(inputs[t.name], requirements=["C", "W"]) for t in self.spec.inputs]
+        tensors = [torch.from_numpy(value).to(self._device) for value in values]
+        try:
+            with torch.inference_mode():
+                results = self._call(*tensors)
+        except RuntimeError as error:
+            raise BundleError(f"Engine {self.spec.name!r} failed in PyTorch: {error}") from error
+        # A result may be an input, or lie in memory of another result.
+        arrays = [result.cpu().contiguous().numpy().copy() for result in results]
+        return {tensor.name: array for tensor, array in zip(self.spec.outputs, arrays, strict=True)}
+
+
+class TorchEngines:
+    """Engines of a bundle that share one set of tensors, made when first asked for, by `make`."""
+
+    def __init__(self, files: BundleFiles, device: torch.device, make: Maker) -> None:
+        self._files, self._device, self._make = files, device, make
+        self._engines: dict[str, TorchEngine] = {}
+        self._keys: dict[str, dict[str, str]] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def engine(self, name: str) -> TorchEngine:
+        with self._lock:
+            if name not in self._engines:
+                spec = self._files.manifest.engine(name)
+                path = self._files.path(spec.file)
+                call = self._make(spec, path, self._tensors_of(name), self._device)
+                self._engines[name] = TorchEngine(spec, call, self._device)
+            return self._engines[name]
+
+    def _tensors_of(self, name: str) -> dict[str, Tensor]:
+        path = self._files.path(TENSORS)
+        try:
+            with safe_open(path, framework="pt", device=str(self._device)) as file:
+                keys = json.loads(file.metadata()["engines"])[name]
+                for key in keys.values():
+                    if key not in self._tensors:
+                        self._tensors[key] = file.get_tensor(key)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise BundleError(f"{path} does not hold the tensors of engine {name!r}: {error!r}.") from error
+        return {tensor: self._tensors[key] for tensor, key in keys.items()}
+
+
+def find_device(provider: str, threads: int | None) -> torch.device:
+    """The device to run on. The number of threads is PyTorch's, and holds for the whole process."""
+    if provider not in ("cpu", "cuda"):
+        raise ConfigurationError(f"Unknown provider {provider!r} for engines in PyTorch: give cpu or cuda.")
+    if threads is not None and threads < 1:
+        raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"Provider 'cuda' does not work here: PyTorch {torch.__version__} sees no CUDA device; it needs an "
+            "NVIDIA driver and a PyTorch built for CUDA."
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device(provider)
+
+
+class Torch:
+    runs_code = True
+    weights = TENSORS
+    options: Mapping[str, str] = {"compile": "True: each engine goes through torch.compile when first run."}
+
+    def open(
+        self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
+    ) -> TorchEngines:
+        compiled = options.get("compile", False)
+        if not isinstance(compiled, bool):
+            raise ConfigurationError(f"Option 'compile' is True or False, not {compiled!r}.")
+        return TorchEngines(files, find_device(provider, threads), _compiled if compiled else _eager)
+
+    def examine(self) -> Iterator[Finding]:
+        for provider in ("cpu", "cuda"):
+            name, purpose = f"torch: {provider}", f"bundles of backend 'torch' with provider={provider!r}"
+            try:
+                two = torch.ones(1, device=find_device(provider, None)).add(1).item()
+            except (BackendUnavailableError, RuntimeError) as error:
+                yield Finding(name, "missing", str(error), purpose)
+            else:
+                assert two == 2
+                yield Finding(name, "works", f"PyTorch {torch.__version__} computed on it", purpose)
+
+
+BACKEND = Torch()
+
+
+def _eager(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
+    try:
+        content = path.read_bytes()
+        state, constants = _sorted(json.loads(content), tensors)
+        program = deserialize(SerializedArtifact(content, state, constants, b""))
+        if device.type != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, device)
+        return program.module(check_guards=False)
+    except Exception as error:  # torch's deserializer raises many unrelated types
+        raise BundleError(
+            f"PyTorch {torch.__version__} cannot read engine {spec.name!r} from {path}: {error}"
+        ) from error
+
+
+def _sorted(graph: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """The tensors that the graph calls parameters and buffers, and those that it calls constants."""
+    state: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in graph["graph_module"]["signature"]["input_specs"]:
+        ((kind, fields),) = spec.items()
+        if kind == "parameter":
+            name = fields["parameter_name"]
+            state[name] = torch.nn.Parameter(tensors[name], requires_grad=False)
+        elif kind == "buffer" and fields["persistent"]:
+            state[fields["buffer_name"]] = tensors[fields["buffer_name"]]
+        elif kind in ("buffer", "tensor_constant"):
+            name = fields[f"{kind}_name"]
+            constants[name] = tensors[name]
+    return state, constants
+
+
+def _compiled(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
+    return torch.compile(_eager(spec, path, tensors, device), dynamic=True)

@@ -1,0 +1,148 @@
+"""Compute what costs the time in a 16-bit type, and the rest as before. Lossy.
+
+Looks for matrix products, convolutions, attention and embedding tables, and casts their operands, weights ahead of
+time. Values stay short where elementwise gating and reshaping alone stand between two of these; whatever else reads
+one (norms, rotations, residual sums, modulation) gets it cast back. What follows from the inputs in `keep` alone,
+such as the time embedding and the modulation made of it, is left in its own type, and so are inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.passes.base import Kind, Pass, PassResult
+from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.program import Program
+
+_aten = torch.ops.aten
+#: Computed short. All of them sum up in float32 inside.
+_HEAVY = {
+    _aten.linear,
+    _aten.matmul,
+    _aten.mm,
+    _aten.bmm,
+    _aten.addmm,
+    _aten.baddbmm,
+    _aten.convolution,
+    _aten.conv1d,
+    _aten.conv2d,
+    _aten.conv3d,
+    _aten.scaled_dot_product_attention,
+    _aten.embedding,
+}
+#: Take short values as they come: moves, and the gating of feed-forward networks.
+_LIGHT = {
+    *(_aten.view, _aten.reshape, _aten.flatten, _aten.unflatten, _aten.expand, _aten.clone, _aten.contiguous),
+    *(_aten.transpose, _aten.permute, _aten.t, _aten.squeeze, _aten.unsqueeze, _aten.select, _aten.slice),
+    *(_aten.split, _aten.split_with_sizes, _aten.chunk, _aten.unbind, _aten.alias, _aten.index_select),
+    *(_aten.cat, _aten.mul, _aten.silu, _aten.gelu, _aten.relu, _aten.sigmoid, _aten.tanh, _aten.sym_size),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerPrecision(Pass):
+    """`dtype`: "bfloat16" or "float16". `keep`: roles of inputs whose own functions stay in float32."""
+
+    dtype: str = "bfloat16"
+    keep: tuple[str, ...] = ()
+    kind: ClassVar[Kind] = "lossy"
+
+    def call(self, program: Program) -> PassResult:
+        editor = GraphEditor(program)
+        casts = _Casts(editor, getattr(torch, self.dtype))
+        kept = _kept(editor, self.keep)
+        lowered = 0
+        for node in list(editor.graph.nodes):
+            if node.op == "output":
+                casts.raise_(node)
+            if node.op != "call_function":
+                continue
+            kind = getattr(node.target, "overloadpacket", None)
+            if kind in _HEAVY and node not in kept:
+                casts.lower(node)
+                lowered += 1
+            elif kind not in _LIGHT:
+                casts.raise_(node)
+            editor.propagate([node])
+        if not lowered:
+            return PassResult.unchanged(program)
+        editor.remove_unused()
+        change = f"computes {lowered} of {_heavy(program)} products, convolutions and tables in {self.dtype}"
+        return PassResult((editor.finish(),), (change,))
+
+
+class _Casts:
+    """Casts of an editor's values, each made once."""
+
+    def __init__(self, editor: GraphEditor, dtype: torch.dtype) -> None:
+        self._editor, self._dtype = editor, dtype
+        self._known: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def lower(self, reader: fx.Node) -> None:
+        reader.args = fx.map_arg(reader.args, lambda n: self._short(n, reader))
+        reader.kwargs = fx.map_arg(reader.kwargs, lambda n: self._short(n, reader))
+
+    def raise_(self, reader: fx.Node) -> None:
+        reader.args = fx.map_arg(reader.args, lambda n: self._full(n, reader))
+        reader.kwargs = fx.map_arg(reader.kwargs, lambda n: self._full(n, reader))
+
+    def _full(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        return self._cast(node, torch.float32, reader) if _dtype(node) == self._dtype else node
+
+    def _short(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        if _dtype(node) != torch.float32:
+            return node
+        stored = self._editor.stored(node)
+        if stored is None:
+            return self._cast(node, self._dtype, reader)
+        key = node, self._dtype
+        if key not in self._known:
+            name = f"{self._editor.name(node)}_{str(self._dtype).removeprefix('torch.')}"
+            short = self._editor.add_constant(name, stored.detach().to(self._dtype), node)
+            short.meta["val"] = node.meta["val"].to(self._dtype)
+            self._known[key] = short
+        return self._known[key]
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype, reader: fx.Node) -> fx.Node:
+        key = node, dtype
+        if key not in self._known:
+            graph = self._editor.graph
+            source = node
+            with graph.inserting_before(reader):
+                if dtype == self._dtype and _is_mask(node, reader):
+                    # float32's lowest number would round to -inf, and a row of these to NaN.
+                    source = graph.call_function(_aten.clamp.default, (node, torch.finfo(dtype).min))
+                cast = graph.call_function(_aten.to.dtype, (source, dtype))
+            for made in dict.fromkeys(n for n in (source, cast) if n is not node):
+                made.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
+                self._editor.propagate([made])
+            self._known[key] = cast
+        return self._known[key]
+
+
+def _is_mask(node: fx.Node, reader: fx.Node) -> bool:
+    attends = reader.target is _aten.scaled_dot_product_attention.default
+    return attends and node in (*reader.args[3:4], reader.kwargs.get("attn_mask"))
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value: Any = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _kept(editor: GraphEditor, roles: tuple[str, ...]) -> set[fx.Node]:
+    """Nodes that no input reaches but those of the roles."""
+    others = {node for role, node in editor.user_inputs().items() if role not in roles}
+    reached = set(others)
+    for node in editor.graph.nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return {node for node in editor.graph.nodes if node not in reached}
+
+
+def _heavy(program: Program) -> int:
+    return sum(getattr(n.target, "overloadpacket", None) in _HEAVY for n in program.exported.graph.nodes)

@@ -1,0 +1,188 @@
+"""Bundles that run in PyTorch, against the eager model: whole tasks with `torch`, one engine with `aot_inductor`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flashu_compile
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.exporters.backends import find_backend
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.models.loading import load_model
+from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.program import Program
+from flashu_compile.runtime.backends import open_engines
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.manifest import Manifest, file_entry
+from flashu_compile.runtime.verify import relative_error, verify
+from tests.export.conftest import sample
+from tests.runtime.tiny_bundle import flip_byte
+from tests.tiny import VAE, tiny_model, tokenizer
+
+# Of final latents after four evaluations, with guidance; bfloat16 as measured, with a margin of two.
+BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
+
+
+def write(backend: str, precision: str, programs: tuple[Program, ...], directory: Path) -> BundleFiles:
+    """The programs as a bundle of engines alone, each measured as `export` does."""
+    maker, builds = find_backend(backend), []
+    for program in programs:
+        with torch.no_grad():
+            truth = program.run(program.sample)
+        model = maker.emit(program, precision).model
+        builds.append(EngineBuild(program.name, program.task, model, program.sample, truth))
+        maker.errors(builds[-1], precision, directory)
+    bundle = directory / "bundle"
+    bundle.mkdir()
+    specs = maker.write(builds, bundle).specs
+    files = {path.name: file_entry(path) for path in bundle.iterdir()}
+    manifest = Manifest("", ("t2i",), backend, precision, "", specs, None, None, {}, files)
+    (bundle / "manifest.json").write_text(manifest.to_json())
+    return BundleFiles(bundle, manifest)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("torch")
+    return {
+        precision: flashu_compile.export(
+            tiny_model(),
+            ["t2i", "mmu"],
+            output=folder / precision,
+            vae=VAE,
+            tokenizer=tokenizer(),
+            backend="torch",
+            precision=precision,
+        ).path
+        for precision in BOUNDS
+    }
+
+
+@pytest.fixture(scope="module")
+def eager() -> EagerPipeline:
+    return EagerPipeline(load_model(tiny_model(), vae=VAE, tokenizer=tokenizer()))
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("prompt", ["", "a small purple triangle to the left of a big cyan cross"])
+def test_latents_equal_the_eager_loop(
+    bundles: dict[str, Path], eager: EagerPipeline, precision: str, prompt: str
+) -> None:
+    latents = flashu_compile.load(bundles[precision], trust=True).latents(prompt, seed=3, steps=5)
+    truth = eager.trajectory(prompt, seed=3, steps=5).latents.numpy()
+    assert relative_error(np.asarray(latents), truth) < BOUNDS[precision]
+
+
+def test_answers_equal_the_eager_loop(bundles: dict[str, Path], eager: EagerPipeline) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
+    question = "how many red objects are there?"
+    answer = flashu_compile.load(bundles["float32"], trust=True).ask(image, question, max_new_tokens=5)
+    assert answer == eager.ask(image, question, max_new_tokens=5)
+
+
+def test_weights_are_stored_once_and_half_as_large_in_bfloat16(bundles: dict[str, Path]) -> None:
+    full, short = (json.loads((bundles[p] / "report.json").read_text()) for p in ("float32", "bfloat16"))
+    for report in (full, short):
+        assert report["weight_store"]["references"] > report["weight_store"]["tensors"]
+    assert short["sizes"]["weights_bytes"] < 0.75 * full["sizes"]["weights_bytes"]
+    assert full["sizes"]["weights_bytes"] < 1.2 * full["sizes"]["checkpoint_bytes"]
+    lowered = [p for p in short["passes"] if p["name"] == "LowerPrecision"]
+    assert lowered
+    assert all(p["kind"] == "lossy" and p["error"] is not None for p in lowered)
+
+
+def test_nothing_in_the_bundle_is_a_pickle(bundles: dict[str, Path]) -> None:
+    for path in bundles["float32"].iterdir():
+        assert path.suffix in {".json", ".safetensors"}
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+
+
+def test_code_is_not_run_without_trust_or_with_a_changed_file(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    for call in (flashu_compile.load, verify):
+        with pytest.raises(ConfigurationError, match="trust=True"):
+            call(bundles["float32"])
+    with pytest.raises(ConfigurationError, match="always checked"):
+        flashu_compile.load(bundles["float32"], trust=True, verify_hashes=False)
+    with pytest.raises(ConfigurationError, match=r"Unknown option 'fast'.*compile"):
+        flashu_compile.load(bundles["float32"], trust=True, options={"fast": True})
+    own = Path(shutil.copytree(bundles["float32"], tmp_path / "own"))
+    flip_byte(own / "denoise.json", 1000)
+    with pytest.raises(BundleError, match=r"denoise\.json is damaged"):
+        flashu_compile.load(own, trust=True).latents("a", steps=2)
+
+
+def test_verify_holds_each_precision_against_its_own_tolerance(bundles: dict[str, Path]) -> None:
+    for precision, path in bundles.items():
+        result = verify(path, trust=True)
+        assert result.ok
+        assert {row.tolerance for row in result.outputs} == {1e-4 if precision == "float32" else 1e-1}
+
+
+def test_engines_share_tensors_in_memory(bundles: dict[str, Path]) -> None:
+    engines = flashu_compile.load(bundles["float32"], trust=True)._engines
+    denoise, prologue = (engines.engine(name) for name in ("denoise", "denoise_prologue"))
+    pointers = [
+        {tensor.data_ptr() for tensor in engine._call.state_dict().values() if tensor.numel() > 64}
+        for engine in (denoise, prologue)
+    ]
+    assert pointers[0] & pointers[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
+def test_a_device_that_is_not_there_is_an_error(bundles: dict[str, Path]) -> None:
+    with pytest.raises(BackendUnavailableError, match="no CUDA device"):
+        flashu_compile.load(bundles["float32"], trust=True, provider="cuda")
+
+
+@pytest.mark.slow
+def test_torch_compile_gives_the_same(bundles: dict[str, Path], eager: EagerPipeline) -> None:
+    pipe = flashu_compile.load(bundles["float32"], trust=True, options={"compile": True})
+    truth = eager.trajectory("a", steps=3).latents.numpy()
+    assert relative_error(np.asarray(pipe.latents("a", steps=3)), truth) < BOUNDS["float32"]
+
+
+def run_at_other_sizes(files: BundleFiles, program: Program, bound: float) -> None:
+    engine = open_engines(files, trust=True).engine(program.name)
+    for inputs in (sample(1, 9, 4), sample(3, 2, 2)):
+        with torch.no_grad():
+            truth = program.run(inputs)
+        given = engine.run({role: tensor.numpy() for role, tensor in inputs.items()})
+        for role, value in given.items():
+            assert relative_error(value, truth[role].numpy()) < bound
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_sizes_stay_dynamic(step: Program, tmp_path: Path, precision: str) -> None:
+    run_at_other_sizes(write("torch", precision, (step,), tmp_path), step, BOUNDS[precision])
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_aot_inductor(step: Program, tmp_path: Path, precision: str) -> None:
+    files = write("aot_inductor", precision, (step,), tmp_path)
+    run_at_other_sizes(files, step, BOUNDS[precision])
+    weights = sum(t.numel() * t.element_size() for t in step.exported.state_dict.values())
+    assert (files.directory / "weights.safetensors").stat().st_size > weights / 2
+    with pytest.raises(ConfigurationError, match="trust=True"):
+        open_engines(files)
+    flip_byte(files.directory / "step.pt2")
+    with pytest.raises(BundleError, match=r"step\.pt2 is damaged"):
+        open_engines(BundleFiles(files.directory, files.manifest), trust=True).engine("step")
+
+
+def test_aot_inductor_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(BackendUnavailableError, match="install g\\+\\+"):
+        flashu_compile.export(
+            tiny_model(), "t2i", output=tmp_path / "b", vae=VAE, tokenizer=tokenizer(), backend="aot_inductor"
+        )
+    assert list(tmp_path.iterdir()) == []
