@@ -18,11 +18,13 @@ from flashu_compile.cli.base import (
     Bundle,
     Json,
     Provider,
+    ProviderOption,
     Threads,
     Tokenizer,
     Vae,
     app,
     examples,
+    provider_options,
     quiet_onnxruntime,
     quiet_torch,
 )
@@ -134,7 +136,11 @@ def _inspect_model(
     ),
 )
 def verify(
-    bundle: Bundle, provider: Provider = "cpu", threads: Threads = None, as_json: Json = False
+    bundle: Bundle,
+    provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
+    threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
 
@@ -144,7 +150,13 @@ def verify(
 
     quiet_onnxruntime()
     with display.progress_bar("Verifying") as advance:
-        result = check(bundle, provider=provider, threads=threads, progress=lambda name: advance(name, None))
+        result = check(
+            bundle,
+            provider=provider,
+            provider_options=provider_options(provider_option),
+            threads=threads,
+            progress=lambda name: advance(name, None),
+        )
     if as_json:
         display.print_json(
             {
@@ -159,6 +171,10 @@ def verify(
                     }
                     for row in result.outputs
                 ],
+                "placements": {
+                    engine: {row.provider: row.operators for row in rows}
+                    for engine, rows in result.placements.items()
+                },
             }
         )
     else:
@@ -166,6 +182,8 @@ def verify(
         typer.echo(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
         for row in wrong:
             typer.echo(f"  {row.status}: {row.name}")
+        for engine, rows in result.placements.items():
+            typer.echo(f"{engine}: {', '.join(map(str, rows))}")
         display.print_table(
             ("engine", "output", "relative error", "tolerance", ""),
             [

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashu_compile import display
-from flashu_compile.cli.base import USING, Bundle, Json, Provider, Threads, app, examples, quiet_onnxruntime
+from flashu_compile.cli.base import (
+    USING,
+    Bundle,
+    Json,
+    Provider,
+    ProviderOption,
+    Threads,
+    app,
+    examples,
+    provider_options,
+    quiet_onnxruntime,
+)
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline
@@ -45,6 +56,7 @@ def generate(
         ),
     ] = None,
     provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +64,7 @@ def generate(
     from flashu_compile.runtime.images import check_picture_path, save_picture
 
     check_picture_path(output)
-    pipeline = _load(bundle, provider, threads)
+    pipeline = _load(bundle, provider, provider_option, threads)
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -100,11 +112,14 @@ def ask(
         int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="the bundle's")
     ] = None,
     provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
-    answers = _load(bundle, provider, threads).ask(picture, question, max_new_tokens=max_new_tokens)
+    answers = _load(bundle, provider, provider_option, threads).ask(
+        picture, question, max_new_tokens=max_new_tokens
+    )
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
@@ -112,8 +127,10 @@ def ask(
         typer.echo(" ".join(answer.split()))
 
 
-def _load(bundle: Path, provider: str, threads: int | None) -> Pipeline:
+def _load(bundle: Path, provider: str, options: list[str] | None, threads: int | None) -> Pipeline:
     quiet_onnxruntime()
     import flashu_compile
 
-    return flashu_compile.load(bundle, provider=provider, threads=threads)
+    return flashu_compile.load(
+        bundle, provider=provider, provider_options=provider_options(options), threads=threads
+    )

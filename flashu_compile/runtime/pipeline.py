@@ -36,6 +36,7 @@ from flashu_compile.runtime.manifest import (
 )
 from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
+from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample
 from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngines
 
@@ -46,18 +47,20 @@ def load(
     path: str | os.PathLike[str],
     *,
     provider: str = "cpu",
+    provider_options: ProviderOptions | None = None,
     threads: int | None = None,
     verify_hashes: bool = True,
 ) -> Pipeline:
     """Open the bundle at `path`. Nothing in it is executed as code; engines load when first used.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime: what is asked for runs, or this
-    fails. `threads` is the number of threads an engine computes with (None: one per core). `verify_hashes=False`
-    skips comparing each file with its recorded SHA-256 before its first use.
+    fails. `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
+    `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
+    one per core). `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use.
 
     Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
-    provider name or number of threads.
+    provider name, an option that nobody would read, or an impossible number of threads.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -72,7 +75,7 @@ def load(
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
     _check_parts(manifest, plan)
-    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads)
+    engines = OnnxRuntimeEngines(files, provider=provider, options=provider_options, threads=threads)
     return Pipeline(manifest, plan, recipe, codec, engines)
 
 

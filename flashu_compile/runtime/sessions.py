@@ -1,7 +1,7 @@
 """Engines that run: the protocol the pipeline uses, and its ONNX Runtime implementation.
 
 A provider that was asked for is the provider that runs, or a `BackendUnavailableError` says what is missing;
-ONNX Runtime's own habit of falling back to the CPU is switched off and checked for.
+ONNX Runtime's own habit of falling back to the CPU is switched off and checked for, in the session and for each node.
 """
 
 from __future__ import annotations
@@ -24,8 +24,21 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
+from flashu_compile.runtime.binding import BoundRuns
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
+from flashu_compile.runtime.profiles import dimension_ranges, engine_profile
+from flashu_compile.runtime.providers import (
+    TENSORRT,
+    Placement,
+    ProviderOptions,
+    check_options,
+    check_placements,
+    configure,
+    engine_options,
+    placements,
+    session_request,
+)
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -35,9 +48,6 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "cuda": ("CUDAExecutionProvider",),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
 }
-
-# TF32 keeps 10 bits of mantissa; an engine called float32 computes in float32.
-_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 ADVICE: dict[str, str] = {
     "CUDAExecutionProvider": (
@@ -130,11 +140,17 @@ def _written(tensor: TensorSpec) -> str:
 
 
 class OnnxRuntimeEngine:
-    """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads."""
+    """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads.
 
-    def __init__(self, spec: EngineSpec, session: ort.InferenceSession) -> None:
+    `placements` tells which provider runs how many nodes. With `bound`, runs go through fixed buffers, one at a time.
+    """
+
+    def __init__(
+        self, spec: EngineSpec, session: ort.InferenceSession, bound: BoundRuns | None = None
+    ) -> None:
         self.spec = spec
-        self._session = session
+        self.placements: tuple[Placement, ...] = placements(session)
+        self._session, self._bound = session, bound
         self._outputs = [tensor.name for tensor in spec.outputs]
         for side, tensors, values in (
             ("inputs", spec.inputs, session.get_inputs()),
@@ -151,7 +167,10 @@ class OnnxRuntimeEngine:
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         check_inputs(self.spec, inputs)
         try:
-            values = self._session.run(self._outputs, dict(inputs))
+            if self._bound is not None:
+                values = self._bound.run(inputs)
+            else:
+                values = self._session.run(self._outputs, dict(inputs))
         except _ORT_ERRORS as error:
             raise BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}") from error
         return dict(zip(self._outputs, values, strict=True))
@@ -160,17 +179,25 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeEngines:
     """Sessions of a bundle on one execution provider, created lazily and once, whichever thread asks first.
 
-    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; `threads` is the number of threads
-    an engine computes with (None: one per core). Raises `ConfigurationError` if either makes no sense,
-    `BackendUnavailableError` if the provider does not work here.
+    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `options` are options of it;
+    `threads` is the number of threads an engine computes with (None: one per core). Raises `ConfigurationError` if
+    one of them makes no sense, `BackendUnavailableError` if the provider does not work here.
     """
 
-    def __init__(self, files: BundleFiles, *, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        files: BundleFiles,
+        *,
+        provider: str = "cpu",
+        options: ProviderOptions | None = None,
+        threads: int | None = None,
+    ) -> None:
         if threads is not None and threads < 1:
             raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
+        session_request(provider, resolve_provider(provider), options or {})
         if resolve_provider(provider) != PROVIDERS["cpu"]:
             probe_provider(provider)
-        self.provider = provider
+        self.provider, self.options = provider, dict(options or {})
         self._files, self._threads = files, threads
         self._engines: dict[str, OnnxRuntimeEngine] = {}
         self._lock = threading.Lock()
@@ -185,13 +212,26 @@ class OnnxRuntimeEngines:
         path = self._files.path(spec.file)
         if WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists():
             self._files.path(WEIGHTS)
+        wanted = resolve_provider(self.provider)
+        manifest = self._files.manifest
+        profile = engine_profile(spec, dimension_ranges(manifest, spec)) if TENSORRT in wanted else None
+        options = engine_options(manifest, spec, wanted, profile, self.options)
         try:
-            session = create_session(path, self.provider, self._threads)
+            session = create_session(path, self.provider, self._threads, options)
         except _ORT_ERRORS as error:
             raise BundleError(
                 f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
             ) from error
-        return OnnxRuntimeEngine(spec, session)
+        request = session_request(self.provider, wanted, options)
+        outputs = [tensor.name for tensor in spec.outputs]
+        device = int(str(self.options.get("device_id", 0)))
+        bound = BoundRuns(session, outputs, "cuda", device) if request.cuda_graph else None
+        engine = OnnxRuntimeEngine(spec, session, bound)
+        check_placements(spec.name, self.provider, wanted, engine.placements)
+        if len(engine.placements) > 1:
+            told = ", ".join(map(str, engine.placements))
+            _log.warning("Engine %r, asked for on %r, runs on: %s.", spec.name, self.provider, told)
+        return engine
 
 
 def resolve_provider(provider: str) -> tuple[str, ...]:
@@ -206,12 +246,19 @@ def resolve_provider(provider: str) -> tuple[str, ...]:
     )
 
 
-def create_session(model: Path | bytes, provider: str, threads: int | None = None) -> ort.InferenceSession:
+def create_session(
+    model: Path | bytes,
+    provider: str,
+    threads: int | None = None,
+    provider_options: ProviderOptions | None = None,
+) -> ort.InferenceSession:
     """A session that has every provider asked for, or an error.
 
-    Raises `BackendUnavailableError` if a provider is missing, and whatever ONNX Runtime raises on a bad model.
+    Raises `BackendUnavailableError` if a provider is missing, `ConfigurationError` on an option that it does not
+    know, and whatever ONNX Runtime raises on a bad model.
     """
     wanted = resolve_provider(provider)
+    request = session_request(provider, wanted, provider_options or {})
     built_in = ort.get_available_providers()
     for name in wanted:
         if name not in built_in:
@@ -223,12 +270,13 @@ def create_session(model: Path | bytes, provider: str, threads: int | None = Non
         _preload_cuda_libraries()
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
+    configure(options, request)
     if threads is not None:
         options.intra_op_num_threads = threads
     session = ort.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options,
-        providers=[(name, _PROVIDER_OPTIONS.get(name, {})) for name in wanted],
+        providers=list(request.providers),
         enable_fallback=0,
     )
     got = session.get_providers()
@@ -238,6 +286,7 @@ def create_session(model: Path | bytes, provider: str, threads: int | None = Non
             f"Provider {provider!r} was asked for, but ONNX Runtime gave {', '.join(got)}. "
             + " ".join(_shortfall(name) for name in missing)
         )
+    check_options(session, request)
     return session
 
 

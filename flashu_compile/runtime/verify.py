@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from flashu_compile.errors import BackendUnavailableError, FlashuError
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import MANIFEST, WEIGHTS, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.runtime.providers import Placement, ProviderOptions
 from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngines
 
 TOLERANCE = 1e-4
@@ -54,8 +55,11 @@ class OutputCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
+    """`placements` tells, for each engine that was run, which provider ran how many of its nodes."""
+
     files: tuple[FileCheck, ...]
     outputs: tuple[OutputCheck, ...]
+    placements: Mapping[str, tuple[Placement, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -66,6 +70,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     provider: str = "cpu",
+    provider_options: ProviderOptions | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
@@ -73,7 +78,7 @@ def verify(
 
     `progress` is told the name of each file and engine before it is checked. Raises only what makes checking
     impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider or number of threads.
+    provider does not work here, `ConfigurationError` on an unknown provider, option or number of threads.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -83,11 +88,12 @@ def verify(
         )
     # Every hash is checked here, once; engines with a damaged file are not loaded.
     files = BundleFiles(directory, manifest, verify_hashes=False)
-    engines = OnnxRuntimeEngines(files, provider=provider, threads=threads)
+    engines = OnnxRuntimeEngines(files, provider=provider, options=provider_options, threads=threads)
     tell = progress or (lambda _: None)
     checked = tuple(_check_files(directory, manifest, tell))
     damaged = {row.name for row in checked if not row.ok}
     outputs: list[OutputCheck] = []
+    placed: dict[str, tuple[Placement, ...]] = {}
     for spec in manifest.engines:
         tell(spec.name)
         unusable = sorted(damaged & {spec.file, spec.reference, WEIGHTS})
@@ -96,11 +102,12 @@ def verify(
             continue
         try:
             outputs.extend(_check_engine(spec, files, engines))
+            placed[spec.name] = engines.engine(spec.name).placements
         except BackendUnavailableError:
             raise
         except (FlashuError, SafetensorError, OSError) as error:
             outputs.append(_not_run(spec, str(error)))
-    return Verification(checked, tuple(outputs))
+    return Verification(checked, tuple(outputs), placed)
 
 
 def _not_run(spec: EngineSpec, note: str) -> OutputCheck:
