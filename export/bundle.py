@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx_ir as ir
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from flashu_compile.errors import BundleError, BundleVersionError, EmissionError, OutputExistsError
-from flashu_compile.exporters.weights import StoreSummary, weight_store
+from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
+from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.plan import StepPlan
 from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.manifest import (
@@ -27,11 +25,9 @@ from flashu_compile.runtime.manifest import (
     RECIPE,
     REPORT,
     TOKENIZER,
-    WEIGHTS,
     EngineSpec,
     GenerationFacts,
     Manifest,
-    TensorSpec,
     UnderstandingFacts,
     file_entry,
     read_manifest,
@@ -40,7 +36,7 @@ from flashu_compile.runtime.manifest import (
 
 @dataclasses.dataclass(frozen=True)
 class EngineBuild:
-    """An engine on its way into a bundle: the emitted model and one eager run of what it was made from.
+    """An engine on its way into a bundle: what the backend emitted and one eager run of what it was made from.
 
     `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from the
     engine itself. `prologue` names the engine that gives what this one takes with every call.
@@ -48,7 +44,7 @@ class EngineBuild:
 
     name: str
     task: str
-    model: ir.Model
+    model: Any
     reference_inputs: Mapping[str, Tensor]
     reference_outputs: Mapping[str, Tensor]
     prologue: str | None = None
@@ -83,12 +79,12 @@ def write_bundle(
     """Write a bundle to `output`, which appears whole or not at all.
 
     Everything is written and checked in a temporary directory beside `output` and renamed into place. `report` is
-    stored with the entries `sizes` (in bytes) and `weight_store` added. `overwrite` replaces an existing bundle,
+    stored with the entries `sizes` (in bytes) and the backend's own added. `overwrite` replaces an existing bundle,
     and nothing but a bundle.
 
     Raises:
         OutputExistsError: `output` exists and is not empty.
-        EmissionError: an engine's graph does not pass ONNX's checks.
+        EmissionError: an engine does not pass its backend's checks.
         BundleError: the directory cannot be written.
     """
     ensure_writable(output, overwrite=overwrite)
@@ -101,17 +97,14 @@ def write_bundle(
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
             directory = Path(scratch) / "bundle"
             directory.mkdir()
-            specs, store = _write_engines(directory, engines)
+            written = find_backend(facts.backend).write(engines, directory)
             tokenizer.save(str(directory / TOKENIZER))
             recipe.save(directory / RECIPE)
             if plan is not None:
                 (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
-            facts_of_size = {
-                "sizes": _sizes(directory, specs, checkpoint_bytes),
-                "weight_store": dataclasses.asdict(store),
-            }
-            _write_json(directory / REPORT, {**(report or {}), **facts_of_size})
-            manifest = _manifest(directory, specs, facts)
+            sizes = _sizes(directory, written, checkpoint_bytes)
+            _write_json(directory / REPORT, {**(report or {}), **written.report, "sizes": sizes})
+            manifest = _manifest(directory, written.specs, facts)
             (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             _readable(directory)
             # Again, since somebody may have filled it meanwhile.
@@ -147,54 +140,20 @@ def ensure_writable(output: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def _write_engines(directory: Path, engines: Sequence[EngineBuild]) -> tuple[list[EngineSpec], StoreSummary]:
-    specs = []
-    with weight_store([engine.model for engine in engines], directory / WEIGHTS) as store:
-        for engine in engines:
-            graph, reference = f"{engine.name}.onnx", f"{engine.name}.reference.safetensors"
-            ir.save(engine.model, directory / graph)
-            check_graph(directory / graph)
-            tensors = {f"input.{role}": tensor for role, tensor in engine.reference_inputs.items()}
-            tensors |= {f"output.{role}": tensor for role, tensor in engine.reference_outputs.items()}
-            save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, directory / reference)
-            specs.append(
-                EngineSpec(
-                    name=engine.name,
-                    task=engine.task,
-                    file=graph,
-                    inputs=tuple(_tensor_spec(value) for value in engine.model.graph.inputs),
-                    outputs=tuple(_tensor_spec(value) for value in engine.model.graph.outputs),
-                    reference=reference,
-                    prologue=engine.prologue,
-                )
-            )
-    return specs, store
+def write_reference(engine: EngineBuild, directory: Path) -> str:
+    """Write the engine's eager run into `directory`; the file's name."""
+    tensors = {f"input.{role}": tensor for role, tensor in engine.reference_inputs.items()}
+    tensors |= {f"output.{role}": tensor for role, tensor in engine.reference_outputs.items()}
+    name = f"{engine.name}.reference.safetensors"
+    save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, directory / name)
+    return name
 
 
-def check_graph(path: Path) -> None:
-    """ONNX's full check and strict shape inference, by path so that external data is covered."""
-    inferred = path.with_suffix(".inferred")
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-        onnx.shape_inference.infer_shapes_path(str(path), str(inferred), strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EmissionError(f"Graph {path.name} does not pass ONNX's checks: {error}") from error
-    finally:
-        inferred.unlink(missing_ok=True)
-
-
-def _tensor_spec(value: ir.Value) -> TensorSpec:
-    if value.dtype is None or value.shape is None or value.name is None:
-        raise EmissionError(f"Engine tensor {value.name!r} has no known type or rank.")
-    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return TensorSpec(value.name, value.dtype.numpy().name, shape)
-
-
-def _sizes(directory: Path, specs: Sequence[EngineSpec], checkpoint_bytes: int | None) -> dict[str, int]:
+def _sizes(directory: Path, written: Written, checkpoint_bytes: int | None) -> dict[str, int]:
     sizes = {
-        "weights_bytes": (directory / WEIGHTS).stat().st_size,
-        "graphs_bytes": sum((directory / spec.file).stat().st_size for spec in specs),
-        "references_bytes": sum((directory / spec.reference).stat().st_size for spec in specs),
+        "weights_bytes": (directory / written.weights).stat().st_size,
+        "graphs_bytes": sum((directory / spec.file).stat().st_size for spec in written.specs),
+        "references_bytes": sum((directory / spec.reference).stat().st_size for spec in written.specs),
     }
     return sizes if checkpoint_bytes is None else sizes | {"checkpoint_bytes": checkpoint_bytes}
 

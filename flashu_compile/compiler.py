@@ -1,4 +1,4 @@
-"""export(): model and task in, bundle out. Capture → calibrate → passes → ONNX → bundle, nothing else."""
+"""export(): model and task in, bundle out. Capture → calibrate → passes → engines → bundle, nothing else."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
 from flashu_compile.capture import Capture, capture
-from flashu_compile.errors import CheckpointError, ConfigurationError, RecipeError, UnknownTaskError
+from flashu_compile.errors import CheckpointError, RecipeError, UnknownTaskError
+from flashu_compile.exporters.backends import Backend, Emitted, check_precision, find_backend
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
-from flashu_compile.exporters.onnx import emit_onnx
-from flashu_compile.exporters.parity import engine_errors
-from flashu_compile.exporters.statistics import graph_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import captures
@@ -33,8 +31,6 @@ from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibrat
 from flashu_compile.specialise import specialise
 
 TASKS = ("t2i", "mmu")
-BACKENDS = ("onnxruntime",)
-PRECISIONS = ("float32",)
 
 Progress = Callable[[str, float], None]
 
@@ -56,6 +52,15 @@ class Bundle:
             "sizes": report["sizes"],
             "errors": {name: engine["errors"] for name, engine in report["engines"].items()},
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maker:
+    """What engines are made by; they are tried in temporary directories in `scratch_parent`."""
+
+    backend: Backend
+    precision: str
+    scratch_parent: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +113,8 @@ def export(
     """
     tasks = _tasks(task)
     chosen = find_recipe(recipe)
-    _check_choice("backend", backend, BACKENDS)
-    _check_choice("precision", precision, PRECISIONS)
+    check_precision(backend, precision)
+    find_backend(backend).check()
     given = _given_samples(chosen, tasks, calibration)
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
@@ -122,7 +127,8 @@ def export(
     captured = _capture(loaded, tasks, tell)
     decided, figures = _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    builds, statistics, records = _build(captured, decided, directory.absolute().parent, tell)
+    maker = _Maker(find_backend(backend), precision, directory.absolute().parent)
+    builds, statistics, records = _build(captured, decided, maker, tell)
     tell("writing the bundle", 0.9)
     manifest = write_bundle(
         directory,
@@ -257,7 +263,7 @@ def _decide(
 
 
 def _build(
-    captured: Mapping[str, _Captured], recipe: Recipe, scratch_parent: Path, tell: Progress
+    captured: Mapping[str, _Captured], recipe: Recipe, maker: _Maker, tell: Progress
 ) -> tuple[list[EngineBuild], dict[str, Any], list[PassRecord]]:
     """Specialise every captured program and emit what comes out."""
     builds: list[EngineBuild] = []
@@ -273,10 +279,12 @@ def _build(
         for number, part in enumerate(programs):
             tell(f"{task}: emitting {part.name}", start + share * (0.3 + 0.7 * number / len(programs)))
             lossy = part.name in changed or name in changed
-            build = _emit(part, _truth(part, {} if lossy else source.truth), programs)
+            emitted = maker.backend.emit(part, maker.precision)
+            records.extend(emitted.records)
+            build = _engine(part, emitted, _truth(part, {} if lossy else source.truth), programs)
             builds.append(build)
-            errors = engine_errors(build, scratch_parent)
-            statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
+            errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
+            statistics[part.name] = {**emitted.statistics, "errors": errors}
     return builds, statistics, records
 
 
@@ -309,12 +317,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, ...]) -> EngineBuild:
+def _engine(
+    program: Program, emitted: Emitted, truth: Mapping[str, Tensor], others: tuple[Program, ...]
+) -> EngineBuild:
     prologue = prologue_of(program.name)
     return EngineBuild(
         name=program.name,
         task=program.task,
-        model=emit_onnx(program),
+        model=emitted.model,
         reference_inputs={str(role): program.sample[role] for role in program.input_roles},
         reference_outputs={str(role): truth[role] for role in program.outputs},
         prologue=prologue if any(other.name == prologue for other in others) else None,
@@ -328,8 +338,3 @@ def _tasks(task: str | Sequence[str]) -> tuple[str, ...]:
         what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
         raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
     return tuple(name for name in TASKS if name in asked)
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigurationError(f"Unknown {name} {value!r}; known ones are: {', '.join(known)}.")

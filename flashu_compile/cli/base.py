@@ -77,6 +77,12 @@ ProviderOption = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads an engine computes with.", show_default="one per core")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Run a bundle whose engines are code. Give it only if you know who built the bundle."
+    ),
+]
 Vae = Annotated[
     str | None, typer.Option(help="The VAE of a checkpoint that does not bring its own: folder or file.")
 ]

@@ -21,6 +21,7 @@ from flashu_compile.cli.base import (
     ProviderOption,
     Threads,
     Tokenizer,
+    Trust,
     Vae,
     app,
     examples,
@@ -155,6 +156,7 @@ def verify(
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     threads: Threads = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
@@ -170,6 +172,7 @@ def verify(
             provider=provider,
             provider_options=provider_options(provider_option),
             threads=threads,
+            trust=trust,
             progress=lambda name: advance(name, None),
         )
     if as_json:

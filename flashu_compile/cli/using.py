@@ -16,6 +16,7 @@ from flashu_compile.cli.base import (
     Provider,
     ProviderOption,
     Threads,
+    Trust,
     app,
     examples,
     provider_options,
@@ -58,13 +59,14 @@ def generate(
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     threads: Threads = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Make a picture of PROMPT."""
     from flashu_compile.runtime.images import check_picture_path, save_picture
 
     check_picture_path(output)
-    pipeline = _load(bundle, provider, provider_option, threads)
+    pipeline = _load(bundle, provider, provider_option, threads, trust)
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -114,12 +116,12 @@ def ask(
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     threads: Threads = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
-    answers = _load(bundle, provider, provider_option, threads).ask(
-        picture, question, max_new_tokens=max_new_tokens
-    )
+    pipeline = _load(bundle, provider, provider_option, threads, trust)
+    answers = pipeline.ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
@@ -127,10 +129,12 @@ def ask(
         typer.echo(" ".join(answer.split()))
 
 
-def _load(bundle: Path, provider: str, options: list[str] | None, threads: int | None) -> Pipeline:
+def _load(
+    bundle: Path, provider: str, options: list[str] | None, threads: int | None, trust: bool
+) -> Pipeline:
     quiet_onnxruntime()
     import flashu_compile
 
     return flashu_compile.load(
-        bundle, provider=provider, provider_options=provider_options(options), threads=threads
+        bundle, provider=provider, provider_options=provider_options(options), threads=threads, trust=trust
     )

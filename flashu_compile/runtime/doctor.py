@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import importlib.util
 import platform
 import shutil
@@ -13,41 +12,28 @@ from importlib import metadata
 
 import onnxruntime as ort
 
-from flashu_compile.errors import BackendUnavailableError
-from flashu_compile.runtime.sessions import PROVIDERS, probe_provider
+from flashu_compile.errors import MissingDependencyError
+from flashu_compile.runtime.backends import backend_names, find_run_backend
+from flashu_compile.runtime.findings import Finding
 
 # Distributions that give the module onnxruntime; two of them in one environment overwrite each other's files.
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One backend or library. `needed_for` says what one cannot do without it.
-
-    `status` is `works` (tried just now), `found` (installed, not tried) or `missing`; `detail` is the version or
-    provider, or what is lacking and how to get it.
-    """
-
-    name: str
-    status: str
-    detail: str
-    needed_for: str
-
-
 def examine() -> list[Finding]:
     """Look at every backend; takes a second or two, and longer where TensorRT works. Raises nothing."""
-    return [*_providers(), *_libraries()]
+    return [*_backends(), *_onnxruntime(), *_libraries()]
 
 
-def _providers() -> Iterator[Finding]:
-    for provider in PROVIDERS:
-        name, purpose = f"onnxruntime: {provider}", f"load(…, provider={provider!r})"
+def _backends() -> Iterator[Finding]:
+    for name in backend_names():
         try:
-            got = probe_provider(provider)
-        except BackendUnavailableError as error:
-            yield Finding(name, "missing", str(error), purpose)
-        else:
-            yield Finding(name, "works", f"a session got {', '.join(got)}", purpose)
+            yield from find_run_backend(name).examine()
+        except MissingDependencyError as error:
+            yield Finding(name, "missing", str(error), f"bundles built with backend={name!r}")
+
+
+def _onnxruntime() -> Iterator[Finding]:
     installed = [f"{name} {_version(name)}" for name in _ONNXRUNTIMES if _version(name)]
     detail = f"{', '.join(installed) or ort.__version__} on {platform.platform()}"
     if len(installed) > 1:

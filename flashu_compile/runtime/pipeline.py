@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from flashu_compile.errors import (
-    BackendUnavailableError,
     BundleError,
     ConfigurationError,
     InputError,
@@ -23,6 +22,7 @@ from flashu_compile.errors import (
 from flashu_compile.plan import StepPlan, compile_plan, engines_needed
 from flashu_compile.recipe import Recipe
 from flashu_compile.runtime import decoding
+from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.images import Picture, engine_pixels, to_picture
 from flashu_compile.runtime.manifest import (
@@ -38,7 +38,7 @@ from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngines
+from flashu_compile.runtime.sessions import Engine, Engines
 
 Progress = Callable[[int, int], None]
 
@@ -50,23 +50,28 @@ def load(
     provider_options: ProviderOptions | None = None,
     threads: int | None = None,
     verify_hashes: bool = True,
+    trust: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Open the bundle at `path`. Nothing in it is executed as code; engines load when first used.
+    """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime: what is asked for runs, or this
     fails. `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
     `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
     one per core). `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use.
+    `trust=True` lets a backend run whose engines are code: give it only for bundles whose builder you know. `options`
+    are the backend's own, by name.
 
     Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
-    provider name, an option that nobody would read, or an impossible number of threads.
+    provider name, number of threads or option, or if trust is needed.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
-    if manifest.backend != "onnxruntime":
-        raise BackendUnavailableError(
-            f"{directory} was built for backend {manifest.backend!r}; this version runs 'onnxruntime' bundles."
+    if find_run_backend(manifest.backend).runs_code and not verify_hashes:
+        raise ConfigurationError(
+            f"{directory} was built for backend {manifest.backend!r}, whose engines are code: "
+            "their hashes are always checked; leave verify_hashes out."
         )
     files = BundleFiles(directory, manifest, verify_hashes=verify_hashes)
     codec = PromptCodec.from_file(files.path(TOKENIZER))
@@ -75,7 +80,8 @@ def load(
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
     _check_parts(manifest, plan)
-    engines = OnnxRuntimeEngines(files, provider=provider, options=provider_options, threads=threads)
+    given = {**(options or {}), **({"provider_options": provider_options} if provider_options else {})}
+    engines = open_engines(files, provider=provider, threads=threads, trust=trust, options=given)
     return Pipeline(manifest, plan, recipe, codec, engines)
 
 

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flashu_compile.errors import BackendUnavailableError, FlashuError
+from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import MANIFEST, WEIGHTS, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.runtime.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
 from flashu_compile.runtime.providers import Placement, ProviderOptions
-from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngines
+from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngine
 
 TOLERANCE = 1e-4
 
@@ -55,7 +56,8 @@ class OutputCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """`placements` tells, for each engine that was run, which provider ran how many of its nodes."""
+    """`placements` tells, for each engine that was run, which provider of ONNX Runtime
+    ran how many of its nodes."""
 
     files: tuple[FileCheck, ...]
     outputs: tuple[OutputCheck, ...]
@@ -72,23 +74,24 @@ def verify(
     provider: str = "cpu",
     provider_options: ProviderOptions | None = None,
     threads: int | None = None,
+    trust: bool = False,
+    options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
 
     `progress` is told the name of each file and engine before it is checked. Raises only what makes checking
     impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider, option or number of threads.
+    provider does not work here, `ConfigurationError` on an unknown provider, number of threads or option, or if the
+    engines are code and `trust` is not given; see `load` for these.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
-    if manifest.backend != "onnxruntime":
-        raise BackendUnavailableError(
-            f"{directory} was built for backend {manifest.backend!r}, unknown to this version."
-        )
+    shared = find_run_backend(manifest.backend).weights
     # Every hash is checked here, once; engines with a damaged file are not loaded.
     files = BundleFiles(directory, manifest, verify_hashes=False)
-    engines = OnnxRuntimeEngines(files, provider=provider, options=provider_options, threads=threads)
+    given = {**(options or {}), **({"provider_options": provider_options} if provider_options else {})}
+    engines = open_engines(files, provider=provider, threads=threads, trust=trust, options=given)
     tell = progress or (lambda _: None)
     checked = tuple(_check_files(directory, manifest, tell))
     damaged = {row.name for row in checked if not row.ok}
@@ -96,13 +99,15 @@ def verify(
     placed: dict[str, tuple[Placement, ...]] = {}
     for spec in manifest.engines:
         tell(spec.name)
-        unusable = sorted(damaged & {spec.file, spec.reference, WEIGHTS})
+        unusable = sorted(damaged & {spec.file, spec.reference, shared})
         if unusable:
             outputs.append(_not_run(spec, f"not run: {', '.join(unusable)} damaged or missing"))
             continue
         try:
             outputs.extend(_check_engine(spec, files, engines))
-            placed[spec.name] = engines.engine(spec.name).placements
+            engine = engines.engine(spec.name)
+            if isinstance(engine, OnnxRuntimeEngine):
+                placed[spec.name] = engine.placements
         except BackendUnavailableError:
             raise
         except (FlashuError, SafetensorError, OSError) as error:

@@ -1,0 +1,94 @@
+"""What makes engines of Programs: a file here is a backend, found by its name, and nothing else needs to know of it.
+
+`NAME.py` defines `BACKEND`, an object with the members of `Backend`. How its engines run is for the file of the same
+name in `flashu_compile/runtime/backends/` to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.passes.manager import PassRecord
+from flashu_compile.program import Program
+from flashu_compile.runtime.backends import DEFAULT, backend_names, find_file
+from flashu_compile.runtime.manifest import EngineSpec
+
+if TYPE_CHECKING:
+    from flashu_compile.exporters.bundle import EngineBuild
+
+__all__ = ["DEFAULT", "Backend", "Emitted", "Written", "check_precision", "find_backend"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """An engine before it is written. `model` is the backend's own affair.
+
+    `statistics` goes into the report (`nodes`, `operators`, `parameters` and `flops`, see exporters/statistics.py);
+    `records` tells of passes that the backend ran.
+    """
+
+    model: Any
+    statistics: Mapping[str, Any]
+    records: tuple[PassRecord, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Engines on disk: their entries in the manifest, the file their weights are in, and what the report says of it."""
+
+    specs: tuple[EngineSpec, ...]
+    weights: str
+    report: Mapping[str, Any]
+
+
+class Backend(Protocol):
+    """The build side of a backend."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions its engines can compute in."""
+        ...
+
+    def check(self) -> None:
+        """Raises `BackendUnavailableError` if engines cannot be built on this machine; called before any work."""
+        ...
+
+    def emit(self, program: Program, precision: str) -> Emitted:
+        """Raises `EmissionError`, naming the module, if the program has no form in this backend."""
+        ...
+
+    def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        """Write engines, weights and references into `directory`. Raises `EmissionError` on an unsound engine."""
+        ...
+
+    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
+        """Relative L2 error of every output, found by running the engine on its reference inputs.
+
+        Raises `EmissionError` if it does not run, or is off by more than its precision allows.
+        """
+        ...
+
+
+def find_backend(name: str) -> Backend:
+    """Raises `ConfigurationError` on an unknown name, `MissingDependencyError` if a library is not installed."""
+    if name not in backend_names(__path__):
+        raise ConfigurationError(
+            f"Unknown backend {name!r}; known ones are: {', '.join(backend_names(__path__))}."
+        )
+    return find_file(__name__, name).BACKEND
+
+
+def check_precision(name: str, precision: str) -> None:
+    """Raises `ConfigurationError`, with the table of what can be had, if the backend does not have the precision."""
+    if precision in find_backend(name).precisions:
+        return
+    rows = []
+    for other in backend_names(__path__):
+        rows.append(f"{other}: {', '.join(find_backend(other).precisions)}")
+    raise ConfigurationError(
+        f"Unknown precision {precision!r} for backend {name!r}; there are {'; '.join(rows)}."
+    )

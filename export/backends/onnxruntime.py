@@ -1,0 +1,76 @@
+"""ONNX graphs for ONNX Runtime, over one weight store in the same folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from flashu_compile.errors import EmissionError
+from flashu_compile.exporters.backends import Emitted, Written
+from flashu_compile.exporters.bundle import EngineBuild, write_reference
+from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.exporters.parity import engine_errors
+from flashu_compile.exporters.statistics import graph_statistics
+from flashu_compile.exporters.weights import weight_store
+from flashu_compile.program import Program
+from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
+
+
+class OnnxRuntime:
+    precisions = ("float32",)
+
+    def check(self) -> None:
+        """ONNX Runtime is part of every installation."""
+
+    def emit(self, program: Program, precision: str) -> Emitted:
+        model = emit_onnx(program)
+        return Emitted(model, graph_statistics(program, model))
+
+    def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        with weight_store([engine.model for engine in engines], directory / WEIGHTS) as store:
+            specs = tuple(_write(engine, directory) for engine in engines)
+        return Written(specs, WEIGHTS, {"weight_store": dataclasses.asdict(store)})
+
+    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
+        return engine_errors(engine, scratch_parent)
+
+
+BACKEND = OnnxRuntime()
+
+
+def _write(engine: EngineBuild, directory: Path) -> EngineSpec:
+    graph = f"{engine.name}.onnx"
+    ir.save(engine.model, directory / graph)
+    check_graph(directory / graph)
+    return EngineSpec(
+        name=engine.name,
+        task=engine.task,
+        file=graph,
+        inputs=tuple(_tensor_spec(value) for value in engine.model.graph.inputs),
+        outputs=tuple(_tensor_spec(value) for value in engine.model.graph.outputs),
+        reference=write_reference(engine, directory),
+        prologue=engine.prologue,
+    )
+
+
+def check_graph(path: Path) -> None:
+    """ONNX's full check and strict shape inference, by path so that external data is covered."""
+    inferred = path.with_suffix(".inferred")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        onnx.shape_inference.infer_shapes_path(str(path), str(inferred), strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise EmissionError(f"Graph {path.name} does not pass ONNX's checks: {error}") from error
+    finally:
+        inferred.unlink(missing_ok=True)
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    if value.dtype is None or value.shape is None or value.name is None:
+        raise EmissionError(f"Engine tensor {value.name!r} has no known type or rank.")
+    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, shape)

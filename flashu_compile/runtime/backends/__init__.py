@@ -1,0 +1,98 @@
+"""What runs engines: a file here is a backend, found by its name in the manifest, and nothing else needs to know of it.
+
+`NAME.py` defines `BACKEND`, an object with the members of `RunBackend`. Only the file that is asked for is imported,
+so that it may import libraries that a runtime has no need of.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, Protocol
+
+from flashu_compile.errors import BackendUnavailableError, ConfigurationError
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.findings import Finding
+from flashu_compile.runtime.sessions import Engines
+
+DEFAULT = "onnxruntime"
+
+
+class RunBackend(Protocol):
+    """The run side of a backend."""
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its engines are code, which takes a user's word that the bundle is to be trusted."""
+        ...
+
+    @property
+    def weights(self) -> str:
+        """The file with the weights that engines share."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """What `load(…, options={…})` may hold, and what it means."""
+        ...
+
+    def open(
+        self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
+    ) -> Engines:
+        """Raises `ConfigurationError` on values that make no sense, `BackendUnavailableError` if it does not work."""
+        ...
+
+    def examine(self) -> Iterator[Finding]:
+        """What works on this machine, found out by trying, and what is lacking. Raises nothing."""
+        ...
+
+
+def backend_names(path: Iterable[str] = __path__) -> list[str]:
+    """The backends in a folder: the default first, the others by name."""
+    return sorted((m.name for m in pkgutil.iter_modules(path)), key=lambda name: (name != DEFAULT, name))
+
+
+def find_file(package: str, name: str) -> Any:
+    """The module of a backend. Raises `MissingDependencyError` if a library it needs is not installed."""
+    import flashu_compile
+
+    with flashu_compile._naming_the_extra(f"Backend {name!r}"):
+        return import_module(f"{package}.{name}")
+
+
+def find_run_backend(name: str) -> RunBackend:
+    """Raises `BackendUnavailableError` on a name that no file has."""
+    if name not in backend_names():
+        raise BackendUnavailableError(
+            f"This version has no backend {name!r} to run a bundle with; it has {', '.join(backend_names())}."
+        )
+    return find_file(__name__, name).BACKEND
+
+
+def open_engines(
+    files: BundleFiles,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    trust: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Engines:
+    """The engines of a bundle, on the backend it was built for.
+
+    Raises `BackendUnavailableError` if that does not work here, `ConfigurationError` if its engines are code and
+    `trust` is not given, or on unknown options.
+    """
+    name = files.manifest.backend
+    backend = find_run_backend(name)
+    if backend.runs_code and not trust:
+        raise ConfigurationError(
+            f"{files.directory} was built for backend {name!r}, whose engines are code that loading runs; "
+            "if you know who built it, load it with trust=True (--trust)."
+        )
+    given = dict(options or {})
+    unknown = sorted(given.keys() - backend.options.keys())
+    if unknown:
+        known = ", ".join(backend.options) or "none"
+        raise ConfigurationError(f"Unknown option {unknown[0]!r} for backend {name!r}; there are: {known}.")
+    return backend.open(files, provider=provider, threads=threads, options=given)

@@ -1,0 +1,37 @@
+"""ONNX graphs in ONNX Runtime, in one session an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flashu_compile.errors import BackendUnavailableError
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.findings import Finding
+from flashu_compile.runtime.manifest import WEIGHTS
+from flashu_compile.runtime.sessions import PROVIDERS, OnnxRuntimeEngines, probe_provider
+
+
+class OnnxRuntime:
+    runs_code = False
+    weights = WEIGHTS
+    options: Mapping[str, str] = {"provider_options": "options of the provider, by ONNX Runtime's names"}
+
+    def open(
+        self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
+    ) -> OnnxRuntimeEngines:
+        given = options.get("provider_options")
+        return OnnxRuntimeEngines(files, provider=provider, options=given, threads=threads)
+
+    def examine(self) -> Iterator[Finding]:
+        for provider in PROVIDERS:
+            name, purpose = f"onnxruntime: {provider}", f"load(…, provider={provider!r})"
+            try:
+                got = probe_provider(provider)
+            except BackendUnavailableError as error:
+                yield Finding(name, "missing", str(error), purpose)
+            else:
+                yield Finding(name, "works", f"a session got {', '.join(got)}", purpose)
+
+
+BACKEND = OnnxRuntime()

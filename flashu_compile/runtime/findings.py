@@ -1,0 +1,19 @@
+"""What was found out about a backend or a library on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One backend or library. `needed_for` says what one cannot do without it.
+
+    `status` is `works` (tried just now), `found` (installed, not tried) or `missing`; `detail` is the version or
+    provider, or what is lacking and how to get it.
+    """
+
+    name: str
+    status: str
+    detail: str
+    needed_for: str
