@@ -127,7 +127,7 @@ def collect_engines(bundle: Path, tensorrt: str) -> TensorRTPlan:
 
 
 def _record(bundle: Path, plan: TensorRTPlan, version: str, device: str, capability: str) -> TensorRTPlan:
-    """Write what was built into plan and manifest."""
+    """Write what was built into plan and manifest; from now on the bundle runs on TensorRT."""
     built = {
         name: dataclasses.replace(engine, built=Built(f"{name}.engine", version, device, capability))
         for name, engine in plan.engines.items()
@@ -137,5 +137,5 @@ def _record(bundle: Path, plan: TensorRTPlan, version: str, device: str, capabil
     added = [PLAN_FILE, *(f"{name}.engine" for name in built)]
     if (bundle / TIMING_CACHE).is_file():
         added.append(TIMING_CACHE)
-    update_manifest(bundle, read_manifest(bundle), added)
+    update_manifest(bundle, dataclasses.replace(read_manifest(bundle), backend="tensorrt"), added)
     return recorded

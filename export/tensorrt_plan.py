@@ -8,10 +8,8 @@ with TensorRT's Python API by `export/tensorrt.py`. Types are in the graphs: Ten
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -21,7 +19,7 @@ from flashu_compile.exporters.tensorrt_support import objections
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
-from flashu_compile.runtime.profiles import Profile, dimension_ranges, engine_profile, shapes_text
+from flashu_compile.runtime.profiles import dimension_ranges, engine_profile, shapes_text
 from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, PlannedEngine, TensorRTPlan
 
 SCRIPT = "build_engines.sh"
@@ -79,7 +77,7 @@ def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPla
     """
     options = options or BuildOptions()
     manifest = read_manifest(bundle)
-    if manifest.backend != "onnxruntime":
+    if manifest.backend not in ("onnxruntime", "tensorrt"):
         raise BundleError(f"{bundle} holds engines for {manifest.backend!r}; plans are made of ONNX graphs.")
     files = BundleFiles(bundle, manifest)
     models = {spec.name: _variant(files.path(spec.file), spec) for spec in manifest.engines}
@@ -100,7 +98,7 @@ def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPla
         (bundle / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
         (bundle / SCRIPT).write_text(script(plan, options), encoding="utf-8")
         (bundle / SCRIPT).chmod(0o755)
-        update_manifest(bundle, manifest, added, removed=stale)
+        update_manifest(bundle, dataclasses.replace(manifest, backend="onnxruntime"), added, removed=stale)
     except (OSError, EmissionError) as error:
         for name in added:
             if name not in manifest.files:
@@ -155,7 +153,7 @@ def update_manifest(
 _HEAD = """#!/bin/sh
 # Builds the TensorRT engines of this bundle with trtexec, on the GPU that they are to run on:
 #   sh {script}
-#   flashu-compile tensorrt . --collect      # then lists them in the manifest, with their hashes
+#   flashu-compile tensorrt . --collect VERSION   # TensorRT's; then lists them in the manifest, with their hashes
 # TRTEXEC names another trtexec; arguments of this script are handed to it.
 set -eu
 cd "$(dirname "$0")"
@@ -191,20 +189,3 @@ def script(plan: TensorRTPlan, options: BuildOptions) -> str:
         given = " ".join(shlex.quote(word) for word in words) if engine.profile else ""
         lines.append(f'build {shlex.quote(name)} {given} "$@"'.replace("  ", " ") + "\n")
     return "".join([*lines, _TAIL])
-
-
-def plan_summary(plan: TensorRTPlan) -> dict[str, Any]:
-    """The plan as data for people and programs."""
-    return json.loads(plan.to_json())
-
-
-__all__ = [
-    "SCRIPT",
-    "TIMING_CACHE",
-    "BuildOptions",
-    "Profile",
-    "plan_summary",
-    "script",
-    "update_manifest",
-    "write_plan",
-]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec
+from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, file_entry
 from flashu_compile.runtime.profiles import InputShapes, Profile
 from flashu_compile.runtime.sessions import Tensors, check_inputs
 
@@ -183,7 +183,11 @@ class TensorRTEngines:
                 f"{self._files.directory} --build` on the GPU it is for."
             )
         check_built_for(spec.name, planned.built, self.plan, self._libraries)
-        data = self._files.path(planned.built.file).read_bytes()
+        path = self._files.path(planned.built.file)
+        # Whatever else is left unchecked: TensorRT must not parse a file that is not the one that was built.
+        if file_entry(path) != self._files.manifest.files[planned.built.file]:
+            raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's; build it again.")
+        data = path.read_bytes()
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(f"TensorRT cannot load engine {spec.name!r}; build it again on this machine.")
