@@ -66,6 +66,14 @@ Provider = Annotated[
         "It is used or the command fails; [bold]doctor[/] tells which work here."
     ),
 ]
+ProviderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="An option of the provider, by its name in ONNX Runtime: device_id=1, enable_cuda_graph=true, "
+        "trt_engine_cache_path=engines. Repeatable.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads an engine computes with.", show_default="one per core")
 ]
@@ -88,6 +96,15 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder or file."),
 ]
+
+
+def provider_options(given: list[str] | None) -> dict[str, object]:
+    """`NAME=VALUE` texts as a mapping; of several for one name the last holds."""
+    for text in given or ():
+        if not text.partition("=")[0].strip() or "=" not in text:
+            raise typer.BadParameter(f"--provider-option takes NAME=VALUE, not {text!r}.")
+    pairs = (text.partition("=") for text in given or ())
+    return {name.strip(): value for name, _, value in pairs}
 
 
 def _version(wanted: bool) -> None:

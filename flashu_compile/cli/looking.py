@@ -19,15 +19,18 @@ from flashu_compile.cli.base import (
     Json,
     Memory,
     Provider,
+    ProviderOption,
     Threads,
     Tokenizer,
     Trust,
     Vae,
     app,
     examples,
+    provider_options,
     quiet_onnxruntime,
     quiet_torch,
 )
+from flashu_compile.cli.conversion import inspect_target
 from flashu_compile.errors import InputError, UnknownTaskError
 
 
@@ -37,6 +40,7 @@ from flashu_compile.errors import InputError, UnknownTaskError
         "inspect build/shapes",
         "inspect build/shapes --plan",
         "inspect build/shapes --json | jq .report.sizes",
+        "inspect build/shapes --target tensorrt",
         "inspect showo2-shapes --structure",
         "inspect ./show-o2-1.5B --structure --task t2i --vae ./Wan2.1_VAE.pth --json",
     ),
@@ -52,6 +56,14 @@ def inspect(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the step plan of picture generation instead.")
     ] = False,
+    conversion: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="BACKEND",
+            help="Print what of the engines a backend would not take, by its published lists: tensorrt.",
+        ),
+    ] = None,
     structure: Annotated[
         bool, typer.Option("--structure", help="Print what techniques find in MODEL, and why not.")
     ] = False,
@@ -69,14 +81,19 @@ def inspect(
 
     With --structure, show what a model offers to the techniques, and why the rest was not found:
     residual blocks, FFN groups and attention by stack, the picture's rows, what a head cache can keep,
-    and what each output depends on.
+    and what each output depends on. With --target, hold every node of the engines against what the
+    backend's authors publish as supported; the exit code is 1 if a node would not convert.
     """
+    if sum((plan, structure, conversion is not None)) > 1:
+        raise typer.BadParameter(
+            "--plan and --target are for bundles, --structure for models; give one of them."
+        )
     if structure:
-        if plan:
-            raise typer.BadParameter("--plan is for bundles, --structure for models; give one of them.")
         _inspect_model(target, task or TASKS, vae, tokenizer, as_json=as_json)
     elif task or vae or tokenizer:
         raise typer.BadParameter("--task, --vae and --tokenizer go with --structure.")
+    elif conversion is not None:
+        inspect_target(Path(target), conversion, as_json=as_json)
     else:
         _inspect_bundle(Path(target), plan=plan, as_json=as_json)
 
@@ -138,6 +155,7 @@ def _inspect_model(
 def verify(
     bundle: Bundle,
     provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
     threads: Threads = None,
     memory: Memory = "fast",
     trust: Trust = False,
@@ -154,6 +172,7 @@ def verify(
         result = check(
             bundle,
             provider=provider,
+            provider_options=provider_options(provider_option),
             threads=threads,
             memory=memory,
             trust=trust,
@@ -173,6 +192,10 @@ def verify(
                     }
                     for row in result.outputs
                 ],
+                "placements": {
+                    engine: {row.provider: row.operators for row in rows}
+                    for engine, rows in result.placements.items()
+                },
             }
         )
     else:
@@ -180,6 +203,8 @@ def verify(
         typer.echo(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
         for row in wrong:
             typer.echo(f"  {row.status}: {row.name}")
+        for engine, rows in result.placements.items():
+            typer.echo(f"{engine}: {', '.join(map(str, rows))}")
         display.print_table(
             ("engine", "output", "relative error", "tolerance", ""),
             [

@@ -15,10 +15,12 @@ from flashu_compile.cli.base import (
     Json,
     Memory,
     Provider,
+    ProviderOption,
     Threads,
     Trust,
     app,
     examples,
+    provider_options,
     quiet_onnxruntime,
 )
 
@@ -56,6 +58,7 @@ def generate(
         ),
     ] = None,
     provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
     threads: Threads = None,
     memory: Memory = "fast",
     trust: Trust = False,
@@ -65,7 +68,7 @@ def generate(
     from flashu_compile.runtime.images import check_picture_path, save_picture
 
     check_picture_path(output)
-    pipeline = _load(bundle, provider, threads, memory, trust)
+    pipeline = _load(bundle, provider, provider_option, threads, memory, trust)
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -113,13 +116,14 @@ def ask(
         int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="the bundle's")
     ] = None,
     provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
     threads: Threads = None,
     memory: Memory = "fast",
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
-    pipeline = _load(bundle, provider, threads, memory, trust)
+    pipeline = _load(bundle, provider, provider_option, threads, memory, trust)
     answers = pipeline.ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
@@ -128,8 +132,17 @@ def ask(
         typer.echo(" ".join(answer.split()))
 
 
-def _load(bundle: Path, provider: str, threads: int | None, memory: str, trust: bool) -> Pipeline:
+def _load(
+    bundle: Path, provider: str, options: list[str] | None, threads: int | None, memory: str, trust: bool
+) -> Pipeline:
     quiet_onnxruntime()
     import flashu_compile
 
-    return flashu_compile.load(bundle, provider=provider, threads=threads, memory=memory, trust=trust)
+    return flashu_compile.load(
+        bundle,
+        provider=provider,
+        provider_options=provider_options(options),
+        threads=threads,
+        memory=memory,
+        trust=trust,
+    )

@@ -36,6 +36,7 @@ from flashu_compile.runtime.manifest import (
 )
 from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
+from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample
 from flashu_compile.runtime.sessions import Engine, Engines
 
@@ -46,6 +47,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     provider: str = "cpu",
+    provider_options: ProviderOptions | None = None,
     threads: int | None = None,
     memory: str = "fast",
     verify_hashes: bool = True,
@@ -55,11 +57,13 @@ def load(
     """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime: what is asked for runs, or this
-    fails. `threads` is the number of threads an engine computes with (None: one per core). With `memory="fast"` each
-    engine keeps weights in the form that is fastest to compute with; with `"low"` (ONNX Runtime on the CPU) all engines
-    read one map of the weights, which takes less memory and more time. `verify_hashes=False` skips comparing each file
-    with its recorded SHA-256 before its first use. `trust=True` lets a backend run whose engines are code: give it only
-    for bundles whose builder you know. `options` are the backend's own, by name.
+    fails. `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
+    `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
+    one per core). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
+    `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
+    `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use. `trust=True` lets a
+    backend run whose engines are code: give it only for bundles whose builder you know. `options` are the backend's
+    own, by name.
 
     Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
@@ -79,8 +83,9 @@ def load(
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
     _check_parts(manifest, plan)
+    given = {**(options or {}), **({"provider_options": provider_options} if provider_options else {})}
     engines = open_engines(
-        files, provider=provider, threads=threads, memory=memory, trust=trust, options=options
+        files, provider=provider, threads=threads, memory=memory, trust=trust, options=given
     )
     return Pipeline(manifest, plan, recipe, codec, engines)
 

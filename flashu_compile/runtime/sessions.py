@@ -1,7 +1,7 @@
 """Engines that run: the protocol the pipeline uses, and its ONNX Runtime implementation.
 
 A provider that was asked for is the provider that runs, or a `BackendUnavailableError` says what is missing;
-ONNX Runtime's own habit of falling back to the CPU is switched off and checked for.
+ONNX Runtime's own habit of falling back to the CPU is switched off and checked for, in the session and for each node.
 """
 
 from __future__ import annotations
@@ -24,8 +24,21 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
+from flashu_compile.runtime.binding import BoundRuns
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
+from flashu_compile.runtime.profiles import dimension_ranges, engine_profile
+from flashu_compile.runtime.providers import (
+    TENSORRT,
+    Placement,
+    ProviderOptions,
+    check_options,
+    check_placements,
+    configure,
+    engine_options,
+    placements,
+    session_request,
+)
 from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
 from flashu_compile.runtime.state import State, state_of, updated
 
@@ -37,9 +50,6 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "cuda": ("CUDAExecutionProvider",),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
 }
-
-# TF32 keeps 10 bits of mantissa; an engine called float32 computes in float32.
-_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 ADVICE: dict[str, str] = {
     "CUDAExecutionProvider": (
@@ -132,13 +142,22 @@ def _written(tensor: TensorSpec) -> str:
 
 
 class OnnxRuntimeEngine:
-    """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads."""
+    """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads.
+
+    `placements` tells which provider runs how many nodes. With `bound`, runs go through fixed buffers, one at a time.
+    """
 
     def __init__(
-        self, spec: EngineSpec, session: ort.InferenceSession, weights: SharedWeights | None = None
+        self,
+        spec: EngineSpec,
+        session: ort.InferenceSession,
+        *,
+        weights: SharedWeights | None = None,
+        bound: BoundRuns | None = None,
     ) -> None:
         self.spec = spec
-        self._session = session
+        self.placements: tuple[Placement, ...] = placements(session)
+        self._session, self._bound = session, bound
         self._weights = weights  # the session reads them for as long as it lives
         self._outputs = [tensor.name for tensor in spec.outputs]
         self._state = state_of(spec)
@@ -162,7 +181,10 @@ class OnnxRuntimeEngine:
             outputs = self.update(rest, state)
             return outputs | {updated(name): array for name, array in state.items()}
         try:
-            values = self._session.run(self._outputs, dict(inputs))
+            if self._bound is not None:
+                values = self._bound.run(inputs)
+            else:
+                values = self._session.run(self._outputs, dict(inputs))
         except _ORT_ERRORS as error:
             raise self._failed(error) from error
         return dict(zip(self._outputs, values, strict=True))
@@ -202,10 +224,10 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeEngines:
     """Sessions of a bundle on one execution provider, created lazily and once, whichever thread asks first.
 
-    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; `threads` is the number of threads
-    an engine computes with (None: one per core); `memory` is `fast`, or `low` for engines that share one map of the
-    weights. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider does
-    not work here.
+    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
+    `threads` is the number of threads an engine computes with (None: one per core); `memory` is `fast`, or `low` for
+    engines that share one map of the weights. Raises `ConfigurationError` if one of them makes no sense,
+    `BackendUnavailableError` if the provider does not work here.
     """
 
     def __init__(
@@ -213,15 +235,18 @@ class OnnxRuntimeEngines:
         files: BundleFiles,
         *,
         provider: str = "cpu",
+        provider_options: ProviderOptions | None = None,
         threads: int | None = None,
         memory: str = "fast",
     ) -> None:
         if threads is not None and threads < 1:
             raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
-        check_memory(memory, resolve_provider(provider)[0])
-        if resolve_provider(provider) != PROVIDERS["cpu"]:
+        wanted = resolve_provider(provider)
+        check_memory(memory, wanted[0])
+        session_request(provider, wanted, provider_options or {})
+        if wanted != PROVIDERS["cpu"]:
             probe_provider(provider)
-        self.provider = provider
+        self.provider, self.options = provider, dict(provider_options or {})
         self._shares = memory == "low"
         self._weights: SharedWeights | None = None
         self._files, self._threads = files, threads
@@ -240,13 +265,26 @@ class OnnxRuntimeEngines:
             weights = self._files.path(WEIGHTS)
             if self._shares and self._weights is None:
                 self._weights = SharedWeights(weights)
+        wanted = resolve_provider(self.provider)
+        manifest = self._files.manifest
+        profile = engine_profile(spec, dimension_ranges(manifest, spec)) if TENSORRT in wanted else None
+        options = engine_options(manifest, spec, wanted, profile, self.options)
         try:
-            session = create_session(path, self.provider, self._threads, self._weights)
+            session = create_session(path, self.provider, self._threads, options, self._weights)
         except _ORT_ERRORS as error:
             raise BundleError(
                 f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
             ) from error
-        return OnnxRuntimeEngine(spec, session, self._weights)
+        request = session_request(self.provider, wanted, options)
+        outputs = [tensor.name for tensor in spec.outputs]
+        device = int(str(self.options.get("device_id", 0)))
+        bound = BoundRuns(session, outputs, "cuda", device) if request.cuda_graph else None
+        engine = OnnxRuntimeEngine(spec, session, weights=self._weights, bound=bound)
+        check_placements(spec.name, self.provider, wanted, engine.placements)
+        if len(engine.placements) > 1:
+            told = ", ".join(map(str, engine.placements))
+            _log.warning("Engine %r, asked for on %r, runs on: %s.", spec.name, self.provider, told)
+        return engine
 
 
 def resolve_provider(provider: str) -> tuple[str, ...]:
@@ -265,13 +303,16 @@ def create_session(
     model: Path | bytes,
     provider: str,
     threads: int | None = None,
+    provider_options: ProviderOptions | None = None,
     weights: SharedWeights | None = None,
 ) -> ort.InferenceSession:
     """A session that has every provider asked for, or an error. With `weights` it reads those, which must outlive it.
 
-    Raises `BackendUnavailableError` if a provider is missing, and whatever ONNX Runtime raises on a bad model.
+    Raises `BackendUnavailableError` if a provider is missing, `ConfigurationError` on an option that it does not
+    know, and whatever ONNX Runtime raises on a bad model.
     """
     wanted = resolve_provider(provider)
+    request = session_request(provider, wanted, provider_options or {})
     built_in = ort.get_available_providers()
     for name in wanted:
         if name not in built_in:
@@ -283,6 +324,7 @@ def create_session(
         _preload_cuda_libraries()
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
+    configure(options, request)
     if threads is not None:
         options.intra_op_num_threads = threads
     if weights is not None and isinstance(model, Path):
@@ -290,7 +332,7 @@ def create_session(
     session = ort.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options,
-        providers=[(name, _PROVIDER_OPTIONS.get(name, {})) for name in wanted],
+        providers=list(request.providers),
         enable_fallback=0,
     )
     got = session.get_providers()
@@ -300,6 +342,7 @@ def create_session(
             f"Provider {provider!r} was asked for, but ONNX Runtime gave {', '.join(got)}. "
             + " ".join(_shortfall(name) for name in missing)
         )
+    check_options(session, request)
     return session
 
 

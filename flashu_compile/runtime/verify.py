@@ -18,7 +18,8 @@ from flashu_compile.errors import BackendUnavailableError, FlashuError
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
-from flashu_compile.runtime.sessions import Engines
+from flashu_compile.runtime.providers import Placement, ProviderOptions
+from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngine
 
 TOLERANCE = 1e-4
 
@@ -58,8 +59,12 @@ class OutputCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
+    """`placements` tells, for each engine that was run, which provider of ONNX Runtime
+    ran how many of its nodes."""
+
     files: tuple[FileCheck, ...]
     outputs: tuple[OutputCheck, ...]
+    placements: Mapping[str, tuple[Placement, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -70,6 +75,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     provider: str = "cpu",
+    provider_options: ProviderOptions | None = None,
     threads: int | None = None,
     memory: str = "fast",
     trust: bool = False,
@@ -88,13 +94,15 @@ def verify(
     shared = find_run_backend(manifest.backend).weights
     # Every hash is checked here, once; engines with a damaged file are not loaded.
     files = BundleFiles(directory, manifest, verify_hashes=False)
+    given = {**(options or {}), **({"provider_options": provider_options} if provider_options else {})}
     engines = open_engines(
-        files, provider=provider, threads=threads, memory=memory, trust=trust, options=options
+        files, provider=provider, threads=threads, memory=memory, trust=trust, options=given
     )
     tell = progress or (lambda _: None)
     checked = tuple(_check_files(directory, manifest, tell))
     damaged = {row.name for row in checked if not row.ok}
     outputs: list[OutputCheck] = []
+    placed: dict[str, tuple[Placement, ...]] = {}
     for spec in manifest.engines:
         tell(spec.name)
         unusable = sorted(damaged & {spec.file, spec.reference, shared})
@@ -103,11 +111,14 @@ def verify(
             continue
         try:
             outputs.extend(_check_engine(spec, files, engines))
+            engine = engines.engine(spec.name)
+            if isinstance(engine, OnnxRuntimeEngine):
+                placed[spec.name] = engine.placements
         except BackendUnavailableError:
             raise
         except (FlashuError, SafetensorError, OSError) as error:
             outputs.append(_not_run(spec, str(error)))
-    return Verification(checked, tuple(outputs))
+    return Verification(checked, tuple(outputs), placed)
 
 
 def _not_run(spec: EngineSpec, note: str) -> OutputCheck:

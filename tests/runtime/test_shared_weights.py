@@ -51,7 +51,7 @@ def test_a_session_reads_the_map(store: Path) -> None:
     weights = SharedWeights(store)
     store.rename(store.parent / "elsewhere")
     store.write_bytes(bytes(8 + PRODUCT.nbytes))
-    session = create_session(graph, "cpu", 1, weights)
+    session = create_session(graph, "cpu", 1, weights=weights)
     x = np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x @ PRODUCT)
 
@@ -103,7 +103,7 @@ def test_graphs_that_do_not_fit_the_store_are_refused(store: Path, model: bytes,
     graph = store.parent / "graph.onnx"
     graph.write_bytes(model)
     with pytest.raises(BundleError, match=message):
-        create_session(graph, "cpu", 1, SharedWeights(store))
+        create_session(graph, "cpu", 1, weights=SharedWeights(store))
 
 
 def test_unknown_mode(bundle: Path) -> None:

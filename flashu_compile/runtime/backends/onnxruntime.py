@@ -16,7 +16,8 @@ class OnnxRuntime:
     runs_code = False
     weights = WEIGHTS
     options: Mapping[str, str] = {
-        "memory": "fast: each engine keeps weights as it computes best; low: all engines share one map of them"
+        "memory": "fast: each engine keeps weights as it computes best; low: all engines share one map of them",
+        "provider_options": "options of the provider, by ONNX Runtime's names",
     }
 
     def open(

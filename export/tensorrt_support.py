@@ -1,0 +1,265 @@
+"""What TensorRT would not take of a graph, found by reading: no GPU and none of its libraries are needed.
+
+Every node is held against two published lists that lie beside this file as data, with version, source and licence:
+the support matrix of TensorRT's ONNX parser (operators, types, restrictions), and, by the aten operator a node was
+translated from, the converters and decompositions of torch-tensorrt. A clean graph is one that these lists do not
+speak against; only a build on a GPU proves more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from flashu_compile.exporters.onnx import OPERATOR
+from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.manifest import read_manifest
+
+ONNX_PARSER, TORCH_TENSORRT = "tensorrt_onnx.json", "torch_tensorrt.json"
+
+_TYPES = {
+    ir.DataType.FLOAT: "FP32",
+    ir.DataType.FLOAT16: "FP16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.FLOAT8E4M3FN: "FP8",
+    ir.DataType.FLOAT4E2M1: "FP4",
+    ir.DataType.INT4: "INT4",
+    ir.DataType.INT8: "INT8",
+    ir.DataType.UINT8: "UINT8",
+    ir.DataType.INT32: "INT32",
+    ir.DataType.INT64: "INT64",
+    ir.DataType.BOOL: "BOOL",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objection:
+    """A node that would not convert. `library` is the one that says so; `operator` is ONNX's name, or aten's."""
+
+    node: str
+    operator: str
+    library: str
+    reason: str
+
+
+@functools.cache
+def published(name: str) -> Mapping[str, Any]:
+    """One of the two lists, as it is stored."""
+    folder = resources.files("flashu_compile.exporters") / "support"
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def objections(model: ir.Model) -> list[Objection]:
+    """What the two lists have against the nodes of a graph that is meant for TensorRT, in the order of nodes."""
+    return [*_parser_objections(model), *_converter_objections(model)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What became of one engine of a bundle: its nodes, what its TensorRT variant changes, what is refused of that."""
+
+    engine: str
+    nodes: int
+    changes: list[str]
+    objections: list[Objection]
+    sources: list[str]
+
+    @property
+    def clean(self) -> bool:
+        return not self.objections
+
+
+def inspect_bundle(bundle: Path) -> list[Conversion]:
+    """Hold the TensorRT variant of every engine against the lists. Raises `BundleError` on a damaged bundle."""
+    manifest = read_manifest(bundle)
+    files = BundleFiles(bundle, manifest)
+    sources = [
+        f"{facts['library']} {facts['version']} ({facts['source']})"
+        for facts in (published(ONNX_PARSER), published(TORCH_TENSORRT))
+    ]
+    results = []
+    for spec in manifest.engines:
+        model = ir.load(files.path(spec.file))
+        changes = make_tensorrt_variant(model)
+        found = objections(model)
+        results.append(Conversion(spec.name, len(model.graph), changes, found, sources))
+    return results
+
+
+# --- TensorRT's ONNX parser -------------------------------------------------------------------------------------
+
+
+def _parser_objections(model: ir.Model) -> Iterator[Objection]:
+    matrix = published(ONNX_PARSER)
+    library = f"{matrix['library']} {matrix['version']}"
+    opset = model.opset_imports.get("", 0)
+    low, high = matrix["opsets"]
+    if not low <= opset <= high:
+        yield Objection(model.graph.name or "", "", library, f"opset {opset} is not one of {low} to {high}")
+        return
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for reason in _refusals(node, matrix, opset):
+            yield Objection(node.name or "", node.op_type, library, reason)
+
+
+def _refusals(node: ir.Node, matrix: Mapping[str, Any], opset: int) -> Iterator[str]:
+    if node.domain not in ("", "ai.onnx"):
+        yield f"domain {node.domain!r} is not ONNX's own"
+        return
+    entry = matrix["operators"].get(node.op_type)
+    if entry is None:
+        listed = node.op_type in matrix["unsupported"]
+        yield "not supported" if listed else "not in the support matrix"
+        return
+    yield from _type_refusals(node, entry["types"], opset)
+    for rule, check in _RULES.items():
+        if rule in entry:
+            yield from check(node, entry[rule])
+
+
+def _type_refusals(node: ir.Node, types: list[str], opset: int) -> Iterator[str]:
+    """The types that the matrix lists are those of the operator's data, not of indices, shapes and conditions."""
+    schema = onnx.defs.get_schema(node.op_type, opset, "")
+    formal = [schema.inputs[min(i, len(schema.inputs) - 1)] for i in range(len(node.inputs)) if schema.inputs]
+    given = [(value, parameter.type_str) for value, parameter in zip(node.inputs, formal, strict=True)]
+    given += [
+        (v, schema.outputs[min(i, len(schema.outputs) - 1)].type_str) for i, v in enumerate(node.outputs)
+    ]
+    data = {"Where": "T", "OneHot": "T3", "ConstantOfShape": "T2"}.get(node.op_type)
+    wanted = {data} if data else {given[0][1]} if formal else {parameter for _, parameter in given}
+    if node.op_type in ("Cast", "CastLike"):
+        wanted = {"T1", "T2"}
+    refused = {
+        _TYPES.get(value.dtype, value.dtype.name)
+        for value, parameter in given
+        if value is not None and value.dtype is not None and parameter in wanted
+    }.difference(types)
+    for name in sorted(refused):
+        yield f"type {name} is not one of {', '.join(types)}"
+
+
+def _input(node: ir.Node, index: int | str) -> ir.Value | None:
+    return node.inputs[int(index)] if int(index) < len(node.inputs) else None
+
+
+def _ranks(node: ir.Node, rule: Mapping[str, list[int]]) -> Iterator[str]:
+    for index, allowed in rule.items():
+        value = _input(node, index)
+        if value is not None and value.shape is not None and len(value.shape) not in allowed:
+            yield f"input {index} has {len(value.shape)} dimensions, not {' or '.join(map(str, allowed))}"
+
+
+def _absent_inputs(node: ir.Node, rule: list[int]) -> Iterator[str]:
+    for index in rule:
+        if _input(node, index) is not None:
+            yield f"input {index} is not supported"
+
+
+def _absent_attributes(node: ir.Node, rule: list[str]) -> Iterator[str]:
+    yield from (f"attribute {name} is not supported" for name in rule if name in node.attributes)
+
+
+def _outputs(node: ir.Node, rule: int) -> Iterator[str]:
+    used = [i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+    if used and used[-1] >= rule:
+        yield f"output {used[-1]} is not supported"
+
+
+def _constant_inputs(node: ir.Node, rule: list[int]) -> Iterator[str]:
+    for index in rule:
+        value = _input(node, index)
+        if value is not None and ir.convenience.get_const_tensor(value) is None:
+            yield f"input {index} is not a constant"
+
+
+def _zero_inputs(node: ir.Node, rule: list[int]) -> Iterator[str]:
+    for index in rule:
+        value = _input(node, index)
+        tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+        if value is not None and (tensor is None or tensor.numpy().any()):
+            yield f"input {index} is not a constant zero"
+
+
+def _static_inputs(node: ir.Node, rule: list[int]) -> Iterator[str]:
+    for index in rule:
+        value = _input(node, index)
+        if value is not None and (value.shape is None or not value.shape.is_static()):
+            yield f"input {index} has dynamic dimensions"
+
+
+def _all_ones(node: ir.Node, rule: list[str]) -> Iterator[str]:
+    for name in rule:
+        if name in node.attributes and any(size != 1 for size in node.attributes[name].as_ints()):
+            yield f"attribute {name} is not all ones"
+
+
+def _attributes(node: ir.Node, rule: Mapping[str, list[Any]]) -> Iterator[str]:
+    for name, allowed in rule.items():
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.value not in allowed:
+            yield f"attribute {name} is {attribute.value!r}, not {' or '.join(map(repr, allowed))}"
+
+
+def _input_types(node: ir.Node, rule: Mapping[str, list[str]]) -> Iterator[str]:
+    for index, allowed in rule.items():
+        value = _input(node, index)
+        if value is not None and value.dtype is not None and _TYPES.get(value.dtype) not in allowed:
+            yield f"input {index} is {value.dtype.name}, not {' or '.join(allowed)}"
+
+
+_RULES: dict[str, Callable[[ir.Node, Any], Iterator[str]]] = {
+    "ranks": _ranks,
+    "absent_inputs": _absent_inputs,
+    "absent_attributes": _absent_attributes,
+    "outputs": _outputs,
+    "constant_inputs": _constant_inputs,
+    "zero_inputs": _zero_inputs,
+    "static_inputs": _static_inputs,
+    "all_ones": _all_ones,
+    "attributes": _attributes,
+    "input_types": _input_types,
+}
+
+
+# --- torch-tensorrt ---------------------------------------------------------------------------------------------
+
+
+def _converter_objections(model: ir.Model) -> Iterator[Objection]:
+    lists = published(TORCH_TENSORRT)
+    library = f"{lists['library']} {lists['version']}"
+    for node in model.graph:
+        operator = node.metadata_props.get(OPERATOR, "")
+        if operator and not converts(operator):
+            yield Objection(node.name or "", operator, library, "has no converter and is not decomposed")
+
+
+def converts(operator: str) -> bool:
+    """Whether torch-tensorrt takes an operator, such as `aten.add.Tensor` or `sub` (of sizes).
+
+    It has a converter, or is decomposed before: by a rule of its own or, being composite (defined by other operators,
+    as conv2d is by convolution), by PyTorch's. The lists name overloads (`aten.add.Tensor`) or all overloads of an
+    operator at once (`aten.add`).
+    """
+    lists = published(TORCH_TENSORRT)
+    names = {operator, operator.rpartition(".")[0]} if "." in operator else {f"operator.{operator}"}
+    if any(name in lists["converters"] or name in lists["decomposed"] for name in names):
+        return True
+    return _is_composite(operator) and not any(name in lists["kept"] for name in names)
+
+
+def _is_composite(operator: str) -> bool:
+    target: Any = torch.ops
+    for part in operator.split("."):
+        target = getattr(target, part, None)
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return isinstance(target, torch._ops.OpOverload) and target.has_kernel_for_dispatch_key(key)

@@ -1,0 +1,211 @@
+"""Execution providers of ONNX Runtime: the options they are given, and where a session's nodes really went.
+
+`get_providers` tells which providers a session has, not what they do: a provider may decline any node, which ONNX
+Runtime then gives to the next one. So the assignment of every node is recorded and looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from flashu_compile.errors import BackendUnavailableError, ConfigurationError
+from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, Manifest
+from flashu_compile.runtime.profiles import Profile, shapes_text
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+ProviderOptions = Mapping[str, object]
+
+# TF32 keeps 10 bits of mantissa; an engine called float32 computes in float32.
+_DEFAULTS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}}
+
+#: Entries of the session's configuration that may stand among a provider's options. The first makes ONNX Runtime
+#: itself refuse a session with any node on the CPU, be it only the arithmetic of sizes.
+SESSION_ENTRIES = ("session.disable_cpu_ep_fallback",)
+
+_RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+
+# ONNX Runtime keeps the arithmetic of sizes, and copies to and from it, on the CPU whichever provider runs the rest.
+# fmt: off
+_SIZE_OPERATORS = frozenset({
+    "Add", "And", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather",
+    "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "MemcpyFromHost",
+    "MemcpyToHost", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Range", "ReduceProd", "Reshape", "Shape",
+    "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+})
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The nodes that one provider runs: how many of each operator. `provider` is ONNX Runtime's name of it."""
+
+    provider: str
+    operators: dict[str, int]
+
+    @property
+    def nodes(self) -> int:
+        return sum(self.operators.values())
+
+    def __str__(self) -> str:
+        return f"{self.provider} {self.nodes} nodes"
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionRequest:
+    """What a session is asked for: providers with their options, in order, and entries of its configuration."""
+
+    providers: tuple[tuple[str, dict[str, str]], ...]
+    entries: dict[str, str]
+
+    @property
+    def cuda_graph(self) -> bool:
+        return dict(self.providers).get(CUDA, {}).get("enable_cuda_graph") == "1"
+
+
+def session_request(provider: str, wanted: tuple[str, ...], options: ProviderOptions) -> SessionRequest:
+    """Sort options by who reads them. Raises `ConfigurationError` on one that nobody would, or that misleads.
+
+    `trt_…` goes to TensorRT, `device_id` to every provider, the names in `SESSION_ENTRIES` to the session, all else
+    to the last provider (which is CUDA beside TensorRT).
+    """
+    each: dict[str, dict[str, str]] = {name: dict(_DEFAULTS.get(name, {})) for name in wanted}
+    entries: dict[str, str] = {}
+    for name, value in options.items():
+        text = _text(name, value)
+        if name in SESSION_ENTRIES:
+            entries[name] = text
+        elif name.startswith("session."):
+            raise ConfigurationError(
+                f"Provider option {name!r} is not one that may be given; of the session's are: "
+                f"{', '.join(SESSION_ENTRIES)}."
+            )
+        elif wanted == (CPU,):
+            raise ConfigurationError(f"Provider {provider!r} takes no option {name!r}; leave it out.")
+        elif name == "device_id":
+            for chosen in each.values():
+                chosen[name] = text
+        elif name.startswith("trt_") and TENSORRT not in each:
+            raise ConfigurationError(
+                f"Option {name!r} is TensorRT's; provider {provider!r} does not read it."
+            )
+        else:
+            each[TENSORRT if name.startswith("trt_") else wanted[-1]][name] = text
+    request = SessionRequest(tuple(each.items()), entries)
+    _check_graphs(provider, request)
+    return request
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, str | int | float | os.PathLike):
+        text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+        return {"true": "1", "false": "0"}.get(str(text).lower(), str(text))
+    raise ConfigurationError(f"Provider option {name!r} must be text, a number, a truth value or a path.")
+
+
+def _check_graphs(provider: str, request: SessionRequest) -> None:
+    options = dict(request.providers)
+    if options.get(TENSORRT, {}).get("trt_cuda_graph_enable") == "1":
+        raise ConfigurationError(
+            "trt_cuda_graph_enable is not supported: ONNX Runtime's TensorRT provider replays the one graph that it "
+            "captured for inputs of any shape. Use provider 'cuda' with enable_cuda_graph."
+        )
+    if TENSORRT in options and request.cuda_graph:
+        raise ConfigurationError(
+            f"enable_cuda_graph needs every node on CUDA; with provider {provider!r} TensorRT has them. "
+            "Use provider 'cuda'."
+        )
+
+
+def engine_options(
+    manifest: Manifest,
+    spec: EngineSpec,
+    wanted: tuple[str, ...],
+    profile: Profile | None,
+    given: ProviderOptions,
+) -> dict[str, object]:
+    """What the TensorRT provider is told about one engine, beneath the options `given`.
+
+    Built engines and timings are kept from run to run in a folder of their own for each content of graph and weights:
+    the provider's own key is the graph alone, so other weights would be served by an old engine. The ranges of dynamic
+    dimensions are given, so that no engine is built again when a longer prompt comes.
+    """
+    if TENSORRT not in wanted:
+        return dict(given)
+    folder = cache_folder() / "tensorrt" / _content(manifest, spec)
+    options: dict[str, object] = {}
+    if _text("trt_engine_cache_enable", given.get("trt_engine_cache_enable", True)) == "1":
+        options |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": folder}
+    if _text("trt_timing_cache_enable", given.get("trt_timing_cache_enable", True)) == "1":
+        options |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": folder.parent}
+    if profile:
+        for limit in ("min", "opt", "max"):
+            options[f"trt_profile_{limit}_shapes"] = shapes_text(profile, limit)
+    return options | dict(given)
+
+
+def _content(manifest: Manifest, spec: EngineSpec) -> str:
+    entries = [manifest.files[name].sha256 for name in (spec.file, WEIGHTS) if name in manifest.files]
+    return hashlib.sha256(" ".join(entries).encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of this package lie; nothing is created."""
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "flashu_compile"
+
+
+def configure(options: ort.SessionOptions, request: SessionRequest) -> None:
+    """Write the request's entries, and that assignments are to be recorded, into `options`."""
+    for name, value in {_RECORD_ASSIGNMENT: "1", **request.entries}.items():
+        options.add_session_config_entry(name, value)
+
+
+def check_options(session: Any, request: SessionRequest) -> None:
+    """Every option was understood by the provider it was meant for. Raises `ConfigurationError` otherwise."""
+    got = session.get_provider_options()
+    for provider, options in request.providers:
+        unknown = sorted(options.keys() - got.get(provider, {}).keys())
+        if unknown:
+            raise ConfigurationError(f"{provider} does not know the option {unknown[0]!r}; leave it out.")
+
+
+def placements(session: Any) -> tuple[Placement, ...]:
+    """Which provider runs which of a session's nodes; its session options went through `configure`."""
+    counts: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        counts.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    return tuple(
+        Placement(name, dict(sorted(operators.items()))) for name, operators in sorted(counts.items())
+    )
+
+
+def check_placements(engine: str, provider: str, wanted: tuple[str, ...], got: Iterable[Placement]) -> None:
+    """Only the arithmetic of sizes may run elsewhere than on the providers asked for.
+
+    Raises `BackendUnavailableError` naming the operators that do.
+    """
+    for placement in got:
+        if placement.provider in wanted:
+            continue
+        elsewhere = {name: n for name, n in placement.operators.items() if name not in _SIZE_OPERATORS}
+        if elsewhere:
+            listed = ", ".join(f"{count} {name}" for name, count in elsewhere.items())
+            raise BackendUnavailableError(
+                f"Engine {engine!r} would not run on provider {provider!r} alone: ONNX Runtime gives {listed} to "
+                f"{placement.provider}. Use another provider, or another version of ONNX Runtime."
+            )

@@ -1,0 +1,295 @@
+"""Engines that TensorRT built, run by TensorRT: the plan beside them, and the engines behind the `Engines` protocol.
+
+An engine fits one version of TensorRT and one kind of device, so both are recorded when it is built and compared
+before it is loaded. Its file is compared with the manifest's hash first. An engine that carries code (version
+compatible, with a lean runtime inside) is loaded with `trust` alone.
+
+TensorRT and CUDA are imported when engines are opened. This could not be run where it was written, for want of a GPU;
+it keeps to the API of TensorRT 11.0 and cuda-bindings 13.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, file_entry
+from flashu_compile.runtime.profiles import InputShapes, Profile
+from flashu_compile.runtime.sessions import Tensors, check_inputs
+
+PLAN_FILE = "tensorrt.json"
+
+ADVICE = (
+    'TensorRT engines need an NVIDIA GPU with its driver and: pip install "flashu-compile[tensorrt]". Without them '
+    "the portable plan can be made here (flashu-compile tensorrt DIR) and carried out elsewhere (build_engines.sh)."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """An engine that was built: its file, and what it was built for."""
+
+    file: str
+    tensorrt: str
+    device: str
+    compute_capability: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedEngine:
+    """An engine to be built: its graph for TensorRT, the shapes it must take, and what was built of it."""
+
+    graph: str
+    profile: Profile
+    built: Built | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTPlan:
+    """All engines of a bundle by name, and how they are built (the fields of the compiler's `BuildOptions`)."""
+
+    options: dict[str, Any]
+    engines: dict[str, PlannedEngine]
+
+    @property
+    def carries_code(self) -> bool:
+        return bool(self.options["version_compatible"]) and not self.options["exclude_lean_runtime"]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> TensorRTPlan:
+        """Raises `BundleError` on anything but a plan."""
+        try:
+            data = json.loads(text)
+            engines = {
+                name: PlannedEngine(
+                    entry["graph"],
+                    tuple(
+                        InputShapes(s["name"], tuple(s["min"]), tuple(s["opt"]), tuple(s["max"]))
+                        for s in entry["profile"]
+                    ),
+                    None if entry["built"] is None else Built(**entry["built"]),
+                )
+                for name, entry in data["engines"].items()
+            }
+            plan = cls(dict(data["options"]), engines)
+            _ = plan.carries_code
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{where} is damaged: {error!r}; make the plan again.") from error
+        return plan
+
+
+def read_plan(files: BundleFiles) -> TensorRTPlan:
+    """The plan of a bundle. Raises `BundleError` if there is none."""
+    if PLAN_FILE not in files.manifest.files:
+        raise BundleError(
+            f"{files.directory} has no TensorRT plan; make one with `flashu-compile tensorrt {files.directory}`."
+        )
+    return TensorRTPlan.from_json(files.text(PLAN_FILE), files.directory / PLAN_FILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Libraries:
+    """The two modules that run engines: `tensorrt`, and `cuda.bindings.runtime`."""
+
+    trt: Any
+    cuda: Any
+
+    def checked(self, result: tuple[Any, ...]) -> Any:
+        """The value of a CUDA call. Raises `BackendUnavailableError` if it failed."""
+        error, *values = result
+        if error != self.cuda.cudaError_t.cudaSuccess:
+            raise BackendUnavailableError(f"CUDA failed: {error!s}. {ADVICE}")
+        return values[0] if values else None
+
+    def device(self) -> tuple[str, str]:
+        """Name and compute capability of the GPU in use."""
+        properties = self.checked(self.cuda.cudaGetDeviceProperties(self.checked(self.cuda.cudaGetDevice())))
+        name = properties.name
+        text = name.decode() if isinstance(name, bytes) else str(name)
+        return text.rstrip("\0"), f"{properties.major}.{properties.minor}"
+
+
+def import_libraries() -> Libraries:
+    """Raises `BackendUnavailableError` saying which of library, driver and GPU is missing, and what to do."""
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(f"TensorRT cannot be imported: {error}. {ADVICE}") from error
+    try:
+        from cuda.bindings import runtime
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendUnavailableError(f"cuda-bindings cannot be imported: {error}. {ADVICE}") from error
+    libraries = Libraries(tensorrt, runtime)
+    try:
+        count = libraries.checked(runtime.cudaGetDeviceCount())
+    except RuntimeError as error:  # without a driver the bindings find no library to call
+        raise BackendUnavailableError(f"No CUDA device can be used: {error}. {ADVICE}") from error
+    if not count:
+        raise BackendUnavailableError(f"There is no CUDA device. {ADVICE}")
+    return libraries
+
+
+class TensorRTEngines:
+    """The built engines of a bundle, each deserialised when it is first asked for.
+
+    Raises `BundleError` without a plan, `ConfigurationError` if engines carry code and are not trusted,
+    `BackendUnavailableError` if TensorRT does not work here.
+    """
+
+    def __init__(
+        self,
+        files: BundleFiles,
+        *,
+        trust: bool = False,
+        libraries: Callable[[], Libraries] = import_libraries,
+    ) -> None:
+        self.plan = read_plan(files)
+        if self.plan.carries_code and not trust:
+            raise ConfigurationError(
+                f"The TensorRT engines of {files.directory} are version compatible and carry code that loading runs; "
+                "if you know who built them, load them with trust=True."
+            )
+        self._files, self._libraries = files, libraries()
+        self._runtime = self._libraries.trt.Runtime(
+            self._libraries.trt.Logger(self._libraries.trt.Logger.WARNING)
+        )
+        self._runtime.engine_host_code_allowed = self.plan.carries_code
+        self._engines: dict[str, TensorRTEngine] = {}
+        self._lock = threading.Lock()
+
+    def engine(self, name: str) -> TensorRTEngine:
+        with self._lock:
+            if name not in self._engines:
+                self._engines[name] = self._load(self._files.manifest.engine(name))
+            return self._engines[name]
+
+    def _load(self, spec: EngineSpec) -> TensorRTEngine:
+        planned = self.plan.engines.get(spec.name)
+        if planned is None or planned.built is None:
+            raise BundleError(
+                f"Engine {spec.name!r} has not been built for TensorRT; run `flashu-compile tensorrt "
+                f"{self._files.directory} --build` on the GPU it is for."
+            )
+        check_built_for(spec.name, planned.built, self.plan, self._libraries)
+        path = self._files.path(planned.built.file)
+        # Whatever else is left unchecked: TensorRT must not parse a file that is not the one that was built.
+        if file_entry(path) != self._files.manifest.files[planned.built.file]:
+            raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's; build it again.")
+        data = path.read_bytes()
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BundleError(f"TensorRT cannot load engine {spec.name!r}; build it again on this machine.")
+        if self.plan.options["strip_weights"]:
+            self._refit(engine, spec, planned)
+        return TensorRTEngine(spec, engine, self._libraries)
+
+    def _refit(self, engine: Any, spec: EngineSpec, planned: PlannedEngine) -> None:
+        """Put the bundle's weights into an engine that was built without."""
+        trt = self._libraries.trt
+        logger = trt.Logger(trt.Logger.WARNING)
+        refitter = trt.Refitter(engine, logger)
+        if WEIGHTS in self._files.manifest.files:
+            self._files.path(WEIGHTS)
+        graph = str(self._files.path(planned.graph))
+        if (
+            not trt.OnnxParserRefitter(refitter, logger).refit_from_file(graph)
+            or not refitter.refit_cuda_engine()
+        ):
+            raise BundleError(
+                f"The weights of engine {spec.name!r} could not be put into it; build it again."
+            )
+
+
+def check_built_for(name: str, built: Built, plan: TensorRTPlan, libraries: Libraries) -> None:
+    """Raises `BackendUnavailableError` if an engine was built for another device or version than those here."""
+    device, capability = libraries.device()
+    version = libraries.trt.__version__
+    if built.compute_capability != capability:
+        raise BackendUnavailableError(
+            f"Engine {name!r} was built for {built.device} (compute capability {built.compute_capability}); "
+            f"this is {device} ({capability}). Build it here: flashu-compile tensorrt DIR --build."
+        )
+    if built.tensorrt != version and not plan.options["version_compatible"]:
+        raise BackendUnavailableError(
+            f"Engine {name!r} was built by TensorRT {built.tensorrt} and this is {version}; build it again, or with "
+            "version_compatible."
+        )
+
+
+class TensorRTEngine:
+    """One engine, its execution context and its stream. Calls from several threads take turns."""
+
+    def __init__(self, spec: EngineSpec, engine: Any, libraries: Libraries) -> None:
+        self.spec = spec
+        self._engine, self._lib = engine, libraries
+        self._context = engine.create_execution_context()
+        self._stream = libraries.checked(libraries.cuda.cudaStreamCreate())
+        self._lock = threading.Lock()
+        names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+        if names != expected:
+            raise BundleError(
+                f"Engine {spec.name!r} has the tensors {', '.join(sorted(names))} and the manifest "
+                f"{', '.join(sorted(expected))}; build it again."
+            )
+
+    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        check_inputs(self.spec, inputs)
+        with self._lock:
+            memory: list[int] = []
+            try:
+                return self._run(inputs, memory)
+            finally:
+                for address in memory:
+                    self._lib.cuda.cudaFree(address)
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], memory: list[int]) -> dict[str, NDArray[Any]]:
+        kind = self._lib.cuda.cudaMemcpyKind
+        for name, value in inputs.items():
+            if not self._context.set_input_shape(name, value.shape):
+                raise BundleError(
+                    f"Engine {self.spec.name!r}: shape {list(value.shape)} of input {name!r} is outside the ranges it "
+                    "was built for."
+                )
+            held = np.ascontiguousarray(value)
+            self._copy(
+                self._place(name, held.nbytes, memory),
+                held.ctypes.data,
+                held.nbytes,
+                kind.cudaMemcpyHostToDevice,
+            )
+        outputs = {}
+        for tensor in self.spec.outputs:
+            shape = tuple(self._context.get_tensor_shape(tensor.name))
+            dtype = self._lib.trt.nptype(self._engine.get_tensor_dtype(tensor.name))
+            outputs[tensor.name] = np.empty(shape, dtype=dtype)
+        places = {name: self._place(name, array.nbytes, memory) for name, array in outputs.items()}
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise BundleError(f"Engine {self.spec.name!r} failed in TensorRT; its log says why.")
+        for name, array in outputs.items():
+            self._copy(array.ctypes.data, places[name], array.nbytes, kind.cudaMemcpyDeviceToHost)
+        return outputs
+
+    def _place(self, name: str, size: int, memory: list[int]) -> int:
+        """Device memory for a tensor, told to the context; at least a byte, since none may be without an address."""
+        address = int(self._lib.checked(self._lib.cuda.cudaMalloc(max(size, 1))))
+        memory.append(address)
+        self._context.set_tensor_address(name, address)
+        return address
+
+    def _copy(self, target: int, source: int, size: int, direction: Any) -> None:
+        """Copies in the stream and waits, so that host memory may go."""
+        self._lib.checked(self._lib.cuda.cudaMemcpyAsync(target, source, size, direction, self._stream))
+        self._lib.checked(self._lib.cuda.cudaStreamSynchronize(self._stream))
