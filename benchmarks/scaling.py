@@ -6,8 +6,8 @@ One size grows at a time, from a small base geometry. Engines: the denoise engin
 prompts whole short trajectories; eager: the reference evaluation on a sequence just long enough, so that growth is the
 model's own and not that of padding. Two fits by least squares: `exponent`, the slope of log time over log size, and
 `per_unit`, the slope of time over size. A term is `worse` than the model's own where the engine's time per unit is the
-greater by more than a tenth. Sizes, layers aside, need no bundle of their own but for image tokens; all in all seven
-small bundles are built (`--bundles DIR` keeps them). About 10 minutes on two cores.
+greater by more than a tenth. Only image tokens and layers need bundles of their own: seven
+small ones are built (`--bundles DIR` keeps them).
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ one picture, and prefill alone. Everything takes turns on the same number of thr
 matrix-product peak that was measured in the same rounds.
 
 `--bundles DIR` keeps bundles and finished rounds: bundles are used again, and a run that was cut short goes on. Delete
-`*.rounds.json` there to measure anew. On two cores of 90 GFLOP/s each, expect some 5 minutes to build the bundles of a
-task, and then some 4 minutes a round for t2i (bench-small) and 2 for mmu (bench-small-27).
+`*.rounds.json` there to measure anew. Before the first round everything runs about twice, to check
+results, to count work and to warm up. By the work there is, and supposing two cores that do 180 GFLOP/s, a round takes
+some 3 minutes for t2i (bench-small) and 1 for mmu (bench-small-27); building comes before.
 """
 
 from __future__ import annotations
