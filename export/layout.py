@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 from torch import Tensor
 
@@ -19,11 +21,11 @@ def follow_memory(model: ir.Model) -> None:
         if value.is_graph_output() or not all(_reads_as_second_factor(use) for use in uses):
             continue
         turned = ir.tensor(raw.detach().t(), name=value.name)
-        value.const_value, value.shape = turned, ir.Shape(turned.shape)
+        value.const_value, value.shape = turned, ir.Shape(raw.t().shape)
         for use in uses:
             transposed = use.node.attributes.get_int("transB", 0)
             use.node.attributes["transB"] = ir.AttrInt64("transB", 1 - transposed)
 
 
-def _reads_as_second_factor(use: ir.Usage) -> bool:
+def _reads_as_second_factor(use: Any) -> bool:
     return use.node.op_type == "Gemm" and use.idx == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -100,7 +100,7 @@ class _FlopInterpreter(fx.Interpreter):
         flops = self.mode.get_total_flops() - before
         if n.target is torch.ops.aten.scaled_dot_product_attention.default:
             # torch's registry knows the kernels of some devices only, and no grouped heads.
-            query, key, value = (self.env[node] for node in n.args[:3])
+            query, key, value = (self.env[cast("fx.Node", node)] for node in n.args[:3])
             flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         if flops:
             self.counts[component(module_path(n), self.stacks)] += flops

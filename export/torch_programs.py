@@ -111,7 +111,8 @@ def _write(engine: EngineBuild, directory: Path, suffix: str) -> EngineSpec:
 
 
 def _tensor(role: str, value: Tensor, sizes: Sizes) -> TensorSpec:
+    dims: Sequence[Any] = value.shape  # which torch declares as ints alone
     shape = tuple(
-        sizes.rename(str(size.node.expr)) if isinstance(size, torch.SymInt) else size for size in value.shape
+        sizes.rename(str(size.node.expr)) if isinstance(size, torch.SymInt) else size for size in dims
     )
     return TensorSpec(role, str(value.dtype).removeprefix("torch."), shape)

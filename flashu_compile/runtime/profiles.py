@@ -61,6 +61,8 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
         cached = _MAX_PREFIX + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
+        rows = _image_rows(manifest)
+        known["capacity"] = Range(rows + 2, rows + min(64, cached), rows + cached)
     symbols = {
         name
         for tensor in spec.inputs
@@ -74,6 +76,12 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
             f"Nothing tells how large dimension {unknown[0]!r} of engine {spec.name!r} can be; give its range."
         )
     return {name: known[name] for name in sorted(symbols)}
+
+
+def _image_rows(manifest: Manifest) -> int:
+    """Rows of a picture in buffers of keys and values: its tokens, the time token before and the end token behind."""
+    sizes = (t.shape[1] for e in manifest.engines for t in e.inputs if t.name == "image_embeds")
+    return int(next(sizes, 0)) + 2
 
 
 def engine_profile(spec: EngineSpec, ranges: Mapping[str, Range]) -> Profile:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measuring import flops, in_turn, machine, matmul_peak, ratios, relative, report, times_in_turn
+from benchmarks.measuring import flops, in_turn, machine, matmul_peak, relative, report, times_in_turn
 
 
 def test_calls_take_turns_after_one_that_does_not_count() -> None:
@@ -31,10 +31,6 @@ def test_products_and_attention_are_counted(kv_heads: int) -> None:
         )
         assert counted == 2 * 2 * 4 * 8 * 5 * (16 + 16)
         assert flops(lambda: query[0, 0] @ key[0, 0].T) == 2 * 8 * 5 * 16
-
-
-def test_ratios_name_both_sides_and_skip_what_was_not_measured() -> None:
-    assert ratios({"eager": 6.0, "ours": 2.0}, ["ours"], ["eager", "half"]) == {"ours over eager": 3.0}
 
 
 def test_errors_are_relative() -> None:
