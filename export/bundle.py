@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ from flashu_compile.errors import BundleError, BundleVersionError, EmissionError
 from flashu_compile.exporters.weights import StoreSummary, weight_store
 from flashu_compile.plan import StepPlan
 from flashu_compile.recipe import Recipe
+from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import (
     MANIFEST,
     PLAN,
     RECIPE,
     REPORT,
+    REPORT_PAGE,
     TOKENIZER,
     WEIGHTS,
     EngineSpec,
+    FileEntry,
     GenerationFacts,
     Manifest,
     TensorSpec,
@@ -36,6 +39,7 @@ from flashu_compile.runtime.manifest import (
     file_entry,
     read_manifest,
 )
+from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +81,17 @@ def write_bundle(
     recipe: Recipe,
     plan: StepPlan | None = None,
     report: Mapping[str, Any] | None = None,
+    measure: Callable[[Engines], Mapping[str, Any]] | None = None,
+    page: Callable[[Manifest, Mapping[str, Any]], str] | None = None,
     checkpoint_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Write a bundle to `output`, which appears whole or not at all.
 
     Everything is written and checked in a temporary directory beside `output` and renamed into place. `report` is
-    stored with the entries `sizes` (in bytes) and `weight_store` added. `overwrite` replaces an existing bundle,
-    and nothing but a bundle.
+    stored with the entries `sizes` (in bytes) and `weight_store` added, and those that `measure` gives when it has run
+    the engines that were written. `page` makes a web page of the whole. `overwrite` replaces an existing bundle, and
+    nothing but a bundle.
 
     Raises:
         OutputExistsError: `output` exists and is not empty.
@@ -106,12 +113,18 @@ def write_bundle(
             recipe.save(directory / RECIPE)
             if plan is not None:
                 (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
-            facts_of_size = {
+            whole = {
+                **(report or {}),
                 "sizes": _sizes(directory, specs, checkpoint_bytes),
                 "weight_store": dataclasses.asdict(store),
             }
-            _write_json(directory / REPORT, {**(report or {}), **facts_of_size})
-            manifest = _manifest(directory, specs, facts)
+            if measure is not None:
+                whole |= measure(_written_engines(directory, specs, facts))
+            _write_json(directory / REPORT, whole)
+            if page is not None:
+                unlisted = _manifest(specs, facts, {})
+                (directory / REPORT_PAGE).write_text(page(unlisted, whole), encoding="utf-8")
+            manifest = _manifest(specs, facts, _entries(directory))
             (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             _readable(directory)
             # Again, since somebody may have filled it meanwhile.
@@ -203,7 +216,18 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _manifest(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) -> Manifest:
+def _entries(directory: Path) -> dict[str, FileEntry]:
+    return {path.name: file_entry(path) for path in sorted(directory.iterdir())}
+
+
+def _written_engines(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) -> Engines:
+    """The engines of a bundle that is not complete yet, whose files are therefore taken as they are."""
+    files = {path.name: FileEntry("", 0) for path in directory.iterdir()}
+    manifest = _manifest(specs, facts, files)
+    return OnnxRuntimeEngines(BundleFiles(directory, manifest, verify_hashes=False))
+
+
+def _manifest(specs: Sequence[EngineSpec], facts: BundleFacts, files: dict[str, FileEntry]) -> Manifest:
     return Manifest(
         model=facts.model,
         tasks=facts.tasks,
@@ -214,7 +238,7 @@ def _manifest(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) 
         generation=facts.generation,
         understanding=facts.understanding,
         versions=dict(sorted(facts.versions.items())),
-        files={path.name: file_entry(path) for path in sorted(directory.iterdir())},
+        files=files,
     )
 
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
 from flashu_compile.capture import Capture, capture
+from flashu_compile.cost import is_lossy
 from flashu_compile.errors import CheckpointError, ConfigurationError, RecipeError, UnknownTaskError
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.parity import engine_errors
-from flashu_compile.exporters.statistics import graph_statistics
+from flashu_compile.exporters.statistics import graph_statistics, program_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
+from flashu_compile.inspection import Inspection
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.manager import PassRecord
@@ -35,6 +37,7 @@ from flashu_compile.specialise import specialise
 TASKS = ("t2i", "mmu")
 BACKENDS = ("onnxruntime",)
 PRECISIONS = ("float32",)
+COST_SAMPLES = 3
 
 Progress = Callable[[str, float], None]
 
@@ -75,6 +78,7 @@ def export(
     calibration: object = None,
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
+    cost_samples: int = COST_SAMPLES,
     backend: str = "onnxruntime",
     precision: str = "float32",
     vae: object = None,
@@ -95,6 +99,9 @@ def export(
         calibration: what a recipe's open decisions are measured on: prompts for t2i, (image, question) pairs for
             mmu; see `calibrate`.
         samples, seed: how many of them are used, and which; see `calibrate`.
+        cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
+            each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
+            0 measures nothing.
         backend: "onnxruntime".
         precision: "float32".
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
@@ -110,7 +117,9 @@ def export(
     chosen = find_recipe(recipe)
     _check_choice("backend", backend, BACKENDS)
     _check_choice("precision", precision, PRECISIONS)
-    given = _given_samples(chosen, tasks, calibration)
+    if cost_samples < 0:
+        raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
+    given = _given_samples(chosen, tasks, calibration, measured=cost_samples > 0)
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
@@ -123,7 +132,18 @@ def export(
     decided, figures = _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     builds, statistics, records = _build(captured, decided, directory.absolute().parent, tell)
-    tell("writing the bundle", 0.9)
+    inspection = Inspection(
+        loaded=loaded,
+        programs={name: source.program for name, source in captured.items()},
+        recipe=decided,
+        tasks=tasks,
+        samples=given or _own_samples(loaded),
+        calibrated_on=samples,
+        measured_on=cost_samples,
+        seed=seed,
+        tell=lambda stage: tell(stage, 0.9),
+    )
+    tell("writing the bundle", 0.88)
     manifest = write_bundle(
         directory,
         engines=builds,
@@ -133,9 +153,13 @@ def export(
         plan=compile_plan(decided.t2i, decided.decided("t2i")) if "t2i" in tasks else None,
         report={
             "engines": statistics,
+            "captured": {name: program_statistics(source.program) for name, source in captured.items()},
+            "published_points": loaded.network.config.steps,
             "passes": [dataclasses.asdict(r) for r in records],
             "calibration": figures,
         },
+        measure=inspection.measure,
+        page=inspection.page,
         checkpoint_bytes=checkpoint_bytes(loaded),
         overwrite=overwrite,
     )
@@ -200,14 +224,22 @@ def _capture(loaded: LoadedModel, tasks: tuple[str, ...], tell: Progress) -> dic
     return captured
 
 
-def _given_samples(recipe: Recipe, tasks: tuple[str, ...], calibration: object) -> CalibrationSamples | None:
+def _given_samples(
+    recipe: Recipe, tasks: tuple[str, ...], calibration: object, *, measured: bool = False
+) -> CalibrationSamples | None:
+    """`measured`: they also serve to measure what a lossy recipe costs, be there something to decide or not."""
     if calibration is None:
         return None
-    if not any(recipe.needs_calibration(task) for task in tasks):
+    used = [t for t in tasks if recipe.needs_calibration(t) or (measured and is_lossy(recipe, t, None))]
+    if not used:
         raise RecipeError(
             f"Recipe {recipe.name!r} leaves nothing to decide for {', '.join(tasks)}; leave `calibration` out."
         )
     return calibration_samples(calibration)
+
+
+def _own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
+    return None if loaded.calibration is None else calibration_samples(loaded.calibration)
 
 
 def _decide(
@@ -231,7 +263,9 @@ def _decide(
             f"Recipe {recipe.name!r} must be calibrated for {', '.join(undecided)}; pass `calibration` "
             "(prompts for t2i, image and question pairs for mmu) or a recipe with its decisions."
         )
-    chosen = (given or calibration_samples(loaded.calibration)).chosen(count, seed)
+    available = given or _own_samples(loaded)
+    assert available is not None
+    chosen = available.chosen(count, seed)
     codec = PromptCodec(loaded.tokenizer)
     decisions, figures = dict(recipe.decisions), {}
     for index, task in enumerate(undecided):
@@ -264,7 +298,7 @@ def _build(
     statistics: dict[str, Any] = {}
     records: list[PassRecord] = []
     for index, source in enumerate(captured.values()):
-        start, share = 0.4 + 0.5 * index / len(captured), 0.5 / len(captured)
+        start, share = 0.4 + 0.48 * index / len(captured), 0.48 / len(captured)
         task, name = source.program.task, source.program.name
         tell(f"{task}: passes over {name}", start)
         programs, made = specialise(source.program, recipe)
@@ -276,7 +310,7 @@ def _build(
             build = _emit(part, _truth(part, {} if lossy else source.truth), programs)
             builds.append(build)
             errors = engine_errors(build, scratch_parent)
-            statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors}
+            statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors, "captured": name}
     return builds, statistics, records
 
 

@@ -1,0 +1,2 @@
+def render(*args):
+    return "<html></html>\n"
