@@ -32,7 +32,7 @@ from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.plan import compile_plan
 from flashu_compile.program import Program, Role
 from flashu_compile.recipe import Decisions, Phase
-from flashu_compile.recording import Recorder, RecordingEngine, Tap, stored_values
+from flashu_compile.recording import Recorder, RecordingEngine, Tap
 from flashu_compile.runtime.images import Picture, engine_pixels
 from flashu_compile.runtime.manifest import GenerationFacts, UnderstandingFacts
 from flashu_compile.runtime.noise import initial_noise
@@ -116,7 +116,7 @@ class Statistics:
         self.where = ""
         self.reset_cosines()
         self._entering: Tensor | None = None
-        self._weights = stored_values(program)
+        self._weights = program.stored()
 
     def reset_cosines(self) -> None:
         self.cosines = torch.zeros(len(self.blocks), dtype=torch.float64)

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from enum import StrEnum
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from flashu_compile.errors import CaptureError
 
@@ -68,14 +69,36 @@ class Program:
     def input_roles(self) -> tuple[str, ...]:
         return tuple(i.role for i in self.inputs)
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the graph eagerly. Takes at least the program's inputs by role, gives its outputs by role."""
+    def stored(self) -> dict[fx.Node, Tensor]:
+        """The parameter, buffer or constant behind each placeholder that is not an input."""
+        exported = self.exported
+        placeholders = exported.graph.find_nodes(op="placeholder")
+        values: dict[fx.Node, Tensor] = {}
+        for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+            if spec.kind is not InputKind.USER_INPUT:
+                target = str(spec.target)
+                constants = exported.constants
+                values[node] = constants[target] if target in constants else exported.state_dict[target]
+        return values
+
+    def run(
+        self, inputs: Mapping[str, Tensor], interpreter: fx.Interpreter | None = None
+    ) -> dict[str, Tensor]:
+        """Run the graph eagerly. Takes at least the program's inputs by role, gives its outputs by role.
+
+        `interpreter`, of the program's graph module, may look at what it runs. An interpreter is also the cheap way:
+        `exported.module()` copies and compiles the graph at each call.
+        """
         missing = [role for role in self.input_roles if role not in inputs]
         if missing:
             raise CaptureError(
                 f"Program {self.name!r} needs inputs that were not given: {', '.join(missing)}."
             )
-        results = self.exported.module(check_guards=False)(*(inputs[role] for role in self.input_roles))
+        given, stored = iter([inputs[role] for role in self.input_roles]), self.stored()
+        placeholders = self.exported.graph.find_nodes(op="placeholder")
+        arguments = [stored[node] if node in stored else next(given) for node in placeholders]
+        interpreter = interpreter or fx.Interpreter(self.exported.graph_module)
+        results = interpreter.run(*arguments, enable_io_processing=False)
         return dict(zip(self.outputs, results, strict=True))
 
 

@@ -9,25 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
-from torch.export.graph_signature import InputKind
 
 from flashu_compile.program import Program
 from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
 
 Tap = Callable[[Tensor], None]
-
-
-def stored_values(program: Program) -> dict[fx.Node, Tensor]:
-    """The parameter, buffer or constant behind each placeholder that is not an input."""
-    exported = program.exported
-    placeholders = exported.graph.find_nodes(op="placeholder")
-    values: dict[fx.Node, Tensor] = {}
-    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
-        if spec.kind is not InputKind.USER_INPUT:
-            target = str(spec.target)
-            constants = exported.constants
-            values[node] = constants[target] if target in constants else exported.state_dict[target]
-    return values
 
 
 class Recorder(fx.Interpreter):
@@ -44,18 +30,13 @@ class Recorder(fx.Interpreter):
     ) -> None:
         super().__init__(program.exported.graph_module)
         self.program = program
-        self._stored = {node.name: value for node, value in stored_values(program).items()}
         self._taps = {node.name: tap for node, tap in taps.items()}
         self._overrides = {node.name: value for node, value in (overrides or {}).items()}
 
     @torch.inference_mode()
     def record(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on inputs by role; outputs by role."""
-        given = iter([inputs[role] for role in self.program.input_roles])
-        placeholders = self.program.exported.graph.find_nodes(op="placeholder")
-        arguments = [self._stored[n.name] if n.name in self._stored else next(given) for n in placeholders]
-        results = self.run(*arguments)
-        return dict(zip(self.program.outputs, results, strict=True))
+        return self.program.run(inputs, self)
 
     def run_node(self, n: fx.Node) -> Any:
         value = self._overrides[n.name] if n.name in self._overrides else super().run_node(n)

@@ -1,19 +1,20 @@
 """Runs passes over a program in order and trusts none of them.
 
-After every pass the graph is linted and shapes are propagated again; an exact pass is also run on the sample
-inputs and must give what it got, to 1e-5 relative L2 in float32 (1e-12 in float64). What a lossy pass changes is
-measured the same way and reported.
+After every pass the graph is linted and run on the sample inputs, and the shape and dtype of every value must be what
+the metadata says. An exact pass must give what it got, to 1e-5 relative L2 in float32 (1e-12 in float64); what a lossy
+pass changes is measured the same way and reported. Behind the last pass shapes are propagated through each graph once
+more with its dynamic dimensions as symbols.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from flashu_compile.errors import FlashuError, PassError
@@ -43,32 +44,60 @@ class PassManager:
 
     def run(self, program: Program) -> tuple[tuple[Program, ...], tuple[PassRecord, ...]]:
         """Run every pass. Raises `PassError` naming the pass, the program and the passes before it."""
-        programs: tuple[Program, ...] = (program,)
+        current = [_Checked(program)]
         records: list[PassRecord] = []
         for index, step in enumerate(self.passes):
-            made: list[Program] = []
-            for current in programs:
+            made: list[_Checked] = []
+            for before in current:
+                last = index == len(self.passes) - 1
                 try:
-                    result, error = _run_one(step, current)
+                    after, record = _run_one(step, before)
+                    for checked in after if last else ():
+                        if checked.program is not program:
+                            check_graph(checked.program)
                 except Exception as problem:  # whatever a pass trips over, say which pass it was
-                    raise PassError(_where(self.passes[:index], step, current, problem)) from problem
-                made.extend(result.programs)
-                records.append(PassRecord(current.name, step.name, step.kind, result.changes, error))
-            programs = tuple(made)
-        return programs, tuple(records)
+                    raise PassError(_where(self.passes[:index], step, before.program, problem)) from problem
+                made.extend(after)
+                records.append(record)
+            current = made
+        return tuple(checked.program for checked in current), tuple(records)
 
 
-def _run_one(step: Pass, program: Program) -> tuple[PassResult, float | None]:
+class _Checked:
+    """A program whose metadata was held against a run, and what it gave on its sample, computed when first asked."""
+
+    def __init__(self, program: Program, outputs: dict[str, Tensor] | None = None) -> None:
+        self.program, self._outputs = program, outputs
+
+    def outputs(self) -> dict[str, Tensor]:
+        if self._outputs is None:
+            with torch.no_grad():
+                self._outputs = self.program.run(self.program.sample)
+        return self._outputs
+
+
+def _run_one(step: Pass, before: _Checked) -> tuple[list[_Checked], PassRecord]:
+    program = before.program
     reason = step.requires(program)
     if reason is not None:
         raise PassError(f"its requirement does not hold: {reason}")
     result = step.call(program)
     if result.programs == (program,):
-        return result, None
-    for after in result.programs:
-        check_graph(after)
-    errors = compare(program, result)
-    tolerance = _TOLERANCE.get(_dtype(program), _HALF_TOLERANCE) if step.kind == "exact" else math.inf
+        return [before], PassRecord(program.name, step.name, step.kind, result.changes, None)
+    # A pass may take an input apart: then what it made of the sample counts.
+    values = {**program.sample, **result.programs[0].sample}
+    after = []
+    for made in result.programs:
+        outputs = _run_checked(made, values)
+        values |= outputs
+        after.append(_Checked(made, outputs if len(result.programs) == 1 else None))
+    error = _judged(step, _errors(before.outputs(), values, result.dropped), _dtype(program))
+    return after, PassRecord(program.name, step.name, step.kind, result.changes, error)
+
+
+def _judged(step: Pass, errors: dict[str, float], dtype: torch.dtype) -> float:
+    """The largest of the errors. Raises `PassError` if `step` may not cause it."""
+    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE) if step.kind == "exact" else math.inf
     # Not `error > tolerance`: a NaN must fail too.
     if not all(error <= tolerance for error in errors.values()):
         what = (
@@ -76,7 +105,7 @@ def _run_one(step: Pass, program: Program) -> tuple[PassResult, float | None]:
         )
         raise PassError(f"it {what} (relative L2 error {errors})")
     # Three digits: the last bits of a norm depend on where in memory its operands lie.
-    return result, float(f"{max(errors.values(), default=0.0):.2e}")
+    return float(f"{max(errors.values(), default=0.0):.2e}")
 
 
 def _dtype(program: Program) -> torch.dtype:
@@ -90,8 +119,33 @@ def _where(before: Sequence[Pass], step: Pass, program: Program, problem: Except
     return f"Pass {step.name} failed on program {program.name!r}: {reason} (passes before it: {ran})."
 
 
+class _ShapeCheck(fx.Interpreter):
+    """Holds shape and dtype of every value it computes against the node's metadata."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        declared = n.meta.get("val")
+        if isinstance(value, Tensor) and isinstance(declared, Tensor):
+            _check_value(n, value, declared)
+        return value
+
+
+def _run_checked(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lint the graph and run it. Raises `PassError` naming the node where a value is not what its metadata says."""
+    graph_module = program.exported.graph_module
+    try:
+        graph_module.graph.lint()
+        with torch.no_grad():
+            return program.run(inputs, _ShapeCheck(graph_module))
+    except (RuntimeError, TypeError, KeyError, AssertionError, ValueError) as error:
+        raise PassError(f"it left an invalid graph: {error}") from error
+
+
 def check_graph(program: Program) -> None:
-    """Lint the graph and propagate shapes through it. Raises `PassError` naming the node where they disagree."""
+    """Lint the graph and propagate shapes through it, dynamic dimensions as symbols.
+
+    Raises `PassError` naming the node where they disagree.
+    """
     graph_module = program.exported.graph_module
     try:
         graph_module.graph.lint()
@@ -104,12 +158,16 @@ def check_graph(program: Program) -> None:
     for node, before in declared.items():
         after = node.meta.get("val")
         if isinstance(before, Tensor) and isinstance(after, Tensor):
-            if before.dtype != after.dtype or not _same_shape(before, after):
-                raise PassError(
-                    f"it left node {node.name} as {after.dtype}{list(after.shape)}, "
-                    f"but its metadata says {before.dtype}{list(before.shape)}"
-                )
+            _check_value(node, after, before)
         node.meta["val"] = before if before is not None else after
+
+
+def _check_value(node: fx.Node, value: Tensor, declared: Tensor) -> None:
+    if declared.dtype != value.dtype or not _same_shape(declared, value):
+        raise PassError(
+            f"it left node {node.name} as {value.dtype}{list(value.shape)}, "
+            f"but its metadata says {declared.dtype}{list(declared.shape)}"
+        )
 
 
 def _same_shape(first: Tensor, second: Tensor) -> bool:
@@ -127,12 +185,14 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def compare(before: Program, after: PassResult) -> dict[str, float]:
-    """Relative L2 error of every output the pass kept, on the sample inputs.
-
-    A pass may take an input apart: then what it made of the sample counts.
-    """
-    first = after.programs[0]
+    """Relative L2 error of every output the pass kept, on the sample inputs."""
     with torch.no_grad():
         truth = before.run(before.sample)
-        values = run_chain(after.programs, {**before.sample, **first.sample})
-    return {role: relative_error(values[role], truth[role]) for role in truth if role not in after.dropped}
+        values = run_chain(after.programs, {**before.sample, **after.programs[0].sample})
+    return _errors(truth, values, after.dropped)
+
+
+def _errors(
+    truth: Mapping[str, Tensor], values: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> dict[str, float]:
+    return {role: relative_error(values[role], truth[role]) for role in truth if role not in dropped}
