@@ -43,13 +43,14 @@ def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
 def program_statistics(program: Program) -> dict[str, Any]:
     """Counts of a program at the sizes of its sample; by component is by the stack under whose root a thing lies.
 
-    `operations`: calls in the traced graph. `parameters`: elements, by component. `flops`: a multiplication and an
+    `batch`: sequences or pictures in the sample. `operations`: calls in the traced graph. `parameters`: elements, by component. `flops`: a multiplication and an
     addition are two, by component. `bytes`: what operators read and write, by component, as if nothing was fused and
     no cache helped; views move nothing, and picking rows reads those rows. `rows`: for every layer of a stack, how
     many rows its linear layers run on (the most, where they differ), over the whole batch.
     """
     counted = _run_on_shapes(program)
     return {
+        "batch": _batch(program),
         "operations": sum(node.op == "call_function" for node in program.exported.graph.nodes),
         "parameters": _parameters(program, set(program.exported.state_dict)),
         "flops": dict(sorted(counted.flops.items())),
@@ -74,6 +75,15 @@ def _parameters(program: Program, names: set[str]) -> dict[str, int]:
             counts[component(name, program.stacks)] += tensor.numel()
             seen.add(place)
     return dict(sorted(counts.items()))
+
+
+def _batch(program: Program) -> int:
+    sizes = [
+        program.sample[given.role].shape[given.axes.index("batch")]
+        for given in program.inputs
+        if "batch" in given.axes
+    ]
+    return sizes[0] if sizes else 1
 
 
 def _rows(layers: Mapping[int, Mapping[str, int]]) -> list[int]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashu_compile.quantities import quantity, size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -82,7 +84,7 @@ def print_recipe(recipe: Recipe) -> None:
 
 def print_build(summary: Mapping[str, Any]) -> None:
     """The summary of a bundle just built: where, what, how big, what passes cost, how close to eager."""
-    sizes = {name: _size(value) for name, value in summary["sizes"].items()}
+    sizes = {name: size(value) for name, value in summary["sizes"].items()}
     samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
     print_facts(
         {
@@ -129,9 +131,9 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
         "backend": f"{manifest.backend}, {manifest.precision}",
         "recipe": manifest.recipe,
         "built with": _listed(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
-        "files": f"{len(manifest.files)}, {_size(total)}",
+        "files": f"{len(manifest.files)}, {size(total)}",
     }
-    print_facts(facts | {name: _size(value) for name, value in report.get("sizes", {}).items()})
+    print_facts(facts | {name: size(value) for name, value in report.get("sizes", {}).items()})
     for engine in manifest.engines:
         sides = (("in", engine.inputs), ("out", engine.outputs))
         print_table(
@@ -256,22 +258,6 @@ def _stack_rows(stack: StackFacts) -> Iterator[tuple[str, str, str, str]]:
 def _shape(sizes: Iterable[int | str]) -> str:
     """Sizes with × between them, sums in brackets."""
     return " × ".join(f"({size})" if " " in str(size) else str(size) for size in sizes)
-
-
-def quantity(value: float) -> str:
-    """Three significant digits and a decimal prefix (1536 -> `1.54 k`); whole below a thousand."""
-    if abs(value) < 1000:
-        return f"{value:.0f}"
-    for prefix in ("k", "M", "G", "T"):
-        value /= 1000
-        if abs(value) < 999.5:
-            return f"{value:#.3g}".rstrip(".") + f" {prefix}"
-    return f"{value / 1000:.3g} P"
-
-
-def _size(count: int) -> str:
-    text = quantity(count)
-    return f"{text}B" if " " in text else f"{text} B"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
 from flashu_compile.program import Program
 from flashu_compile.recipe import Recipe
-from flashu_compile.report import render
+from flashu_compile.report.page import render
 from flashu_compile.runtime.manifest import Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sessions import Engines

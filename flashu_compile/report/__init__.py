@@ -1,2 +1,1 @@
-def render(*args):
-    return "<html></html>\n"
+"""The web page in a bundle: what was cut and why, what it costs, what it saves."""

@@ -50,6 +50,7 @@ class Convolution(nn.Module):
 def test_convolutions_count() -> None:
     program = unary("patch", Convolution(), torch.randn(2, 3, 6, 6), ("batch", None, None, None))
     assert graph_statistics(program, emit_onnx(program)) == {
+        "batch": 2,
         "operations": 1,
         "nodes": 1,
         "operators": {"Conv": 1},
