@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
 from flashu_compile.capture import Capture, capture
 from flashu_compile.cost import is_lossy
+from flashu_compile.engines import described
 from flashu_compile.errors import CheckpointError, ConfigurationError, RecipeError, UnknownTaskError
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
 from flashu_compile.exporters.onnx import emit_onnx
@@ -345,10 +346,12 @@ def _one_thread() -> Iterator[None]:
 
 def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, ...]) -> EngineBuild:
     prologue = prologue_of(program.name)
+    model = emit_onnx(program)
+    model.graph.doc_string = f"{described(program.name)} {model.graph.doc_string}"
     return EngineBuild(
         name=program.name,
         task=program.task,
-        model=emit_onnx(program),
+        model=model,
         reference_inputs={str(role): program.sample[role] for role in program.input_roles},
         reference_outputs={str(role): truth[role] for role in program.outputs},
         prologue=prologue if any(other.name == prologue for other in others) else None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashu_compile.quantities import quantity, size
+from flashu_compile.quantities import change, quantity, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,6 +97,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
         | sizes
     )
     _print_pass_totals(summary["passes"])
+    _print_costs(summary["cost"])
     print_table(
         ("engine", "output", "relative error against eager"),
         [
@@ -105,6 +106,20 @@ def print_build(summary: Mapping[str, Any]) -> None:
             for alike in _alike({name: name for name in outputs})
         ],
     )
+
+
+def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
+    """What a lossy recipe costs at the task's level, each technique alone and all together."""
+    rows = []
+    for task, cost in costs.items():
+        if "not_measured" in cost:
+            rows.append((task, "not measured", cost["not_measured"]))
+            continue
+        rows.extend((task, row["name"], f"{row['error']:.1e}") for row in cost["techniques"])
+        same = f", {cost['same_tokens']} of {cost['tokens']} next tokens the same" if task == "mmu" else ""
+        rows.append((task, "everything together", f"{cost['error']:.1e}{same}"))
+    if rows:
+        print_table(("task", "technique", "relative error of final latents or next-token logits"), rows)
 
 
 def _print_pass_totals(passes: Iterable[Mapping[str, Any]]) -> None:
@@ -121,8 +136,10 @@ def _print_pass_totals(passes: Iterable[Mapping[str, Any]]) -> None:
     print_table(("pass", "kind", "programs", "largest relative error of its own"), rows)
 
 
-def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any]) -> None:
-    """Engines with their signatures, what they hold and cost by component, and the passes that made them."""
+def print_bundle(
+    directory: Path, manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None
+) -> None:
+    """Engines beside what they were made from, their signatures, and what they hold and cost by component; passes."""
     total = sum(entry.bytes for entry in manifest.files.values())
     facts = {
         "bundle": directory,
@@ -134,6 +151,7 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
         "files": f"{len(manifest.files)}, {size(total)}",
     }
     print_facts(facts | {name: size(value) for name, value in report.get("sizes", {}).items()})
+    _print_work(manifest, report, plan)
     for engine in manifest.engines:
         sides = (("in", engine.inputs), ("out", engine.outputs))
         print_table(
@@ -163,6 +181,37 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
                 for row in passes
             ],
             title="passes",
+        )
+
+
+def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> None:
+    """Before and after: each captured program, and indented below it the engines made from it."""
+    from flashu_compile.report.work import program_work, result_work
+
+    def known(value: int | None) -> str:
+        return "" if value is None else str(value)
+
+    print_table(
+        ("program", "runs", "operations", "ONNX nodes", "parameters", "FLOPs", "bytes moved", "rows × layers"),
+        [
+            (
+                row.name if row.captured else f"  {row.name}",
+                row.runs,
+                known(row.operations),
+                known(row.nodes),
+                quantity(row.parameters),
+                quantity(row.flops),
+                "" if row.bytes is None else size(row.bytes),
+                row.rows,
+            )
+            for row in program_work(manifest, report, plan)
+        ],
+        title="programs as captured, each with its engines; one run on the recorded inputs",
+    )
+    for result in result_work(manifest, report, plan):
+        before, after = result.flops
+        typer.echo(
+            f"FLOPs of {result.what}: {quantity(before)} → {quantity(after)} {change(before, after)}".rstrip()
         )
 
 
