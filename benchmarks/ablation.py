@@ -35,7 +35,8 @@ from benchmarks.bundle_vs_eager import PROMPT, in_turn, machine, seconds
 from benchmarks.records import Records, digest, recipe_digest, save_array, weights_digest
 from benchmarks.scoring import MAX_NEW_TOKENS, Quiz, Workers, pipeline, row_flops, workers
 from examples.showo2_shapes.evaluate import prompts, quizzes
-from flashu_compile.compiler import TASKS, calibrate, export
+from flashu_compile.captured import TASKS, CapturedModel, capture_model
+from flashu_compile.compiler import calibrate, export
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.plan import StepPlan, compile_plan, engines_needed
@@ -75,11 +76,18 @@ class Bundles:
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self._settings, self._directory = settings, directory
+        self._captured: dict[str, CapturedModel] = {}
+
+    def captured(self, task: str) -> CapturedModel:
+        """The model traced for one task: once for all rows, which share what engines they can."""
+        if task not in self._captured:
+            self._captured[task] = capture_model(self._settings.model, task)
+        return self._captured[task]
 
     def bundle(self, row: Row) -> Path:
         path = self._directory / self._name(row)
         if not path.exists():
-            export(self._settings.model, row.task, output=path, recipe=row.recipe)
+            export(self.captured(row.task), row.task, output=path, recipe=row.recipe)
         return path
 
     @staticmethod
@@ -234,20 +242,19 @@ def model_sources(model: str, files: Sequence[Path]) -> dict[str, Recipe]:
     }
 
 
-def calibrated(
-    sources: dict[str, Recipe], rows: Iterable[Row], settings: Settings, work: Path, weights: str
-) -> dict[str, Recipe]:
-    """`sources` with the decisions that `rows` need. They are kept in `work` for a rerun."""
-    found = dict(sources)
+def calibrated(sources: dict[str, Recipe], rows: Iterable[Row], ablation: Ablation) -> dict[str, Recipe]:
+    """`sources` with the decisions that `rows` need. They are kept beside the output for a rerun."""
+    found, settings = dict(sources), ablation.settings
     for row in rows:
         task, recipe = row.task, found[row.source]
         if not recipe.needs_calibration(task):
             continue
-        name = digest(weights, recipe_digest(recipe, task), str(settings.calibration))
-        path = work / "recipes" / f"{name}.json"
+        name = digest(ablation.weights, recipe_digest(recipe, task), str(settings.calibration))
+        path = ablation.work / "recipes" / f"{name}.json"
         if not path.is_file():
             print(f"calibrating {recipe.name} for {task}", flush=True)
-            calibrate(settings.model, task, recipe=recipe, calibration=settings.calibration).save(path)
+            captured = ablation.bundles.captured(task)
+            calibrate(captured, task, recipe=recipe, calibration=settings.calibration).save(path)
         decisions = {**recipe.decisions, task: Recipe.load(path).decisions[task]}
         found[row.source] = dataclasses.replace(recipe, decisions=decisions)
     return found
@@ -258,7 +265,7 @@ def run(arguments: argparse.Namespace, settings: Settings, bundles: Path, crew: 
     sources = model_sources(settings.model, arguments.recipe)
     ablation = Ablation(settings, records, Bundles(settings, bundles), crew)
     undecided = chosen_rows(all_rows(sources), arguments.rows)
-    decided = calibrated(sources, undecided, settings, ablation.work, ablation.weights)
+    decided = calibrated(sources, undecided, ablation)
     rows = chosen_rows(all_rows(decided), arguments.rows)
     records.about = {"model": settings.model, "repeats": settings.repeats, "threads": settings.threads}
     records.about |= {"workers": arguments.workers, "machine": machine()}

@@ -7,8 +7,8 @@
     pipe.generate("a red circle left of a blue square", seed=0).save("out.png")
     pipe.ask("out.png", "what is left of the blue square?")
 
-`export` and `calibrate` need the extra ``compile``; the rest needs the base installation only. Each name is imported
-when it is first used, so `import flashu_compile` is quick and needs no framework.
+`export`, `calibrate` and `capture_model` need the extra ``compile``; the rest needs the base installation only. Each
+name is imported when it is first used, so `import flashu_compile` is quick and needs no framework.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flashu_compile.errors import FlashuError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from flashu_compile.captured import CapturedModel, capture_model
     from flashu_compile.compiler import calibrate, export
     from flashu_compile.config import MMUConfig, T2IConfig
     from flashu_compile.recipe import Recipe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedModel",
     "FlashuError",
     "MMUConfig",
     "Pipeline",
@@ -36,16 +38,19 @@ __all__ = [
     "T2IConfig",
     "__version__",
     "calibrate",
+    "capture_model",
     "export",
     "load",
 ]
 
 _HOMES = {
+    "CapturedModel": "flashu_compile.captured",
     "MMUConfig": "flashu_compile.config",
     "Pipeline": "flashu_compile.runtime",
     "Recipe": "flashu_compile.recipe",
     "T2IConfig": "flashu_compile.config",
     "calibrate": "flashu_compile.compiler",
+    "capture_model": "flashu_compile.captured",
     "export": "flashu_compile.compiler",
     "load": "flashu_compile.runtime",
 }
@@ -55,6 +60,8 @@ _COMPILE_MODULES = frozenset(
     {
         "huggingface_hub",
         "jaxtyping",
+        "jinja2",
+        "matplotlib",
         "networkx",
         "onnx",
         "onnx_ir",

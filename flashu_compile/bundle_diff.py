@@ -77,7 +77,9 @@ def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]
     return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
 
 
-def _changed_engines(a: OpenBundle, b: OpenBundle, names: list[str]) -> Iterator[tuple[str, dict[str, list[int]]]]:
+def _changed_engines(
+    a: OpenBundle, b: OpenBundle, names: list[str]
+) -> Iterator[tuple[str, dict[str, list[int]]]]:
     for name in names:
         changes = _changed(a.figures(name), b.figures(name))
         if changes:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
-from flashu_compile.capture import Capture, capture
+from flashu_compile.captured import (
+    BuiltEngines,
+    CapturedModel,
+    CapturedProgram,
+    Progress,
+    capture_model,
+    named_tasks,
+    one_thread,
+)
 from flashu_compile.cost import is_lossy
 from flashu_compile.engines import described
-from flashu_compile.errors import CheckpointError, ConfigurationError, RecipeError, UnknownTaskError
+from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.parity import engine_errors
 from flashu_compile.exporters.statistics import graph_statistics, program_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
 from flashu_compile.inspection import Inspection
-from flashu_compile.models.loading import LoadedModel, load_model
-from flashu_compile.models.showo2.adapter import captures
-from flashu_compile.passes.manager import PassRecord
+from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
 from flashu_compile.program import Program, prologue_of
@@ -33,14 +38,11 @@ from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
-from flashu_compile.specialise import specialise
+from flashu_compile.specialise import Job, jobs
 
-TASKS = ("t2i", "mmu")
 BACKENDS = ("onnxruntime",)
 PRECISIONS = ("float32",)
 COST_SAMPLES = 3
-
-Progress = Callable[[str, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +64,8 @@ class Bundle:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Captured:
-    """A captured program, and the outputs of the untraced module on its sample."""
-
-    program: Program
-    truth: Mapping[str, Tensor]
-
-
 def export(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
     *,
     output: str | Path | None = None,
@@ -92,7 +86,7 @@ def export(
 
     Args:
         model: a Show-o2 network (ours, or the authors' class), the name of a bundled model ("showo2-shapes"), a
-            local checkpoint directory, or a hub id.
+            local checkpoint directory, a hub id, or what `capture_model` made of one of these.
         task: "t2i", "mmu", or a list of them.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
@@ -114,7 +108,7 @@ def export(
     Raises:
         FlashuError: a subclass that says what is wrong and what to do; nothing is left behind.
     """
-    tasks = _tasks(task)
+    tasks = named_tasks(task)
     chosen = find_recipe(recipe)
     _check_choice("backend", backend, BACKENDS)
     _check_choice("precision", precision, PRECISIONS)
@@ -124,18 +118,18 @@ def export(
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
-    tell("loading the model", 0.0)
-    loaded = _load(model, vae, tokenizer, llm_config)
+    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    loaded = source.loaded
     directory = Path(output) if output is not None else Path(f"{loaded.name}-{'-'.join(tasks)}")
     ensure_writable(directory, overwrite=overwrite)
 
-    captured = _capture(loaded, tasks, tell)
-    decided, figures = _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)
+    decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    builds, statistics, records = _build(captured, decided, directory.absolute().parent, tell)
+    programs = {name: captured.program for name, captured in source.of(tasks).items()}
+    built = _build(source, tasks, decided, directory.absolute().parent, tell)
     inspection = Inspection(
         loaded=loaded,
-        programs={name: source.program for name, source in captured.items()},
+        programs=programs,
         recipe=decided,
         tasks=tasks,
         samples=given or _own_samples(loaded),
@@ -147,16 +141,16 @@ def export(
     tell("writing the bundle", 0.88)
     manifest = write_bundle(
         directory,
-        engines=builds,
+        engines=built.engines,
         facts=bundle_facts(loaded, tasks, backend, precision, decided.name),
         tokenizer=loaded.tokenizer,
         recipe=decided,
         plan=compile_plan(decided.t2i, decided.decided("t2i")) if "t2i" in tasks else None,
         report={
-            "engines": statistics,
-            "captured": {name: program_statistics(source.program) for name, source in captured.items()},
+            "engines": built.statistics,
+            "captured": {name: program_statistics(program) for name, program in programs.items()},
             "published_points": loaded.network.config.steps,
-            "passes": [dataclasses.asdict(r) for r in records],
+            "passes": [dataclasses.asdict(r) for r in built.records],
             "calibration": figures,
         },
         measure=inspection.measure,
@@ -169,7 +163,7 @@ def export(
 
 
 def calibrate(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
     *,
     recipe: str | Path | Recipe = "flashu",
@@ -198,31 +192,30 @@ def calibrate(
     Raises:
         FlashuError: a subclass that says what is wrong and what to do.
     """
-    tasks = _tasks(task)
+    tasks = named_tasks(task)
     chosen = find_recipe(recipe)
     given = _given_samples(chosen, tasks, calibration)
     tell = progress or (lambda stage, fraction: None)
-    loaded = _load(model, vae, tokenizer, llm_config)
-    captured = _capture(loaded, tasks, tell)
-    return _decide(chosen, captured, loaded, tasks, given, samples, seed, tell)[0]
+    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    return _decide(chosen, source, tasks, given, samples, seed, tell)[0]
 
 
-def _load(model: nn.Module | str | Path, vae: object, tokenizer: object, llm_config: Any) -> LoadedModel:
-    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
-    if loaded.vae is None:
-        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
-    return loaded
-
-
-def _capture(loaded: LoadedModel, tasks: tuple[str, ...], tell: Progress) -> dict[str, _Captured]:
-    """Every program of the tasks, captured once, by name."""
-    assert loaded.vae is not None
-    specs = [spec for task in tasks for spec in captures(task, loaded.network, loaded.vae)]
-    captured = {}
-    for index, spec in enumerate(specs):
-        tell(f"{spec.task}: capturing {spec.name}", 0.02 + 0.18 * index / len(specs))
-        captured[spec.name] = _Captured(capture(spec), _eager_outputs(spec))
-    return captured
+def _captured(
+    model: nn.Module | str | Path | CapturedModel,
+    tasks: tuple[str, ...],
+    vae: object,
+    tokenizer: object,
+    llm_config: Any,
+    tell: Progress,
+) -> CapturedModel:
+    if not isinstance(model, CapturedModel):
+        part = lambda stage, fraction: tell(stage, 0.2 * fraction)  # noqa: E731
+        return capture_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, progress=part)
+    if any(given is not None for given in (vae, tokenizer, llm_config)):
+        raise ConfigurationError(
+            "A captured model has its VAE, tokenizer and configuration; leave these out."
+        )
+    return model
 
 
 def _given_samples(
@@ -245,8 +238,7 @@ def _own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
 
 def _decide(
     recipe: Recipe,
-    captured: Mapping[str, _Captured],
-    loaded: LoadedModel,
+    source: CapturedModel,
     tasks: tuple[str, ...],
     given: CalibrationSamples | None,
     count: int,
@@ -254,6 +246,7 @@ def _decide(
     tell: Progress,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the model's own sampler settings and every decision taken, and the figures they rest on."""
+    loaded, captured = source.loaded, source.of(tasks)
     own = loaded.network.config
     recipe = recipe.resolved(points=own.steps, guidance_scale=own.guidance_scale, time_shift=own.time_shift)
     undecided = [task for task in tasks if recipe.needs_calibration(task)]
@@ -292,34 +285,37 @@ def _decide(
 
 
 def _build(
-    captured: Mapping[str, _Captured], recipe: Recipe, scratch_parent: Path, tell: Progress
-) -> tuple[list[EngineBuild], dict[str, Any], list[PassRecord]]:
-    """Specialise every captured program and emit what comes out."""
-    builds: list[EngineBuild] = []
-    statistics: dict[str, Any] = {}
-    records: list[PassRecord] = []
-    for index, source in enumerate(captured.values()):
-        start, share = 0.4 + 0.48 * index / len(captured), 0.48 / len(captured)
-        task, name = source.program.task, source.program.name
-        tell(f"{task}: passes over {name}", start)
-        programs, made = specialise(source.program, recipe)
-        records.extend(made)
-        changed = {record.program for record in made if record.kind == "lossy" and record.changes}
-        for number, part in enumerate(programs):
-            tell(f"{task}: emitting {part.name}", start + share * (0.3 + 0.7 * number / len(programs)))
-            lossy = part.name in changed or name in changed
-            build = _emit(part, _truth(part, {} if lossy else source.truth), programs)
-            builds.append(build)
-            errors = engine_errors(build, scratch_parent)
-            statistics[part.name] = graph_statistics(part, build.model) | {"errors": errors, "captured": name}
-    return builds, statistics, records
+    source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, scratch_parent: Path, tell: Progress
+) -> BuiltEngines:
+    """Specialise every captured program of the tasks and emit what comes out."""
+    work = [(c, job) for c in source.of(tasks).values() for job in jobs(c.program, recipe)]
+    for index, (captured, job) in enumerate(work):
+        tell(f"{captured.program.task}: building {job.name}", 0.4 + 0.48 * index / len(work))
+        key = job.fingerprint()
+        if key not in source.built:
+            source.built[key] = _engines(captured, job, scratch_parent)
+    parts = [source.built[job.fingerprint()] for _, job in work]
+    return BuiltEngines(
+        engines=tuple(engine for part in parts for engine in part.engines),
+        statistics={name: made for part in parts for name, made in part.statistics.items()},
+        records=tuple(record for part in parts for record in part.records),
+    )
 
 
-def _eager_outputs(spec: Capture) -> dict[str, Tensor]:
-    """The outputs of the untraced module on the sample: the truth that exact engines are held against."""
-    with torch.inference_mode(), _one_thread():
-        results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
-    return dict(zip(spec.outputs, results, strict=True))
+def _engines(captured: CapturedProgram, job: Job, scratch_parent: Path) -> BuiltEngines:
+    programs, records = job.run(captured.program)
+    changed = {record.program for record in records if record.kind == "lossy" and record.changes}
+    builds, statistics = [], {}
+    for part in programs:
+        lossy = part.name in changed or job.name in changed
+        build = _emit(part, _truth(part, {} if lossy else captured.truth), programs)
+        builds.append(build)
+        errors = engine_errors(build, scratch_parent)
+        statistics[part.name] = graph_statistics(part, build.model) | {
+            "errors": errors,
+            "captured": captured.program.name,
+        }
+    return BuiltEngines(tuple(builds), statistics, records)
 
 
 def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -329,19 +325,8 @@ def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor
     """
     if set(program.outputs) <= set(eager):
         return eager
-    with torch.inference_mode(), _one_thread():
+    with torch.inference_mode(), one_thread():
         return {**program.run(program.sample), **eager}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The last bits depend on how many threads there are, and a build's bytes must not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, ...]) -> EngineBuild:
@@ -356,15 +341,6 @@ def _emit(program: Program, truth: Mapping[str, Tensor], others: tuple[Program, 
         reference_outputs={str(role): truth[role] for role in program.outputs},
         prologue=prologue if any(other.name == prologue for other in others) else None,
     )
-
-
-def _tasks(task: str | Sequence[str]) -> tuple[str, ...]:
-    asked = (task,) if isinstance(task, str) else tuple(task)
-    unknown = [name for name in asked if name not in TASKS]
-    if unknown or not asked:
-        what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
-        raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
-    return tuple(name for name in TASKS if name in asked)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -192,7 +192,16 @@ def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
         return "" if value is None else str(value)
 
     print_table(
-        ("program", "runs", "operations", "ONNX nodes", "parameters", "FLOPs", "bytes moved", "rows × layers"),
+        (
+            "program",
+            "runs",
+            "operations",
+            "ONNX nodes",
+            "parameters",
+            "FLOPs",
+            "bytes moved",
+            "rows × layers",
+        ),
         [
             (
                 row.name if row.captured else f"  {row.name}",

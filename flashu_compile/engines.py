@@ -12,7 +12,9 @@ _SENTENCES = {
     REUSE: "The diffusion head's final layer on features that an earlier step stored; runs on steps that reuse them.",
     "vae_decode": "The VAE's decoder, from latents to pixels; runs once a picture.",
     "vision": "The image encoder, from pixels to the embeddings the language model reads; runs once a picture.",
-    prologue_of(_LANGUAGE): "The language model on the rows of the picture and what precedes it, to their keys and "
+    prologue_of(
+        _LANGUAGE
+    ): "The language model on the rows of the picture and what precedes it, to their keys and "
     "values; runs once a picture.",
     _LANGUAGE: "The language model on new rows, by the keys and values of the rows before; runs once a question, then "
     "once a token.",

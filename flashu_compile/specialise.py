@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.base import Pass
@@ -16,46 +21,83 @@ from flashu_compile.recipe import Recipe
 Specialised = tuple[tuple[Program, ...], tuple[PassRecord, ...]]
 
 
-def specialise(program: Program, recipe: Recipe) -> Specialised:
-    """The engines' programs that `recipe` makes of a captured program, and what each pass did.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Engines that are made of one captured program together.
 
-    Raises `PassError` if a structure that a technique needs is not there or the decisions do not fit the model,
-    `RecipeError` if the recipe lacks a decision.
+    `passes` run over the program under the name `name`; `then` over what they make, by the name it has. `only` names
+    the one program to keep, where the passes also make what is not wanted.
     """
-    makers: dict[str, Callable[[Program, Recipe], Specialised]] = {
-        "denoise": _denoise,
-        "understand": _understand,
-    }
-    if program.name in makers:
-        return makers[program.name](program, recipe)
-    return PassManager(pipelines.CLEAN).run(program)
+
+    name: str
+    passes: tuple[Pass, ...]
+    then: Mapping[str, tuple[Pass, ...]] = dataclasses.field(default_factory=dict)
+    only: str | None = None
+
+    def run(self, program: Program) -> Specialised:
+        """Raises `PassError` if a structure that a pass needs is not there or decisions do not fit the model."""
+        made, records = PassManager(self.passes).run(dataclasses.replace(program, name=self.name))
+        programs: list[Program] = []
+        for one in made:
+            if one.name in self.then:
+                parts, more = PassManager(self.then[one.name]).run(one)
+                programs.extend(parts)
+                records += more
+            else:
+                programs.append(one)
+        if self.only is not None:
+            programs = [p for p in programs if p.name == self.only]
+            records = tuple(r for r in records if r.program == self.only)
+        return tuple(programs), records
+
+    def fingerprint(self) -> str:
+        """Equal for jobs that do the same to the same program."""
+        return hashlib.sha256(json.dumps(_plain(self)).encode()).hexdigest()
 
 
-def _denoise(program: Program, recipe: Recipe) -> Specialised:
+def jobs(program: Program, recipe: Recipe) -> tuple[Job, ...]:
+    """What `recipe` makes of a captured program. Raises `RecipeError` if the recipe lacks a decision."""
+    if program.name == "denoise":
+        return _denoise(recipe)
+    if program.name == "understand":
+        return (_understand(recipe),)
+    return (Job(program.name, pipelines.CLEAN),)
+
+
+def specialise(program: Program, recipe: Recipe) -> Specialised:
+    """The engines' programs that `recipe` makes of a captured program, and what each pass did."""
+    programs: list[Program] = []
+    records: list[PassRecord] = []
+    for job in jobs(program, recipe):
+        made, done = job.run(program)
+        programs.extend(made)
+        records.extend(done)
+    return tuple(programs), tuple(records)
+
+
+def _denoise(recipe: Recipe) -> tuple[Job, ...]:
     """One engine for each variant that the recipe's plan runs, and the one that reuses head features."""
     config, decided = recipe.t2i, recipe.decided("t2i")
     names = engines_needed(compile_plan(config, decided))
     cached = config.head_cache > 1
-    programs: list[Program] = []
-    records: list[PassRecord] = []
-
-    def run(name: str, passes: tuple[Pass, ...]) -> None:
-        made, done = PassManager(passes).run(dataclasses.replace(program, name=name))
-        programs.extend(made)
-        records.extend(done)
-
-    for variant in variants(config, decided):
-        if variant.name in names:
-            kept = decided.kept_neurons if variant.pruned else {}
-            run(variant.name, pipelines.denoise(kept=kept, skipped=variant.skipped, features=cached))
+    found = [
+        Job(
+            variant.name,
+            pipelines.denoise(
+                kept=decided.kept_neurons if variant.pruned else {},
+                skipped=variant.skipped,
+                features=cached,
+            ),
+        )
+        for variant in variants(config, decided)
+        if variant.name in names
+    ]
     if REUSE in names:
-        made, done = PassManager(pipelines.reuse()).run(program)
-        programs.extend(p for p in made if p.name == REUSE)
-        records.extend(r for r in done if r.program == REUSE)
-    return tuple(programs), tuple(records)
+        found.append(Job("denoise", pipelines.reuse(), only=REUSE))
+    return tuple(found)
 
 
-def _understand(program: Program, recipe: Recipe) -> Specialised:
+def _understand(recipe: Recipe) -> Job:
     config, decided = recipe.mmu, recipe.decided("mmu")
     skipped = decided.phases[0].skipped if decided.phases else ()
     gather = None
@@ -64,6 +106,20 @@ def _understand(program: Program, recipe: Recipe) -> Specialised:
             pipelines.LLM, config.token_layer, config.token_pruning, config.token_scorer, skipped
         )
     passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
-    (vision, language), records = PassManager(passes).run(program)
-    decoding, more = PassManager(pipelines.decode()).run(language)
-    return (vision, *decoding), (*records, *more)
+    return Job("understand", passes, then={"language": pipelines.decode()})
+
+
+def _plain(value: Any) -> Any:
+    """Decisions as JSON values, the name of each dataclass with its fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [type(value).__name__, fields]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return [[_plain(k), _plain(v)] for k, v in sorted(value.items(), key=lambda item: str(item[0]))]
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value))
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

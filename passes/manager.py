@@ -1,9 +1,9 @@
 """Runs passes over a program in order and trusts none of them.
 
 After every pass the graph is linted and run on the sample inputs, and the shape and dtype of every value must be what
-the metadata says; nodes that are new or of another shape are marked with the pass's name. An exact pass must give what it got, to 1e-5 relative L2 in float32 (1e-12 in float64); what a lossy
+the metadata says. An exact pass must give what it got, to 1e-5 relative L2 in float32 (1e-12 in float64); what a lossy
 pass changes is measured the same way and reported. Behind the last pass shapes are propagated through each graph once
-more with its dynamic dimensions as symbols.
+more with its dynamic dimensions as symbols. Nodes that a pass made or touched are marked with its name.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import flashu_compile
+from flashu_compile.captured import CapturedModel, capture_model
 from flashu_compile.compiler import Bundle
 from flashu_compile.errors import (
     ConfigurationError,
@@ -37,9 +38,13 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    output = tmp_path_factory.mktemp("bundles") / "both"
-    return flashu_compile.export(tiny_model(), ["mmu", "t2i"], output=output, vae=VAE, tokenizer=tokenizer())
+def captured() -> CapturedModel:
+    return capture_model(tiny_model(), ["mmu", "t2i"], vae=VAE, tokenizer=tokenizer())
+
+
+@pytest.fixture(scope="module")
+def bundle(captured: CapturedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return flashu_compile.export(captured, ["mmu", "t2i"], output=tmp_path_factory.mktemp("bundles") / "both")
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +144,8 @@ def test_generation_engine_holds_no_vocabulary_head(bundle: Bundle) -> None:
     assert {"batch", "prompt"} <= dims
 
 
-def test_one_task_alone(tmp_path: Path) -> None:
-    bundle = flashu_compile.export(tiny_model(), "mmu", output=tmp_path / "b", vae=VAE, tokenizer=tokenizer())
+def test_one_task_alone(captured: CapturedModel, tmp_path: Path) -> None:
+    bundle = flashu_compile.export(captured, "mmu", output=tmp_path / "b")
     pipe = flashu_compile.load(bundle.path)
     assert {engine.name for engine in bundle.manifest.engines} == {"vision", "language", "language_prologue"}
     with pytest.raises(UnknownTaskError, match="t2i"):
@@ -211,10 +216,19 @@ def test_an_output_in_use_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_behind_when_an_engine_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    captured: CapturedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine further from eager than allowed stops the build."""
     monkeypatch.setattr("flashu_compile.exporters.parity.TOLERANCE", -1.0)
     with pytest.raises(EmissionError, match="differs from PyTorch in 'image_embeds'"):
-        flashu_compile.export(tiny_model(), "mmu", output=tmp_path / "b", vae=VAE, tokenizer=tokenizer())
+        flashu_compile.export(CapturedModel(captured.loaded, captured.programs), "mmu", output=tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_captured_model_is_refused_what_it_has_or_lacks(captured: CapturedModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="leave these out"):
+        flashu_compile.export(captured, "mmu", output=tmp_path / "b", vae=VAE)
+    alone = CapturedModel(captured.loaded, captured.of(["mmu"]))
+    with pytest.raises(ConfigurationError, match="not captured for t2i"):
+        flashu_compile.export(alone, ["t2i", "mmu"], output=tmp_path / "b")
     assert list(tmp_path.iterdir()) == []

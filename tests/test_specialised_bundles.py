@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import flashu_compile
 from flashu_compile.compiler import Bundle
 from flashu_compile.config import MMUConfig, T2IConfig
 from flashu_compile.errors import PassError, RecipeError
+from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.plan import REUSE, engines_needed
 from flashu_compile.program import prologue_of
 from flashu_compile.recipe import Decisions, KeptNeurons, Phase, Recipe
@@ -30,6 +32,7 @@ from tests.support.understanding_twin import UnderstandingTwin
 from tests.tiny import PaddedSpaceToDepth, tokenizer
 
 TOLERANCE = 1e-4
+cached_oracle = functools.cache(load_oracle)
 
 
 def relative(value: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -37,9 +40,12 @@ def relative(value: NDArray[Any], truth: NDArray[Any]) -> float:
 
 
 def build(oracle: Oracle, task: str, recipe: Recipe, output: Path) -> Bundle:
-    return flashu_compile.export(
-        oracle.model, task, recipe=recipe, output=output, vae=PaddedSpaceToDepth(), tokenizer=tokenizer()
-    )
+    return flashu_compile.export(captured(oracle.model, task), task, recipe=recipe, output=output)
+
+
+@functools.cache
+def captured(model: Showo2, task: str) -> flashu_compile.CapturedModel:
+    return flashu_compile.capture_model(model, task, vae=PaddedSpaceToDepth(), tokenizer=tokenizer())
 
 
 def text_of(oracle: Oracle) -> dict[str, NDArray[Any]]:
@@ -92,7 +98,7 @@ def carried(pipe: Pipeline, prologue: str, text: Mapping[str, NDArray[Any]]) -> 
 @pytest.fixture(scope="module", params=ORACLES)
 def flashu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Bundle]:
     """The published decisions, compiled."""
-    oracle = load_oracle(request.param)
+    oracle = cached_oracle(request.param)
     output = tmp_path_factory.mktemp(request.param) / "bundle"
     return oracle, build(oracle, "t2i", published_recipe(request.param), output)
 
@@ -131,7 +137,7 @@ def test_every_velocity_equals_the_published_one(flashu: tuple[Oracle, Bundle]) 
 def test_engines_hold_nothing_of_what_was_cut(flashu: tuple[Oracle, Bundle]) -> None:
     """No removed layer, no full-width pruned weight; nothing of the LLM, semantic layers or embedders in `reuse`."""
     oracle, bundle = flashu
-    recipe = published_recipe("tiny" if oracle.geometry == load_oracle("tiny").geometry else "phases")
+    recipe = published_recipe("tiny" if oracle.geometry == cached_oracle("tiny").geometry else "phases")
     config = oracle.model.config
     width = len(next(iter(recipe.decisions["t2i"].kept_neurons["llm"].values())))
     assert width < config.llm.intermediate_size
@@ -170,7 +176,7 @@ T2I_RECIPES = {
 @pytest.mark.parametrize("name", T2I_RECIPES)
 def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
     """Other intervals, ratios, solvers and guidance than the published ones, against the eager twin."""
-    oracle, config = load_oracle("phases"), T2I_RECIPES[name]
+    oracle, config = cached_oracle("phases"), T2I_RECIPES[name]
     recipe = Recipe("other", config, decisions={"t2i": _decisions(oracle, config.pruning)})
     bundle = build(oracle, "t2i", recipe, tmp_path / "bundle")
     pipe = flashu_compile.load(bundle.path)
@@ -230,7 +236,7 @@ def test_understanding_equals_the_eager_twin(
     config: MMUConfig, skipped: tuple[int, ...], tmp_path: Path
 ) -> None:
     """All understanding techniques at once; in the second case the layer that was to decide is skipped."""
-    oracle = load_oracle("phases")
+    oracle = cached_oracle("phases")
     kept = _decisions(oracle, config.pruning).kept_neurons
     decisions = Decisions(kept, (Phase(0.0, skipped),))
     bundle = build(
@@ -263,18 +269,18 @@ class TestErrors:
     def test_a_lossy_recipe_without_samples(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="must be calibrated for t2i; pass `calibration`"):
             flashu_compile.export(
-                load_oracle("tiny").model, "t2i", recipe="flashu", output=tmp_path / "b",
+                cached_oracle("tiny").model, "t2i", recipe="flashu", output=tmp_path / "b",
                 vae=PaddedSpaceToDepth(), tokenizer=tokenizer(),
             )  # fmt: skip
         assert not (tmp_path / "b").exists()
 
     def test_samples_without_a_lossy_recipe(self) -> None:
         with pytest.raises(RecipeError, match="leaves nothing to decide"):
-            flashu_compile.export(load_oracle("tiny").model, "t2i", calibration=["a red circle"])
+            flashu_compile.export(cached_oracle("tiny").model, "t2i", calibration=["a red circle"])
 
     def test_decisions_of_another_model(self, tmp_path: Path) -> None:
         decisions = Decisions({}, (Phase(0.0, (99,)),))
         recipe = Recipe("foreign", T2IConfig(points=4, layer_skipping=0.2), decisions={"t2i": decisions})
         with pytest.raises(PassError, match="there is no layer 99"):
-            build(load_oracle("tiny"), "t2i", recipe, tmp_path / "b")
+            build(cached_oracle("tiny"), "t2i", recipe, tmp_path / "b")
         assert not (tmp_path / "b").exists()

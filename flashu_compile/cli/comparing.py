@@ -58,8 +58,9 @@ def _print(found: Mapping[str, Any]) -> None:
     if rows:
         display.print_table(("engine", "", "A", "B", "change"), rows)
     sizes = [
-        (name.removesuffix("_bytes").replace("_", " "), size(before or 0), size(after or 0), change(before or 0, after or 0))
-        for name, (before, after) in found["sizes"].items()
+        (name.removesuffix("_bytes").replace("_", " "), size(before), size(after), change(before, after))
+        for name, pair in found["sizes"].items()
+        for before, after in ((pair[0] or 0, pair[1] or 0),)
     ]
     if sizes:
         display.print_table(("size of", "A", "B", "change"), sizes)

@@ -79,7 +79,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     label = str(Markup.escape(label))
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))  # noqa: S704
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
 def timeline(plan: StepPlan) -> Markup:
@@ -92,7 +92,9 @@ def timeline(plan: StepPlan) -> Markup:
         for number, step in enumerate(plan.steps, start=1):
             lane = engines.index(step.engine)
             colour = SECOND if step.engine == "reuse" else THIRD if step.engine == "denoise" else FIRST
-            lanes.add_patch(Rectangle((number - 0.46, lane - 0.36), 0.92, 0.72, facecolor=colour, linewidth=0))
+            lanes.add_patch(
+                Rectangle((number - 0.46, lane - 0.36), 0.92, 0.72, facecolor=colour, linewidth=0)
+            )
             if step.store:
                 lanes.plot(number, lane, ".", color="white", markersize=4)
         lanes.set(ylim=(len(engines) - 0.4, -0.6), yticks=range(len(engines)), yticklabels=engines)
@@ -114,7 +116,10 @@ def importance_map(phases: Sequence[Mapping[str, Any]], skipped: Sequence[Sequen
     table = np.array([phase["importance"] for phase in phases])
     layers = table.shape[1]
     shades = _shades(table)
-    with _figure(0.9 + 0.32 * len(phases), "Importance of every layer by phase of the trajectory") as (figure, done):
+    with _figure(0.9 + 0.32 * len(phases), "Importance of every layer by phase of the trajectory") as (
+        figure,
+        done,
+    ):
         axes = figure.subplots()
         for row, column in np.ndindex(*table.shape):
             place = (column - 0.47, row - 0.45)

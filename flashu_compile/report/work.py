@@ -1,4 +1,4 @@
-"""How much work programs do before and after compilation, from a bundle's report. No torch: the command line shows it."""
+"""How much work programs do before and after compilation, from a bundle's report. No torch."""
 
 from __future__ import annotations
 

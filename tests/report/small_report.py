@@ -102,7 +102,9 @@ def report(of: Recipe, *, lossy: bool) -> dict[str, Any]:
         "vae_decode": counts(100_000_000, []),
         "understand": counts(700_000_000, [400] * LAYERS),
     }
-    passes = [{"program": "denoise", "name": "RemoveDeadCode", "kind": "exact", "changes": ["x"], "error": 0.0}]
+    passes = [
+        {"program": "denoise", "name": "RemoveDeadCode", "kind": "exact", "changes": ["x"], "error": 0.0}
+    ]
     return {
         "engines": engines,
         "captured": captured,
@@ -110,14 +112,22 @@ def report(of: Recipe, *, lossy: bool) -> dict[str, Any]:
         "passes": passes + (_lossy_passes() if lossy else []),
         "calibration": _calibration() if lossy else {},
         "cost": _cost() if lossy else {},
-        "sizes": {"weights_bytes": 4_000_000, "graphs_bytes": 300_000, "references_bytes": 9, "checkpoint_bytes": 5_000_000},
+        "sizes": {"weights_bytes": 4_000_000, "graphs_bytes": 300_000, "checkpoint_bytes": 5_000_000},
         "weight_store": {},
     }  # fmt: skip
 
 
 def _lossy_passes() -> list[dict[str, Any]]:
     changes = ["stack llm, block 0: 64 → 48 neurons", "stack llm, block 1: 64 → 48 neurons"]
-    return [{"program": "denoise_pruned_skip1", "name": "PruneFFN", "kind": "lossy", "changes": changes, "error": 0.21}]
+    return [
+        {
+            "program": "denoise_pruned_skip1",
+            "name": "PruneFFN",
+            "kind": "lossy",
+            "changes": changes,
+            "error": 0.21,
+        }
+    ]
 
 
 def _calibration() -> dict[str, Any]:
@@ -159,7 +169,9 @@ def _cost() -> dict[str, Any]:
             "held_out": True,
         },
         "mmu": {
-            "samples": [{"question": "what color?", "answer": "red", "tokens": 2, "error": 0.4, "same_tokens": 1}],
+            "samples": [
+                {"question": "what color?", "answer": "red", "tokens": 2, "error": 0.4, "same_tokens": 1}
+            ],
             "error": 0.4,
             "same_tokens": 1,
             "tokens": 2,

@@ -1,0 +1,122 @@
+"""A model loaded and traced once, from which any number of recipes can be calibrated and bundles be built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashu_compile.capture import Capture, capture
+from flashu_compile.errors import CheckpointError, ConfigurationError, UnknownTaskError
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.models.loading import LoadedModel, load_model
+from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.passes.manager import PassRecord
+from flashu_compile.program import Program
+
+TASKS = ("t2i", "mmu")
+
+Progress = Callable[[str, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CapturedProgram:
+    """A captured program, and the outputs of the untraced module on its sample."""
+
+    program: Program
+    truth: Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngines:
+    """What one job of the compiler gave: engines, the statistics of each by name, and what passes did."""
+
+    engines: tuple[EngineBuild, ...]
+    statistics: Mapping[str, Any]
+    records: tuple[PassRecord, ...]
+
+
+class CapturedModel:
+    """A model with its captured programs. `export` and `calibrate` take it in place of a model.
+
+    Engines that were built for one recipe are kept, in memory, and serve the next recipe that asks for the same.
+    """
+
+    def __init__(self, loaded: LoadedModel, programs: Mapping[str, CapturedProgram]) -> None:
+        self.loaded, self.programs = loaded, programs
+        self.built: dict[str, BuiltEngines] = {}
+
+    def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
+        """The programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""
+        missing = [t for t in tasks if all(c.program.task != t for c in self.programs.values())]
+        if missing:
+            raise ConfigurationError(
+                f"Model {self.loaded.name!r} was not captured for {', '.join(missing)}; name every task that is to be "
+                "built when it is captured."
+            )
+        return {name: c for name, c in self.programs.items() if c.program.task in tasks}
+
+
+def capture_model(
+    model: nn.Module | str | Path,
+    task: str | Sequence[str],
+    *,
+    vae: object = None,
+    tokenizer: object = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    progress: Progress | None = None,
+) -> CapturedModel:
+    """Load and trace `model` for a task or several, to build more than one bundle from.
+
+    Args:
+        model, vae, tokenizer, llm_config: as for `export`.
+        task: "t2i", "mmu", or a list of them.
+        progress: called with (what is being done, fraction done in [0, 1]).
+
+    Raises:
+        FlashuError: a subclass that says what is wrong and what to do.
+    """
+    tasks, tell = named_tasks(task), progress or (lambda stage, fraction: None)
+    tell("loading the model", 0.0)
+    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
+    if loaded.vae is None:
+        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
+    specs = [spec for name in tasks for spec in captures(name, loaded.network, loaded.vae)]
+    programs = {}
+    for index, spec in enumerate(specs):
+        tell(f"{spec.task}: capturing {spec.name}", index / len(specs))
+        programs[spec.name] = CapturedProgram(capture(spec), _eager_outputs(spec))
+    return CapturedModel(loaded, programs)
+
+
+def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
+    """The tasks asked for, in our order. Raises `UnknownTaskError`."""
+    asked = (task,) if isinstance(task, str) else tuple(task)
+    unknown = [name for name in asked if name not in TASKS]
+    if unknown or not asked:
+        what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
+        raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
+    return tuple(name for name in TASKS if name in asked)
+
+
+def _eager_outputs(spec: Capture) -> dict[str, Tensor]:
+    """The outputs of the untraced module on the sample: the truth that exact engines are held against."""
+    with torch.inference_mode(), one_thread():
+        results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
+    return dict(zip(spec.outputs, results, strict=True))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The last bits depend on how many threads there are, and a build's bytes must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
