@@ -44,9 +44,10 @@ def program_statistics(program: Program) -> dict[str, Any]:
     """Counts of a program at the sizes of its sample; by component is by the stack under whose root a thing lies.
 
     `batch`: sequences or pictures in the sample. `operations`: calls in the traced graph. `parameters`: elements, by
-    component. `flops`: a multiplication and an addition are two, by component. `bytes`: what operators read and write, by component, as if nothing was fused and
-    no cache helped; views move nothing, and picking rows reads those rows. `rows`: for every layer of a stack, how
-    many rows its linear layers run on (the most, where they differ), over the whole batch.
+    component. `flops`: a multiplication and an addition are two, by component. `bytes`: what operators read and
+    write, by component, as if nothing was fused and no cache helped; views move nothing, and picking rows reads those
+    rows. `rows`: for every layer of a stack, how many rows its linear layers run on (the most, where they differ),
+    over the whole batch.
     """
     counted = _run_on_shapes(program)
     return {
