@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,24 @@ from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsE
 from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.plan import StepPlan
 from flashu_compile.recipe import Recipe
+from flashu_compile.runtime.backends import open_engines
+from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import (
     MANIFEST,
     PLAN,
     RECIPE,
     REPORT,
+    REPORT_PAGE,
     TOKENIZER,
     EngineSpec,
+    FileEntry,
     GenerationFacts,
     Manifest,
     UnderstandingFacts,
     file_entry,
     read_manifest,
 )
+from flashu_compile.runtime.sessions import Engines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +78,16 @@ def write_bundle(
     recipe: Recipe,
     plan: StepPlan | None = None,
     report: Mapping[str, Any] | None = None,
+    measure: Callable[[Engines], Mapping[str, Any]] | None = None,
+    page: Callable[[Manifest, Mapping[str, Any]], str] | None = None,
     checkpoint_bytes: int | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Write a bundle to `output`, which appears whole or not at all.
 
     Everything is written and checked in a temporary directory beside `output` and renamed into place. `report` is
-    stored with the entries `sizes` (in bytes) and the backend's own added. `overwrite` replaces an existing bundle,
+    stored with the entries `sizes` (in bytes) and the backend's own added, and those that `measure` gives when it has
+    run the engines that were written. `page` makes a web page of the whole. `overwrite` replaces an existing bundle,
     and nothing but a bundle.
 
     Raises:
@@ -103,8 +111,14 @@ def write_bundle(
             if plan is not None:
                 (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
             sizes = _sizes(directory, written, checkpoint_bytes)
-            _write_json(directory / REPORT, {**(report or {}), **written.report, "sizes": sizes})
-            manifest = _manifest(directory, written.specs, facts)
+            whole = {**(report or {}), **written.report, "sizes": sizes}
+            if measure is not None:
+                whole |= measure(_written_engines(directory, written.specs, facts))
+            _write_json(directory / REPORT, whole)
+            if page is not None:
+                unlisted = _manifest(written.specs, facts, {})
+                (directory / REPORT_PAGE).write_text(page(unlisted, whole), encoding="utf-8")
+            manifest = _manifest(written.specs, facts, _entries(directory))
             (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             _readable(directory)
             # Again, since somebody may have filled it meanwhile.
@@ -162,7 +176,18 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _manifest(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) -> Manifest:
+def _entries(directory: Path) -> dict[str, FileEntry]:
+    return {path.name: file_entry(path) for path in sorted(directory.iterdir())}
+
+
+def _written_engines(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) -> Engines:
+    """The engines of a bundle that is not complete yet, whose files are therefore taken as they are."""
+    files = {path.name: FileEntry("", 0) for path in directory.iterdir()}
+    manifest = _manifest(specs, facts, files)
+    return open_engines(BundleFiles(directory, manifest, verify_hashes=False), trust=True)  # made here
+
+
+def _manifest(specs: Sequence[EngineSpec], facts: BundleFacts, files: dict[str, FileEntry]) -> Manifest:
     return Manifest(
         model=facts.model,
         tasks=facts.tasks,
@@ -173,7 +198,7 @@ def _manifest(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) 
         generation=facts.generation,
         understanding=facts.understanding,
         versions=dict(sorted(facts.versions.items())),
-        files={path.name: file_entry(path) for path in sorted(directory.iterdir())},
+        files=files,
     )
 
 

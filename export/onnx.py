@@ -33,6 +33,7 @@ from flashu_compile.exporters.layout import follow_memory
 from flashu_compile.exporters.simplify_onnx import simplify
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import module_path
+from flashu_compile.passes.provenance import passes_of
 from flashu_compile.passes.write_rows import WRITE_ROWS
 from flashu_compile.program import Program
 
@@ -45,8 +46,10 @@ from flashu_compile.program import Program
 #: where one row of angles serves a batch, so rotations stay elementwise.
 DEFAULT_OPSET = 24
 
-#: Metadata keys of a node: the module it was traced in, and the operator it was translated from.
-MODULE, OPERATOR = "flashu.module", "flashu.operator"
+#: Metadata keys of a node: the module it was traced in, the operator it was translated from, and the passes that made
+#: or touched it.
+MODULE, OPERATOR, PASSES = "flashu.module", "flashu.operator", "flashu.passes"
+_KEPT = (MODULE, OPERATOR, PASSES)
 
 
 def emit_onnx(program: Program, *, opset: int = DEFAULT_OPSET) -> ir.Model:
@@ -213,13 +216,15 @@ def _failure(exported: ExportedProgram, error: BaseException) -> tuple[str, str]
 
 
 def _record_origins(model: ir.Model) -> None:
-    """Two short facts replace what the exporter writes about a node: whole stack traces with absolute paths."""
+    """A few short facts replace what the exporter writes about a node: whole stack traces with absolute paths."""
     for node in model.graph:
         traced = node.meta.get("node")
         node.metadata_props.clear()
         if traced is not None:
             node.metadata_props[MODULE] = module_path(traced)
             node.metadata_props[OPERATOR] = _operator(traced.target)
+            if passes_of(traced):
+                node.metadata_props[PASSES] = ", ".join(passes_of(traced))
 
 
 def _operator(target: Any) -> str:
@@ -270,7 +275,7 @@ def _name_nodes(program: Program, graph: ir.Graph) -> None:
     outputs = set(graph.outputs)
     _inherit_modules(graph)
     for node in graph:
-        origin = {key: node.metadata_props[key] for key in (MODULE, OPERATOR) if key in node.metadata_props}
+        origin = {key: node.metadata_props[key] for key in _KEPT if key in node.metadata_props}
         node.metadata_props.clear()
         node.metadata_props.update(origin)
         node.doc_string = None

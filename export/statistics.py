@@ -1,8 +1,8 @@
-"""What is in an engine: nodes, operators, parameters and floating-point operations, by component."""
+"""What is in a program and in its engine: operators, parameters, operations, memory traffic and rows, by component."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,37 +18,57 @@ from flashu_compile.program import Program
 
 #: The component of whatever belongs to no stack.
 OTHER = "other"
+_PICKING = (
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.gather.default,
+)
 
 
 def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
-    """Counts of an engine, as data for a report.
+    """Counts of an engine, as data for a report: those of `program_statistics`, and of the ONNX graph.
 
-    `nodes` and `operators` count the ONNX graph; `parameters` (elements, a tied tensor once) and `flops` (a
-    multiplication and an addition are two, at the sizes of the program's sample) are by component: the stack under
-    whose root a tensor or node lies, or `other`.
+    `nodes` and `operators` count the ONNX graph; `parameters` (elements, a tied tensor once) are those it holds.
     """
     operators = Counter(node.op_type for node in model.graph)
     return {
+        **program_statistics(program),
         "nodes": sum(operators.values()),
         "operators": dict(sorted(operators.items())),
-        "parameters": _parameters(program, model),
-        "flops": _flops(program),
+        "parameters": _parameters(program, set(model.graph.initializers)),
     }
 
 
 def program_statistics(program: Program) -> dict[str, Any]:
-    """The same of an engine that is the program's own graph."""
+    """Counts of a program at the sizes of its sample; by component is by the stack under whose root a thing lies.
+
+    `batch`: sequences or pictures in the sample. `operations`: calls in the traced graph. `parameters`: elements, by
+    component. `flops`: a multiplication and an addition are two, by component. `bytes`: what operators read and
+    write, by component, as if nothing was fused and no cache helped; views move nothing, and picking rows reads those
+    rows. `rows`: for every layer of a stack, how many rows its linear layers run on (the most, where they differ),
+    over the whole batch.
+    """
+    counted = _run_on_shapes(program)
+    return {
+        "batch": _batch(program),
+        "operations": sum(node.op == "call_function" for node in program.exported.graph.nodes),
+        "parameters": _parameters(program, set(program.exported.state_dict)),
+        "flops": dict(sorted(counted.flops.items())),
+        "bytes": dict(sorted(counted.bytes.items())),
+        "rows": {stack: _rows(layers) for stack, layers in sorted(counted.rows.items())},
+    }
+
+
+def traced_statistics(program: Program) -> dict[str, Any]:
+    """Counts of an engine that is the program's own graph: as `graph_statistics`, of the traced operators."""
     targets = [n.target for n in program.exported.graph.nodes if n.op == "call_function"]
     names = (str(getattr(t, "overloadpacket", None) or getattr(t, "__name__", t)) for t in targets)
     operators = Counter(name.removeprefix("aten.") for name in names)
-    parameters: Counter[str] = Counter()
-    for name, tensor in {**program.exported.state_dict, **program.exported.constants}.items():
-        parameters[component(name, program.stacks)] += tensor.numel()
     return {
+        **program_statistics(program),
         "nodes": sum(operators.values()),
         "operators": dict(sorted(operators.items())),
-        "parameters": dict(sorted(parameters.items())),
-        "flops": _flops(program),
     }
 
 
@@ -58,15 +78,32 @@ def component(path: str, stacks: Mapping[str, str]) -> str:
     return max(found)[1] if found else OTHER
 
 
-def _parameters(program: Program, model: ir.Model) -> dict[str, int]:
+def _parameters(program: Program, names: set[str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for name, value in model.graph.initializers.items():
-        if name in program.exported.state_dict and value.const_value is not None:
-            counts[component(name, program.stacks)] += value.const_value.size
+    seen: set[tuple[int, torch.Size]] = set()
+    for name in sorted(names & program.exported.state_dict.keys()):
+        tensor = program.exported.state_dict[name]
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen:
+            counts[component(name, program.stacks)] += tensor.numel()
+            seen.add(place)
     return dict(sorted(counts.items()))
 
 
-def _flops(program: Program) -> dict[str, int]:
+def _batch(program: Program) -> int:
+    sizes = [
+        program.sample[given.role].shape[given.axes.index("batch")]
+        for given in program.inputs
+        if "batch" in given.axes
+    ]
+    return sizes[0] if sizes else 1
+
+
+def _rows(layers: Mapping[int, Mapping[str, int]]) -> list[int]:
+    return [max(layers[layer].values()) for layer in sorted(layers)]
+
+
+def _run_on_shapes(program: Program) -> _Counter:
     exported = program.exported
     inputs = iter(program.inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
@@ -79,29 +116,64 @@ def _flops(program: Program) -> dict[str, int]:
             else:
                 tensor = exported.constants[name] if name in exported.constants else exported.state_dict[name]
             arguments.append(fake.from_tensor(tensor, static_shapes=True))
-        counter = _FlopInterpreter(exported.graph_module, program.stacks)
+        counter = _Counter(exported.graph_module, program.stacks)
         with counter.mode:
             counter.run(*arguments)
-    return dict(sorted(counter.counts.items()))
+    return counter
 
 
-class _FlopInterpreter(fx.Interpreter):
-    """Runs a graph on shapes alone and books the FLOPs of every node on its component."""
+class _Counter(fx.Interpreter):
+    """Runs a graph on shapes alone and books what every node takes on its component."""
 
     def __init__(self, module: fx.GraphModule, stacks: Mapping[str, str]) -> None:
         super().__init__(module)
         self.stacks = stacks
         self.mode = FlopCounterMode(display=False)
-        self.counts: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        #: By stack, layer and weight: a weight may be used for one part of the rows after another.
+        self.rows: defaultdict[str, defaultdict[int, Counter[str]]] = defaultdict(
+            lambda: defaultdict(Counter)
+        )
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.mode.get_total_flops()
         result = super().run_node(n)
+        if n.op != "call_function":
+            return result
         flops = self.mode.get_total_flops() - before
         if n.target is torch.ops.aten.scaled_dot_product_attention.default:
             # torch's registry knows the kernels of some devices only, and no grouped heads.
             query, key, value = (self.env[cast("fx.Node", node)] for node in n.args[:3])
             flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        where = component(module_path(n), self.stacks)
         if flops:
-            self.counts[component(module_path(n), self.stacks)] += flops
+            self.flops[where] += flops
+        moved = self._moved(n, result)
+        if moved:
+            self.bytes[where] += moved
+        if n.target is torch.ops.aten.linear.default and where != OTHER:
+            self._book_rows(n, where)
         return result
+
+    def _moved(self, node: fx.Node, result: Any) -> int:
+        if not isinstance(result, Tensor) or _is_view(node.target):
+            return 0
+        if node.target in _PICKING:
+            return 2 * _size(result)
+        return _size(result) + sum(_size(self.env[source]) for source in node.all_input_nodes)
+
+    def _book_rows(self, node: fx.Node, stack: str) -> None:
+        layer = module_path(node)[len(self.stacks[stack]) + 1 :].split(".")[0]
+        given, weight = node.all_input_nodes[:2]
+        if layer.isdecimal():
+            self.rows[stack][int(layer)][weight.name] += self.env[given].shape[:-1].numel()
+
+
+def _is_view(target: Any) -> bool:
+    returns = getattr(getattr(target, "_schema", None), "returns", ())
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _size(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

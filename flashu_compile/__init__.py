@@ -60,6 +60,8 @@ _COMPILE_MODULES = frozenset(
     {
         "huggingface_hub",
         "jaxtyping",
+        "jinja2",
+        "matplotlib",
         "networkx",
         "onnx",
         "onnx_ir",

@@ -40,7 +40,8 @@ from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sampler import prompt_pair, sample
 
 LLM = "llm"
-_ANSWER_TOKENS = 16
+ANSWER_TOKENS = 16
+_CURVE_POINTS = 41
 
 Progress = Callable[[int, int], None]
 Rows = Callable[[Tensor], Tensor]
@@ -79,6 +80,26 @@ def skip_layers(importance: Sequence[float], ratio: float) -> tuple[int, ...]:
     """The floor(n * ratio) least important layers in rising order; of equals, the lower index goes first."""
     count = math.floor(len(importance) * ratio + 1e-9)
     return tuple(sorted(int(i) for i in np.argsort(np.asarray(importance), kind="stable")[:count]))
+
+
+def score_curves(
+    scores: Mapping[str, Mapping[int, NDArray[np.float64]]],
+    kept: Mapping[str, Mapping[int, NDArray[np.int64]]],
+) -> dict[str, list[dict[str, Any]]]:
+    """How the scores of an FFN's neurons fall, for the report: by stack, an entry for each block that is cut.
+
+    `curve` holds the scores at equal distances from the best neuron to the worst, as shares of the best (three
+    digits); `width` neurons there were, and `kept` stay.
+    """
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for stack, blocks in kept.items():
+        for block, neurons in blocks.items():
+            falling = np.sort(scores[stack][block])[::-1]
+            places = np.linspace(0, len(falling) - 1, _CURVE_POINTS).round().astype(int)
+            curve = [float(f"{value:.2e}") for value in falling[places] / (falling[0] or 1.0)]
+            entry = {"block": block, "width": len(falling), "kept": len(neurons), "curve": curve}
+            curves.setdefault(stack, []).append(entry)
+    return curves
 
 
 class Statistics:
@@ -190,7 +211,12 @@ def calibrate_t2i(
     scores = statistics.scores()
     kept = _kept(scores, config.pruning, config.width_multiple)
     decisions = Decisions(kept, phases.decide(config.layer_skipping) if config.layer_skipping else ())
-    return Calibrated(decisions, {"samples": len(prompts), "layer_importance": phases.figures()}, scores)
+    figures = {
+        "samples": len(prompts),
+        "layer_importance": phases.figures(),
+        "neuron_scores": score_curves(scores, kept),
+    }
+    return Calibrated(decisions, figures, scores)
 
 
 class _PhaseCosines:
@@ -291,8 +317,14 @@ def calibrate_mmu(
     importance = statistics.importance()
     scores = statistics.scores()
     phases = (Phase(0.0, skip_layers(importance, config.layer_skipping)),) if config.layer_skipping else ()
-    decisions = Decisions(_kept(scores, config.pruning, config.width_multiple), phases)
-    figures = {"samples": len(questions), "layer_importance": importance, "value_norms": norms.figures()}
+    kept = _kept(scores, config.pruning, config.width_multiple)
+    decisions = Decisions(kept, phases)
+    figures = {
+        "samples": len(questions),
+        "layer_importance": importance,
+        "neuron_scores": score_curves(scores, kept),
+        "value_norms": norms.figures(),
+    }
     return Calibrated(decisions, figures, scores)
 
 
@@ -304,7 +336,7 @@ def _last_rows(count: int) -> Rows:
 def _greedy(program: Program, inputs: Mapping[str, Tensor], suffix: list[int], eos: int) -> list[int]:
     recorder = Recorder(program, {})
     answer: list[int] = []
-    while len(answer) < _ANSWER_TOKENS:
+    while len(answer) < ANSWER_TOKENS:
         row = {**inputs, Role.SUFFIX_IDS: torch.tensor([suffix + answer])}
         token = int(recorder.record(row)[Role.LOGITS][0].argmax())
         if token == eos:

@@ -21,10 +21,14 @@ from flashu_compile.captured import (
     named_tasks,
     one_thread,
 )
+from flashu_compile.cost import is_lossy
 from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.exporters.backends import Backend, Emitted, check_precision, find_backend
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
+from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
+from flashu_compile.inspection import Inspection
+from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
 from flashu_compile.program import Program, prologue_of
@@ -33,6 +37,8 @@ from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
 from flashu_compile.specialise import Job, jobs, neuron_order
+
+COST_SAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,7 @@ def export(
     calibration: object = None,
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
+    cost_samples: int = COST_SAMPLES,
     backend: str = "onnxruntime",
     precision: str = "float32",
     vae: object = None,
@@ -92,6 +99,9 @@ def export(
         calibration: what a recipe's open decisions are measured on: prompts for t2i, (image, question) pairs for
             mmu; see `calibrate`.
         samples, seed: how many of them are used, and which; see `calibrate`.
+        cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
+            each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
+            0 measures nothing.
         backend: what runs the engines: "onnxruntime", "torch" or "aot_inductor". The last two are code to whoever
             loads the bundle, which takes `load(…, trust=True)`.
         precision: "float32", or "bfloat16" where the backend has it.
@@ -108,7 +118,9 @@ def export(
     chosen = find_recipe(recipe)
     check_precision(backend, precision)
     find_backend(backend).check()
-    given = _given_samples(chosen, tasks, calibration)
+    if cost_samples < 0:
+        raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
+    given = _given_samples(chosen, tasks, calibration, measured=cost_samples > 0)
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
@@ -119,9 +131,21 @@ def export(
 
     decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    programs = {name: captured.program for name, captured in source.of(tasks).items()}
     maker = _Maker(find_backend(backend), precision, directory.absolute().parent)
     built = _build(source, tasks, decided, maker, tell)
-    tell("writing the bundle", 0.9)
+    inspection = Inspection(
+        loaded=loaded,
+        programs=programs,
+        recipe=decided,
+        tasks=tasks,
+        samples=given or _own_samples(loaded),
+        calibrated_on=samples,
+        measured_on=cost_samples,
+        seed=seed,
+        tell=lambda stage: tell(stage, 0.9),
+    )
+    tell("writing the bundle", 0.88)
     manifest = write_bundle(
         directory,
         engines=built.engines,
@@ -131,9 +155,13 @@ def export(
         plan=compile_plan(decided.t2i, decided.decided("t2i")) if "t2i" in tasks else None,
         report={
             "engines": built.statistics,
+            "captured": {name: program_statistics(program) for name, program in programs.items()},
+            "published_points": loaded.network.config.steps,
             "passes": [dataclasses.asdict(r) for r in built.records],
             "calibration": figures,
         },
+        measure=inspection.measure,
+        page=inspection.page,
         checkpoint_bytes=checkpoint_bytes(loaded),
         overwrite=overwrite,
     )
@@ -197,14 +225,22 @@ def _captured(
     return model
 
 
-def _given_samples(recipe: Recipe, tasks: tuple[str, ...], calibration: object) -> CalibrationSamples | None:
+def _given_samples(
+    recipe: Recipe, tasks: tuple[str, ...], calibration: object, *, measured: bool = False
+) -> CalibrationSamples | None:
+    """`measured`: they also serve to measure what a lossy recipe costs, be there something to decide or not."""
     if calibration is None:
         return None
-    if not any(recipe.needs_calibration(task) for task in tasks):
+    used = [t for t in tasks if recipe.needs_calibration(t) or (measured and is_lossy(recipe, t, None))]
+    if not used:
         raise RecipeError(
             f"Recipe {recipe.name!r} leaves nothing to decide for {', '.join(tasks)}; leave `calibration` out."
         )
     return calibration_samples(calibration)
+
+
+def _own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
+    return None if loaded.calibration is None else calibration_samples(loaded.calibration)
 
 
 def _decide(
@@ -228,7 +264,9 @@ def _decide(
             f"Recipe {recipe.name!r} must be calibrated for {', '.join(undecided)}; pass `calibration` "
             "(prompts for t2i, image and question pairs for mmu) or a recipe with its decisions."
         )
-    chosen = (given or calibration_samples(loaded.calibration)).chosen(count, seed)
+    available = given or _own_samples(loaded)
+    assert available is not None
+    chosen = available.chosen(count, seed)
     codec = PromptCodec(loaded.tokenizer)
     decisions, figures = dict(recipe.decisions), {}
     for index, task in enumerate(undecided):
@@ -292,7 +330,8 @@ def _engines(captured: CapturedProgram, job: Job, maker: _Maker) -> BuiltEngines
         build = _engine(part, emitted, _truth(part, {} if lossy else captured.truth), programs)
         builds.append(build)
         errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
-        statistics[part.name] = {**emitted.statistics, "errors": errors}
+        origin = {"errors": errors, "captured": captured.program.name}
+        statistics[part.name] = {**emitted.statistics, **origin}
     return BuiltEngines(tuple(builds), statistics, tuple(records))
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashu_compile.quantities import change, quantity, size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -82,7 +84,7 @@ def print_recipe(recipe: Recipe) -> None:
 
 def print_build(summary: Mapping[str, Any]) -> None:
     """The summary of a bundle just built: where, what, how big, what passes cost, how close to eager."""
-    sizes = {name: _size(value) for name, value in summary["sizes"].items()}
+    sizes = {name: size(value) for name, value in summary["sizes"].items()}
     samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
     print_facts(
         {
@@ -95,6 +97,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
         | sizes
     )
     _print_pass_totals(summary["passes"])
+    _print_costs(summary["cost"])
     print_table(
         ("engine", "output", "relative error against eager"),
         [
@@ -103,6 +106,20 @@ def print_build(summary: Mapping[str, Any]) -> None:
             for alike in _alike({name: name for name in outputs})
         ],
     )
+
+
+def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
+    """What a lossy recipe costs at the task's level, each technique alone and all together."""
+    rows = []
+    for task, cost in costs.items():
+        if "not_measured" in cost:
+            rows.append((task, "not measured", cost["not_measured"]))
+            continue
+        rows.extend((task, row["name"], f"{row['error']:.1e}") for row in cost["techniques"])
+        same = f", {cost['same_tokens']} of {cost['tokens']} next tokens the same" if task == "mmu" else ""
+        rows.append((task, "everything together", f"{cost['error']:.1e}{same}"))
+    if rows:
+        print_table(("task", "technique", "relative error of final latents or next-token logits"), rows)
 
 
 def _print_pass_totals(passes: Iterable[Mapping[str, Any]]) -> None:
@@ -119,8 +136,10 @@ def _print_pass_totals(passes: Iterable[Mapping[str, Any]]) -> None:
     print_table(("pass", "kind", "programs", "largest relative error of its own"), rows)
 
 
-def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any]) -> None:
-    """Engines with their signatures, what they hold and cost by component, and the passes that made them."""
+def print_bundle(
+    directory: Path, manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None
+) -> None:
+    """Engines beside what they were made from, their signatures, and what they hold and cost by component; passes."""
     total = sum(entry.bytes for entry in manifest.files.values())
     facts = {
         "bundle": directory,
@@ -129,9 +148,10 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
         "backend": f"{manifest.backend}, {manifest.precision}",
         "recipe": manifest.recipe,
         "built with": _listed(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
-        "files": f"{len(manifest.files)}, {_size(total)}",
+        "files": f"{len(manifest.files)}, {size(total)}",
     }
-    print_facts(facts | {name: _size(value) for name, value in report.get("sizes", {}).items()})
+    print_facts(facts | {name: size(value) for name, value in report.get("sizes", {}).items()})
+    _print_work(manifest, report, plan)
     for engine in manifest.engines:
         sides = (("in", engine.inputs), ("out", engine.outputs))
         print_table(
@@ -161,6 +181,46 @@ def print_bundle(directory: Path, manifest: Manifest, report: Mapping[str, Any])
                 for row in passes
             ],
             title="passes",
+        )
+
+
+def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> None:
+    """Before and after: each captured program, and indented below it the engines made from it."""
+    from flashu_compile.report.work import program_work, result_work
+
+    def known(value: int | None) -> str:
+        return "" if value is None else str(value)
+
+    print_table(
+        (
+            "program",
+            "runs",
+            "operations",
+            "ONNX nodes",
+            "parameters",
+            "FLOPs",
+            "bytes moved",
+            "rows × layers",
+        ),
+        [
+            (
+                row.name if row.captured else f"  {row.name}",
+                row.runs,
+                known(row.operations),
+                known(row.nodes),
+                quantity(row.parameters),
+                quantity(row.flops),
+                "" if row.bytes is None else size(row.bytes),
+                row.rows,
+            )
+            for row in program_work(manifest, report, plan)
+        ],
+        title="programs as captured, each with its engines; one run on the recorded inputs",
+    )
+    for result in result_work(manifest, report, plan):
+        before, after = result.flops
+        typer.echo(
+            f"FLOPs of {result.what}: {quantity(before)} → {quantity(after)} {change(before, after)}".rstrip()
         )
 
 
@@ -256,22 +316,6 @@ def _stack_rows(stack: StackFacts) -> Iterator[tuple[str, str, str, str]]:
 def _shape(sizes: Iterable[int | str]) -> str:
     """Sizes with × between them, sums in brackets."""
     return " × ".join(f"({size})" if " " in str(size) else str(size) for size in sizes)
-
-
-def quantity(value: float) -> str:
-    """Three significant digits and a decimal prefix (1536 -> `1.54 k`); whole below a thousand."""
-    if abs(value) < 1000:
-        return f"{value:.0f}"
-    for prefix in ("k", "M", "G", "T"):
-        value /= 1000
-        if abs(value) < 999.5:
-            return f"{value:#.3g}".rstrip(".") + f" {prefix}"
-    return f"{value / 1000:.3g} P"
-
-
-def _size(count: int) -> str:
-    text = quantity(count)
-    return f"{text}B" if " " in text else f"{text} B"
 
 
 def _listed(names: Iterable[str]) -> str:

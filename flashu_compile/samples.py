@@ -33,6 +33,13 @@ class CalibrationSamples:
             tuple(_choose(self.prompts, count, seed)), tuple(_choose(self.questions, count, seed))
         )
 
+    def held_out(self, count: int, seed: int) -> CalibrationSamples:
+        """Those that `chosen` leaves out."""
+        return CalibrationSamples(
+            tuple(_choose(self.prompts, count, seed, others=True)),
+            tuple(_choose(self.questions, count, seed, others=True)),
+        )
+
 
 def calibration_samples(value: object) -> CalibrationSamples:
     """Whatever a user may give for `calibration`, as CalibrationSamples.
@@ -94,7 +101,7 @@ def _pair(item: Any, index: int, where: str, folder: Path | None) -> tuple[Pictu
     return image, question
 
 
-def _choose(items: Sequence[Any], count: int, seed: int) -> list[Any]:
-    if len(items) <= count:
-        return list(items)
-    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
+def _choose(items: Sequence[Any], count: int, seed: int, *, others: bool = False) -> list[Any]:
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    chosen = set(range(len(items)) if len(items) <= count else order[:count])
+    return [item for index, item in enumerate(items) if (index in chosen) is not others]

@@ -3,7 +3,7 @@
 After every pass the graph is linted and run on the sample inputs, and the shape and dtype of every value must be what
 the metadata says. An exact pass must give what it got, to 1e-5 relative L2 in float32 (1e-12 in float64); what a lossy
 pass changes is measured the same way and reported. Behind the last pass shapes are propagated through each graph once
-more with its dynamic dimensions as symbols.
+more with its dynamic dimensions as symbols. Nodes that a pass made or touched are marked with its name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from flashu_compile.errors import FlashuError, PassError
 from flashu_compile.passes.base import Kind, Pass, PassResult
+from flashu_compile.passes.provenance import note
 from flashu_compile.program import Program, run_chain
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -84,6 +85,7 @@ def _run_one(step: Pass, before: _Checked) -> tuple[list[_Checked], PassRecord]:
     result = step.call(program)
     if result.programs == (program,):
         return [before], PassRecord(program.name, step.name, step.kind, result.changes, None)
+    note(step.name, program, result.programs)
     # A pass may take an input apart: then what it made of the sample counts.
     values = {**program.sample, **result.programs[0].sample}
     after = []

@@ -41,7 +41,9 @@ def retraced(program: Program, run: Run) -> GraphEditor:
         new.meta = dict(old.meta)
     for node in graph.nodes:
         if node.op == "call_function":
-            node.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+            node.meta = {
+                key: node.meta[key] for key in ("val", "nn_module_stack", "custom") if key in node.meta
+            }
     output = graph.output_node()
     results: Any = output.args[0]
     output.args = (tuple(cast("Sequence[fx.Node]", results)),)

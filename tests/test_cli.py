@@ -23,7 +23,18 @@ from flashu_compile.presets import preset
 from flashu_compile.runtime import doctor
 from tests.runtime.tiny_bundle import POINTS, edit_json, flip_byte, write_bundle
 
-COMMANDS = ("build", "calibrate", "tensorrt", "recipe", "generate", "ask", "inspect", "verify", "doctor")
+COMMANDS = (
+    "build",
+    "calibrate",
+    "tensorrt",
+    "recipe",
+    "generate",
+    "ask",
+    "inspect",
+    "verify",
+    "doctor",
+    "diff",
+)
 
 
 def run(*arguments: object) -> Result:

@@ -21,7 +21,7 @@ SOURCES = ("flashu_compile", "passes", "export", "tests", "benchmarks", "example
 # Whatever only the extras install. Serving a bundle must work without all of it.
 EXTRAS = (
     *sorted(flashu_compile._COMPILE_MODULES),
-    *("diffusers", "matplotlib", "scipy", "skimage", "tensorrt", "torch_tensorrt"),
+    *("diffusers", "scipy", "skimage", "tensorrt", "torch_tensorrt"),
 )
 
 WITHOUT_EXTRAS = f"""

@@ -17,7 +17,7 @@ from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Written
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
-from flashu_compile.exporters.statistics import program_statistics
+from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import (
     PRECISIONS,
     TorchModel,
@@ -63,7 +63,7 @@ class AOTInductor:
                 ) from error
             content = path.read_bytes()
         tensors = {**exported.state_dict, **exported.constants}
-        return Emitted(TorchModel(program, content, tensors), program_statistics(program), records)
+        return Emitted(TorchModel(program, content, tensors), traced_statistics(program), records)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         return write_engines(list(engines), directory, ".pt2")

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from flashu_compile.engines import described
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
@@ -28,6 +29,7 @@ class OnnxRuntime:
 
     def emit(self, program: Program, precision: str) -> Emitted:
         model = emit_onnx(program)
+        model.graph.doc_string = f"{described(program.name)} {model.graph.doc_string}"
         return Emitted(model, graph_statistics(program, model))
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:

@@ -15,7 +15,7 @@ from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Written
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
-from flashu_compile.exporters.statistics import program_statistics
+from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import (
     PRECISIONS,
     TorchModel,
@@ -48,7 +48,7 @@ class Torch:
             ) from error
         tensors = {**exported.state_dict, **exported.constants}
         model = TorchModel(program, artifact.exported_program, tensors)
-        return Emitted(model, program_statistics(program), records)
+        return Emitted(model, traced_statistics(program), records)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         return write_engines(list(engines), directory, ".json")

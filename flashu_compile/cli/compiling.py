@@ -83,6 +83,13 @@ def build(
     calibration: Calibration = None,
     samples: Samples = SAMPLES,
     seed: Seed = 0,
+    cost_samples: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How many prompts and questions a lossy recipe's cost is measured on, for the report; 0 for none.",
+        ),
+    ] = 3,
     precision: Annotated[
         str, typer.Option(help="What engines compute in: float32, or bfloat16 where the backend has it.")
     ] = "float32",
@@ -111,6 +118,7 @@ def build(
             calibration=calibration,
             samples=samples,
             seed=seed,
+            cost_samples=cost_samples,
             backend=backend,
             precision=precision,
             vae=vae,
@@ -188,8 +196,8 @@ def _recipe(source: str, settings: list[str] | None) -> Recipe:
 
 
 def _measured(bundle: Path) -> dict[str, Any]:
-    """What the report of a bundle just built says of calibration and passes."""
+    """What the report of a bundle just built says of calibration, passes and cost."""
     from flashu_compile.runtime.manifest import REPORT
 
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
-    return {"calibration": report["calibration"], "passes": report["passes"]}
+    return {name: report[name] for name in ("calibration", "passes", "cost")}

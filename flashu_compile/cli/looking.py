@@ -77,7 +77,7 @@ def inspect(
     tokenizer: Tokenizer = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a bundle: engines, signatures, and nodes, parameters and FLOPs by component.
+    """Show what is in a bundle: engines beside the programs they were made from, signatures, FLOPs by component.
 
     With --structure, show what a model offers to the techniques, and why the rest was not found:
     residual blocks, FFN groups and attention by stack, the picture's rows, what a head cache can keep,
@@ -116,7 +116,7 @@ def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
     elif plan and step_plan is not None:
         display.print_plan(step_plan)
     else:
-        display.print_bundle(bundle, manifest, report)
+        display.print_bundle(bundle, manifest, report, step_plan)
 
 
 def _inspect_model(

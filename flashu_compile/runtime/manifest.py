@@ -17,11 +17,12 @@ from flashu_compile.errors import BundleError, BundleVersionError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-PLAN, RECIPE, TOKENIZER, REPORT, WEIGHTS = (
+PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
     "plan.json",
     "recipe.json",
     "tokenizer.json",
     "report.json",
+    "report.html",
     "weights.bin",
 )
 

@@ -1,0 +1,38 @@
+"""What each engine is and when it runs, in a sentence, for whoever opens its graph."""
+
+from __future__ import annotations
+
+import re
+
+from flashu_compile.plan import DENOISE, REUSE
+from flashu_compile.program import prologue_of
+
+_LANGUAGE = "language"
+_SENTENCES = {
+    REUSE: "The diffusion head's final layer on features that an earlier step stored; runs on steps that reuse them.",
+    "vae_decode": "The VAE's decoder, from latents to pixels; runs once a picture.",
+    "vision": "The image encoder, from pixels to the embeddings the language model reads; runs once a picture.",
+    prologue_of(
+        _LANGUAGE
+    ): "The language model on the rows of the picture and what precedes it, to their keys and "
+    "values; runs once a picture.",
+    _LANGUAGE: "The language model on new rows, by the keys and values of the rows before; runs once a question, then "
+    "once a token.",
+}
+
+
+def described(name: str) -> str:
+    """What engine `name` is and when it runs; nothing if the name says nothing."""
+    if name in _SENTENCES:
+        return _SENTENCES[name]
+    found = re.fullmatch(rf"{DENOISE}(_pruned)?(?:_skip([\d-]+))?(_prologue)?", name)
+    if found is None:
+        return ""
+    pruned, layers, prologue = found.groups()
+    how = ["with pruned FFNs"] * bool(pruned)
+    if layers:
+        how.append(f"without layers {layers.replace('-', ', ')} of the language model")
+    suffix = f", {' and '.join(how)}" if how else ""
+    if prologue:
+        return f"What does not change from step to step, of the prompt's rows{suffix}; runs once a prompt."
+    return f"One evaluation of the velocity of the latents{suffix}; runs on the steps that the plan names it for."

@@ -1,0 +1,1 @@
+"""The web page in a bundle: what was cut and why, what it costs, what it saves."""

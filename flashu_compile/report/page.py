@@ -1,0 +1,134 @@
+"""A bundle's report as one web page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from flashu_compile.plan import StepPlan
+from flashu_compile.quantities import change, quantity, size
+from flashu_compile.recipe import Recipe
+from flashu_compile.recipe_view import recipe_rows
+from flashu_compile.report.pictures import data_uri, keep_map
+from flashu_compile.report.work import program_work, result_work
+from flashu_compile.runtime.manifest import Manifest
+
+if TYPE_CHECKING:
+    from flashu_compile.cost import Comparison
+
+_TASKS = {"t2i": "Pictures from text (t2i)", "mmu": "Questions about pictures (mmu)"}
+
+
+def render(
+    manifest: Manifest,
+    report: Mapping[str, Any],
+    recipe: Recipe,
+    plan: StepPlan | None,
+    comparisons: Mapping[str, Sequence[Comparison]],
+) -> str:
+    """The page. The same arguments give the same text. Sections without anything to show are left out."""
+    environment = Environment(
+        loader=PackageLoader("flashu_compile.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"quantity": quantity, "size": size, "error": _error, "share": _share}
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        manifest=manifest,
+        report=report,
+        tasks={task: _TASKS[task] for task in manifest.tasks},
+        recipe_rows=[(name, t2i, mmu) for name, t2i, mmu in recipe_rows(recipe)],
+        costs={task: _cost(report.get("cost", {}).get(task)) for task in manifest.tasks},
+        comparisons={task: list(_shown(comparisons.get(task, ()))) for task in manifest.tasks},
+        programs=program_work(manifest, report, plan),
+        results=result_work(manifest, report, plan),
+        change=change,
+        passes=list(_passes(report.get("passes", []))),
+        lossy=[row for row in report.get("passes", []) if row["kind"] == "lossy" and row["changes"]],
+        engine_errors={
+            name: max(counts["errors"].values())
+            for name, counts in report.get("engines", {}).items()
+            if counts.get("errors")
+        },
+        plan=plan,
+        plots=_plots(report, recipe, plan),
+    )
+
+
+def _cost(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What was measured, with the length of each technique's bar as a share of the longest."""
+    if figures is None or "not_measured" in figures:
+        return None if figures is None else dict(figures)
+    rows = figures["techniques"]
+    longest = max([figures["error"], *(row["error"] for row in rows)]) or 1.0
+    everything = {"name": "everything together", "error": figures["error"], "whole": True}
+    bars = [{**row, "bar": row["error"] / longest} for row in (*rows, everything)]
+    return {**figures, "bars": bars}
+
+
+def _shown(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
+    for comparison in comparisons:
+        pictures = list(comparison.pictures)
+        if comparison.kept is not None:
+            seen = keep_map(pictures[0], comparison.kept)
+            pictures += [] if seen is None else [seen]
+        yield {"text": comparison.text, "pictures": [data_uri(picture) for picture in pictures]}
+
+
+def _passes(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those that changed something, over all programs, in the order of their first appearance."""
+    changing: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record["changes"]:
+            changing.setdefault(record["name"], []).append(record)
+    for name, group in changing.items():
+        errors = [record["error"] for record in group if record["error"] is not None]
+        yield {
+            "name": name,
+            "kind": group[0]["kind"],
+            "programs": len(group),
+            "changes": sum(len(record["changes"]) for record in group),
+            "error": max(errors) if errors else None,
+        }
+
+
+def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> dict[str, Any]:
+    """The plots there is data for, by name; without any, the plotting library is not even imported."""
+    made: dict[str, Any] = {}
+    figures = report.get("calibration", {})
+    varied = plan is not None and len({(s.engine, s.guidance_scale) for s in plan.steps}) > 1
+    if not figures and not varied:
+        return made
+    from flashu_compile.report import plots
+
+    if plan is not None and varied:
+        made["timeline"] = plots.timeline(plan)
+    for task, measured in figures.items():
+        scores = measured.get("neuron_scores")
+        if scores:
+            made[f"{task}_scores"] = plots.score_curves(scores)
+        skipped = [phase.skipped for phase in recipe.decided(task).phases]
+        if task == "t2i":
+            made["t2i_importance"] = plots.importance_map(measured["layer_importance"], skipped)
+        else:
+            layers = skipped[0] if skipped else ()
+            made["mmu_importance"] = plots.importance_bars(measured["layer_importance"], layers)
+    if "mmu" in figures:
+        layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
+        made["value_norms"] = plots.value_norms(figures["mmu"]["value_norms"], layer)
+    return made
+
+
+def _error(value: float) -> str:
+    """A relative error: in per cent where that is readable."""
+    return f"{100 * value:.3g} %" if value >= 1e-3 else f"{value:.1e}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "0"

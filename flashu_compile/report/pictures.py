@@ -1,0 +1,40 @@
+"""Pictures as data URIs, and what token pruning leaves of one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_LARGEST = 320  # pixels on the page
+_DIMMED = 0.22
+
+
+def data_uri(picture: Image.Image) -> str:
+    """PNG, scaled down to the page; small pictures stay as they are and are scaled up by the browser."""
+    if max(picture.size) > _LARGEST:
+        picture = picture.copy()
+        picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def keep_map(picture: Image.Image, kept: NDArray[np.bool_]) -> Image.Image | None:
+    """The picture with the squares of dropped tokens dimmed; None where its tokens make no square grid.
+
+    What stands before the grid among the span's rows (such as a row for the time) has no place in the picture.
+    """
+    side = math.isqrt(len(kept))
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    height, width = pixels.shape[:2]
+    if len(kept) - side * side > 1 or height % side or width % side:
+        return None
+    grid = kept[len(kept) - side * side :].reshape(side, side)
+    stays = grid.repeat(height // side, axis=0).repeat(width // side, axis=1)[..., None]
+    shown = np.where(stays, pixels, pixels * _DIMMED)
+    return Image.fromarray(shown.round().astype(np.uint8))

@@ -1,0 +1,143 @@
+"""How much work programs do before and after compilation, from a bundle's report. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flashu_compile.plan import StepPlan
+from flashu_compile.runtime.manifest import Manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramWork:
+    """One run on the recorded inputs. `nodes`: of the ONNX graph, None for a program as captured. `rows`: as text."""
+
+    name: str
+    task: str
+    captured: bool
+    runs: str
+    operations: int | None
+    nodes: int | None
+    parameters: int
+    flops: int
+    bytes: int | None
+    rows: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultWork:
+    """What one result takes: as captured and published, and by the bundle's engines."""
+
+    what: str
+    flops: tuple[float, float]
+    bytes: tuple[float, float]
+
+
+def program_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> list[ProgramWork]:
+    """A row for each captured program, and after it those of the engines made from it."""
+    counts = report.get("engines", {})
+    rows: list[ProgramWork] = []
+    sources = dict.fromkeys(counts.get(e.name, {}).get("captured") for e in manifest.engines)
+    for source in sources:
+        members = [e for e in manifest.engines if counts.get(e.name, {}).get("captured") == source]
+        before = report.get("captured", {}).get(source)
+        if before is not None:
+            rows.append(_row(source, members[0].task, before, _published_runs(source, report), captured=True))
+        rows.extend(
+            _row(e.name, e.task, counts[e.name], runs_of(manifest, e.name, plan), captured=False)
+            for e in members
+            if e.name in counts
+        )
+    return rows
+
+
+def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
+    """How often an engine runs, in words."""
+    readers = [e.name for e in manifest.engines if e.prologue == name]
+    if manifest.engine(name).task == "mmu":
+        once = name == "vision" or readers
+        return "once a picture" if once else "once a question, then once a token"
+    steps = Counter(step.engine for step in plan.steps) if plan else Counter()
+    if name in steps:
+        return f"{steps[name]} of {sum(steps.values())} evaluations"
+    return "once a prompt" if readers else "once"
+
+
+def _published_runs(name: str, report: Mapping[str, Any]) -> str:
+    if name == "understand":
+        return "once a token"
+    points = report.get("published_points")
+    return f"{points - 1} evaluations" if name == "denoise" and points else "once"
+
+
+def _row(name: str, task: str, counts: Mapping[str, Any], runs: str, *, captured: bool) -> ProgramWork:
+    moved = counts.get("bytes")
+    return ProgramWork(
+        name=name,
+        task=task,
+        captured=captured,
+        runs=runs,
+        operations=counts.get("operations"),
+        nodes=counts.get("nodes"),
+        parameters=sum(counts.get("parameters", {}).values()),
+        flops=sum(counts.get("flops", {}).values()),
+        bytes=None if moved is None else sum(moved.values()),
+        rows=rows_text(counts.get("rows", {}).get("llm", ())),
+    )
+
+
+def rows_text(rows: Sequence[int]) -> str:
+    """Rows by layer in short: `904`, or `504 (3 layers), 374 (11)` where they differ."""
+    stretches: list[list[int]] = []
+    for count in rows:
+        if stretches and stretches[-1][0] == count:
+            stretches[-1][1] += 1
+        else:
+            stretches.append([count, 1])
+    if len(stretches) == 1:
+        return str(stretches[0][0])
+    if len(stretches) > 3:
+        return f"{min(rows)}–{max(rows)}"
+    return ", ".join(f"{count} × {layers}" for count, layers in stretches)
+
+
+def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> list[ResultWork]:
+    """What a picture takes, and the first token of an answer; nothing where the report lacks the counts."""
+    captured, engines = report.get("captured", {}), report.get("engines", {})
+    found: list[ResultWork] = []
+    if plan is not None and {"denoise", "vae_decode"} <= captured.keys():
+        evaluations = report["published_points"] - 1
+        before = {"denoise": float(evaluations), "vae_decode": 1 / captured["vae_decode"]["batch"]}
+        after: dict[str, float] = {}
+        for step in plan.steps:
+            after[step.engine] = after.get(step.engine, 0) + len(step.branches) / 2
+            prologue = manifest.engine(step.engine).prologue
+            if prologue is not None:
+                after[prologue] = 1
+        after["vae_decode"] = before["vae_decode"]
+        found.append(_result("one picture", captured, before, engines, after))
+    if manifest.understanding is not None and "understand" in captured:
+        share = 1 / captured["understand"]["batch"]
+        names = [e.name for e in manifest.engines if e.task == "mmu"]
+        what = "one answer, to its first token"
+        found.append(_result(what, captured, {"understand": share}, engines, dict.fromkeys(names, share)))
+    return found
+
+
+def _result(
+    what: str,
+    captured: Mapping[str, Any],
+    before: Mapping[str, float],
+    engines: Mapping[str, Any],
+    after: Mapping[str, float],
+) -> ResultWork:
+    def total(counts: Mapping[str, Any], runs: Mapping[str, float], entry: str) -> float:
+        return sum(share * sum(counts[name][entry].values()) for name, share in runs.items())
+
+    flops, moved = (
+        (total(captured, before, entry), total(engines, after, entry)) for entry in ("flops", "bytes")
+    )
+    return ResultWork(what, flops, moved)

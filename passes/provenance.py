@@ -1,0 +1,67 @@
+"""Which passes made or touched a node, noted on the node itself.
+
+A node that a pass left is known by what it computes: its module, its operator, its constant arguments, and the static
+sizes of what it reads and gives. A node for which there was none such before is the pass's doing. Names do not count,
+since programs that are traced anew change them all; nor does where a value comes from.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.passes.editing import module_path
+from flashu_compile.program import Program
+
+_KEY = "passes"
+
+
+def passes_of(node: fx.Node) -> tuple[str, ...]:
+    """The passes that made or touched it, in their order."""
+    # Under "custom", which torch hands on when a graph is traced again.
+    return tuple(node.meta.get("custom", {}).get(_KEY, ()))
+
+
+def note(name: str, before: Program, made: Iterable[Program]) -> None:
+    """Add pass `name` to the nodes of the programs it `made` of `before` that were not there like this."""
+    known: defaultdict[Any, list[tuple[str, ...]]] = defaultdict(list)
+    for node in before.exported.graph.nodes:
+        if node.op == "call_function":
+            known[_likeness(node)].append(passes_of(node))
+    for program in made:
+        if program.exported is before.exported:
+            continue
+        left = {likeness: iter(passes) for likeness, passes in known.items()}
+        for node in program.exported.graph.nodes:
+            if node.op != "call_function":
+                continue
+            earlier = next(left.get(_likeness(node), iter(())), None)
+            passes = passes_of(node) or earlier or ()
+            if earlier is None and passes[-1:] != (name,):
+                passes = (*passes, name)
+            if passes:
+                node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: passes}
+
+
+def _likeness(node: fx.Node) -> Any:
+    given = [_shape(value) if isinstance(value, fx.Node) else str(value) for value in _leaves(node)]
+    return module_path(node), str(node.target), tuple(given), _shape(node)
+
+
+def _leaves(node: fx.Node) -> list[Any]:
+    leaves: list[Any] = []
+    fx.node.map_aggregate((node.args, tuple(sorted(node.kwargs.items()))), leaves.append)
+    return leaves
+
+
+def _shape(node: fx.Node) -> str:
+    """Rank, static sizes and dtype; a dynamic size is one like another."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    sizes = ("?" if isinstance(size, torch.SymInt) else str(size) for size in value.shape)
+    return f"{value.dtype}[{','.join(sizes)}]"

@@ -1,0 +1,191 @@
+"""What a build hands to its page, written by hand: a lossy recipe for both tasks, with everything there is to show."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flashu_compile.config import MMUConfig, T2IConfig
+from flashu_compile.plan import StepPlan, compile_plan
+from flashu_compile.recipe import Decisions, Phase, Recipe
+from flashu_compile.runtime.manifest import EngineSpec, GenerationFacts, Manifest, UnderstandingFacts
+
+LAYERS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """As `flashu_compile.cost.Comparison`."""
+
+    text: str
+    pictures: tuple[Image.Image, ...]
+    kept: np.ndarray | None = None
+
+
+def recipe() -> Recipe:
+    kept = {"llm": {block: np.arange(48) for block in range(LAYERS)}}
+    t2i = T2IConfig(
+        points=13, guidance_scale=5.0, time_shift=3.0, guidance=((0, 0.75), (0.7, 1.0)), ffn_pruning=0.25,
+        full_ffn=0.25, layer_skipping=0.2, skipping_interval=6, head_cache=3,
+    )  # fmt: skip
+    phases = (Phase(0.0, (1,)), Phase(0.5, (3,)))
+    return Recipe(
+        "small",
+        t2i,
+        MMUConfig(ffn_pruning=0.25, token_pruning=0.5),
+        {"t2i": Decisions(kept, phases), "mmu": Decisions(kept)},
+    )
+
+
+def exact() -> Recipe:
+    return Recipe("exact").resolved(points=13, guidance_scale=5.0, time_shift=3.0)
+
+
+def plan(of: Recipe) -> StepPlan:
+    return compile_plan(of.t2i, of.decided("t2i"))
+
+
+def manifest(of: Recipe) -> Manifest:
+    steps = list(dict.fromkeys(step.engine for step in plan(of).steps))
+    t2i = [name for step in steps for name in ((step,) if step == "reuse" else (f"{step}_prologue", step))]
+    engines = [
+        EngineSpec(
+            name, "t2i", f"{name}.onnx", (), (), "", f"{name}_prologue" if f"{name}_prologue" in t2i else None
+        )
+        for name in (*t2i, "vae_decode")
+    ]
+    engines += [
+        EngineSpec("vision", "mmu", "vision.onnx", (), (), ""),
+        EngineSpec("language_prologue", "mmu", "language_prologue.onnx", (), (), ""),
+        EngineSpec("language", "mmu", "language.onnx", (), (), "", "language_prologue"),
+    ]
+    return Manifest(
+        model="a model",
+        tasks=("t2i", "mmu"),
+        backend="onnxruntime",
+        precision="float32",
+        recipe=of.name,
+        engines=tuple(engines),
+        generation=GenerationFacts((3, 4, 4), 96, 18, 60, 8),
+        understanding=UnderstandingFacts(8, 96, 30),
+        versions={"flashu-compile": "0.1.0", "torch": "2.13.0"},
+        files={},
+    )
+
+
+def counts(flops: int, rows: list[int], **more: Any) -> dict[str, Any]:
+    return {
+        "batch": 2,
+        "operations": 100,
+        "parameters": {"llm": 1_000_000},
+        "flops": {"llm": flops},
+        "bytes": {"llm": 50 * flops},
+        "rows": {"llm": rows},
+        **more,
+    }
+
+
+def report(of: Recipe, *, lossy: bool) -> dict[str, Any]:
+    sources = {"vae_decode": "vae_decode", "vision": "understand", "language": "understand"}
+    engines = {
+        e.name: counts(
+            100_000_000, [200, 200, 100, 100, 100, 100], nodes=80, operators={"Gemm": 80}, errors={"out": 3e-7},
+            captured=sources.get(e.name.removesuffix("_prologue"), "denoise"),
+        )
+        for e in manifest(of).engines
+    }  # fmt: skip
+    captured = {
+        "denoise": counts(1_000_000_000, [904] * LAYERS),
+        "vae_decode": counts(100_000_000, []),
+        "understand": counts(700_000_000, [400] * LAYERS),
+    }
+    passes = [
+        {"program": "denoise", "name": "RemoveDeadCode", "kind": "exact", "changes": ["x"], "error": 0.0}
+    ]
+    return {
+        "engines": engines,
+        "captured": captured,
+        "published_points": 25,
+        "passes": passes + (_lossy_passes() if lossy else []),
+        "calibration": _calibration() if lossy else {},
+        "cost": _cost() if lossy else {},
+        "sizes": {"weights_bytes": 4_000_000, "graphs_bytes": 300_000, "checkpoint_bytes": 5_000_000},
+        "weight_store": {},
+    }  # fmt: skip
+
+
+def _lossy_passes() -> list[dict[str, Any]]:
+    changes = ["stack llm, block 0: 64 → 48 neurons", "stack llm, block 1: 64 → 48 neurons"]
+    return [
+        {
+            "program": "denoise_pruned_skip1",
+            "name": "PruneFFN",
+            "kind": "lossy",
+            "changes": changes,
+            "error": 0.21,
+        }
+    ]
+
+
+def _calibration() -> dict[str, Any]:
+    importance = [0.31, 0.004, 0.08, 0.05, 0.11, 0.42]
+    curve = [float(f"{value:.3g}") for value in np.exp(-np.linspace(0, 4, 41))]
+    scores = {"llm": [{"block": b, "width": 64, "kept": 48, "curve": curve} for b in range(LAYERS)]}
+    return {
+        "t2i": {
+            "samples": 2,
+            "layer_importance": [
+                {"start": 0.0, "importance": importance},
+                {"start": 0.5, "importance": importance[::-1]},
+            ],
+            "neuron_scores": scores,
+        },
+        "mmu": {
+            "samples": 2,
+            "layer_importance": importance,
+            "neuron_scores": scores,
+            "value_norms": [{"image": 4.0 + layer, "text": 2.0 + layer / 2} for layer in range(LAYERS)],
+        },
+    }
+
+
+def _cost() -> dict[str, Any]:
+    return {
+        "t2i": {
+            "samples": [
+                {"prompt": "a red <circle>", "seed": 0, "error": 0.213},
+                {"prompt": "two blue squares", "seed": 1, "error": 0.187},
+            ],
+            "error": 0.2,
+            "techniques": [
+                {"name": "FFN pruning", "error": 0.09},
+                {"name": "layer skipping", "error": 0.12},
+                {"name": "head cache", "error": 0.03},
+            ],
+            "evaluations": {"exact": 24, "recipe": 12},
+            "held_out": True,
+        },
+        "mmu": {
+            "samples": [
+                {"question": "what color?", "answer": "red", "tokens": 2, "error": 0.4, "same_tokens": 1}
+            ],
+            "error": 0.4,
+            "same_tokens": 1,
+            "tokens": 2,
+            "techniques": [{"name": "FFN pruning", "error": 0.1}, {"name": "token pruning", "error": 0.35}],
+            "held_out": False,
+        },
+    }
+
+
+def comparisons() -> dict[str, tuple[Shown, ...]]:
+    colours = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    exact_one, lossy_one, other, asked = (Image.fromarray(value) for value in colours)
+    kept = np.arange(16) % 2 == 0
+    return {
+        "t2i": (Shown("a red <circle>", (exact_one, lossy_one)), Shown("two blue squares", (other, other))),
+        "mmu": (Shown("what color?", (asked,), kept),),
+    }

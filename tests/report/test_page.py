@@ -1,0 +1,154 @@
+"""The page of a bundle: what it says, that it needs nothing but itself, and that it is the same every time."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashu_compile.report.page import render
+from flashu_compile.report.pictures import data_uri, keep_map
+from tests.report import small_report
+
+
+def lossy_page() -> str:
+    recipe = small_report.recipe()
+    return render(
+        small_report.manifest(recipe),
+        small_report.report(recipe, lossy=True),
+        recipe,
+        small_report.plan(recipe),
+        small_report.comparisons(),
+    )
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return lossy_page()
+
+
+class _Tags(HTMLParser):
+    """Tags that are open, those that were closed out of turn, and every attribute."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_it_is_well_formed(page: str) -> None:
+    tags = _Tags()
+    tags.feed(page)
+    assert (tags.open, tags.wrong) == ([], [])
+
+
+def test_it_needs_no_network_and_runs_no_script(page: str) -> None:
+    tags = _Tags()
+    tags.feed(page)
+    for name, value in tags.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert (value or "").startswith(("data:image/png;base64,", "#"))
+    assert "<script" not in page
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_texts_are_escaped(page: str) -> None:
+    assert "a red &lt;circle&gt;" in page
+    assert "<circle>" not in page
+
+
+def test_it_says_what_the_recipe_costs_and_saves(page: str) -> None:
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    assert "20 % relative L2 change of the final latents" in text
+    assert "1 of 2 next tokens stay the same; logits change by 40 %" in text
+    # 24 evaluations of 1 G and half of 0.1 G against 12 of 0.1 G, three prologues of them and the same half.
+    assert "FLOPs for one picture: 24.1 G → 1.55 G" in text
+    for technique in ("FFN pruning", "layer skipping", "head cache", "token pruning", "everything together"):
+        assert technique in text
+    assert "stack llm, block 0: 64 → 48 neurons" in text
+    assert "calibration has seen the questions" in text
+    assert "calibration has seen the prompts" not in text
+
+
+def test_it_shows_every_plot_in_the_colours_of_the_page(page: str) -> None:
+    plots = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
+    assert len(plots) == 6
+    assert not re.search(r"#0[1-6]0[1-6]0[1-6]", page)
+    assert page.count("var(--first)") > 6
+
+
+def test_pictures_are_there_side_by_side(page: str) -> None:
+    sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
+    assert len(pictures) == 2 * 2 + 2
+    shown = np.asarray(small_report.comparisons()["t2i"][0].pictures[1])
+    assert np.array_equal(np.asarray(pictures[1].convert("RGB")), shown)
+
+
+def test_the_same_build_gives_the_same_page(page: str) -> None:
+    """Here, and in another process with another hash seed and somebody's own plotting style."""
+    code = "from tests.report.test_page import lossy_page; import sys; sys.stdout.buffer.write(lossy_page().encode())"
+    again = subprocess.run(
+        [sys.executable, "-c", f"import matplotlib; matplotlib.rcParams['font.size'] = 30; {code}"],
+        check=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        env={"PYTHONHASHSEED": "77", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert again.stdout.decode() == page
+
+
+def test_an_exact_recipe_has_a_short_page_without_plots() -> None:
+    """And does not even import the plotting library."""
+    code = """
+import sys
+from flashu_compile.report.page import render
+from tests.report import small_report as s
+page = render(s.manifest(s.exact()), s.report(s.exact(), lossy=False), s.exact(), s.plan(s.exact()), {})
+assert "matplotlib" not in sys.modules
+assert "torch" not in sys.modules
+assert "no pass changes an output" in page
+assert "What it costs" not in page
+assert "<svg" not in page
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={"PYTHONPATH": str(root)})
+
+
+def test_dropped_tokens_are_dimmed_where_they_were() -> None:
+    picture = Image.fromarray(np.full((4, 4, 3), 200, np.uint8))
+    # A row for the time before the grid of two by two.
+    shown = keep_map(picture, np.array([True, True, False, False, True]))
+    assert shown is not None
+    bright = np.asarray(shown)[..., 0] == 200
+    assert bright.tolist() == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
+    assert keep_map(picture, np.ones(6, bool)) is None
+
+
+def test_large_pictures_are_scaled_down() -> None:
+    source = data_uri(Image.new("RGB", (1000, 500), "red")).partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(source))).size == (320, 160)
