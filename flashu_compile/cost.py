@@ -88,7 +88,8 @@ def picture_cost(
         return sample(EmulatedEngines(program, changed), plan, texts[number], noises[number])
 
     plan = compile_plan(recipe.t2i, recipe.decided("t2i"))
-    rows, comparisons, truths = [], [], []
+    rows: list[dict[str, Any]] = []
+    comparisons, truths = [], []
     for number, prompt in enumerate(prompts):
         tell(f"measuring the recipe's cost on prompt {number + 1} of {len(prompts)}")
         truth = emulated(exact, number)
@@ -157,7 +158,8 @@ def answer_cost(
     """`program` is the captured understanding forward."""
     asked = [_Question(codec, facts, *question) for question in questions]
     whole = _emulator(program, recipe)
-    rows, comparisons, truths = [], [], []
+    rows: list[dict[str, Any]] = []
+    comparisons, truths = [], []
     for number, question in enumerate(asked):
         tell(f"measuring the recipe's cost on question {number + 1} of {len(asked)}")
         answer, truth = question.greedy(Emulator(program, (Role.LOGITS,), edits(program, Decisions(), ())))
@@ -249,8 +251,8 @@ class _Question:
 
     def logits_of_engines(self, engines: Engines, answer: Sequence[int]) -> NDArray[np.float32]:
         embeds = engines.engine("vision").run({"pixels": self._pixels})["image_embeds"]
-        going = decoding.Picture(engines, self._prefix, embeds).answer(self._suffix[0])
-        return np.stack([going.first(self._suffix), *(going.after(token) for token in answer)])
+        going = decoding.Picture(engines, self._prefix, embeds).answers([self._suffix])
+        return np.concatenate([going.first(), *(going.after([token]) for token in answer)])
 
     def kept(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.bool_] | None:
         """Which image tokens token pruning keeps, where the recipe has it."""

@@ -8,7 +8,7 @@ since programs that are traced anew change them all; nor does where a value come
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,5 +63,6 @@ def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return type(value).__name__
-    sizes = ("?" if isinstance(size, torch.SymInt) else str(size) for size in value.shape)
+    dims: Sequence[Any] = value.shape  # which torch declares as ints alone
+    sizes = ("?" if isinstance(size, torch.SymInt) else str(size) for size in dims)
     return f"{value.dtype}[{','.join(sizes)}]"

@@ -31,7 +31,7 @@ _VARIABLES = {
     SECOND: "var(--second)",
     THIRD: "var(--third)",
 }
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flashu_compile",
     "svg.id": None,
