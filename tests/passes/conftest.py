@@ -33,6 +33,7 @@ class Decoding(NamedTuple):
     uncut: Program
     vision: Program
     prologue: Program
+    joined: Program  # as `UpdateInPlace` gets it
     cached: Program
     language: Program
 
@@ -50,10 +51,10 @@ def parts(request: pytest.FixtureRequest, understand: Program) -> Decoding:
     (vision, uncut), _ = PassManager(pipelines.understand(skipped=skipped, gather=gather)).run(understand)
     passes = pipelines.decode()
     place = [type(step) for step in passes].index(UpdateInPlace)
-    (prologue, cached), _ = PassManager(passes[:place]).run(uncut)
-    (language,), _ = PassManager(passes[place:]).run(cached)
-    (cached,), _ = PassManager((LastRow(), *pipelines.CLEAN)).run(cached)
-    return Decoding(uncut, vision, prologue, cached, language)
+    (prologue, joined), _ = PassManager(passes[:place]).run(uncut)
+    (language,), _ = PassManager(passes[place:]).run(joined)
+    (cached,), _ = PassManager((LastRow(), *pipelines.CLEAN)).run(joined)
+    return Decoding(uncut, vision, prologue, joined, cached, language)
 
 
 @pytest.fixture(scope="session")

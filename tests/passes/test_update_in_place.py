@@ -101,10 +101,16 @@ def test_programs_without_rows_of_their_own_are_left_alone(understand: Program) 
 
 
 def test_a_mask_that_hides_earlier_rows_is_refused(parts: Decoding) -> None:
-    editor = GraphEditor(parts.cached)
-    for node in editor.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default):
-        if node.args[1] is True:
-            node.update_arg(1, False)
+    assert UpdateInPlace(COUNTER).call(parts.joined).changes
+    editor = GraphEditor(parts.joined)
+    open_masks = [
+        node
+        for node in editor.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+        if node.args[1] is True
+    ]
+    for node in open_masks:
+        node.update_arg(1, False)
+    assert open_masks
     hidden = editor.finish()
     with pytest.raises(StructureError, match="is not open to all earlier rows"):
         UpdateInPlace(COUNTER).call(hidden)
