@@ -14,7 +14,7 @@ from tests.tiny import CONFIG
 
 @pytest.mark.parametrize(("prefix", "first", "more"), [(3, 1, 4), (8, 6, 3)])
 def test_rows_one_by_one_equal_all_at_once(parts: Decoding, prefix: int, first: int, more: int) -> None:
-    uncut, vision, prologue, language, _ = parts
+    uncut, vision, prologue, language = parts.uncut, parts.vision, parts.prologue, parts.cached
     assert prologue.name == prologue_of(language.name)
     generator = torch.Generator().manual_seed(prefix)
     ids = torch.randint(CONFIG.llm.vocab_size, (2, prefix + 1 + first + more), generator=generator)

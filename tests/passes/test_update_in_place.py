@@ -33,7 +33,7 @@ def _caches(parts: Decoding) -> list[str]:
 
 def test_elements_of_different_lengths_equal_whole_sequences(parts: Decoding) -> None:
     """Two answers to one picture: 2 and 4 new ids, then three more one by one, in buffers full of other things."""
-    _, vision, prologue, _, language = parts
+    vision, prologue, language = parts.vision, parts.prologue, parts.language
     embeds = vision.run({Role.PIXELS: vision.sample[Role.PIXELS][:1]})[Role.IMAGE_EMBEDS]
     start = {Role.PREFIX_IDS: _ids(PREFIX, 0), Role.IMAGE_EMBEDS: embeds}
     end = _ids(1, 1)
