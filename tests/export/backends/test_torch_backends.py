@@ -26,7 +26,7 @@ from tests.export.conftest import sample
 from tests.runtime.tiny_bundle import flip_byte
 from tests.tiny import VAE, tiny_model, tokenizer
 
-# Of final latents after four evaluations, with guidance; bfloat16 as measured, with a margin of two.
+# Of final latents after four evaluations, with guidance.
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
 
 
@@ -94,8 +94,9 @@ def test_weights_are_stored_once_and_half_as_large_in_bfloat16(bundles: dict[str
     assert short["sizes"]["weights_bytes"] < 0.75 * full["sizes"]["weights_bytes"]
     assert full["sizes"]["weights_bytes"] < 1.2 * full["sizes"]["checkpoint_bytes"]
     lowered = [p for p in short["passes"] if p["name"] == "LowerPrecision"]
-    assert lowered
-    assert all(p["kind"] == "lossy" and p["error"] is not None for p in lowered)
+    assert all(p["kind"] == "lossy" for p in lowered)
+    assert [p["error"] for p in lowered if p["changes"]]
+    assert all(p["error"] is not None for p in lowered if p["changes"])
 
 
 def test_nothing_in_the_bundle_is_a_pickle(bundles: dict[str, Path]) -> None:
