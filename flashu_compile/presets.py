@@ -33,7 +33,8 @@ _FLASHU = Recipe(
 )
 
 # Ours. In the paper's ablation (7B, DPG-Bench) layer skipping costs most of what quality is lost (1.17 points) for
-# 0.8 s, so this goes without; it halves the other ratios and keeps more of the trajectory full.
+# 0.8 s, so this goes without; it halves the other ratios and keeps more of the trajectory full. Tokens go by
+# duplication: on showo2-shapes the largest values are those of the shapes, and dropping by v-norm costs most there is.
 _CONSERVATIVE = Recipe(
     "conservative",
     T2IConfig(
@@ -43,7 +44,7 @@ _CONSERVATIVE = Recipe(
         full_ffn=0.5,
         head_cache=3,
     ),
-    MMUConfig(ffn_pruning=0.1, token_pruning=0.25),
+    MMUConfig(ffn_pruning=0.1, token_pruning=0.25, token_scorer="duplication"),
 )
 
 # Ours. Fewer points with a second-order solver, wider ratios, and a short full end.
@@ -60,7 +61,7 @@ _AGGRESSIVE = Recipe(
         head_cache=5,
         head_extrapolation=True,
     ),
-    MMUConfig(ffn_pruning=0.3, layer_skipping=0.25, token_pruning=0.75),
+    MMUConfig(ffn_pruning=0.3, layer_skipping=0.25, token_pruning=0.5, token_scorer="duplication"),
 )
 
 _PRESETS = {recipe.name: recipe for recipe in (_EXACT, _FLASHU, _CONSERVATIVE, _AGGRESSIVE)}
