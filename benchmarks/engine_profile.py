@@ -71,6 +71,7 @@ class ProfiledEngines:
             options.use_deterministic_compute = True  # as the pipeline has it
             options.intra_op_num_threads = self._threads
             options.enable_profiling = True
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             options.profile_file_prefix = str(self._folder / name)
             self._sessions[name] = ort.InferenceSession(
                 str(self._bundle / spec.file), options, providers=["CPUExecutionProvider"]

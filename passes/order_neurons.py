@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.feed_forward import FeedForward
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
@@ -53,10 +54,14 @@ class OrderNeurons(Pass):
         blocks = self.first.keys() | self.second.keys()
         if not blocks:
             return PassResult.unchanged(program)
+        try:
+            groups = chosen_groups(program, self.stack, blocks)
+        except StructureError as reason:  # such as a stack that this program does not run
+            return PassResult((program,), (f"left alone: {reason}",))
         editor = GraphEditor(program)
         copies = {node.name: node for node in editor.graph.nodes}
         changes = []
-        for group in chosen_groups(program, self.stack, blocks).values():
+        for group in groups.values():
             if (order := self._order(group)) is not None:
                 changes.append(self._reorder(editor, copies, group, order))
         if not changes:

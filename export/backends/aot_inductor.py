@@ -19,7 +19,6 @@ from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import (
-    PRECISIONS,
     TorchModel,
     in_precision,
     plain_copy,
@@ -31,7 +30,8 @@ _OPTIONS = {"aot_inductor.package_constants_in_so": False}
 
 
 class AOTInductor:
-    precisions = PRECISIONS
+    # In bfloat16 Inductor makes constants of its own, which a package without constants lacks.
+    precisions = ("float32",)
 
     def check(self) -> None:
         from torch._inductor.cpp_builder import get_cpp_compiler
