@@ -112,5 +112,5 @@ def test_a_mask_that_hides_earlier_rows_is_refused(parts: Decoding) -> None:
         node.update_arg(1, False)
     assert open_masks
     hidden = editor.finish()
-    with pytest.raises(StructureError, match="mask .* is not o"):
+    with pytest.raises(StructureError, match=r"mask .* is not o"):
         UpdateInPlace(COUNTER).call(hidden)
