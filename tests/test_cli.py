@@ -309,7 +309,7 @@ class TestBuild:
                 row | {"name": "RemoveLayers", "kind": "lossy", "error": 0.125, "program": "denoise_skip3"},
                 row | {"name": "CanonicalNames", "changes": []},
             ]
-            report = {"calibration": {"t2i": {"samples": 4}}, "passes": passes}
+            report = {"calibration": {"t2i": {"samples": 4}}, "passes": passes, "cost": {}}
             (tmp_path / "report.json").write_text(json.dumps(report))
             return SimpleNamespace(path=tmp_path, summary=lambda: summary)
 
@@ -339,6 +339,7 @@ class TestBuild:
                 "calibration": Path("c.json"),
                 "samples": 4,
                 "seed": 9,
+                "cost_samples": 3,
                 "backend": "onnxruntime",
                 "precision": "float32",
                 "vae": "v",
