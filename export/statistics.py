@@ -10,7 +10,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export.graph_signature import InputKind
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashu_compile.passes.editing import module_path
@@ -104,19 +103,13 @@ def _rows(layers: Mapping[int, Mapping[str, int]]) -> list[int]:
 
 
 def _run_on_shapes(program: Program) -> _Counter:
-    exported = program.exported
-    inputs = iter(program.inputs)
+    module, stored, inputs = program.exported.graph_module, program.stored(), iter(program.inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         arguments = []
-        for spec in exported.graph_signature.input_specs:
-            name = str(spec.target)
-            tensor: Tensor
-            if spec.kind is InputKind.USER_INPUT:
-                tensor = program.sample[next(inputs).role]
-            else:
-                tensor = exported.constants[name] if name in exported.constants else exported.state_dict[name]
+        for node in module.graph.find_nodes(op="placeholder"):
+            tensor = stored[node] if node in stored else program.sample[next(inputs).role]
             arguments.append(fake.from_tensor(tensor, static_shapes=True))
-        counter = _Counter(exported.graph_module, program.stacks)
+        counter = _Counter(module, program.stacks)
         with counter.mode:
             counter.run(*arguments)
     return counter

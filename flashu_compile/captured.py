@@ -18,8 +18,7 @@ from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.program import Program
-
-TASKS = ("t2i", "mmu")
+from flashu_compile.recipe import TASKS
 
 Progress = Callable[[str, float], None]
 

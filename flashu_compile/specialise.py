@@ -113,17 +113,6 @@ def jobs(program: Program, recipe: Recipe) -> tuple[Job, ...]:
     return (Job(program.name, pipelines.CLEAN),)
 
 
-def specialise(program: Program, recipe: Recipe) -> Specialised:
-    """The engines' programs that `recipe` makes of a captured program, and what each pass did."""
-    programs: list[Program] = []
-    records: list[PassRecord] = []
-    for job in jobs(program, recipe):
-        made, done = job.run(program)
-        programs.extend(made)
-        records.extend(done)
-    return tuple(programs), tuple(records)
-
-
 def _denoise(recipe: Recipe) -> tuple[Job, ...]:
     """One engine for each variant that the recipe's plan runs, and the one that reuses head features."""
     config, decided = recipe.t2i, recipe.decided("t2i")
