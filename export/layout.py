@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def follow_memory(model: ir.Model) -> None:
-    """Read a weight that lies by columns as its transpose, which lies by rows, where all its readers are Gemm.
+    """Read a weight that lies by columns as its transpose, which lies by rows, where all readers can be told so.
+
+    Those are Gemm, and Transpose, which then has nothing to do.
 
     Otherwise the graph would store a turned copy of it, which shares no bytes with anything.
     """
@@ -18,14 +20,18 @@ def follow_memory(model: ir.Model) -> None:
         if not isinstance(raw, Tensor) or raw.ndim != 2 or raw.is_contiguous() or not raw.t().is_contiguous():
             continue
         uses = value.uses()
-        if value.is_graph_output() or not all(_reads_as_second_factor(use) for use in uses):
+        if value.is_graph_output() or not all(_turns(use) for use in uses):
             continue
         turned = ir.tensor(raw.detach().t(), name=value.name)
         value.const_value, value.shape = turned, ir.Shape(raw.t().shape)
         for use in uses:
-            transposed = use.node.attributes.get_int("transB", 0)
-            use.node.attributes["transB"] = ir.AttrInt64("transB", 1 - transposed)
+            if use.node.op_type == "Transpose":
+                use.node.outputs[0].replace_all_uses_with(value)
+                model.graph.remove(use.node, safe=True)
+            else:
+                transposed = use.node.attributes.get_int("transB", 0)
+                use.node.attributes["transB"] = ir.AttrInt64("transB", 1 - transposed)
 
 
-def _reads_as_second_factor(use: Any) -> bool:
-    return use.node.op_type == "Gemm" and use.idx == 1
+def _turns(use: Any) -> bool:
+    return (use.node.op_type == "Gemm" and use.idx == 1) or use.node.op_type == "Transpose"

@@ -18,16 +18,17 @@ from flashu_compile.exporters.weights import weight_store
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, Manifest, file_entry
+from flashu_compile.runtime.precision import tolerance
 from flashu_compile.runtime.sessions import create_session
-from flashu_compile.runtime.verify import TOLERANCE, TOLERANCES, relative_error
+from flashu_compile.runtime.verify import relative_error
 
 
-def engine_errors(build: EngineBuild, scratch_parent: Path) -> dict[str, float]:
+def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
     """Relative L2 error of every output on the reference inputs, on ONNX Runtime's CPU provider.
 
     The engine is written, with its weights, to a temporary directory in `scratch_parent`. One thread, so that the
     figures do not depend on the machine's cores. Raises `EmissionError` if ONNX Runtime cannot run the engine, or if
-    an output is off by more than `TOLERANCE` (relative L2, float32) or not a number.
+    an output is off by more than its precision allows (relative L2) or not a number.
     """
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
         path = Path(scratch) / "engine.onnx"
@@ -42,7 +43,7 @@ def engine_errors(build: EngineBuild, scratch_parent: Path) -> dict[str, float]:
             values = create_session(path, "cpu", threads=1).run(names, inputs, options)
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
             raise EmissionError(f"ONNX Runtime cannot run engine {build.name!r}: {error}") from error
-    return output_errors(build, dict(zip(names, values, strict=True)), TOLERANCE)
+    return output_errors(build, dict(zip(names, values, strict=True)), tolerance(precision))
 
 
 def written_errors(
@@ -60,22 +61,20 @@ def written_errors(
             values = engines.engine(build.name).run(inputs)
         except (BundleError, InputError) as error:
             raise EmissionError(f"Engine {build.name!r} does not run: {error}") from error
-        return output_errors(build, values, TOLERANCES[precision])
+        return output_errors(build, values, tolerance(precision))
 
 
-def output_errors(
-    build: EngineBuild, values: Mapping[str, NDArray[Any]], tolerance: float
-) -> dict[str, float]:
-    """Relative L2 error of every output. Raises `EmissionError` if one is above `tolerance`, or not a number."""
+def output_errors(build: EngineBuild, values: Mapping[str, NDArray[Any]], allowed: float) -> dict[str, float]:
+    """Relative L2 error of every output. Raises `EmissionError` if one is above `allowed`, or not a number."""
     errors = {}
     for name, truth in build.reference_outputs.items():
         off = relative_error(values[name], truth.numpy())
         # Three digits: the last bits of a norm depend on where in memory its operands lie.
         errors[name] = float(f"{off:.2e}")
         # Not `error > tolerance`: a NaN must fail too.
-        if not errors[name] <= tolerance:
+        if not errors[name] <= allowed:
             raise EmissionError(
                 f"Engine {build.name!r} differs from PyTorch in {name!r}: "
-                f"relative L2 error {errors[name]:.2e}, allowed {tolerance:.0e}."
+                f"relative L2 error {errors[name]:.2e}, allowed {allowed:.0e}."
             )
     return errors

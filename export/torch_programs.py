@@ -18,12 +18,10 @@ from flashu_compile.exporters.backends import Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.passes.lower_precision import LowerPrecision
-from flashu_compile.passes.manager import PassManager, PassRecord
-from flashu_compile.program import Program, Role
+from flashu_compile.program import Program
 from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "float16", "bfloat16")
 TENSORS = "weights.safetensors"
 
 
@@ -34,13 +32,6 @@ class TorchModel:
     program: Program
     content: bytes
     tensors: Mapping[str, Tensor]
-
-
-def in_precision(program: Program, precision: str) -> tuple[Program, tuple[PassRecord, ...]]:
-    if precision == "float32":
-        return program, ()
-    (made,), records = PassManager((LowerPrecision(precision, keep=(Role.TIMESTEP,)),)).run(program)
-    return made, records
 
 
 def plain_copy(program: Program) -> ExportedProgram:

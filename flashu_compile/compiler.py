@@ -25,6 +25,7 @@ from flashu_compile.cost import is_lossy
 from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.exporters.backends import Backend, Emitted, check_precision, find_backend
 from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
 from flashu_compile.inspection import Inspection
@@ -36,6 +37,8 @@ from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
+from flashu_compile.sensitivity import SAMPLES, generation_errors, understanding_errors
+from flashu_compile.sensitivity import report as int8_report
 from flashu_compile.specialise import Job, jobs, neuron_order
 
 COST_SAMPLES = 3
@@ -65,7 +68,7 @@ class _Maker:
     """What engines are made by; they are tried in temporary directories in `scratch_parent`."""
 
     backend: Backend
-    precision: str
+    precision: Precision
     scratch_parent: Path
 
 
@@ -80,7 +83,7 @@ def export(
     seed: int = 0,
     cost_samples: int = COST_SAMPLES,
     backend: str = "onnxruntime",
-    precision: str = "float32",
+    precision: str | Mapping[str, str] = "float32",
     vae: object = None,
     tokenizer: object = None,
     llm_config: Mapping[str, Any] | str | Path | None = None,
@@ -104,7 +107,10 @@ def export(
             0 measures nothing.
         backend: what runs the engines: "onnxruntime", "torch" or "aot_inductor". The last two are code to whoever
             loads the bundle, which takes `load(…, trust=True)`.
-        precision: "float32", or "bfloat16" where the backend has it.
+        precision: "float32", or "float16", "bfloat16" or "int8" where the backend has it; or one for each part, such as
+            {"llm": "int8", "head": "float16"}. Parts are "llm", "semantic", "head" and "other"; those not named are
+            float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
+            and said in the report.
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
@@ -115,12 +121,12 @@ def export(
         FlashuError: a subclass that says what is wrong and what to do; nothing is left behind.
     """
     tasks = named_tasks(task)
-    chosen = find_recipe(recipe)
-    check_precision(backend, precision)
+    chosen, wanted = find_recipe(recipe), Precision.of(precision)
+    check_precision(backend, wanted)
     find_backend(backend).check()
     if cost_samples < 0:
         raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
-    given = _given_samples(chosen, tasks, calibration, measured=cost_samples > 0)
+    given = _given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
     tell = progress or (lambda stage, fraction: None)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
@@ -132,24 +138,27 @@ def export(
     decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     programs = {name: captured.program for name, captured in source.of(tasks).items()}
-    maker = _Maker(find_backend(backend), precision, directory.absolute().parent)
+    exact_samples = given or _own_samples(loaded)
+    precise, int8 = _measured(wanted, source, tasks, decided, exact_samples, samples, seed, tell)
+    maker = _Maker(find_backend(backend), precise, directory.absolute().parent)
     built = _build(source, tasks, decided, maker, tell)
     inspection = Inspection(
         loaded=loaded,
         programs=programs,
         recipe=decided,
         tasks=tasks,
-        samples=given or _own_samples(loaded),
+        samples=exact_samples,
         calibrated_on=samples,
         measured_on=cost_samples,
         seed=seed,
         tell=lambda stage: tell(stage, 0.9),
+        exact_precision=precise.is_exact,
     )
     tell("writing the bundle", 0.88)
     manifest = write_bundle(
         directory,
         engines=built.engines,
-        facts=bundle_facts(loaded, tasks, backend, precision, decided.name),
+        facts=bundle_facts(loaded, tasks, backend, str(precise), decided.name),
         tokenizer=loaded.tokenizer,
         recipe=decided,
         plan=compile_plan(decided.t2i, decided.decided("t2i")) if "t2i" in tasks else None,
@@ -159,6 +168,7 @@ def export(
             "published_points": loaded.network.config.steps,
             "passes": [dataclasses.asdict(r) for r in built.records],
             "calibration": figures,
+            **int8,
         },
         measure=inspection.measure,
         page=inspection.page,
@@ -226,13 +236,18 @@ def _captured(
 
 
 def _given_samples(
-    recipe: Recipe, tasks: tuple[str, ...], calibration: object, *, measured: bool = False
+    recipe: Recipe,
+    tasks: tuple[str, ...],
+    calibration: object,
+    precision: Precision | None = None,
+    *,
+    measured: bool = False,
 ) -> CalibrationSamples | None:
     """`measured`: they also serve to measure what a lossy recipe costs, be there something to decide or not."""
     if calibration is None:
         return None
     used = [t for t in tasks if recipe.needs_calibration(t) or (measured and is_lossy(recipe, t, None))]
-    if not used:
+    if not used and (precision is None or precision.is_exact):
         raise RecipeError(
             f"Recipe {recipe.name!r} leaves nothing to decide for {', '.join(tasks)}; leave `calibration` out."
         )
@@ -291,12 +306,46 @@ def _decide(
     return dataclasses.replace(recipe, decisions=decisions), figures
 
 
+def _measured(
+    precision: Precision,
+    source: CapturedModel,
+    tasks: tuple[str, ...],
+    recipe: Recipe,
+    samples: CalibrationSamples | None,
+    count: int,
+    seed: int,
+    tell: Progress,
+) -> tuple[Precision, dict[str, Any]]:
+    """The precision with the layers that stay in float32 where it has int8, and what the report says of them."""
+    if not precision.has_int8:
+        return precision, {}
+    loaded, captured = source.loaded, source.of(tasks)
+    codec, errors = PromptCodec(loaded.tokenizer), {}
+    chosen = None if samples is None else samples.chosen(count, seed)
+    prompts = chosen.prompts[:SAMPLES] if chosen else ()
+    questions = chosen.questions[:SAMPLES] if chosen else ()
+    tell("measuring what layers lose in int8", 0.4)
+    if "t2i" in tasks:
+        program, facts = captured["denoise"].program, generation_facts(loaded)
+        errors["t2i"] = generation_errors(program, codec, facts, recipe, prompts)
+    if "mmu" in tasks:
+        understand = captured["understand"].program
+        errors["mmu"] = understanding_errors(understand, codec, understanding_facts(loaded), questions)
+    sensitive = {
+        task: frozenset(layer.weight for layer in layers if layer.sensitive)
+        for task, layers in errors.items()
+    }
+    on = {"t2i": len(prompts), "mmu": len(questions)}
+    told = int8_report(errors, precision.parts, {task: on[task] for task in errors})
+    return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}
+
+
 def _build(
     source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, maker: _Maker, tell: Progress
 ) -> BuiltEngines:
     """Specialise every captured program of the tasks and emit what comes out."""
     order = neuron_order(recipe, tasks, source.ordered_weights)
-    kind = f"{type(maker.backend).__module__} {maker.precision}"
+    kind = f"{type(maker.backend).__module__} {maker.precision.fingerprint()}"
     parts: list[BuiltEngines] = []
     captured = source.of(tasks)
     for index, program in enumerate(captured.values()):
@@ -304,6 +353,7 @@ def _build(
         start, ordering = 0.4 + share * index, order.job(program.program)
         (ordered,), records = ordering.run(program.program)
         parts.append(BuiltEngines((), {}, records))
+        maker.precision.weights.know(t for t in ordered.stored().values() if t.ndim == 2)
         todo = jobs(ordered, order.recipe)
         for number, job in enumerate(todo):
             tell(f"{ordered.task}: building {job.name}", start + share * number / len(todo))
@@ -327,7 +377,9 @@ def _engines(captured: CapturedProgram, job: Job, maker: _Maker) -> BuiltEngines
         lossy = part.name in changed or job.name in changed
         emitted = maker.backend.emit(part, maker.precision)
         records.extend(emitted.records)
-        build = _engine(part, emitted, _truth(part, {} if lossy else captured.truth), programs)
+        held_against = emitted.program or part
+        exact = {} if lossy or emitted.program else captured.truth
+        build = _engine(part, emitted, _truth(held_against, exact), programs)
         builds.append(build)
         errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
         origin = {"errors": errors, "captured": captured.program.name}

@@ -78,7 +78,8 @@ class GraphEditor:
         first = next(iter(self.graph.find_nodes(op="placeholder")))
         with self.graph.inserting_before(first):
             node = self.graph.placeholder("c_" + name.replace(".", "_"))
-        node.meta = {key: like.meta[key] for key in ("val", "nn_module_stack") if key in like.meta}
+        node.meta = {key: like.meta[key] for key in ("nn_module_stack",) if key in like.meta}
+        node.meta["val"] = self._fake_mode().from_tensor(value.detach(), static_shapes=True)
         self._specs[node] = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name)
         return node
 
@@ -252,6 +253,13 @@ def module_path(node: fx.Node) -> str:
     """Path of the module a node was traced in, such as `model.layers.0.mlp`; "" at the top."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
+
+
+def stack_of(program: Program, node: fx.Node) -> str:
+    """The stack of the program that a node's module lies in; "" if it is none of them."""
+    path = module_path(node)
+    inside = (name for name, root in program.stacks.items() if f"{path}.".startswith(f"{root}."))
+    return next(inside, "")
 
 
 def value_bytes(value: object) -> int | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.passes.base import Kind, Pass, PassResult
-from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.program import Program
 
 _aten = torch.ops.aten
@@ -45,10 +45,14 @@ _LIGHT = {
 
 @dataclasses.dataclass(frozen=True)
 class LowerPrecision(Pass):
-    """`dtype`: "bfloat16" or "float16". `keep`: roles of inputs whose own functions stay in float32."""
+    """`dtype`: "bfloat16" or "float16". `keep`: roles of inputs whose own functions stay in float32.
+
+    `stacks`: the stacks that are meant, "" for what is in none (None: all).
+    """
 
     dtype: str = "bfloat16"
     keep: tuple[str, ...] = ()
+    stacks: frozenset[str] | None = None
     kind: ClassVar[Kind] = "lossy"
 
     def call(self, program: Program) -> PassResult:
@@ -62,7 +66,8 @@ class LowerPrecision(Pass):
             if node.op != "call_function":
                 continue
             kind = getattr(node.target, "overloadpacket", None)
-            if kind in _HEAVY and node not in kept:
+            meant = self.stacks is None or stack_of(program, node) in self.stacks
+            if kind in _HEAVY and meant and node not in kept:
                 casts.lower(node)
                 lowered += 1
             elif kind not in _LIGHT:

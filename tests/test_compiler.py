@@ -83,6 +83,7 @@ def test_answers_equal_the_eager_loop(bundle: Bundle, eager: EagerPipeline, ques
     assert answer == eager.ask(image, question, max_new_tokens=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORACLES)
 def test_engines_reproduce_the_published_model(name: str, tmp_path: Path) -> None:
     """Final latents of the published baseline, and the logits of its understanding forward, through the engines."""
@@ -144,6 +145,7 @@ def test_generation_engine_holds_no_vocabulary_head(bundle: Bundle) -> None:
     assert {"batch", "prompt"} <= dims
 
 
+@pytest.mark.slow
 def test_one_task_alone(captured: CapturedModel, tmp_path: Path) -> None:
     bundle = flashu_compile.export(captured, "mmu", output=tmp_path / "b")
     pipe = flashu_compile.load(bundle.path)
@@ -152,6 +154,7 @@ def test_one_task_alone(captured: CapturedModel, tmp_path: Path) -> None:
         pipe.generate("a red circle")
 
 
+@pytest.mark.slow
 def test_without_a_time_token(tmp_path: Path) -> None:
     model = tiny_model(add_time_embeds=False)
     flashu_compile.export(model, ["t2i", "mmu"], output=tmp_path / "b", vae=VAE, tokenizer=tokenizer())
@@ -170,6 +173,7 @@ flashu_compile.export(tiny_model(), ["t2i", "mmu"], output=sys.argv[1], vae=VAE,
 """
 
 
+@pytest.mark.slow
 def test_two_builds_give_the_same_bytes(bundle: Bundle, tmp_path: Path) -> None:
     """Here, and in another process with another hash seed."""
     output = tmp_path / "again"

@@ -18,6 +18,8 @@ from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.verify import verify
 from tests.tiny import VAE, tiny_model, tokenizer
 
+pytestmark = pytest.mark.slow  # a bundle with eight engines
+
 PROMPTS = ["a red circle", "two blue squares"]
 RECIPE = Recipe(
     "lossy",

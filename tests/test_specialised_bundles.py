@@ -31,6 +31,8 @@ from tests.support.published import published_recipe
 from tests.support.understanding_twin import UnderstandingTwin
 from tests.tiny import PaddedSpaceToDepth, tokenizer
 
+pytestmark = pytest.mark.slow  # bundles with several engines
+
 TOLERANCE = 1e-4
 cached_oracle = functools.cache(load_oracle)
 

@@ -20,6 +20,9 @@ from tests.tiny import CONFIG, VAE, tiny_model, tokenizer
 Places = dict[str, tuple[int, int]]
 
 
+pytestmark = pytest.mark.slow  # a bundle with eight engines
+
+
 def _kept(seed: int, stacks: dict[str, int]) -> dict[str, dict[int, np.ndarray]]:
     random = np.random.default_rng(seed)
     sizes = {"llm": CONFIG.llm, "semantic": CONFIG.semantic, "head": CONFIG.head}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.program import Program
 from flashu_compile.runtime.backends import DEFAULT, backend_names, find_file
@@ -27,6 +28,8 @@ __all__ = ["DEFAULT", "Backend", "Emitted", "Written", "check_precision", "find_
 class Emitted:
     """An engine before it is written. `model` is the backend's own affair.
 
+    `program`, if given, is what the engine is held against instead of the program it was emitted from.
+
     `statistics` goes into the report (`nodes`, `operators`, `parameters` and `flops`, see exporters/statistics.py);
     `records` tells of passes that the backend ran.
     """
@@ -34,6 +37,7 @@ class Emitted:
     model: Any
     statistics: Mapping[str, Any]
     records: tuple[PassRecord, ...] = ()
+    program: Program | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Backend(Protocol):
         """Raises `BackendUnavailableError` if engines cannot be built on this machine; called before any work."""
         ...
 
-    def emit(self, program: Program, precision: str) -> Emitted:
+    def emit(self, program: Program, precision: Precision) -> Emitted:
         """Raises `EmissionError`, naming the module, if the program has no form in this backend."""
         ...
 
@@ -65,7 +69,7 @@ class Backend(Protocol):
         """Write engines, weights and references into `directory`. Raises `EmissionError` on an unsound engine."""
         ...
 
-    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
+    def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
         """Relative L2 error of every output, found by running the engine on its reference inputs.
 
         Raises `EmissionError` if it does not run, or is off by more than its precision allows.
@@ -82,13 +86,14 @@ def find_backend(name: str) -> Backend:
     return find_file(__name__, name).BACKEND
 
 
-def check_precision(name: str, precision: str) -> None:
+def check_precision(name: str, precision: Precision) -> None:
     """Raises `ConfigurationError`, with the table of what can be had, if the backend does not have the precision."""
-    if precision in find_backend(name).precisions:
+    unknown = sorted(precision.names - set(find_backend(name).precisions))
+    if not unknown:
         return
     rows = []
     for other in backend_names(__path__):
         rows.append(f"{other}: {', '.join(find_backend(other).precisions)}")
     raise ConfigurationError(
-        f"Unknown precision {precision!r} for backend {name!r}; there are {'; '.join(rows)}."
+        f"Unknown precision {unknown[0]!r} for backend {name!r}; there are {'; '.join(rows)}."
     )

@@ -17,10 +17,10 @@ from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Written
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import (
     TorchModel,
-    in_precision,
     plain_copy,
     write_engines,
 )
@@ -47,8 +47,8 @@ class AOTInductor:
                 "or name one in the environment variable CXX."
             )
 
-    def emit(self, program: Program, precision: str) -> Emitted:
-        program, records = in_precision(program, precision)
+    def emit(self, program: Program, precision: Precision) -> Emitted:
+        program, records = precision.carry_out(program)
         exported = plain_copy(program)
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "engine.pt2"
@@ -68,8 +68,8 @@ class AOTInductor:
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         return write_engines(list(engines), directory, ".pt2")
 
-    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
-        return written_errors(engine, self, "aot_inductor", precision, scratch_parent)
+    def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
+        return written_errors(engine, self, "aot_inductor", str(precision), scratch_parent)
 
 
 BACKEND = AOTInductor()

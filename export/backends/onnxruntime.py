@@ -15,6 +15,7 @@ from flashu_compile.exporters.backends import Emitted, Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.parity import engine_errors
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import graph_statistics
 from flashu_compile.exporters.weights import weight_store
 from flashu_compile.program import Program
@@ -22,23 +23,25 @@ from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
 
 
 class OnnxRuntime:
-    precisions = ("float32",)
+    precisions = ("float32", "float16", "int8")
 
     def check(self) -> None:
         """ONNX Runtime is part of every installation."""
 
-    def emit(self, program: Program, precision: str) -> Emitted:
-        model = emit_onnx(program)
+    def emit(self, program: Program, precision: Precision) -> Emitted:
+        lowered, records = precision.carry_out(program)
+        model = emit_onnx(lowered)
         model.graph.doc_string = f"{described(program.name)} {model.graph.doc_string}"
-        return Emitted(model, graph_statistics(program, model))
+        held_against = lowered if precision.has_int8 else None
+        return Emitted(model, graph_statistics(program, model), records, held_against)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         with weight_store([engine.model for engine in engines], directory / WEIGHTS) as store:
             specs = tuple(_write(engine, directory) for engine in engines)
         return Written(specs, WEIGHTS, {"weight_store": dataclasses.asdict(store)})
 
-    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
-        return engine_errors(engine, scratch_parent)
+    def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
+        return engine_errors(engine, str(precision), scratch_parent)
 
 
 BACKEND = OnnxRuntime()

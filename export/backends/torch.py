@@ -15,11 +15,11 @@ from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Written
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import (
     PRECISIONS,
     TorchModel,
-    in_precision,
     plain_copy,
     write_engines,
 )
@@ -32,8 +32,8 @@ class Torch:
     def check(self) -> None:
         """Whoever compiles has PyTorch."""
 
-    def emit(self, program: Program, precision: str) -> Emitted:
-        program, records = in_precision(program, precision)
+    def emit(self, program: Program, precision: Precision) -> Emitted:
+        program, records = precision.carry_out(program)
         exported = plain_copy(program)
         try:
             artifact = serialize(
@@ -53,8 +53,8 @@ class Torch:
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         return write_engines(list(engines), directory, ".json")
 
-    def errors(self, engine: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
-        return written_errors(engine, self, "torch", precision, scratch_parent)
+    def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
+        return written_errors(engine, self, "torch", str(precision), scratch_parent)
 
 
 BACKEND = Torch()

@@ -91,7 +91,12 @@ def build(
         ),
     ] = 3,
     precision: Annotated[
-        str, typer.Option(help="What engines compute in: float32, or bfloat16 where the backend has it.")
+        str,
+        typer.Option(
+            metavar="NAME|PART=NAME,…",
+            help="What engines compute in: float32, or float16, bfloat16 or int8 where the backend has it; or that of "
+            "parts, such as llm=int8,head=float16 (parts: llm, semantic, head, other).",
+        ),
     ] = "float32",
     backend: Annotated[
         str, typer.Option(help="What runs the engines: onnxruntime, torch or aot_inductor.")

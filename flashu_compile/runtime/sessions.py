@@ -324,6 +324,9 @@ def create_session(
         _preload_cuda_libraries()
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
+    # Without it, sums of two products of bytes saturate on CPUs that lack VNNI: faster by a third, and wrong by more
+    # than rounding to bytes is.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     configure(options, request)
     if threads is not None:
         options.intra_op_num_threads = threads

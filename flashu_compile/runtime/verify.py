@@ -18,13 +18,11 @@ from flashu_compile.errors import BackendUnavailableError, FlashuError
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.runtime.precision import TOLERANCES, tolerance
 from flashu_compile.runtime.providers import Placement, ProviderOptions
 from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngine
 
-TOLERANCE = 1e-4
-
-#: By a bundle's precision: relative L2 against eager float32. bfloat16 has eight bits, and errors of layers add up.
-TOLERANCES = {"float32": TOLERANCE, "bfloat16": 1e-1}
+TOLERANCE = TOLERANCES["float32"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +146,7 @@ def _check_engine(spec: EngineSpec, files: BundleFiles, engines: Engines) -> Ite
             yield OutputCheck(spec.name, output.name, math.inf, note=f"{spec.reference} has no such output")
         else:
             error = relative_error(given[output.name], expected)
-            tolerance = TOLERANCES.get(files.manifest.precision, TOLERANCE)
-            yield OutputCheck(spec.name, output.name, error, tolerance)
+            yield OutputCheck(spec.name, output.name, error, tolerance(files.manifest.precision))
 
 
 def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:

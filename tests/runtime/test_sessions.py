@@ -112,6 +112,7 @@ def test_ort_name_of_a_provider(bundle: Path, pipeline: Pipeline) -> None:
     np.testing.assert_array_equal(named.latents("a"), pipeline.latents("a"))
 
 
+@pytest.mark.slow
 def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = {finding.name: finding for finding in doctor.examine()}
     assert findings["onnxruntime: cpu"].status == "works"

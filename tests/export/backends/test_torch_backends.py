@@ -15,6 +15,7 @@ import flashu_compile
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.program import Program
@@ -26,6 +27,8 @@ from tests.export.conftest import sample
 from tests.runtime.tiny_bundle import flip_byte
 from tests.tiny import VAE, tiny_model, tokenizer
 
+pytestmark = pytest.mark.slow  # two bundles
+
 # Of final latents after four evaluations, with guidance.
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
 
@@ -36,9 +39,10 @@ def write(backend: str, precision: str, programs: tuple[Program, ...], directory
     for program in programs:
         with torch.no_grad():
             truth = program.run(program.sample)
-        model = maker.emit(program, precision).model
+        wanted = Precision.of(precision)
+        model = maker.emit(program, wanted).model
         builds.append(EngineBuild(program.name, program.task, model, program.sample, truth))
-        maker.errors(builds[-1], precision, directory)
+        maker.errors(builds[-1], wanted, directory)
     bundle = directory / "bundle"
     bundle.mkdir()
     specs = maker.write(builds, bundle).specs
@@ -50,16 +54,11 @@ def write(backend: str, precision: str, programs: tuple[Program, ...], directory
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("torch")
+    folder, tasks = tmp_path_factory.mktemp("torch"), ["t2i", "mmu"]
+    captured = flashu_compile.capture_model(tiny_model(), tasks, vae=VAE, tokenizer=tokenizer())
     return {
         precision: flashu_compile.export(
-            tiny_model(),
-            ["t2i", "mmu"],
-            output=folder / precision,
-            vae=VAE,
-            tokenizer=tokenizer(),
-            backend="torch",
-            precision=precision,
+            captured, tasks, output=folder / precision, backend="torch", precision=precision
         ).path
         for precision in BOUNDS
     }
@@ -145,7 +144,6 @@ def test_a_device_that_is_not_there_is_an_error(bundles: dict[str, Path]) -> Non
         flashu_compile.load(bundles["float32"], trust=True, provider="cuda")
 
 
-@pytest.mark.slow
 def test_torch_compile_gives_the_same(bundles: dict[str, Path], eager: EagerPipeline) -> None:
     pipe = flashu_compile.load(bundles["float32"], trust=True, options={"compile": True})
     truth = eager.trajectory("a", steps=3).latents.numpy()

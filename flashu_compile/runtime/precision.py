@@ -1,0 +1,24 @@
+"""What engines compute in, as bundles name it: one precision, or one for each part, such as `head=float32,llm=int8`."""
+
+from __future__ import annotations
+
+#: The stacks of a model, and whatever belongs to none of them.
+PARTS = ("llm", "semantic", "head", "other")
+
+#: Relative L2 from the reference that is recorded with an engine. 16-bit engines are held against float32, and errors
+#: of layers add up (float16 has eleven bits, bfloat16 eight); int8 engines against the same int8 program in PyTorch,
+#: where a value that lies between two bytes may fall to either side.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 3e-2}
+
+
+def by_part(precision: str) -> dict[str, str]:
+    """The precision of every part. Parts that are not named are float32. The text must be well formed."""
+    entries = [entry.partition("=") for entry in precision.split(",")]
+    if len(entries) == 1 and not entries[0][1]:
+        return dict.fromkeys(PARTS, precision)
+    return dict.fromkeys(PARTS, "float32") | {part: name for part, _, name in entries}
+
+
+def tolerance(precision: str) -> float:
+    """The largest of its parts'; that of float32 for a name that is not known here."""
+    return max(TOLERANCES.get(name, TOLERANCES["float32"]) for name in by_part(precision).values())
