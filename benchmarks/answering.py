@@ -34,6 +34,8 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
         name: flashu_compile.load(bundles.path("mmu", recipe), threads=threads)
         for name, recipe in chosen.items()
     }
+    short = bundles.path("mmu", chosen["techniques"], "int8")
+    pipes["techniques_int8"] = flashu_compile.load(short, threads=threads)
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     codec = pipes["exact"]._codec
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)

@@ -29,14 +29,12 @@ class Bundles:
         self.build_seconds: dict[str, float] = {}  # by recipe; the model is traced before, once
         self._captured: dict[str, CapturedModel] = {}
 
-    def path(self, task: str, recipe: str | Recipe) -> Path:
+    def path(self, task: str, recipe: str | Recipe, precision: str = "float32") -> Path:
         """The bundle's folder, built if it is not there."""
         chosen = find_recipe(recipe)
-        name = digest(self.config.to_dict(), task, recipe_digest(chosen, task), compiler_digest())
-        path, note = (
-            self.folder / f"{task}-{chosen.name}-{name}",
-            self.folder / f"{task}-{chosen.name}-{name}.json",
-        )
+        name = digest(self.config.to_dict(), task, recipe_digest(chosen, task), precision, compiler_digest())
+        title = f"{chosen.name}_{precision}" if precision != "float32" else chosen.name
+        path, note = self.folder / f"{task}-{title}-{name}", self.folder / f"{task}-{title}-{name}.json"
         if not (path / MANIFEST).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             print(f"building {path.name}", flush=True)
@@ -45,10 +43,10 @@ class Bundles:
                     random_model(self.config), task, vae=VAE, tokenizer=tokenizer()
                 )
             model = self._captured[task]
-            taken, _ = seconds(lambda: export(model, task, recipe=chosen, output=path))
+            taken, _ = seconds(lambda: export(model, task, recipe=chosen, precision=precision, output=path))
             write_atomically(note, lambda draft: draft.write_text(json.dumps({"seconds": taken})))
         if note.is_file():
-            self.build_seconds[chosen.name] = json.loads(note.read_text())["seconds"]
+            self.build_seconds[title] = json.loads(note.read_text())["seconds"]
         return path
 
 

@@ -25,7 +25,7 @@ from flashu_compile.runtime.sampler import prompt_pair, sample
 
 PROMPT_TOKENS = 24
 GUIDANCE = 7.5
-OURS = ("exact_50", "exact_35", "flashu_35")
+OURS = ("exact_50", "exact_35", "flashu_35", "exact_int8_50", "flashu_int8_35")
 THEIRS = ("eager_50", "eager_35", "eager_bf16_50", "eager_bf16_35", "published_patch_35")
 
 
@@ -62,9 +62,12 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
     config = bundles.config
     recipe = published_defaults(config)
     pipes = {
-        name: flashu_compile.load(bundles.path("t2i", chosen), threads=threads)
-        for name, chosen in (("exact", "exact"), ("flashu", recipe))
-    }
+        name: flashu_compile.load(bundles.path("t2i", chosen, precision), threads=threads)
+        for name, chosen, precision in (
+            ("exact", "exact", "float32"), ("flashu", recipe, "float32"),
+            ("exact_int8", "exact", "int8"), ("flashu_int8", recipe, "int8"),
+        )
+    }  # fmt: skip
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     prompt = PaddedPrompt(pipes["exact"], config)
     published = patch(model, recipe, pipes["flashu"])
@@ -83,7 +86,12 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
 
     def check() -> dict[str, float]:
         ours = {"exact": engines("exact", plans[35]), "flashu": engines("flashu", pipes["flashu"].plan)}
-        return {
+        short = {
+            "exact": engines("exact_int8", plans[35]),
+            "flashu": engines("flashu_int8", pipes["flashu"].plan),
+        }
+        int8 = {f"{name}_int8_35 against {name}_35": relative(short[name], ours[name]) for name in ours}
+        return int8 | {
             "exact_35 against eager_35": relative(ours["exact"], eager(model, 35).numpy()),
             "flashu_35 against published_patch_35": relative(ours["flashu"], patched().numpy()),
         }
@@ -104,6 +112,8 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
         "exact_50": lambda: engines("exact", plans[50]),
         "exact_35": lambda: engines("exact", plans[35]),
         "flashu_35": lambda: engines("flashu", pipes["flashu"].plan),
+        "exact_int8_50": lambda: engines("exact_int8", plans[50]),
+        "flashu_int8_35": lambda: engines("flashu_int8", pipes["flashu"].plan),
     }
     pairs = tuple((fast, slow) for fast in OURS for slow in THEIRS)
     return Subject(calls, (*pairs, ("published_patch_35", "eager_50")), check, work)
