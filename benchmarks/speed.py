@@ -9,9 +9,12 @@ one picture, and prefill alone. Everything takes turns on the same number of thr
 matrix-product peak that was measured in the same rounds.
 
 `--bundles DIR` keeps bundles and finished rounds: bundles are used again, and a run that was cut short goes on. Delete
-`*.rounds.json` there to measure anew. Before the first round everything runs about twice, to check
-results, to count work and to warm up. By the work there is, and supposing two cores that do 180 GFLOP/s, a round takes
-some 3 minutes for t2i (bench-small) and 1 for mmu (bench-small-27); building comes before.
+`*.rounds.json` there to measure anew. `--skip bf16` leaves out calls whose name the regular expression is found in: a
+processor without bfloat16 instructions takes a hundred times as long for them.
+
+Before the first round everything runs about twice, to check results, to count work and to warm up. By the work there
+is, and supposing two cores that do 180 GFLOP/s, a round takes some 3 minutes for t2i (bench-small) and 1 for mmu
+(bench-small-27); building comes before.
 """
 
 from __future__ import annotations
@@ -37,18 +40,22 @@ TASKS = {"t2i": drawing, "mmu": answering}
 DEFAULT_GEOMETRY = {"t2i": "bench-small", "mmu": "bench-small-27"}
 
 
-def measure(task: str, geometry: str, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
+def measure(
+    task: str, geometry: str, repeats: int, threads: int, folder: Path, skip: str | None = None
+) -> dict[str, Any]:
     torch.set_num_threads(threads)
     config = GEOMETRIES[geometry]
     bundles = Bundles(folder, config)
     subject = TASKS[task](bundles, threads)
+    if skip is not None:
+        subject = subject.without(skip)
     about = {
         "task": task,
         "geometry": {"name": geometry, **config.to_dict()},
         "threads": threads,
         "machine": machine(),
     }
-    code = {"compiler": compiler_digest()}
+    code = {"compiler": compiler_digest(), "skip": skip}
     rounds = Rounds(folder, f"{task}-{geometry}", about | code)
     errors = rounds.once("errors", subject.check)
     for name, error in errors.items():
@@ -66,6 +73,7 @@ def measure(task: str, geometry: str, repeats: int, threads: int, folder: Path) 
         "errors": errors,
         "gflops_per_second": {name: work / seconds[name] / 1e9 for name, work in flops.items()},
         "matmul_peak": peak,
+        "skipped": skip,
         "share_of_peak": {
             name: work / seconds[name] / 1e9 / peak[_dtype(name)] for name, work in flops.items()
         },
@@ -81,6 +89,7 @@ def arguments() -> argparse.Namespace:
     options = parser(__doc__, repeats=3)
     options.add_argument("--task", choices=TASKS, default="t2i")
     options.add_argument("--geometry", choices=GEOMETRIES)
+    options.add_argument("--skip", metavar="REGEX", help="names of calls that are left out")
     options.add_argument("--bundles", type=Path, help="folder that keeps bundles and finished rounds")
     return options.parse_args()
 
@@ -90,7 +99,7 @@ def main() -> None:
     geometry = given.geometry or DEFAULT_GEOMETRY[given.task]
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.bundles or Path(scratch)
-        report(measure(given.task, geometry, given.repeats, given.threads, folder), given.output)
+        report(measure(given.task, geometry, given.repeats, given.threads, folder, given.skip), given.output)
 
 
 if __name__ == "__main__":

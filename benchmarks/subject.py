@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 from benchmarks.measuring import Call
@@ -23,3 +24,14 @@ class Subject:
     pairs: tuple[tuple[str, str], ...]
     check: Callable[[], dict[str, float]]
     flops: Callable[[], dict[str, float]]
+
+    def without(self, pattern: str) -> Subject:
+        """The same but for calls whose name the regular expression is found in."""
+        calls = {name: call for name, call in self.calls.items() if re.search(pattern, name) is None}
+        counted = self.flops
+        return dataclasses.replace(
+            self,
+            calls=calls,
+            pairs=tuple(pair for pair in self.pairs if set(pair) <= calls.keys()),
+            flops=lambda: {name: work for name, work in counted().items() if name in calls},
+        )
