@@ -15,7 +15,7 @@ from flashu_compile.cli.base import quiet_torch
 if TYPE_CHECKING:
     from flashu_compile.comparison.compare import EngineComparison, LayerComparison
     from flashu_compile.comparison.differences import Difference
-    from flashu_compile.comparison.search import Departure
+    from flashu_compile.comparison.search import Departure, Operand
 
 EAGER, ONNX, BUNDLE = "eager", "onnx", "bundle"
 
@@ -104,12 +104,8 @@ def _print_departure(engine: str, found: Departure) -> None:
         [
             (
                 operand.name,
-                "weight" if operand.weight else "",
-                *(
-                    ("not in the reference", "", "")
-                    if operand.difference is None
-                    else _operand(operand.difference)
-                ),
+                operand.kind,
+                *_operand(operand),
             )
             for operand in found.operands
         ],
@@ -118,8 +114,10 @@ def _print_departure(engine: str, found: Departure) -> None:
         typer.echo(f"or a node before it, of which the reference has no value: {', '.join(found.unseen)}\n")
 
 
-def _operand(found: Difference) -> tuple[str, str, str]:
-    return (*_errors(found), _shapes(found))
+def _operand(operand: Operand) -> tuple[str, str, str]:
+    if operand.difference is None:
+        return "the same" if operand.kind == "input" else "not in the reference", "", ""
+    return (*_errors(operand.difference), _shapes(operand.difference))
 
 
 def _errors(found: Difference) -> tuple[str, str]:

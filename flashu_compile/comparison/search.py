@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -32,10 +32,13 @@ class LayerDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """Something a node reads; `difference` is none where the reference has no such value. `weight`: it is stored."""
+    """Something a node reads: a `value` that is computed, a `weight` that is stored, or an `input` of the engine.
+
+    `difference` is none for an input, and where the reference has no such value.
+    """
 
     name: str
-    weight: bool
+    kind: Literal["value", "weight", "input"]
     difference: Difference | None
 
 
@@ -151,11 +154,11 @@ class _Search:
 
     def operand(self, name: str) -> Operand:
         if name in self.makers:
-            return Operand(name, False, self.differences.get(name))
+            return Operand(name, "value", self.differences.get(name))
         mine, theirs = self.subject.weight(name), self.reference.weight(name)
-        if mine is None or theirs is None:
-            return Operand(name, mine is not None, None)
-        return Operand(name, True, _stored(mine, theirs))
+        if mine is None:
+            return Operand(name, "input", None)
+        return Operand(name, "weight", None if theirs is None else _stored(mine, theirs))
 
 
 def _difference(mine: NDArray[Any], theirs: Mapping[str, NDArray[Any]], found: Match) -> Difference:

@@ -57,9 +57,9 @@ class BundleSide:
         except InputError as error:
             raise BundleError(f"{self.path} takes other inputs: {error}") from error
         if self.backend == TORCH:
-            from flashu_compile.comparison.traced_program import ProgramValues
-            from flashu_compile.comparison.written_program import written_program
-
+            with flashu_compile._naming_the_extra("Comparing layers"):
+                from flashu_compile.comparison.traced_program import ProgramValues
+                from flashu_compile.comparison.written_program import written_program
             return ProgramValues(written_program(self.files, own), inputs)
         with flashu_compile._naming_the_extra("Comparing layers"):
             from flashu_compile.comparison.onnx_graph import Placing, RuntimeValues

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def test_a_weight(own_bundle: Path, against: Against) -> None:
     assert found.departure.node.module == "network.layers.1.up"
     read, weight = found.departure.operands[:2]
     assert read.difference is None or read.difference.within(found.tolerance)
-    assert (weight.name, weight.weight) == ("network.layers.1.up.weight", True)
+    assert (weight.name, weight.kind) == ("network.layers.1.up.weight", "weight")
     assert weight.difference is not None
     assert not weight.difference.within(found.tolerance)
 
@@ -230,7 +231,9 @@ class TestErrors:
         with pytest.raises(BundleError, match="makes no engine 'step' of this model; it makes scores"):
             compare_layers(bundle, model=alone)
         swapped = {"step": scores, "scores": step}
-        renamed = {name: type(one)(_renamed(one.program, name), {}) for name, one in swapped.items()}
+        renamed = {
+            name: type(one)(dataclasses.replace(one.program, name=name), {}) for name, one in swapped.items()
+        }
         with pytest.raises(BundleError, match="its program takes features; is this the model"):
             compare_layers(bundle, model=CapturedModel(captured.loaded, renamed))
 
@@ -248,7 +251,7 @@ class TestErrors:
     def test_a_model_that_is_not_to_be_had(self, bundle: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"a model called 'small', .* say where it is: model="):
             compare_layers(bundle)
-        with pytest.raises(CheckpointError, match="no model './absent'"):
+        with pytest.raises(CheckpointError, match=r"no model './absent'"):
             compare_layers(bundle, model="./absent")
 
     def test_arguments_that_do_not_go_together(self, bundle: Path, captured: CapturedModel) -> None:
@@ -265,9 +268,3 @@ class TestErrors:
         flip_byte(own_bundle / name)
         with pytest.raises(BundleError, match=f"{name} is damaged"):
             compare_layers(own_bundle, "onnx")
-
-
-def _renamed(program: Program, name: str) -> Program:
-    import dataclasses
-
-    return dataclasses.replace(program, name=name)
