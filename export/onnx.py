@@ -47,9 +47,10 @@ from flashu_compile.program import Program
 #: where one row of angles serves a batch, so rotations stay elementwise.
 DEFAULT_OPSET = 24
 
-#: Metadata keys of a node: the module it was traced in, the operator it was translated from, and the passes that made
-#: or touched it.
-MODULE, OPERATOR, PASSES = "flashu.module", "flashu.operator", "flashu.passes"
+#: Metadata keys of a node: the module it was traced in, the operator it was translated from, the passes that made or
+#: touched it, and the program's names of the values it gives (with commas between them; nothing for one that the
+#: program has not).
+MODULE, OPERATOR, PASSES, VALUES = "flashu.module", "flashu.operator", "flashu.passes", "flashu.values"
 _KEPT = (MODULE, OPERATOR, PASSES)
 
 
@@ -296,6 +297,7 @@ def _own_outputs(graph: ir.Graph) -> None:
 def _name_nodes(program: Program, graph: ir.Graph) -> None:
     taken: Counter[str] = Counter()
     outputs = set(graph.outputs)
+    traced = {node.name for node in program.exported.graph.nodes if node.op == "call_function"}
     _inherit_modules(graph)
     for node in graph:
         origin = {key: node.metadata_props[key] for key in _KEPT if key in node.metadata_props}
@@ -306,6 +308,11 @@ def _name_nodes(program: Program, graph: ir.Graph) -> None:
         base = f"{path}/{node.op_type}"
         taken[base] += 1
         node.name = base if taken[base] == 1 else f"{base}_{taken[base]}"
+        # The exporter calls a value as the program does, and simplification keeps the names of what it replaces.
+        names = [value.name or "" for value in node.outputs]
+        given = [name if name in traced else "" for name in names]
+        if any(given):
+            node.metadata_props[VALUES] = ",".join(given)
         for index, value in enumerate(node.outputs):
             value.metadata_props.clear()
             if value not in outputs:

@@ -7,8 +7,9 @@
     pipe.generate("a red circle left of a blue square", seed=0).save("out.png")
     pipe.ask("out.png", "what is left of the blue square?")
 
-`export`, `calibrate` and `capture_model` need the extra ``compile``; the rest needs the base installation only. Each
-name is imported when it is first used, so `import flashu_compile` is quick and needs no framework.
+`export`, `calibrate`, `capture_model` and `compare_layers` need the extra ``compile``; the rest needs the base
+installation only. Each name is imported when it is first used, so `import flashu_compile` is quick and needs no
+framework.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from flashu_compile.errors import FlashuError, MissingDependencyError
 
 if TYPE_CHECKING:
     from flashu_compile.captured import CapturedModel, capture_model
+    from flashu_compile.comparison import compare_layers
     from flashu_compile.compiler import calibrate, export
     from flashu_compile.config import MMUConfig, T2IConfig
     from flashu_compile.recipe import Recipe
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture_model",
+    "compare_layers",
     "export",
     "load",
 ]
@@ -51,6 +54,7 @@ _HOMES = {
     "T2IConfig": "flashu_compile.config",
     "calibrate": "flashu_compile.compiler",
     "capture_model": "flashu_compile.captured",
+    "compare_layers": "flashu_compile.comparison",
     "export": "flashu_compile.compiler",
     "load": "flashu_compile.runtime",
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import flashu_compile
+from tests.runtime.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("flashu_compile", "passes", "export", "tests", "benchmarks", "examples", "docs")
@@ -143,6 +144,19 @@ def test_export_names_the_extra_it_needs() -> None:
         "import flashu_compile\n"
         "try:\n"
         "    flashu_compile.export('showo2-shapes', 't2i')\n"
+        "except flashu_compile.errors.MissingDependencyError as error:\n"
+        "    print(error)\n"
+    )
+    assert 'pip install "flashu-compile[compile]"' in said
+
+
+@pytest.mark.parametrize("against", ["onnx", "eager"])
+def test_comparing_layers_names_the_extra_it_needs(tmp_path: Path, against: str) -> None:
+    bundle = write_bundle(tmp_path / "bundle", ("t2i",))
+    said = run_without_extras(
+        "import flashu_compile\n"
+        "try:\n"
+        f"    flashu_compile.compare_layers({str(bundle)!r}, {against!r})\n"
         "except flashu_compile.errors.MissingDependencyError as error:\n"
         "    print(error)\n"
     )

@@ -124,8 +124,8 @@ def main(
     """Compile a unified multimodal model into a bundle of inference engines, and use the bundle.
 
     A bundle is a folder. [bold]build[/] makes one from a checkpoint and a recipe, which [bold]calibrate[/]
-    completes; these two and [bold]inspect --structure[/] need the extra [bold]flashu-compile\\[compile][/].
-    Everything else runs without PyTorch.
+    completes; these two, [bold]inspect --structure[/] and [bold]verify --against[/] need the extra
+    [bold]flashu-compile\\[compile][/]. Everything else runs without PyTorch.
     """
 
 

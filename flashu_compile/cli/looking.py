@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,7 @@ from flashu_compile.cli.base import (
     quiet_torch,
 )
 from flashu_compile.cli.conversion import inspect_target
+from flashu_compile.cli.layers import reference_named, verify_layers
 from flashu_compile.errors import InputError, UnknownTaskError
 
 
@@ -150,10 +151,49 @@ def _inspect_model(
     epilog=examples(
         "verify build/shapes",
         "verify build/shapes --provider cuda --json",
+        "verify build/shapes --against onnx",
+        "verify build/shapes --against eager --model showo2-shapes --engine denoise",
+        "verify build/bfloat16 --against bundle build/shapes --trust",
     ),
 )
 def verify(
     bundle: Bundle,
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="With --against bundle: the other bundle.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="eager|onnx|bundle",
+            help="Instead, compare engines layer by layer and find the first node that departs: from the model's "
+            "programs in PyTorch, from onnx's reference evaluator, or from the engines of OTHER.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --against eager: the model that the bundle was made of, as [bold]build[/] takes it.",
+            show_default="the one that the bundle names",
+        ),
+    ] = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --against: an engine to compare. Repeatable.",
+            show_default="all of them",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="With --against: the largest relative error that is agreement.",
+            show_default="1e-4; 1e-1 for bfloat16",
+        ),
+    ] = None,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     threads: Threads = None,
@@ -163,21 +203,36 @@ def verify(
 ) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
 
-    The exit code is 1 if a file is missing, changed or unexpected, or an output is off by more than the tolerance.
+    With --against, compare the values inside each engine on the recorded inputs instead, and print the first node whose
+    inputs agree and whose value does not. That takes the extra [bold]flashu-compile\\[compile][/].
+    The exit code is 1 if a file is missing, changed or unexpected, or a value is off by more than the tolerance.
     """
+    quiet_onnxruntime()
+    parts = {"model": model, "vae": vae, "tokenizer": tokenizer}
+    placing: dict[str, Any] = {
+        "provider": provider,
+        "provider_options": provider_options(provider_option),
+        "threads": threads,
+        "memory": memory,
+        "trust": trust,
+    }
+    if against is None:
+        if any(given for given in (other, engine, tolerance is not None, *parts.values())):
+            raise typer.BadParameter(
+                "OTHER, --model, --vae, --tokenizer, --engine and --tolerance go with --against."
+            )
+        _verify_files(bundle, placing, as_json=as_json)
+    else:
+        reference = reference_named(against, other, any(part is not None for part in parts.values()))
+        options = {**parts, **placing, "engines": engine, "tolerance": tolerance}
+        verify_layers(bundle, reference, as_json=as_json, **options)
+
+
+def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> None:
     from flashu_compile.runtime.verify import verify as check
 
-    quiet_onnxruntime()
     with display.progress_bar("Verifying") as advance:
-        result = check(
-            bundle,
-            provider=provider,
-            provider_options=provider_options(provider_option),
-            threads=threads,
-            memory=memory,
-            trust=trust,
-            progress=lambda name: advance(name, None),
-        )
+        result = check(bundle, progress=lambda name: advance(name, None), **placing)
     if as_json:
         display.print_json(
             {

@@ -39,7 +39,7 @@ from flashu_compile.runtime.providers import (
     placements,
     session_request,
 )
-from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
+from flashu_compile.runtime.shared_weights import SharedWeights, WeightsBeside, check_memory
 from flashu_compile.runtime.state import State, state_of, updated
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -304,7 +304,7 @@ def create_session(
     provider: str,
     threads: int | None = None,
     provider_options: ProviderOptions | None = None,
-    weights: SharedWeights | None = None,
+    weights: SharedWeights | WeightsBeside | None = None,
 ) -> ort.InferenceSession:
     """A session that has every provider asked for, or an error. With `weights` it reads those, which must outlive it.
 
@@ -330,7 +330,9 @@ def create_session(
     configure(options, request)
     if threads is not None:
         options.intra_op_num_threads = threads
-    if weights is not None and isinstance(model, Path):
+    if isinstance(weights, WeightsBeside):
+        weights.configure(options)
+    elif weights is not None and isinstance(model, Path):
         weights.configure(options, model)
     session = ort.InferenceSession(
         model if isinstance(model, bytes) else str(model),

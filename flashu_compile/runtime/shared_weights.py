@@ -6,6 +6,7 @@ faster (prepacking). Here a session gets its weights as they lie in the map, and
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from pathlib import Path
@@ -34,6 +35,18 @@ def check_memory(memory: str, provider: str) -> None:
         raise ConfigurationError(
             f'memory="low" shares a map of the weights in the computer\'s own memory, which {provider} does not '
             'compute in; leave it at "fast".'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsBeside:
+    """The weight store in `folder`, for sessions of graphs that are not files there, read as if they were."""
+
+    folder: Path
+
+    def configure(self, options: ort.SessionOptions) -> None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.folder)
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.errors import EmissionError
-from flashu_compile.exporters.onnx import MODULE, OPERATOR, emit_onnx
+from flashu_compile.exporters.onnx import MODULE, OPERATOR, VALUES, emit_onnx
 from flashu_compile.program import Input, Program
 from tests.export.conftest import LAYERS, VOCABULARY, WIDTH, program, sample, unary
 
@@ -138,12 +138,25 @@ def test_nodes_say_where_they_come_from_and_nothing_else(step_model: ir.Model) -
     assert dict(gate.metadata_props) == {MODULE: "network.layers.1.gate", OPERATOR: "aten.linear.default"}
     for node in step_model.graph:
         assert MODULE in node.metadata_props
-        assert node.metadata_props.keys() <= {MODULE, OPERATOR}
+        assert node.metadata_props.keys() <= {MODULE, OPERATOR, VALUES}
         assert not node.doc_string
     text = serialised(step_model)
     assert all(trace not in text for trace in (b".py", b"site-packages", b"File ", b"forward"))
     assert step_model.graph.name == "step"
     assert "prompt, visible, time, tail -> logits, last" in (step_model.graph.doc_string or "")
+
+
+def test_nodes_say_which_of_the_programs_values_they_give(step: Program, step_model: ir.Model) -> None:
+    traced = {node.name: node for node in step.exported.graph.nodes}
+    for node in step_model.graph:
+        recorded = node.metadata_props.get(VALUES, "").split(",")
+        for value, name in zip(node.outputs, recorded, strict=False):
+            if name:
+                assert len(value.shape) == traced[name].meta["val"].ndim
+    (attention,) = (node for node in step_model.graph if node.name == "network.layers.1/Attention")
+    assert (
+        traced[attention.metadata_props[VALUES]].target is torch.ops.aten.scaled_dot_product_attention.default
+    )
 
 
 def test_constants_are_named_readably(step: Program, step_model: ir.Model) -> None:

@@ -16,7 +16,7 @@ from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
 from flashu_compile.runtime.sessions import Engines
 
-DEFAULT = "onnxruntime"
+DEFAULT, TORCH = "onnxruntime", "torch"
 
 
 class RunBackend(Protocol):

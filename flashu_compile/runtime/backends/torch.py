@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._export.serde.serialize import SerializedArtifact, deserialize
+from torch.export import ExportedProgram
 
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.files import BundleFiles
@@ -67,11 +68,12 @@ class TorchEngines:
             if name not in self._engines:
                 spec = self._files.manifest.engine(name)
                 path = self._files.path(spec.file)
-                call = self._make(spec, path, self._tensors_of(name), self._device)
+                call = self._make(spec, path, self.tensors_of(name), self._device)
                 self._engines[name] = TorchEngine(spec, call, self._device)
             return self._engines[name]
 
-    def _tensors_of(self, name: str) -> dict[str, Tensor]:
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """The tensors of an engine, by its own names."""
         path = self._files.path(TENSORS)
         try:
             with safe_open(path, framework="pt", device=str(self._device)) as file:
@@ -128,20 +130,36 @@ class Torch:
 BACKEND = Torch()
 
 
+def read_program(files: BundleFiles, spec: EngineSpec) -> ExportedProgram:
+    """An engine of a bundle as the graph that was written. Raises `BundleError` if it cannot be read."""
+    path, cpu = files.path(spec.file), torch.device("cpu")
+    tensors = TorchEngines(files, cpu, _eager).tensors_of(spec.name)
+    try:
+        return _read(path, tensors)
+    except Exception as error:  # torch's deserializer raises many unrelated types
+        raise _unreadable(spec, path, error) from error
+
+
+def _read(path: Path, tensors: Mapping[str, Tensor]) -> ExportedProgram:
+    content = path.read_bytes()
+    state, constants = _sorted(json.loads(content), tensors)
+    return deserialize(SerializedArtifact(content, state, constants, b""))
+
+
+def _unreadable(spec: EngineSpec, path: Path, error: Exception) -> BundleError:
+    return BundleError(f"PyTorch {torch.__version__} cannot read engine {spec.name!r} from {path}: {error}")
+
+
 def _eager(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
     try:
-        content = path.read_bytes()
-        state, constants = _sorted(json.loads(content), tensors)
-        program = deserialize(SerializedArtifact(content, state, constants, b""))
+        program = _read(path, tensors)
         if device.type != "cpu":
             from torch.export.passes import move_to_device_pass
 
             program = move_to_device_pass(program, device)
         return program.module(check_guards=False)
     except Exception as error:  # torch's deserializer raises many unrelated types
-        raise BundleError(
-            f"PyTorch {torch.__version__} cannot read engine {spec.name!r} from {path}: {error}"
-        ) from error
+        raise _unreadable(spec, path, error) from error
 
 
 def _sorted(graph: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
