@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import Tensor
+
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.program import Program
@@ -20,7 +22,7 @@ from flashu_compile.runtime.manifest import EngineSpec
 if TYPE_CHECKING:
     from flashu_compile.exporters.bundle import EngineBuild
 
-__all__ = ["DEFAULT", "Backend", "Emitted", "Written", "check_precision", "find_backend"]
+__all__ = ["DEFAULT", "Backend", "Emitted", "Packed", "Written", "check_precision", "find_backend"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,18 @@ class Emitted:
     model: Any
     statistics: Mapping[str, Any]
     records: tuple[PassRecord, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """An engine before it is written, as data to keep: bytes, and the tensors these refer to by name.
+
+    `facts` are JSON values.
+    """
+
+    content: bytes
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,14 @@ class Backend(Protocol):
 
     def emit(self, program: Program, precision: str) -> Emitted:
         """Raises `EmissionError`, naming the module, if the program has no form in this backend."""
+        ...
+
+    def pack(self, model: Any) -> Packed | None:
+        """A `model` that `emit` made, as data that other builds may use; None if they had better make their own."""
+        ...
+
+    def unpack(self, packed: Packed) -> Any:
+        """The model that was packed. Its engine has the same bytes when it is written."""
         ...
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
