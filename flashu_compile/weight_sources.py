@@ -56,7 +56,10 @@ class WeightSources:
             )
         shape, stride = tuple(reference["shape"]), tuple(reference["stride"])
         first = whole.storage_offset() + reference["start"]
-        part = whole.as_strided(shape, stride, first)
+        try:
+            part = whole.as_strided(shape, stride, first)
+        except RuntimeError as error:  # beyond the end of the memory
+            raise ValueError(f"{reference} is not a part of {tuple(whole.shape)}") from error
         if not _holds(whole, part):
             raise ValueError(f"{reference} is not a part of {tuple(whole.shape)}")
         return part
