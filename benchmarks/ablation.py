@@ -89,7 +89,9 @@ class Bundles:
     def bundle(self, row: Row) -> Path:
         path = self._directory / self._name(row)
         if not path.exists():
-            export(self.captured(row.task), row.task, output=path, recipe=row.recipe, cost_samples=0)
+            export(
+                self.captured(row.task), row.task, output=path, recipe=row.recipe, cost_samples=0, cache=False
+            )
         return path
 
     @staticmethod

@@ -30,7 +30,8 @@ QUESTION = "what is left of the blue square?"
 
 def measure(model: str, repeats: int, threads: int, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    build, bundle = seconds(lambda: flashu_compile.export(model, ["t2i", "mmu"], output=folder / "bundle"))
+    output = folder / "bundle"
+    build, bundle = seconds(lambda: flashu_compile.export(model, ["t2i", "mmu"], output=output, cache=False))
     eager = EagerPipeline(load_model(model))
     pipe = flashu_compile.load(bundle.path, threads=threads)
     first, _ = seconds(lambda: pipe.generate(PROMPT, steps=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import json
 import os
 import tempfile
@@ -123,7 +124,7 @@ def write_bundle(
             _readable(directory)
             # Again, since somebody may have filled it meanwhile.
             ensure_writable(output, overwrite=overwrite)
-            _put_in_place(directory, output)
+            _put_in_place(directory, output, overwrite=overwrite)
     except OSError as error:
         raise BundleError(f"The bundle could not be written to {output}: {error}.") from error
     return manifest
@@ -210,14 +211,23 @@ def _readable(directory: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def _put_in_place(directory: Path, output: Path) -> None:
-    """Rename `directory` to `output`. An old bundle there ends up at `directory`, for the caller to delete."""
-    if not output.exists():
-        os.rename(directory, output)
-    elif not any(output.iterdir()):
-        output.rmdir()
-        os.rename(directory, output)
-    elif not _exchange(directory, output):
+def _put_in_place(directory: Path, output: Path, *, overwrite: bool) -> None:
+    """Rename `directory` to `output`. An old bundle there ends up at `directory`, for the caller to delete.
+
+    Raises `OutputExistsError` if another build has put one there since it was looked for, unless it may be replaced.
+    """
+    try:
+        if output.exists() and not any(output.iterdir()):
+            output.rmdir()
+        if not output.exists():
+            os.rename(directory, output)
+            return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if not overwrite:
+        raise OutputExistsError(f"Another build has filled {output} meanwhile; choose another output.")
+    if not _exchange(directory, output):
         old = directory.with_name("old")
         os.rename(output, old)
         try:

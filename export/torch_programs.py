@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from flashu_compile.exporters.backends import Written
+from flashu_compile.exporters.backends import Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
@@ -29,9 +29,36 @@ TENSORS = "weights.safetensors"
 class TorchModel:
     """An engine of these backends: what is written to its file, and the tensors that this refers to by name."""
 
-    program: Program
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     content: bytes
     tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, program: Program, content: bytes, tensors: Mapping[str, Tensor]) -> TorchModel:
+        """With the signature of `program`."""
+        graph, signature = program.exported.graph, program.exported.graph_signature
+        nodes, sizes = {node.name: node for node in graph.nodes}, Sizes(program)
+
+        def specs(roles: tuple[str, ...], names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+            values = [nodes[name].meta["val"] for name in names]
+            return tuple(_tensor(str(role), value, sizes) for role, value in zip(roles, values, strict=True))
+
+        inputs = specs(program.input_roles, signature.user_inputs)
+        return cls(inputs, specs(program.outputs, signature.user_outputs), content, tensors)
+
+    def pack(self) -> Packed:
+        specs = {"inputs": self.inputs, "outputs": self.outputs}
+        facts = {name: [dataclasses.asdict(spec) for spec in found] for name, found in specs.items()}
+        return Packed(self.content, self.tensors, facts)
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> TorchModel:
+        inputs, outputs = (
+            tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in packed.facts[name])
+            for name in ("inputs", "outputs")
+        )
+        return cls(inputs, outputs, packed.content, packed.tensors)
 
 
 def plain_copy(program: Program) -> ExportedProgram:
@@ -83,20 +110,12 @@ def write_engines(engines: list[EngineBuild], directory: Path, suffix: str) -> W
 def _write(engine: EngineBuild, directory: Path, suffix: str) -> EngineSpec:
     file = f"{engine.name}{suffix}"
     (directory / file).write_bytes(engine.model.content)
-    program: Program = engine.model.program
-    graph, signature = program.exported.graph, program.exported.graph_signature
-    nodes, sizes = {node.name: node for node in graph.nodes}, Sizes(program)
-
-    def specs(roles: tuple[str, ...], names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
-        values = [nodes[name].meta["val"] for name in names]
-        return tuple(_tensor(str(role), value, sizes) for role, value in zip(roles, values, strict=True))
-
     return EngineSpec(
         name=engine.name,
         task=engine.task,
         file=file,
-        inputs=specs(program.input_roles, signature.user_inputs),
-        outputs=specs(program.outputs, signature.user_outputs),
+        inputs=engine.model.inputs,
+        outputs=engine.model.outputs,
         reference=write_reference(engine, directory),
         prologue=engine.prologue,
     )

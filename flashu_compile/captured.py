@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,48 @@ from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.manager import PassRecord
+from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program import Program
 from flashu_compile.recipe import TASKS
 
 Progress = Callable[[str, float], None]
 
 
+class Steps:
+    """Tells of progress, and remembers how far it is, for stages that come when they must and not in order."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.fraction = 0.0
+        self._progress = progress or (lambda stage, fraction: None)
+
+    def __call__(self, stage: str, fraction: float | None = None) -> None:
+        """`fraction` done in [0, 1]; as before if not given."""
+        self.fraction = self.fraction if fraction is None else fraction
+        self._progress(stage, self.fraction)
+
+
 @dataclasses.dataclass(frozen=True)
 class CapturedProgram:
-    """A captured program, and the outputs of the untraced module on its sample."""
+    """A program of a model, traced when it is first looked at: a build that finds all its engines never does.
 
-    program: Program
-    truth: Mapping[str, Tensor]
+    `tell` hears that it is being traced.
+    """
+
+    spec: Capture
+    tell: Callable[[str], None] = dataclasses.field(default=lambda stage: None, repr=False)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """Raises `CaptureError` if torch.export cannot trace the model."""
+        self.tell(f"{self.spec.task}: capturing {self.spec.name}")
+        return capture(self.spec)
+
+    @functools.cached_property
+    def truth(self) -> Mapping[str, Tensor]:
+        """The outputs of the untraced module on the sample: what exact engines are held against."""
+        with torch.inference_mode(), one_thread():
+            results = self.spec.module(*(self.spec.sample[i.role] for i in self.spec.inputs))
+        return dict(zip(self.spec.outputs, results, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +72,7 @@ class BuiltEngines:
 
 
 class CapturedModel:
-    """A model with its captured programs. `export` and `calibrate` take it in place of a model.
+    """A model with its programs. `export` and `calibrate` take it in place of a model.
 
     Engines that were built for one recipe are kept, in memory, and serve the next recipe that asks for the same; so are
     weights whose neurons were put into another order.
@@ -50,17 +81,17 @@ class CapturedModel:
     def __init__(self, loaded: LoadedModel, programs: Mapping[str, CapturedProgram]) -> None:
         self.loaded, self.programs = loaded, programs
         self.built: dict[str, BuiltEngines] = {}
-        self.ordered_weights: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self.ordered_weights: OrderedWeights = {}
 
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
         """The programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""
-        missing = [t for t in tasks if all(c.program.task != t for c in self.programs.values())]
+        missing = [t for t in tasks if all(c.spec.task != t for c in self.programs.values())]
         if missing:
             raise ConfigurationError(
                 f"Model {self.loaded.name!r} was not captured for {', '.join(missing)}; name every task that is to be "
                 "built when it is captured."
             )
-        return {name: c for name, c in self.programs.items() if c.program.task in tasks}
+        return {name: c for name, c in self.programs.items() if c.spec.task in tasks}
 
 
 def capture_model(
@@ -82,17 +113,32 @@ def capture_model(
     Raises:
         FlashuError: a subclass that says what is wrong and what to do.
     """
-    tasks, tell = named_tasks(task), progress or (lambda stage, fraction: None)
+    tell = Steps(progress)
+    source = open_model(
+        model, named_tasks(task), vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell
+    )
+    for index, captured in enumerate(source.programs.values()):
+        tell.fraction = index / len(source.programs)
+        _ = captured.program, captured.truth
+    return source
+
+
+def open_model(
+    model: nn.Module | str | Path,
+    tasks: Sequence[str],
+    *,
+    vae: object,
+    tokenizer: object,
+    llm_config: Mapping[str, Any] | str | Path | None,
+    tell: Steps,
+) -> CapturedModel:
+    """As `capture_model`, but each program is traced when it is first looked at."""
     tell("loading the model", 0.0)
     loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
     if loaded.vae is None:
         raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
     specs = [spec for name in tasks for spec in captures(name, loaded.network, loaded.vae)]
-    programs = {}
-    for index, spec in enumerate(specs):
-        tell(f"{spec.task}: capturing {spec.name}", index / len(specs))
-        programs[spec.name] = CapturedProgram(capture(spec), _eager_outputs(spec))
-    return CapturedModel(loaded, programs)
+    return CapturedModel(loaded, {spec.name: CapturedProgram(spec, tell) for spec in specs})
 
 
 def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
@@ -103,13 +149,6 @@ def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
         what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
         raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
     return tuple(name for name in TASKS if name in asked)
-
-
-def _eager_outputs(spec: Capture) -> dict[str, Tensor]:
-    """The outputs of the untraced module on the sample: the truth that exact engines are held against."""
-    with torch.inference_mode(), one_thread():
-        results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
-    return dict(zip(spec.outputs, results, strict=True))
 
 
 @contextmanager

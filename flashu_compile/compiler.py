@@ -8,38 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from flashu_compile.building import Built, Maker, build_engines
+from flashu_compile.cache import open_cache
 from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
-from flashu_compile.captured import (
-    BuiltEngines,
-    CapturedModel,
-    CapturedProgram,
-    Progress,
-    capture_model,
-    named_tasks,
-    one_thread,
-)
+from flashu_compile.captured import CapturedModel, Progress, Steps, named_tasks, open_model
 from flashu_compile.cost import is_lossy
 from flashu_compile.errors import ConfigurationError, RecipeError
-from flashu_compile.exporters.backends import Backend, Emitted, check_precision, find_backend
-from flashu_compile.exporters.bundle import EngineBuild, ensure_writable, write_bundle
+from flashu_compile.exporters.backends import check_precision, find_backend
+from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
-from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
 from flashu_compile.inspection import Inspection
+from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
-from flashu_compile.program import Program, prologue_of
 from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
-from flashu_compile.sensitivity import SAMPLES, generation_errors, understanding_errors
-from flashu_compile.sensitivity import report as int8_report
-from flashu_compile.specialise import Job, jobs, neuron_order
+from flashu_compile.sensitivity import measured_precision
 
 COST_SAMPLES = 3
 
@@ -63,15 +53,6 @@ class Bundle:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Maker:
-    """What engines are made by; they are tried in temporary directories in `scratch_parent`."""
-
-    backend: Backend
-    precision: Precision
-    scratch_parent: Path
-
-
 def export(
     model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
@@ -88,6 +69,7 @@ def export(
     tokenizer: object = None,
     llm_config: Mapping[str, Any] | str | Path | None = None,
     overwrite: bool = False,
+    cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """Compile `model` for a task or several, into a bundle directory that `flashu_compile.load` runs.
@@ -115,6 +97,8 @@ def export(
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
         overwrite: replace an existing bundle at `output`.
+        cache: the directory where finished engines are kept for later builds, which make only those whose inputs have
+            changed. True is the user's own: $FLASHU_CACHE ("off" for none), or where the system has such; False none.
         progress: called with (what is being done, fraction done in [0, 1]).
 
     Raises:
@@ -127,7 +111,7 @@ def export(
     if cost_samples < 0:
         raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
     given = _given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
-    tell = progress or (lambda stage, fraction: None)
+    tell, kept = Steps(progress), open_cache(cache)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
     source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
@@ -137,17 +121,18 @@ def export(
 
     decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    programs = {name: captured.program for name, captured in source.of(tasks).items()}
-    exact_samples = given or _own_samples(loaded)
-    precise, int8 = _measured(wanted, source, tasks, decided, exact_samples, samples, seed, tell)
-    maker = _Maker(find_backend(backend), precise, directory.absolute().parent)
-    built = _build(source, tasks, decided, maker, tell)
+    measured = given or _own_samples(loaded)
+    precise, losses = measured_precision(
+        wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
+    )
+    maker = Maker(find_backend(backend), precise, directory.absolute().parent)
+    built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     inspection = Inspection(
         loaded=loaded,
-        programs=programs,
+        programs=source.of(tasks),
         recipe=decided,
         tasks=tasks,
-        samples=exact_samples,
+        samples=measured,
         calibrated_on=samples,
         measured_on=cost_samples,
         seed=seed,
@@ -155,28 +140,42 @@ def export(
         exact_precision=precise.is_exact,
     )
     tell("writing the bundle", 0.88)
-    manifest = write_bundle(
+    facts = bundle_facts(loaded, tasks, backend, str(precise), decided.name)
+    told = {"calibration": figures, **losses}
+    manifest = _write(directory, built, inspection, facts, told, overwrite=overwrite)
+    tell("done", 1.0)
+    return Bundle(directory, manifest)
+
+
+def _write(
+    directory: Path,
+    built: Built,
+    inspection: Inspection,
+    facts: BundleFacts,
+    told: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> Manifest:
+    loaded, recipe, engines = inspection.loaded, inspection.recipe, built.engines
+    return write_bundle(
         directory,
-        engines=built.engines,
-        facts=bundle_facts(loaded, tasks, backend, str(precise), decided.name),
+        engines=engines.engines,
+        facts=facts,
         tokenizer=loaded.tokenizer,
-        recipe=decided,
-        plan=compile_plan(decided.t2i, decided.decided("t2i")) if "t2i" in tasks else None,
+        recipe=recipe,
+        plan=compile_plan(recipe.t2i, recipe.decided("t2i")) if "t2i" in inspection.tasks else None,
         report={
-            "engines": built.statistics,
-            "captured": {name: program_statistics(program) for name, program in programs.items()},
+            "engines": engines.statistics,
+            "captured": built.captured,
             "published_points": loaded.network.config.steps,
-            "passes": [dataclasses.asdict(r) for r in built.records],
-            "calibration": figures,
-            **int8,
+            "passes": [dataclasses.asdict(record) for record in engines.records],
+            **told,
         },
         measure=inspection.measure,
         page=inspection.page,
         checkpoint_bytes=checkpoint_bytes(loaded),
         overwrite=overwrite,
     )
-    tell("done", 1.0)
-    return Bundle(directory, manifest)
 
 
 def calibrate(
@@ -212,7 +211,7 @@ def calibrate(
     tasks = named_tasks(task)
     chosen = find_recipe(recipe)
     given = _given_samples(chosen, tasks, calibration)
-    tell = progress or (lambda stage, fraction: None)
+    tell = Steps(progress)
     source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
     return _decide(chosen, source, tasks, given, samples, seed, tell)[0]
 
@@ -223,11 +222,10 @@ def _captured(
     vae: object,
     tokenizer: object,
     llm_config: Any,
-    tell: Progress,
+    tell: Steps,
 ) -> CapturedModel:
     if not isinstance(model, CapturedModel):
-        part = lambda stage, fraction: tell(stage, 0.2 * fraction)  # noqa: E731
-        return capture_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, progress=part)
+        return open_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell)
     if any(given is not None for given in (vae, tokenizer, llm_config)):
         raise ConfigurationError(
             "A captured model has its VAE, tokenizer and configuration; leave these out."
@@ -265,7 +263,7 @@ def _decide(
     given: CalibrationSamples | None,
     count: int,
     seed: int,
-    tell: Progress,
+    tell: Steps,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the model's own sampler settings and every decision taken, and the figures they rest on."""
     loaded, captured = source.loaded, source.of(tasks)
@@ -285,7 +283,7 @@ def _decide(
     codec = PromptCodec(loaded.tokenizer)
     decisions, figures = dict(recipe.decisions), {}
     for index, task in enumerate(undecided):
-        start, share = 0.2 + 0.2 * index / len(undecided), 0.2 / len(undecided)
+        start, share = 0.4 * index / len(undecided), 0.4 / len(undecided)
 
         def report(
             done: int, total: int, task: str = task, start: float = start, share: float = share
@@ -304,109 +302,3 @@ def _decide(
         decisions[task] = decisions.get(task, Decisions()).completed(made.decisions)
         figures[task] = made.figures
     return dataclasses.replace(recipe, decisions=decisions), figures
-
-
-def _measured(
-    precision: Precision,
-    source: CapturedModel,
-    tasks: tuple[str, ...],
-    recipe: Recipe,
-    samples: CalibrationSamples | None,
-    count: int,
-    seed: int,
-    tell: Progress,
-) -> tuple[Precision, dict[str, Any]]:
-    """The precision with the layers that stay in float32 where it has int8, and what the report says of them."""
-    if not precision.has_int8:
-        return precision, {}
-    loaded, captured = source.loaded, source.of(tasks)
-    codec, errors = PromptCodec(loaded.tokenizer), {}
-    chosen = None if samples is None else samples.chosen(count, seed)
-    prompts = chosen.prompts[:SAMPLES] if chosen else ()
-    questions = chosen.questions[:SAMPLES] if chosen else ()
-    tell("measuring what layers lose in int8", 0.4)
-    if "t2i" in tasks:
-        program, facts = captured["denoise"].program, generation_facts(loaded)
-        errors["t2i"] = generation_errors(program, codec, facts, recipe, prompts)
-    if "mmu" in tasks:
-        understand = captured["understand"].program
-        errors["mmu"] = understanding_errors(understand, codec, understanding_facts(loaded), questions)
-    sensitive = {
-        task: frozenset(layer.weight for layer in layers if layer.sensitive)
-        for task, layers in errors.items()
-    }
-    on = {"t2i": len(prompts), "mmu": len(questions)}
-    told = int8_report(errors, precision.parts, {task: on[task] for task in errors})
-    return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}
-
-
-def _build(
-    source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, maker: _Maker, tell: Progress
-) -> BuiltEngines:
-    """Specialise every captured program of the tasks and emit what comes out."""
-    order = neuron_order(recipe, tasks, source.ordered_weights)
-    kind = f"{type(maker.backend).__module__} {maker.precision.fingerprint()}"
-    parts: list[BuiltEngines] = []
-    captured = source.of(tasks)
-    for index, program in enumerate(captured.values()):
-        share = 0.5 / len(captured)
-        start, ordering = 0.4 + share * index, order.job(program.program)
-        (ordered,), records = ordering.run(program.program)
-        parts.append(BuiltEngines((), {}, records))
-        maker.precision.weights.know(t for t in ordered.stored().values() if t.ndim == 2)
-        todo = jobs(ordered, order.recipe)
-        for number, job in enumerate(todo):
-            tell(f"{ordered.task}: building {job.name}", start + share * number / len(todo))
-            key = f"{kind} {ordering.fingerprint()} {job.fingerprint()}"
-            if key not in source.built:
-                ready = dataclasses.replace(program, program=ordered)
-                source.built[key] = _engines(ready, job, maker)
-            parts.append(source.built[key])
-    return BuiltEngines(
-        engines=tuple(engine for part in parts for engine in part.engines),
-        statistics={name: made for part in parts for name, made in part.statistics.items()},
-        records=tuple(record for part in parts for record in part.records),
-    )
-
-
-def _engines(captured: CapturedProgram, job: Job, maker: _Maker) -> BuiltEngines:
-    programs, passes = job.run(captured.program)
-    changed = {record.program for record in passes if record.kind == "lossy" and record.changes}
-    builds, statistics, records = [], {}, list(passes)
-    for part in programs:
-        lossy = part.name in changed or job.name in changed
-        emitted = maker.backend.emit(part, maker.precision)
-        records.extend(emitted.records)
-        held_against = emitted.program or part
-        exact = {} if lossy or emitted.program else captured.truth
-        build = _engine(part, emitted, _truth(held_against, exact), programs)
-        builds.append(build)
-        errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
-        origin = {"errors": errors, "captured": captured.program.name}
-        statistics[part.name] = {**emitted.statistics, **origin}
-    return BuiltEngines(tuple(builds), statistics, tuple(records))
-
-
-def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What an engine must give: the eager model's outputs, and the graph's in PyTorch where that has none of the name.
-
-    So it is with all outputs after lossy passes, and with values that one engine hands to another.
-    """
-    if set(program.outputs) <= set(eager):
-        return eager
-    with torch.inference_mode(), one_thread():
-        return {**program.run(program.sample), **eager}
-
-
-def _engine(
-    program: Program, emitted: Emitted, truth: Mapping[str, Tensor], others: tuple[Program, ...]
-) -> EngineBuild:
-    prologue = prologue_of(program.name)
-    return EngineBuild(
-        name=program.name,
-        task=program.task,
-        model=emitted.model,
-        reference_inputs={str(role): program.sample[role] for role in program.input_roles},
-        reference_outputs={str(role): truth[role] for role in program.outputs},
-        prologue=prologue if any(other.name == prologue for other in others) else None,
-    )

@@ -65,5 +65,9 @@ class BackendUnavailableError(FlashuError):
     """A backend or execution provider cannot be used on this machine; the message says what is missing."""
 
 
+class CacheError(FlashuError):
+    """A directory cannot serve as the cache of finished engines."""
+
+
 class InputError(FlashuError):
     """A prompt, picture, tensor or sampling parameter given at run time is unusable."""

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flashu_compile.captured import CapturedProgram
 from flashu_compile.cost import Comparison, Cost, answer_cost, is_lossy, picture_cost
 from flashu_compile.facts import generation_facts, understanding_facts
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
-from flashu_compile.program import Program
 from flashu_compile.recipe import Recipe
 from flashu_compile.report.page import render
 from flashu_compile.runtime.manifest import Manifest
@@ -25,7 +25,7 @@ class Inspection:
     chosen `calibrated_on` with `seed`; `measured_on` is how many the cost is measured on."""
 
     loaded: LoadedModel
-    programs: Mapping[str, Program]
+    programs: Mapping[str, CapturedProgram]
     recipe: Recipe
     tasks: tuple[str, ...]
     samples: CalibrationSamples | None
@@ -61,12 +61,12 @@ class Inspection:
         codec = PromptCodec(self.loaded.tokenizer)
         if task == "mmu":
             return answer_cost(
-                self.programs["understand"], engines, codec, understanding_facts(self.loaded), self.recipe,
+                self.programs["understand"].program, engines, codec, understanding_facts(self.loaded), self.recipe,
                 samples, tell=lambda stage: self.tell(f"mmu: {stage}"),
             )  # fmt: skip
         return picture_cost(
-            self.programs["denoise"], self.programs["vae_decode"], engines, codec, generation_facts(self.loaded),
-            self.recipe, self.loaded.network.config.steps, samples, seed=self.seed,
+            self.programs["denoise"].program, self.programs["vae_decode"].program, engines, codec,
+            generation_facts(self.loaded), self.recipe, self.loaded.network.config.steps, samples, seed=self.seed,
             tell=lambda stage: self.tell(f"t2i: {stage}"),
         )  # fmt: skip
 

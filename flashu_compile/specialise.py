@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from flashu_compile.capture import Capture
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassManager, PassRecord
-from flashu_compile.passes.order_neurons import OrderNeurons, kept_ranges
+from flashu_compile.passes.order_neurons import OrderedWeights, OrderNeurons, kept_ranges
 from flashu_compile.plan import REUSE, compile_plan, engines_needed, variants
 from flashu_compile.program import Program
 from flashu_compile.recipe import TASKS, Decisions, KeptNeurons, Recipe
@@ -65,14 +65,12 @@ class NeuronOrder:
     recipe: Recipe
     passes: tuple[OrderNeurons, ...]
 
-    def job(self, program: Program) -> Job:
-        """What orders the neurons of a captured program."""
-        return Job(program.name, tuple(step for step in self.passes if step.stack in program.stacks))
+    def job(self, spec: Capture) -> Job:
+        """What orders the neurons of the program that is captured by `spec`."""
+        return Job(spec.name, tuple(step for step in self.passes if step.stack in spec.stacks))
 
 
-def neuron_order(
-    recipe: Recipe, tasks: Sequence[str], shared: dict[Hashable, tuple[Tensor, Tensor]] | None = None
-) -> NeuronOrder:
+def neuron_order(recipe: Recipe, tasks: Sequence[str], shared: OrderedWeights | None = None) -> NeuronOrder:
     """The order in which what each of `tasks` keeps is one range of the whole weights.
 
     `shared` holds ordered weights of programs of the same model, and gets those that are made.
@@ -104,13 +102,13 @@ def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) ->
     return {stack: {block: place(passes[stack], block) for block in blocks} for stack, blocks in kept.items()}
 
 
-def jobs(program: Program, recipe: Recipe) -> tuple[Job, ...]:
-    """What `recipe` makes of a captured program. Raises `RecipeError` if the recipe lacks a decision."""
-    if program.name == "denoise":
+def jobs(name: str, recipe: Recipe) -> tuple[Job, ...]:
+    """What `recipe` makes of the captured program `name`. Raises `RecipeError` if the recipe lacks a decision."""
+    if name == "denoise":
         return _denoise(recipe)
-    if program.name == "understand":
+    if name == "understand":
         return (_understand(recipe),)
-    return (Job(program.name, pipelines.CLEAN),)
+    return (Job(name, pipelines.CLEAN),)
 
 
 def _denoise(recipe: Recipe) -> tuple[Job, ...]:

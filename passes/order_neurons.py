@@ -34,6 +34,19 @@ Kept = Mapping[int, Neurons]
 
 
 @dataclasses.dataclass(frozen=True)
+class OrderedWeight:
+    """`weight`, and its rows (or columns) in another `order`."""
+
+    weight: Tensor
+    order: Tensor
+    by_columns: bool
+    ordered: Tensor
+
+
+OrderedWeights = dict[Hashable, OrderedWeight]
+
+
+@dataclasses.dataclass(frozen=True)
 class OrderNeurons(Pass):
     """`first`, `second`: for each block index, the neurons that a task keeps, sorted; a block not named stays whole.
 
@@ -46,9 +59,7 @@ class OrderNeurons(Pass):
     stack: str
     first: Kept
     second: Kept
-    shared: dict[Hashable, tuple[Tensor, Tensor]] = dataclasses.field(
-        default_factory=dict, compare=False, repr=False
-    )
+    shared: OrderedWeights = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def call(self, program: Program) -> PassResult:
         blocks = self.first.keys() | self.second.keys()
@@ -93,24 +104,28 @@ class OrderNeurons(Pass):
     ) -> str:
         """Put the weights of one group in order, and say so."""
         down = copies[group.down.name]
-        own = editor.narrow(down, 1, self._ordered(stored_weight(editor, down, 1), order, by_columns=True))
+        whole = stored_weight(editor, down, 1)
+        own = editor.narrow(down, 1, ordered_weight(whole, order, by_columns=True, shared=self.shared))
         for up in (copies[node.name] for node in group.ups):
             for position in stored_positions(up):
                 weight = stored_weight(editor, up, position)
                 rows = neuron_rows(order, weight, group.width)
-                own |= editor.narrow(up, position, self._ordered(weight, rows, by_columns=False))
+                ordered = ordered_weight(weight, rows, by_columns=False, shared=self.shared)
+                own |= editor.narrow(up, position, ordered)
         also = "; other readers keep the weights in their old order, so they are there twice" if own else ""
         return f"block {group.block} of stack {self.stack}: ordered {group.width} neurons{also}"
 
-    def _ordered(self, weight: Tensor, order: Tensor, *, by_columns: bool) -> Tensor:
-        memory = (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
-        key = (memory, by_columns, order.numpy().tobytes())
-        if key not in self.shared:
-            # The old weight is kept with it: while it lives, nothing else can have its address.
-            turned = weight.t() if by_columns else weight
-            ordered = turned.index_select(0, order)
-            self.shared[key] = (weight, ordered.t() if by_columns else ordered)
-        return self.shared[key][1]
+
+def ordered_weight(weight: Tensor, order: Tensor, *, by_columns: bool, shared: OrderedWeights) -> Tensor:
+    """The rows or columns of `weight` in `order`, from `shared` or made and put there."""
+    memory = (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
+    key = (memory, by_columns, order.numpy().tobytes())
+    if key not in shared:
+        # The old weight is kept with it: while it lives, nothing else can have its address.
+        turned = weight.t() if by_columns else weight
+        ordered = turned.index_select(0, order)
+        shared[key] = OrderedWeight(weight, order, by_columns, ordered.t() if by_columns else ordered)
+    return shared[key].ordered
 
 
 def kept_ranges(first: Neurons | None, second: Neurons | None) -> tuple[range | None, range | None]:

@@ -9,6 +9,9 @@ if _worker is not None and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
 
+# Tests build what they look at; those of the cache name a directory. Nothing is written to the user's own.
+os.environ["FLASHU_CACHE"] = "off"
+
 # ruff: noqa: E402
 import pytest
 import torch

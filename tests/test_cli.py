@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import flashu_compile
 from flashu_compile import cli
+from flashu_compile.cache import EngineCache
 from flashu_compile.errors import CheckpointError
 from flashu_compile.presets import preset
 from flashu_compile.runtime import doctor
@@ -34,6 +35,7 @@ COMMANDS = (
     "verify",
     "doctor",
     "diff",
+    "cache",
 )
 
 
@@ -345,6 +347,7 @@ class TestBuild:
                 "vae": "v",
                 "tokenizer": None,
                 "overwrite": True,
+                "cache": True,
             }
         ]
 
@@ -367,6 +370,13 @@ class TestBuild:
             name: defaults[name].default for name in given.keys() - {"model", "task"}
         }
 
+    def test_cache(self, exports: list[dict[str, Any]]) -> None:
+        build = ("build", "m", "--task", "t2i")
+        assert run(*build, "--cache", "kept").exit_code == 0
+        assert run(*build, "--no-cache").exit_code == 0
+        assert run(*build, "--cache", "kept", "--no-cache").exit_code == 2
+        assert [call["cache"] for call in exports] == [Path("kept"), False]
+
     def test_settings(self, exports: list[dict[str, Any]]) -> None:
         build = ("build", "m", "--task", "mmu", "--recipe", "conservative")
         assert run(*build, "--set", "t2i.head_cache=1", "--set", "mmu.token_pruning=0.5").exit_code == 0
@@ -382,3 +392,18 @@ class TestBuild:
 
     def test_failure_is_one_line(self, exports: list[dict[str, Any]]) -> None:
         assert failed(run("build", "absent", "--task", "t2i")) == "error: No checkpoint at absent."
+
+
+class TestCache:
+    def test_show_and_clear(self, tmp_path: Path) -> None:
+        EngineCache(tmp_path).write("a", b"x" * 968)
+        assert "1.00 kB" in run("cache", "show", "--cache", tmp_path).stdout
+        facts = json.loads(run("cache", "show", "--cache", tmp_path, "--json").stdout)
+        assert (facts["entries"], facts["bytes"]) == (1, 1000)
+        assert "1.00 kB removed" in run("cache", "clear", "--cache", tmp_path).stdout
+        assert json.loads(run("cache", "show", "--cache", tmp_path, "--json").stdout)["entries"] == 0
+
+    def test_the_users_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert "off" in failed(run("cache", "show"))
+        monkeypatch.setenv("FLASHU_CACHE", str(tmp_path / "absent"))
+        assert json.loads(run("cache", "show", "--json").stdout)["entries"] == 0

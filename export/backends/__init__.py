@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import Tensor
+
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.passes.manager import PassRecord
@@ -21,7 +23,7 @@ from flashu_compile.runtime.manifest import EngineSpec
 if TYPE_CHECKING:
     from flashu_compile.exporters.bundle import EngineBuild
 
-__all__ = ["DEFAULT", "Backend", "Emitted", "Written", "check_precision", "find_backend"]
+__all__ = ["DEFAULT", "Backend", "Emitted", "Packed", "Written", "check_precision", "find_backend"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,18 @@ class Emitted:
     statistics: Mapping[str, Any]
     records: tuple[PassRecord, ...] = ()
     program: Program | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """An engine before it is written, as data to keep: bytes, and the tensors these refer to by name.
+
+    `facts` are JSON values.
+    """
+
+    content: bytes
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +77,14 @@ class Backend(Protocol):
 
     def emit(self, program: Program, precision: Precision) -> Emitted:
         """Raises `EmissionError`, naming the module, if the program has no form in this backend."""
+        ...
+
+    def pack(self, model: Any) -> Packed | None:
+        """A `model` that `emit` made, as data that other builds may use; None if they had better make their own."""
+        ...
+
+    def unpack(self, packed: Packed) -> Any:
+        """The model that was packed. Its engine has the same bytes when it is written."""
         ...
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:

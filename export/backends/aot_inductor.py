@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from flashu_compile.errors import BackendUnavailableError, EmissionError
-from flashu_compile.exporters.backends import Emitted, Written
+from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision
@@ -63,7 +63,13 @@ class AOTInductor:
                 ) from error
             content = path.read_bytes()
         tensors = {**exported.state_dict, **exported.constants}
-        return Emitted(TorchModel(program, content, tensors), traced_statistics(program), records)
+        return Emitted(TorchModel.of(program, content, tensors), traced_statistics(program), records)
+
+    def pack(self, model: TorchModel) -> None:
+        """Machine code depends on the C++ compiler too, and on all that this chooses by the machine."""
+
+    def unpack(self, packed: Packed) -> TorchModel:
+        return TorchModel.unpack(packed)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         return write_engines(list(engines), directory, ".pt2")

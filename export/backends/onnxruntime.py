@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from flashu_compile.engines import described
 from flashu_compile.errors import EmissionError
-from flashu_compile.exporters.backends import Emitted, Written
+from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
 from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.exporters.packed_onnx import pack_model, unpack_model
 from flashu_compile.exporters.parity import engine_errors
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import graph_statistics
@@ -34,6 +35,15 @@ class OnnxRuntime:
         model.graph.doc_string = f"{described(program.name)} {model.graph.doc_string}"
         held_against = lowered if precision.has_int8 else None
         return Emitted(model, graph_statistics(program, model), records, held_against)
+
+    def pack(self, model: ir.Model) -> Packed | None:
+        """int8 weights belong to no model; engines share their bytes only if one build has made them."""
+        initializers = model.graph.initializers.values()
+        shared = any(value.dtype == ir.DataType.INT8 for value in initializers)
+        return None if shared else pack_model(model)
+
+    def unpack(self, packed: Packed) -> ir.Model:
+        return unpack_model(packed)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         with weight_store([engine.model for engine in engines], directory / WEIGHTS) as store:

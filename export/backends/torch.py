@@ -12,7 +12,7 @@ from pathlib import Path
 from torch._export.serde.serialize import serialize
 
 from flashu_compile.errors import EmissionError
-from flashu_compile.exporters.backends import Emitted, Written
+from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision
@@ -47,8 +47,14 @@ class Torch:
                 f"Program {program.name!r} cannot be written by torch.export: {error}"
             ) from error
         tensors = {**exported.state_dict, **exported.constants}
-        model = TorchModel(program, artifact.exported_program, tensors)
+        model = TorchModel.of(program, artifact.exported_program, tensors)
         return Emitted(model, traced_statistics(program), records)
+
+    def pack(self, model: TorchModel) -> Packed:
+        return model.pack()
+
+    def unpack(self, packed: Packed) -> TorchModel:
+        return TorchModel.unpack(packed)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
         return write_engines(list(engines), directory, ".json")

@@ -41,6 +41,14 @@ Calibration = Annotated[
         show_default="the samples that come with the model",
     ),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where finished engines are kept, for later builds to make only what is new.",
+        show_default="$FLASHU_CACHE, or the user's cache directory",
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="At most so many samples are used for each task.")]
 Seed = Annotated[
     int,
@@ -104,6 +112,10 @@ def build(
     vae: Vae = None,
     tokenizer: Tokenizer = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at the output.")] = False,
+    cache: Cache = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Make every engine anew, and keep none.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a bundle of engines. The folder appears complete, or not at all.
@@ -112,6 +124,8 @@ def build(
     """
     import flashu_compile
 
+    if cache is not None and no_cache:
+        raise typer.BadParameter("--cache and --no-cache exclude each other.")
     chosen = _recipe(recipe, settings)
     quiet_torch()
     with display.progress_bar("Starting") as advance:
@@ -129,6 +143,7 @@ def build(
             vae=vae,
             tokenizer=tokenizer,
             overwrite=overwrite,
+            cache=not no_cache if cache is None else cache,
             progress=advance,
         )
     summary = {**bundle.summary(), "path": str(bundle.path), "recipe": chosen.name, **_measured(bundle.path)}

@@ -36,9 +36,9 @@ def specialised_programs(
     order = neuron_order(_recipe(files), files.manifest.tasks, model.ordered_weights)
     programs: dict[str, Program] = {}
     for captured in model.of(tasks).values():
-        (ordered,), _ = order.job(captured.program).run(captured.program)
-        for job in jobs(ordered, order.recipe):
-            tell(f"{ordered.task}: making the programs of {job.name}")
+        (ordered,), _ = order.job(captured.spec).run(captured.program)
+        for job in jobs(captured.spec.name, order.recipe):
+            tell(f"{captured.spec.task}: making the programs of {job.name}")
             programs |= {program.name: program for program in job.run(ordered)[0]}
     return programs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -211,6 +212,27 @@ def test_an_output_filled_meanwhile_is_not_replaced(
         write(output)
     assert names(output) == {"thesis.tex"}
     assert names(tmp_path) == {"bundle"}
+
+
+def test_of_two_builds_that_finish_at_once_one_is_told(tmp_path: Path) -> None:
+    """Both have looked, and found nothing there; then one puts its bundle in place."""
+    for name in ("first", "second"):
+        (tmp_path / name / name).mkdir(parents=True)
+    (tmp_path / "bundle").mkdir()
+    rename = os.rename
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            bundle.os, "rename", lambda *_: rename(tmp_path / "first", tmp_path / "bundle") or _full()
+        )
+        with pytest.raises(OutputExistsError, match="Another build"):
+            bundle._put_in_place(tmp_path / "second", tmp_path / "bundle", overwrite=False)
+    assert names(tmp_path / "bundle") == {"first"}
+    bundle._put_in_place(tmp_path / "second", tmp_path / "bundle", overwrite=True)
+    assert names(tmp_path / "bundle") == {"second"}
+
+
+def _full() -> None:
+    raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
 
 def test_files_are_readable_by_others(tmp_path: Path, write: Write) -> None:

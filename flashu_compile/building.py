@@ -1,0 +1,149 @@
+"""From captured programs and a recipe to engines: passes, emission, and what the engines are held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashu_compile.captured import BuiltEngines, CapturedModel, CapturedProgram, Steps, one_thread
+from flashu_compile.exporters.backends import Backend, Emitted
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.precision import Precision
+from flashu_compile.exporters.statistics import program_statistics
+from flashu_compile.kept_engines import EngineShelf
+from flashu_compile.program import Program, prologue_of
+from flashu_compile.recipe import Recipe
+from flashu_compile.specialise import Job, Specialised, jobs, neuron_order
+
+_CAPTURE_SHARE, _END = 0.4, 0.88
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What engines are made by; they are tried in temporary directories in `scratch_parent`."""
+
+    backend: Backend
+    precision: Precision
+    scratch_parent: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """All engines of a bundle; `captured` has the statistics of the captured programs by name."""
+
+    engines: BuiltEngines
+    captured: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A captured program whose neurons are put in order when it is first needed."""
+
+    captured: CapturedProgram
+    ordering: Job
+
+    @functools.cached_property
+    def ordered(self) -> Specialised:
+        return self.ordering.run(self.captured.program)
+
+    def described(self) -> BuiltEngines:
+        """No engine yet: the statistics of the captured program, and what ordering did."""
+        program, (_, records) = self.captured.program, self.ordered
+        return BuiltEngines((), {program.name: program_statistics(program)}, records)
+
+    def engines(self, job: Job, maker: Maker) -> BuiltEngines:
+        (program,), _ = self.ordered
+        maker.precision.weights.know(t for t in program.stored().values() if t.ndim == 2)
+        return _engines(program, self.captured.truth, job, maker)
+
+
+def build_engines(
+    source: CapturedModel,
+    tasks: tuple[str, ...],
+    recipe: Recipe,
+    maker: Maker,
+    shelf: EngineShelf,
+    tell: Steps,
+) -> Built:
+    """Specialise every captured program of the tasks and emit what comes out; what is on `shelf` is taken from it."""
+    order = neuron_order(recipe, tasks, source.ordered_weights)
+    kind = f"{type(maker.backend).__module__} {maker.precision.fingerprint()}"
+    parts: list[BuiltEngines] = []
+    described: dict[str, Any] = {}
+    captured, start = source.of(tasks), tell.fraction
+    share = (_END - start) / len(captured)
+    for index, program in enumerate(captured.values()):
+        before, task = start + share * index, program.spec.task
+        made = _Source(program, order.job(program.spec))
+        ordering = made.ordering.fingerprint()
+        about = shelf.fetch(program, f"captured {ordering}", made.described)
+        described |= about.statistics
+        parts.append(dataclasses.replace(about, statistics={}))
+        todo = jobs(program.spec.name, order.recipe)
+        for number, job in enumerate(todo):
+            done = before + share * (_CAPTURE_SHARE + (1 - _CAPTURE_SHARE) * number / len(todo))
+
+            def make(
+                job: Job = job, done: float = done, task: str = task, made: _Source = made
+            ) -> BuiltEngines:
+                tell(f"{task}: building {job.name}", done)
+                return made.engines(job, maker)
+
+            tell(f"{task}: looking for {job.name}", done)
+            parts.append(shelf.fetch(program, f"{kind} {ordering} {job.fingerprint()}", make))
+    return Built(_joined(parts), described)
+
+
+def _joined(parts: list[BuiltEngines]) -> BuiltEngines:
+    return BuiltEngines(
+        engines=tuple(engine for part in parts for engine in part.engines),
+        statistics={name: made for part in parts for name, made in part.statistics.items()},
+        records=tuple(record for part in parts for record in part.records),
+    )
+
+
+def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Maker) -> BuiltEngines:
+    programs, passes = job.run(program)
+    changed = {record.program for record in passes if record.kind == "lossy" and record.changes}
+    builds, statistics, records = [], {}, list(passes)
+    for part in programs:
+        lossy = part.name in changed or job.name in changed
+        emitted = maker.backend.emit(part, maker.precision)
+        records.extend(emitted.records)
+        exact = {} if lossy or emitted.program else eager
+        build = _engine(part, emitted, _truth(emitted.program or part, exact), programs)
+        builds.append(build)
+        errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
+        statistics[part.name] = {**emitted.statistics, "errors": errors, "captured": program.name}
+    return BuiltEngines(tuple(builds), statistics, tuple(records))
+
+
+def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What an engine must give: the eager model's outputs, and the graph's in PyTorch where that has none of the name.
+
+    So it is with all outputs after lossy passes, and with values that one engine hands to another.
+    """
+    if set(program.outputs) <= set(eager):
+        return eager
+    with torch.inference_mode(), one_thread():
+        return {**program.run(program.sample), **eager}
+
+
+def _engine(
+    program: Program, emitted: Emitted, truth: Mapping[str, Tensor], others: tuple[Program, ...]
+) -> EngineBuild:
+    prologue = prologue_of(program.name)
+    return EngineBuild(
+        name=program.name,
+        task=program.task,
+        model=emitted.model,
+        reference_inputs={str(role): program.sample[role] for role in program.input_roles},
+        reference_outputs={str(role): truth[role] for role in program.outputs},
+        prologue=prologue if any(other.name == prologue for other in others) else None,
+    )

@@ -1,0 +1,161 @@
+"""A directory of finished work that later builds, in whatever process, may reuse.
+
+An entry is one file: the SHA-256 of what follows, and a safetensors file. It is written under a temporary name and
+renamed into place, so it is there whole or not at all, and two builds that write the same one do not harm each other.
+One that was damaged later is found out by its hash. What was used longest ago goes when the directory grows too large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flashu_compile.errors import CacheError
+
+VARIABLE, OFF = "FLASHU_CACHE", "off"
+"""The environment variable that names the user's cache, and its value for none."""
+
+LIMIT_BYTES = 4 << 30
+_SUFFIX, _PARTIAL = ".engines", ".engines-partial"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_STALE_SECONDS = 24 * 3600
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheFile:
+    path: Path
+    bytes: int
+    used: float
+    """Seconds since the epoch, when it was last written or read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineCache:
+    """Entries by key in `directory`, which takes at most about `limit` bytes."""
+
+    directory: Path
+    limit: int = LIMIT_BYTES
+
+    def read(self, key: str) -> bytes | None:
+        """The safetensors file kept under `key`, or None if there is none, or a damaged one, which is warned of."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _log.warning("Cached engines could not be read and are built anew: %s.", error)
+            return None
+        digest, content = data[:_DIGEST_BYTES], memoryview(data)[_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            self.refuse(key, "its hash does not match")
+            return None
+        self._touch(path)
+        return bytes(content)
+
+    def refuse(self, key: str, reason: str) -> None:
+        """Warn that the entry is not used."""
+        _log.warning("Cached engines are damaged and are built anew: %s (%s).", self._path(key), reason)
+
+    def write(self, key: str, content: bytes) -> None:
+        """Keep `content` under `key`. Failing that, warn: a build does not need its cache."""
+        path = self._path(key)
+        try:
+            descriptor, partial = tempfile.mkstemp(suffix=_PARTIAL, dir=self.directory)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(hashlib.sha256(content).digest())
+                    file.write(content)
+                os.replace(partial, path)
+            except BaseException:
+                Path(partial).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            _log.warning("Engines could not be kept for later builds: %s.", error)
+            return
+        self.prune()
+
+    def files(self) -> list[CacheFile]:
+        """All entries, those used longest ago first."""
+        found = [CacheFile(p, s.st_size, s.st_mtime) for p, s in self._listed(_SUFFIX)]
+        return sorted(found, key=lambda file: (file.used, file.path))
+
+    def prune(self) -> None:
+        """Remove what was used longest ago until the rest is within the limit, and what killed builds left behind."""
+        files = self.files()
+        total = sum(file.bytes for file in files)
+        for file in files:
+            if total <= self.limit:
+                break
+            file.path.unlink(missing_ok=True)
+            total -= file.bytes
+        for path, status in self._listed(_PARTIAL):
+            if status.st_mtime < time.time() - _STALE_SECONDS:
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> int:
+        """Remove every entry; the bytes that they took."""
+        freed = 0
+        for suffix in (_SUFFIX, _PARTIAL):
+            for path, status in self._listed(suffix):
+                path.unlink(missing_ok=True)
+                freed += status.st_size
+        return freed
+
+    def _path(self, key: str) -> Path:
+        return self.directory / f"{key}{_SUFFIX}"
+
+    def _listed(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.directory.glob(f"*{suffix}"):
+            try:
+                yield path, path.stat()
+            except FileNotFoundError:  # another build removed it
+                continue
+
+    @staticmethod
+    def _touch(path: Path) -> None:
+        try:
+            os.utime(path)
+        except OSError as error:  # a cache that may be read but not written
+            _log.debug("The use of %s is not noted: %s.", path, error)
+
+
+def open_cache(cache: str | Path | bool) -> EngineCache | None:
+    """The cache in a directory, which is made; True is the user's own, False none.
+
+    Raises `CacheError` if a directory that was named cannot be used. For the user's own that is a warning.
+    """
+    directory = default_directory() if cache is True else None if cache is False else Path(cache)
+    if directory is None:
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        if cache is not True:
+            raise CacheError(f"{directory} cannot hold a cache: {error}.") from error
+        _log.warning("Engines are not kept for later builds: %s.", error)
+        return None
+    return EngineCache(directory)
+
+
+def default_directory() -> Path | None:
+    """$FLASHU_CACHE, or a directory where the system keeps caches of the user; None if the variable says "off"."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return None if named == OFF else Path(named).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "flashu_compile"

@@ -1,0 +1,69 @@
+"""cache: what earlier builds have kept, and how to be rid of it."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashu_compile import display
+from flashu_compile.cache import EngineCache, default_directory
+from flashu_compile.cli.base import LOOKING, Json, app, examples
+from flashu_compile.errors import CacheError
+from flashu_compile.quantities import size
+
+cache_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
+app.add_typer(cache_app, name="cache", rich_help_panel=LOOKING)
+
+Directory = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="DIR", show_default="$FLASHU_CACHE, or the user's cache directory"),
+]
+
+
+@cache_app.callback(epilog=examples("cache show", "cache clear"))
+def cache() -> None:
+    """Look at the finished engines that builds have kept for later ones, or remove them."""
+
+
+@cache_app.command(epilog=examples("cache show", "cache show --cache ./engines --json"))
+def show(directory: Directory = None, as_json: Json = False) -> None:
+    """Where the cache is, what it takes of its limit, and when it was last used."""
+    found = _cache(directory)
+    files = found.files()
+    taken = sum(file.bytes for file in files)
+    if as_json:
+        facts = {
+            "directory": str(found.directory),
+            "entries": len(files),
+            "bytes": taken,
+            "limit": found.limit,
+        }
+        display.print_json(facts)
+        return
+    told = {
+        "directory": str(found.directory),
+        "entries": len(files),
+        "size": f"{size(taken)} of {size(found.limit)}",
+    }
+    if files:
+        told["last_used"] = f"{datetime.datetime.fromtimestamp(files[-1].used):%Y-%m-%d %H:%M}"
+    display.print_facts(told)
+
+
+@cache_app.command(epilog=examples("cache clear", "cache clear --cache ./engines"))
+def clear(directory: Directory = None) -> None:
+    """Remove everything that builds have kept. Bundles are not touched."""
+    found = _cache(directory)
+    typer.echo(f"{size(found.clear())} removed from {found.directory}")
+
+
+def _cache(directory: Path | None) -> EngineCache:
+    found = default_directory() if directory is None else directory
+    if found is None:
+        raise CacheError("The cache is off, by $FLASHU_CACHE; name a directory with --cache.")
+    return EngineCache(found)
