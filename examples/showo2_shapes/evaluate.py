@@ -61,11 +61,11 @@ def eager(model: str, points: int, guidance_scale: float | None) -> tuple[Genera
     return generate, lambda picture, asked: [pipeline.ask(picture, q, max_new_tokens=8) for q in asked]
 
 
-def bundle(path: str, points: int, guidance_scale: float | None) -> tuple[Generate, Ask]:
+def bundle(path: str, points: int, guidance_scale: float | None, threads: int | None) -> tuple[Generate, Ask]:
     """The compiled engines."""
     import flashu_compile
 
-    pipe = flashu_compile.load(path)
+    pipe = flashu_compile.load(path, threads=threads)
 
     def generate(prompt: str, seed: int) -> np.ndarray:
         return np.asarray(pipe.generate(prompt, seed=seed, steps=points, guidance_scale=guidance_scale))
@@ -106,12 +106,13 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=5, help="questions on each of them")
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--threads", type=int, help="of a bundle's engines")
     parser.add_argument("--save", type=Path, help="folder for the generated pictures")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    make = eager if arguments.through == "eager" else bundle
-    generate, ask = make(arguments.path, arguments.points, arguments.guidance_scale)
+    settings = (arguments.path, arguments.points, arguments.guidance_scale)
+    generate, ask = eager(*settings) if arguments.through == "eager" else bundle(*settings, arguments.threads)
     result = {
         "through": arguments.through,
         "points": arguments.points,
