@@ -30,7 +30,8 @@ class Steps:
 
     def __init__(self, progress: Progress | None) -> None:
         self.fraction = 0.0
-        self._progress = progress or (lambda stage, fraction: None)
+        # Not `progress or …`: something to call may well be empty.
+        self._progress = progress if progress is not None else lambda stage, fraction: None
 
     def __call__(self, stage: str, fraction: float | None = None) -> None:
         """`fraction` done in [0, 1]; as before if not given."""

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from flashu_compile.captured import CapturedModel, CapturedProgram
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.pipelines import CLEAN
 from flashu_compile.program import Program
@@ -32,11 +33,11 @@ def write_bundle(
 ) -> Path:
     """The programs as engines of a bundle with the recipe `exact`, without what a pipeline would need."""
     directory.mkdir()
-    maker, builds = find_backend(backend), []
+    maker, wanted, builds = find_backend(backend), Precision.of(precision), []
     for program in programs:
         with torch.no_grad():
             truth = program.run(program.sample)
-        model = maker.emit(program, precision).model
+        model = maker.emit(program, wanted).model
         builds.append(EngineBuild(program.name, program.task, model, program.sample, truth))
     specs = maker.write(builds, directory).specs
     Recipe("exact").save(directory / "recipe.json")
@@ -48,8 +49,11 @@ def write_bundle(
 
 @pytest.fixture(scope="session")
 def captured() -> CapturedModel:
-    """Two programs in the place of a model's."""
-    programs = {program.name: CapturedProgram(program, {}) for program in step_programs()}
+    """Two programs, traced already, in the place of a model's. Of a capture they have all but the module."""
+    programs = {}
+    for program in step_programs():
+        programs[program.name] = CapturedProgram(program)  # type: ignore[arg-type]
+        vars(programs[program.name])["program"] = program
     return CapturedModel(SimpleNamespace(name="small"), programs)  # type: ignore[arg-type]
 
 
