@@ -47,13 +47,17 @@ def write_bundle(
     return directory
 
 
+def traced(program: Program) -> CapturedProgram:
+    """As if it had been captured. Of what is to be captured it has all but the module."""
+    captured = CapturedProgram(program)  # type: ignore[arg-type]
+    vars(captured)["program"] = program
+    return captured
+
+
 @pytest.fixture(scope="session")
 def captured() -> CapturedModel:
-    """Two programs, traced already, in the place of a model's. Of a capture they have all but the module."""
-    programs = {}
-    for program in step_programs():
-        programs[program.name] = CapturedProgram(program)  # type: ignore[arg-type]
-        vars(programs[program.name])["program"] = program
+    """Two programs in the place of a model's."""
+    programs = {program.name: traced(program) for program in step_programs()}
     return CapturedModel(SimpleNamespace(name="small"), programs)  # type: ignore[arg-type]
 
 
