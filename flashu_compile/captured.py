@@ -30,7 +30,8 @@ class Steps:
 
     def __init__(self, progress: Progress | None) -> None:
         self.fraction = 0.0
-        self._progress = progress or (lambda stage, fraction: None)
+        # Not `or`: a caller's object may be falsy, such as a list of what it was told.
+        self._progress = (lambda stage, fraction: None) if progress is None else progress
 
     def __call__(self, stage: str, fraction: float | None = None) -> None:
         """`fraction` done in [0, 1]; as before if not given."""
