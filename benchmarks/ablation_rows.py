@@ -15,7 +15,7 @@ from flashu_compile.config import TOKEN_SCORERS
 from flashu_compile.plan import REUSE, compile_plan
 from flashu_compile.recipe import Decisions, Recipe
 
-BASE, FULL, PRESETS = "exact", "flashu", ("conservative", "aggressive")
+BASE, FULL, PRESETS = "exact", "flashu", ("balanced", "conservative", "aggressive")
 
 # The parameters of each technique, by task.
 TECHNIQUES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -80,7 +80,7 @@ def export(
         task: "t2i", "mmu", or a list of them.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
-            "conservative" and "aggressive" do).
+            "balanced", "conservative" and "aggressive" do).
         calibration: what a recipe's open decisions are measured on: prompts for t2i, (image, question) pairs for
             mmu; see `calibrate`.
         samples, seed: how many of them are used, and which; see `calibrate`.

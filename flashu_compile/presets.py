@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from flashu_compile.config import MMUConfig, T2IConfig
@@ -30,6 +31,15 @@ _FLASHU = Recipe(
         token_layer=2,  # paper
         token_scorer="v_norm",  # paper
     ),
+)
+
+# Ours: all techniques with the published values, but full FFNs at the start, as the paper says, and a quarter of the
+# tokens dropped by duplication. Of presets with all six, it keeps the most of showo2-shapes: 0.85 of 200 prompts (exact
+# 0.86) and 0.932 of 500 questions (0.958).
+_BALANCED = Recipe(
+    "balanced",
+    dataclasses.replace(_FLASHU.t2i, full_ffn_at="first"),
+    dataclasses.replace(_FLASHU.mmu, token_pruning=0.25, token_scorer="duplication"),
 )
 
 # Ours. In the paper's ablation (7B, DPG-Bench) layer skipping costs most of what quality is lost (1.17 points) for
@@ -64,7 +74,7 @@ _AGGRESSIVE = Recipe(
     MMUConfig(ffn_pruning=0.3, layer_skipping=0.25, token_pruning=0.5, token_scorer="duplication"),
 )
 
-_PRESETS = {recipe.name: recipe for recipe in (_EXACT, _FLASHU, _CONSERVATIVE, _AGGRESSIVE)}
+_PRESETS = {recipe.name: recipe for recipe in (_EXACT, _FLASHU, _BALANCED, _CONSERVATIVE, _AGGRESSIVE)}
 PRESETS = tuple(_PRESETS)
 
 

@@ -404,7 +404,7 @@ class TestPresets:
         assert find_recipe(tmp_path / "mine.json") == find_recipe(str(tmp_path / "mine.json")) == RECIPE
         for absent in ("fast", tmp_path):
             with pytest.raises(
-                RecipeError, match=r"Unknown recipe .* exact, flashu, conservative, aggressive"
+                RecipeError, match=r"Unknown recipe .* exact, flashu, balanced, conservative, aggressive"
             ):
                 find_recipe(absent)
         with pytest.raises(RecipeError, match="Unknown recipe 'fast'"):

@@ -83,8 +83,8 @@ def build(
         str,
         typer.Option(
             metavar="NAME|FILE|DIR",
-            help="What to optimise: 'exact' changes no output, 'conservative', 'flashu' and 'aggressive' trade "
-            "accuracy for speed; or a recipe that [bold]calibrate[/] or you wrote, or that of a bundle.",
+            help="What to optimise: 'exact' changes no output, 'conservative', 'balanced', 'flashu' and 'aggressive' "
+            "trade accuracy for speed; or a recipe that [bold]calibrate[/] or you wrote, or that of a bundle.",
         ),
     ] = "exact",
     settings: Settings = None,
@@ -171,7 +171,7 @@ def calibrate(
         str,
         typer.Option(
             metavar="NAME|FILE|DIR",
-            help="What is to be decided: 'conservative', 'flashu', 'aggressive', or a recipe of yours.",
+            help="What is to be decided: 'conservative', 'balanced', 'flashu', 'aggressive', or a recipe of yours.",
         ),
     ] = "flashu",
     settings: Settings = None,

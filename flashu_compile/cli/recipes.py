@@ -42,7 +42,7 @@ def recipe() -> None:
     """Look at recipes, compare them, put two together.
 
     A recipe says which techniques run and with which parameters, and holds what [bold]calibrate[/] decided by them.
-    A RECIPE is given as a preset's name (exact, conservative, flashu, aggressive), a .json file, or a bundle.
+    A RECIPE is given as a preset's name (exact, conservative, balanced, flashu, aggressive), a .json file, or a bundle.
     """
 
 
