@@ -50,6 +50,7 @@ def render(
         results=result_work(manifest, report, plan),
         change=change,
         passes=list(_passes(report.get("passes", []))),
+        int8=report.get("int8"),
         lossy=[row for row in report.get("passes", []) if row["kind"] == "lossy" and row["changes"]],
         engine_errors={
             name: max(counts["errors"].values())

@@ -152,3 +152,17 @@ def test_dropped_tokens_are_dimmed_where_they_were() -> None:
 def test_large_pictures_are_scaled_down() -> None:
     source = data_uri(Image.new("RGB", (1000, 500), "red")).partition(",")[2]
     assert Image.open(io.BytesIO(base64.b64decode(source))).size == (320, 160)
+
+
+def test_what_layers_lose_in_int8_is_told_where_they_are_int8(page: str) -> None:
+    title = "What layers lose in int8"
+    assert title not in page
+    recipe = small_report.recipe()
+    losses = {"layers": 14, "sensitive": 3, "mean": 0.021, "worst": 0.0909}
+    told = {"limit": 0.05, "tasks": {"t2i": {"samples": 3, "parts": {"llm": losses}, "layers": []}}}
+    report = {**small_report.report(recipe, lossy=True), "int8": told}
+    shown = render(
+        small_report.manifest(recipe), report, recipe, small_report.plan(recipe), small_report.comparisons()
+    )
+    section = shown[shown.index(title) : shown.index("What was cut, and why")]
+    assert [cell for cell in ("14", "3", "2.1 %", "9.09 %") if f">{cell}</td>" not in section] == []
