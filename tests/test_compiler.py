@@ -30,6 +30,7 @@ from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.plan import uniform_plan
 from flashu_compile.runtime.decoding import Picture
+from flashu_compile.runtime.precision import TOLERANCES
 from flashu_compile.runtime.sampler import sample
 from tests.support.oracle import ORACLES, load_oracle
 from tests.tiny import VAE, PaddedSpaceToDepth, tiny_model, tokenizer
@@ -223,7 +224,7 @@ def test_nothing_is_left_behind_when_an_engine_is_wrong(
     captured: CapturedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine further from eager than allowed stops the build."""
-    monkeypatch.setattr("flashu_compile.exporters.parity.TOLERANCE", -1.0)
+    monkeypatch.setitem(TOLERANCES, "float32", -1.0)
     with pytest.raises(EmissionError, match="differs from PyTorch in 'image_embeds'"):
         flashu_compile.export(CapturedModel(captured.loaded, captured.programs), "mmu", output=tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
