@@ -97,6 +97,25 @@ def test_sensitive_layers_and_other_stacks_stay_as_they_are(block: Program) -> N
     assert QuantizeLinears(everything).call(block).programs == (block,)
 
 
+def test_what_a_choice_of_rows_follows_from_stays_in_float32() -> None:
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.values = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            best = self.scores(x).norm(dim=-1).topk(2, dim=1).indices
+            return (self.values(x.gather(1, best[..., None].expand(-1, -1, WIDTH))),)
+
+    inputs, sample = (Input("x", (None, None, None)),), {"x": torch.randn(2, 5, WIDTH)}
+    exported = trace(Choosing().eval().requires_grad_(False), inputs, sample)
+    program = Program("choosing", "mmu", exported, inputs, ("y",), {}, sample)
+    (after,) = QuantizeLinears().call(program).programs
+    assert "scores.weight" in after.exported.state_dict
+    assert "values.weight" not in after.exported.state_dict
+    assert relative_error(after.run(sample)["y"], program.run(sample)["y"]) < 2e-2
+
+
 def test_kept_neurons_are_a_part_of_the_whole_int8_weight(block: Program) -> None:
     """Both kinds of layout: rows of the layers that make the neurons, columns of the one that reads them."""
     weights = QuantizedWeights()
