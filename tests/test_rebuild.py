@@ -94,6 +94,7 @@ def test_nothing_is_made_twice_not_even_traced(fresh: Path, cache: Path, tmp_pat
     assert contents(tmp_path / "again") == contents(fresh)
 
 
+@pytest.mark.slow
 def test_without_a_cache_everything_is_made(captured: CapturedModel, fresh: Path, tmp_path: Path) -> None:
     told = build(forgetful(captured), tmp_path / "again", False)
     assert told.built() == ["denoise", "vae_decode"]
@@ -202,6 +203,7 @@ def run(code: str, *arguments: Path) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_resumed(captured: CapturedModel, fresh: Path, tmp_path: Path) -> None:
     """Killed when its first engine was finished: that one is not made again."""
     killed = run(_KILLED, tmp_path / "bundle", tmp_path / "cache")
