@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashu_compile.passes.editing import module_path
+from flashu_compile.passes.editing import module_path, stack_at
 from flashu_compile.program import Program
 
 #: The component of whatever belongs to no stack.
@@ -80,8 +80,7 @@ def _plain(name: str) -> str:
 
 def component(path: str, stacks: Mapping[str, str]) -> str:
     """The stack whose root is `path` or a parent of it; the longest root if several are."""
-    found = [(len(root), name) for name, root in stacks.items() if f"{path}.".startswith(f"{root}.")]
-    return max(found)[1] if found else OTHER
+    return stack_at(path, stacks) or OTHER
 
 
 def _parameters(program: Program, names: set[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -78,7 +78,9 @@ class GraphEditor:
         first = next(iter(self.graph.find_nodes(op="placeholder")))
         with self.graph.inserting_before(first):
             node = self.graph.placeholder("c_" + name.replace(".", "_"))
-        node.meta = {key: like.meta[key] for key in ("nn_module_stack",) if key in like.meta}
+        node.meta = (
+            {"nn_module_stack": like.meta["nn_module_stack"]} if "nn_module_stack" in like.meta else {}
+        )
         node.meta["val"] = self._fake_mode().from_tensor(value.detach(), static_shapes=True)
         self._specs[node] = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name)
         return node
@@ -257,9 +259,13 @@ def module_path(node: fx.Node) -> str:
 
 def stack_of(program: Program, node: fx.Node) -> str:
     """The stack of the program that a node's module lies in; "" if it is none of them."""
-    path = module_path(node)
-    inside = (name for name, root in program.stacks.items() if f"{path}.".startswith(f"{root}."))
-    return next(inside, "")
+    return stack_at(module_path(node), program.stacks)
+
+
+def stack_at(path: str, stacks: Mapping[str, str]) -> str:
+    """The stack whose root is `path` or a parent of it, the longest root if several are; "" if none is."""
+    found = [(len(root), name) for name, root in stacks.items() if f"{path}.".startswith(f"{root}.")]
+    return max(found)[1] if found else ""
 
 
 def value_bytes(value: object) -> int | None:

@@ -108,7 +108,6 @@ class _Casts:
         if key not in self._known:
             name = f"{self._editor.name(node)}_{str(self._dtype).removeprefix('torch.')}"
             short = self._editor.add_constant(name, stored.detach().to(self._dtype), node)
-            short.meta["val"] = node.meta["val"].to(self._dtype)
             self._known[key] = short
         return self._known[key]
 

@@ -37,17 +37,18 @@ class QuantizedWeights:
     """
 
     def __init__(self) -> None:
-        self._whole: dict[int, list[Tensor]] = {}
+        self._whole: dict[int, dict[tuple[Any, ...], Tensor]] = {}
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def know(self, weights: Iterable[Tensor]) -> None:
         """These [out, in] are whole weights."""
         for weight in weights:
-            self._whole.setdefault(weight.untyped_storage().data_ptr(), []).append(weight.detach())
+            place = (weight.storage_offset(), tuple(weight.shape), weight.stride())
+            self._whole.setdefault(weight.untyped_storage().data_ptr(), {})[place] = weight.detach()
 
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """int8 [out, in] and scales float32 [out] of a float32 weight [out, in]."""
-        for whole in self._whole.get(weight.untyped_storage().data_ptr(), ()):
+        for whole in self._whole.get(weight.untyped_storage().data_ptr(), {}).values():
             place = _place(weight, whole)
             if place is not None:
                 rows, columns = place
