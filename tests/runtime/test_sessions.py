@@ -123,7 +123,8 @@ def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch)
         assert finding.status == "works" or "It needs" in finding.detail
     assert findings["torch: cpu"].status == "works"
     assert findings["torch: cuda"].status == ("works" if torch.cuda.is_available() else "missing")
-    assert findings["aot_inductor"].status == ("works" if shutil.which("g++") else "missing")
+    inductor = findings["aot_inductor"]
+    assert inductor.status == ("works" if shutil.which("g++") else "missing"), inductor.detail
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     findings = {finding.name: finding for finding in doctor.examine()}
     for name in ("torch", "transformers", "onnxscript", "torch_tensorrt"):
