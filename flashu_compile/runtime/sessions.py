@@ -39,6 +39,7 @@ from flashu_compile.runtime.providers import (
     placements,
     session_request,
 )
+from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, WeightsBeside, check_memory
 from flashu_compile.runtime.state import State, state_of, updated
 
@@ -324,9 +325,8 @@ def create_session(
         _preload_cuda_libraries()
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
-    # Without it, sums of two products of bytes saturate on CPUs that lack VNNI: faster by a third, and wrong by more
-    # than rounding to bytes is.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if products_saturate():  # and would be wrong by more than rounding to bytes is
+        options.add_session_config_entry("session.x64quantprecision", "1")
     configure(options, request)
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -15,6 +15,7 @@ from flashu_compile.passes.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.quantize_linears import MIN_WIDTH, QuantizedWeights, QuantizeLinears
 from flashu_compile.program import Input, Program
+from flashu_compile.runtime.saturation import products_saturate
 
 WIDTH, HIDDEN = MIN_WIDTH, 2 * MIN_WIDTH
 
@@ -53,7 +54,8 @@ def count(program: Program, target: object) -> int:
 
 def session(program: Program) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if products_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     model = ir.to_proto(emit_onnx(program)).SerializeToString()
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
