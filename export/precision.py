@@ -56,6 +56,10 @@ class Precision:
     def has_int8(self) -> bool:
         return _INT8 in self.names
 
+    def anew(self) -> Precision:
+        """The same for another model, whose int8 weights are its own."""
+        return dataclasses.replace(self, weights=QuantizedWeights())
+
     def fingerprint(self) -> str:
         """Equal for precisions that do the same to the same program."""
         return f"{self} {sorted((task, sorted(names)) for task, names in self.sensitive.items())}"

@@ -17,7 +17,7 @@ from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.kept_engines import EngineShelf
-from flashu_compile.program import Program, prologue_of
+from flashu_compile.program import BATCH, Program, prologue_of
 from flashu_compile.recipe import Recipe
 from flashu_compile.specialise import Job, Specialised, jobs, neuron_order
 
@@ -26,11 +26,21 @@ _CAPTURE_SHARE, _END = 0.4, 0.88
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """What engines are made by; they are tried in temporary directories in `scratch_parent`."""
+    """What engines are made by; they are tried in temporary directories in `scratch_parent`.
+
+    `proving`: passes and engines are run on samples and held against what they were made from. Without it, engines get
+    a reference all the same: what their program gives in PyTorch for a batch of one.
+    """
 
     backend: Backend
     precision: Precision
     scratch_parent: Path
+    proving: bool = True
+
+    def fingerprint(self) -> str:
+        """Equal for makers that make the same engines of the same programs."""
+        unproved = "" if self.proving else " unproved"
+        return f"{type(self.backend).__module__} {self.precision.fingerprint()}{unproved}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +57,22 @@ class _Source:
 
     captured: CapturedProgram
     ordering: Job
+    maker: Maker
 
     @functools.cached_property
     def ordered(self) -> Specialised:
-        return self.ordering.run(self.captured.program)
+        return self.ordering.run(self.captured.program, proving=self.maker.proving)
 
     def described(self) -> BuiltEngines:
         """No engine yet: the statistics of the captured program, and what ordering did."""
         program, (_, records) = self.captured.program, self.ordered
         return BuiltEngines((), {program.name: program_statistics(program)}, records)
 
-    def engines(self, job: Job, maker: Maker) -> BuiltEngines:
+    def engines(self, job: Job) -> BuiltEngines:
         (program,), _ = self.ordered
-        maker.precision.weights.know(t for t in program.stored().values() if t.ndim == 2)
-        return _engines(program, self.captured.truth, job, maker)
+        self.maker.precision.weights.know(t for t in program.stored().values() if t.ndim == 2)
+        eager = self.captured.truth if self.maker.proving else {}
+        return _engines(program, eager, job, self.maker)
 
 
 def build_engines(
@@ -73,14 +85,13 @@ def build_engines(
 ) -> Built:
     """Specialise every captured program of the tasks and emit what comes out; what is on `shelf` is taken from it."""
     order = neuron_order(recipe, tasks, source.ordered_weights)
-    kind = f"{type(maker.backend).__module__} {maker.precision.fingerprint()}"
     parts: list[BuiltEngines] = []
     described: dict[str, Any] = {}
     captured, start = source.of(tasks), tell.fraction
     share = (_END - start) / len(captured)
     for index, program in enumerate(captured.values()):
         before, task = start + share * index, program.spec.task
-        made = _Source(program, order.job(program.spec))
+        made = _Source(program, order.job(program.spec), maker)
         ordering = made.ordering.fingerprint()
         about = shelf.fetch(program, f"captured {ordering}", made.described)
         described |= about.statistics
@@ -93,10 +104,10 @@ def build_engines(
                 job: Job = job, done: float = done, task: str = task, made: _Source = made
             ) -> BuiltEngines:
                 tell(f"{task}: building {job.name}", done)
-                return made.engines(job, maker)
+                return made.engines(job)
 
             tell(f"{task}: looking for {job.name}", done)
-            parts.append(shelf.fetch(program, f"{kind} {ordering} {job.fingerprint()}", make))
+            parts.append(shelf.fetch(program, f"{maker.fingerprint()} {ordering} {job.fingerprint()}", make))
     return Built(_joined(parts), described)
 
 
@@ -109,22 +120,38 @@ def _joined(parts: list[BuiltEngines]) -> BuiltEngines:
 
 
 def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Maker) -> BuiltEngines:
-    programs, passes = job.run(program)
+    """`eager`: what the untraced model gives on the program's sample."""
+    programs, passes = job.run(program, proving=maker.proving)
     changed = {record.program for record in passes if record.kind == "lossy" and record.changes}
     builds, statistics, records = [], {}, list(passes)
     for part in programs:
         lossy = part.name in changed or job.name in changed
         emitted = maker.backend.emit(part, maker.precision)
         records.extend(emitted.records)
+        inputs = dict(part.sample) if maker.proving else _first_of_batch(part)
         exact = {} if lossy or emitted.program else eager
-        build = _engine(part, emitted, _truth(emitted.program or part, exact), programs)
+        build = _engine(part, emitted, inputs, _truth(emitted.program or part, inputs, exact), programs)
         builds.append(build)
-        errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
-        statistics[part.name] = {**emitted.statistics, "errors": errors, "captured": program.name}
+        statistics[part.name] = {**emitted.statistics, "captured": program.name}
+        if maker.proving:
+            errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
+            statistics[part.name]["errors"] = errors
     return BuiltEngines(tuple(builds), statistics, tuple(records))
 
 
-def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _first_of_batch(program: Program) -> dict[str, Tensor]:
+    """The program's sample cut to a batch of one."""
+    return {
+        given.role: program.sample[given.role].narrow(given.axes.index(BATCH), 0, 1)
+        if BATCH in given.axes
+        else program.sample[given.role]
+        for given in program.inputs
+    }
+
+
+def _truth(
+    program: Program, inputs: Mapping[str, Tensor], eager: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
     """What an engine must give: the eager model's outputs, and the graph's in PyTorch where that has none of the name.
 
     So it is with all outputs after lossy passes, and with values that one engine hands to another.
@@ -132,18 +159,22 @@ def _truth(program: Program, eager: Mapping[str, Tensor]) -> Mapping[str, Tensor
     if set(program.outputs) <= set(eager):
         return eager
     with torch.inference_mode(), one_thread():
-        return {**program.run(program.sample), **eager}
+        return {**program.run(inputs), **eager}
 
 
 def _engine(
-    program: Program, emitted: Emitted, truth: Mapping[str, Tensor], others: tuple[Program, ...]
+    program: Program,
+    emitted: Emitted,
+    inputs: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    others: tuple[Program, ...],
 ) -> EngineBuild:
     prologue = prologue_of(program.name)
     return EngineBuild(
         name=program.name,
         task=program.task,
         model=emitted.model,
-        reference_inputs={str(role): program.sample[role] for role in program.input_roles},
+        reference_inputs={str(role): inputs[role] for role in program.input_roles},
         reference_outputs={str(role): truth[role] for role in program.outputs},
         prologue=prologue if any(other.name == prologue for other in others) else None,
     )

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from flashu_compile.errors import CaptureError
-from flashu_compile.program import Input, Program
+from flashu_compile.program import BATCH, Input, Program
 
 #: Bounds of dynamic dimensions. One row of text or more; upper bounds only keep symbols finite.
-_BOUNDS = {"batch": (1, 1024)}
+_BOUNDS = {BATCH: (1, 1024)}
 _DEFAULT_BOUNDS = (2, 65536)
 
 

@@ -136,6 +136,11 @@ def open_model(
     """As `capture_model`, but each program is traced when it is first looked at."""
     tell("loading the model", 0.0)
     loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
+    return captured_model(loaded, tasks, tell)
+
+
+def captured_model(loaded: LoadedModel, tasks: Sequence[str], tell: Steps) -> CapturedModel:
+    """A loaded model with its programs, each of which is traced when it is first looked at."""
     if loaded.vae is None:
         raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
     specs = [spec for name in tasks for spec in captures(name, loaded.network, loaded.vae)]

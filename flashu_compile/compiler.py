@@ -13,7 +13,14 @@ from torch import nn
 from flashu_compile.building import Built, Maker, build_engines
 from flashu_compile.cache import open_cache
 from flashu_compile.calibration import calibrate_mmu, calibrate_t2i
-from flashu_compile.captured import CapturedModel, Progress, Steps, named_tasks, open_model
+from flashu_compile.captured import (
+    CapturedModel,
+    Progress,
+    Steps,
+    captured_model,
+    named_tasks,
+    open_model,
+)
 from flashu_compile.cost import is_lossy
 from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.exporters.backends import check_precision, find_backend
@@ -25,6 +32,7 @@ from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
+from flashu_compile.proof import AUTO, engine_errors, needs_copy, proof_copy
 from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
@@ -49,7 +57,7 @@ class Bundle:
             "tasks": list(self.manifest.tasks),
             "engines": [engine.name for engine in self.manifest.engines],
             "sizes": report["sizes"],
-            "errors": {name: engine["errors"] for name, engine in report["engines"].items()},
+            "errors": engine_errors(report),
         }
 
 
@@ -70,6 +78,7 @@ def export(
     llm_config: Mapping[str, Any] | str | Path | None = None,
     overwrite: bool = False,
     cache: str | Path | bool = True,
+    proof: str = AUTO,
     progress: Progress | None = None,
 ) -> Bundle:
     """Compile `model` for a task or several, into a bundle directory that `flashu_compile.load` runs.
@@ -99,6 +108,8 @@ def export(
         overwrite: replace an existing bundle at `output`.
         cache: the directory where finished engines are kept for later builds, which make only those whose inputs have
             changed. True is the user's own: $FLASHU_CACHE ("off" for none), or where the system has such; False none.
+        proof: what every pass and engine is run on, to be held against what it was made from: the "whole" model, or a
+            small "copy" of it with fewer layers and a smaller picture. "auto": a copy above 2 GiB of weights.
         progress: called with (what is being done, fraction done in [0, 1]).
 
     Raises:
@@ -126,6 +137,10 @@ def export(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
     )
     maker = Maker(find_backend(backend), precise, directory.absolute().parent)
+    proved = {}
+    if needs_copy(proof, loaded):
+        proved = {"proof": _proved_on_copy(loaded, tasks, decided, maker, tell)}
+        maker = dataclasses.replace(maker, proving=False)
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     inspection = Inspection(
         loaded=loaded,
@@ -141,10 +156,23 @@ def export(
     )
     tell("writing the bundle", 0.88)
     facts = bundle_facts(loaded, tasks, backend, str(precise), decided.name)
-    told = {"calibration": figures, **losses}
+    told = {"calibration": figures, **losses, **proved}
     manifest = _write(directory, built, inspection, facts, told, overwrite=overwrite)
     tell("done", 1.0)
     return Bundle(directory, manifest)
+
+
+def _proved_on_copy(
+    loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe, maker: Maker, tell: Steps
+) -> dict[str, Any]:
+    """Build everything for a small copy of the model, where it is held against eager PyTorch; what the report says."""
+    copy = proof_copy(loaded, recipe)
+    tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
+    small = captured_model(copy.loaded, tasks, tell_of_copy)
+    # Its int8 weights are not those of the model.
+    maker = dataclasses.replace(maker, precision=maker.precision.anew())
+    shelf = EngineShelf(small, maker.backend, None)
+    return copy.report(build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy), loaded)
 
 
 def _write(

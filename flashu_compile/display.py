@@ -96,10 +96,15 @@ def print_build(summary: Mapping[str, Any]) -> None:
         }
         | sizes
     )
-    _print_pass_totals(summary["passes"])
+    proof = summary["proof"]
+    _print_pass_totals(summary["passes"], proof["passes"] if proof else ())
     _print_costs(summary["cost"])
     print_table(
-        ("engine", "output", "relative error against eager"),
+        (
+            "engine of a small copy" if proof else "engine",
+            "output",
+            "relative error against eager",
+        ),
         [
             (engine, alike[0], f"{max(outputs[name] for name in alike[1]):.1e}")
             for engine, outputs in summary["errors"].items()
@@ -122,15 +127,16 @@ def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
         print_table(("task", "technique", "relative error of final latents or next-token logits"), rows)
 
 
-def _print_pass_totals(passes: Iterable[Mapping[str, Any]]) -> None:
-    """A row for each pass that changed something, over all programs."""
+def _print_pass_totals(passes: Iterable[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]] = ()) -> None:
+    """A row for each pass that changed something, over all programs. `proved`: what it did to a copy of the model."""
     changing: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in passes:
         if row["changes"]:
             changing.setdefault((row["kind"], row["name"]), []).append(row)
     rows = []
     for (kind, name), records in sorted(changing.items(), reverse=True):
-        errors = [record["error"] for record in records if record["error"] is not None]
+        alike = (*records, *(row for row in proved if row["name"] == name))
+        errors = [record["error"] for record in alike if record["error"] is not None]
         worst = f"{max(errors):.1e}" if errors else ""
         rows.append((name, kind, str(len(records)), worst))
     print_table(("pass", "kind", "programs", "largest relative error of its own"), rows)

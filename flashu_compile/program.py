@@ -12,6 +12,9 @@ from torch.export.graph_signature import InputKind
 
 from flashu_compile.errors import CaptureError
 
+#: The dynamic dimension along which samples lie.
+BATCH = "batch"
+
 
 class Role(StrEnum):
     """What a program's input or output is. The role is also the name of the tensor in the engine."""

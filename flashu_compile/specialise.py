@@ -37,13 +37,16 @@ class Job:
     then: Mapping[str, tuple[Pass, ...]] = dataclasses.field(default_factory=dict)
     only: str | None = None
 
-    def run(self, program: Program) -> Specialised:
-        """Raises `PassError` if a structure that a pass needs is not there or decisions do not fit the model."""
-        made, records = PassManager(self.passes).run(dataclasses.replace(program, name=self.name))
+    def run(self, program: Program, *, proving: bool = True) -> Specialised:
+        """`proving`: what passes give is held against what they got, see `PassManager`.
+
+        Raises `PassError` if a structure that a pass needs is not there or decisions do not fit the model.
+        """
+        made, records = PassManager(self.passes, proving).run(dataclasses.replace(program, name=self.name))
         programs: list[Program] = []
         for one in made:
             if one.name in self.then:
-                parts, more = PassManager(self.then[one.name]).run(one)
+                parts, more = PassManager(self.then[one.name], proving).run(one)
                 programs.extend(parts)
                 records += more
             else:

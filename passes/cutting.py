@@ -32,7 +32,8 @@ def part_after(
     cut.replace_all_uses_with(placeholder)
     editor.set_outputs([nodes[o] if nodes[o] is not cut else placeholder for o in outputs])
     inputs = (*prune_inputs(editor), Input(role, axes))
-    value = program.run(program.sample)[role].detach()
+    before = part_before(program, role, program.name)
+    value = before.run(before.sample)[role].detach()
     sample = _sample(program, inputs[:-1]) | {role: value}
     return editor.finish(name=name, inputs=inputs, outputs=outputs, sample=sample)
 

@@ -116,6 +116,13 @@ def build(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Make every engine anew, and keep none.")
     ] = False,
+    proof: Annotated[
+        str,
+        typer.Option(
+            help="What passes and engines are run on and held against eager PyTorch: the whole model, or a small "
+            "copy of it with fewer layers; auto: a copy above 2 GiB of weights."
+        ),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a bundle of engines. The folder appears complete, or not at all.
@@ -144,6 +151,7 @@ def build(
             tokenizer=tokenizer,
             overwrite=overwrite,
             cache=not no_cache if cache is None else cache,
+            proof=proof,
             progress=advance,
         )
     summary = {**bundle.summary(), "path": str(bundle.path), "recipe": chosen.name, **_measured(bundle.path)}
@@ -220,4 +228,4 @@ def _measured(bundle: Path) -> dict[str, Any]:
     from flashu_compile.runtime.manifest import REPORT
 
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
-    return {name: report[name] for name in ("calibration", "passes", "cost")}
+    return {name: report[name] for name in ("calibration", "passes", "cost")} | {"proof": report.get("proof")}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flashu_compile.plan import StepPlan
+from flashu_compile.proof import engine_errors
 from flashu_compile.quantities import change, quantity, size
 from flashu_compile.recipe import Recipe
 from flashu_compile.recipe_view import recipe_rows
@@ -39,6 +40,7 @@ def render(
     )
     environment.filters |= {"quantity": quantity, "size": size, "error": _error, "share": _share}
     template = environment.get_template("page.html.j2")
+    proof = report.get("proof", {})
     return template.render(
         manifest=manifest,
         report=report,
@@ -49,13 +51,12 @@ def render(
         programs=program_work(manifest, report, plan),
         results=result_work(manifest, report, plan),
         change=change,
-        passes=list(_passes(report.get("passes", []))),
+        passes=list(_passes(report.get("passes", []), proof.get("passes", []))),
+        proof=proof,
         int8=report.get("int8"),
         lossy=[row for row in report.get("passes", []) if row["kind"] == "lossy" and row["changes"]],
         engine_errors={
-            name: max(counts["errors"].values())
-            for name, counts in report.get("engines", {}).items()
-            if counts.get("errors")
+            name: max(errors.values()) for name, errors in engine_errors(report).items() if errors
         },
         plan=plan,
         plots=_plots(report, recipe, plan),
@@ -82,14 +83,20 @@ def _shown(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
         yield {"text": comparison.text, "pictures": [data_uri(picture) for picture in pictures]}
 
 
-def _passes(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Those that changed something, over all programs, in the order of their first appearance."""
+def _passes(
+    records: Sequence[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Those that changed something, over all programs, in the order of their first appearance.
+
+    `proved`: what the same passes did to a copy of the model.
+    """
     changing: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         if record["changes"]:
             changing.setdefault(record["name"], []).append(record)
     for name, group in changing.items():
-        errors = [record["error"] for record in group if record["error"] is not None]
+        alike = (*group, *(record for record in proved if record["name"] == name))
+        errors = [record["error"] for record in alike if record["error"] is not None]
         yield {
             "name": name,
             "kind": group[0]["kind"],

@@ -1,0 +1,67 @@
+"""A small copy of a Show-o2: some of its layers, a smaller picture, fewer words. Its tensors are the model's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from flashu_compile.models.showo2 import checkpoint
+from flashu_compile.models.showo2.config import Showo2Config
+from flashu_compile.models.showo2.modeling import Showo2
+
+#: Where the layers of each stack are in a state dict.
+STACKS = {"llm": "showo.model.layers.", "semantic": "und_trans.layers.", "head": "diffusion_head_a."}
+_GRID, _VOCABULARY, _TEXT_ROWS = 8, 1024, 32
+
+
+def depths(config: Showo2Config) -> dict[str, int]:
+    """How many layers each stack has."""
+    return {stack: getattr(config, stack).num_hidden_layers for stack in STACKS}
+
+
+def reduced(network: Showo2, layers: Mapping[str, Sequence[int]]) -> Showo2:
+    """The copy with the `layers` of each stack, in that order. Widths and heads stay what they are.
+
+    It shares the memory of `network`. Its picture has 8 × 8 tokens (10 × 10 where the model interpolates its position
+    table), its vocabulary the first 1024 words, its text 32 rows; or what the model has, if that is less.
+    """
+    config = _config(network.config, layers)
+    state: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        if (place := _place(name, layers)) is not None:
+            state[place] = value
+    state["position_embedding.weight"] = state["position_embedding.weight"][: config.position_grid**2]
+    for name in (checkpoint.EMBEDDING, checkpoint.LM_HEAD):
+        state[name] = state[name][: config.llm.vocab_size]
+    return checkpoint.build(config, state)
+
+
+def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]]) -> Showo2Config:
+    parts = {
+        stack: dataclasses.replace(getattr(config, stack), num_hidden_layers=len(chosen))
+        for stack, chosen in layers.items()
+    }
+    words = min(config.llm.vocab_size, _VOCABULARY)
+    grid = min(config.position_grid, _GRID)
+    latent_grid = grid if config.latent_grid == config.position_grid else grid + 2
+    time_row = int(config.add_time_embeds)
+    text_rows = min(config.sequence_length - config.span_length, _TEXT_ROWS)
+    return dataclasses.replace(
+        config,
+        **{**parts, "llm": dataclasses.replace(parts["llm"], vocab_size=words)},
+        position_grid=grid,
+        latent_grid=latent_grid,
+        sequence_length=latent_grid**2 + time_row + text_rows,
+    )
+
+
+def _place(name: str, layers: Mapping[str, Sequence[int]]) -> str | None:
+    """What a tensor of the model is called in the copy; None if it is not there."""
+    for stack, root in STACKS.items():
+        if name.startswith(root):
+            index, _, rest = name.removeprefix(root).partition(".")
+            chosen = list(layers[stack])
+            return f"{root}{chosen.index(int(index))}.{rest}" if int(index) in chosen else None
+    return name
