@@ -19,6 +19,7 @@ from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.program import Program, prologue_of
 from flashu_compile.recipe import Recipe
+from flashu_compile.runtime.profiles import Range
 from flashu_compile.specialise import Job, Specialised, jobs, neuron_order
 
 _CAPTURE_SHARE, _END = 0.4, 0.88
@@ -26,11 +27,15 @@ _CAPTURE_SHARE, _END = 0.4, 0.88
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """What engines are made by; they are tried in temporary directories in `scratch_parent`."""
+    """What engines are made by; they are tried in temporary directories in `scratch_parent`.
+
+    `ranges` are the sizes of the model's dynamic dimensions.
+    """
 
     backend: Backend
     precision: Precision
     scratch_parent: Path
+    ranges: Mapping[str, Range]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +119,7 @@ def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Mak
     builds, statistics, records = [], {}, list(passes)
     for part in programs:
         lossy = part.name in changed or job.name in changed
-        emitted = maker.backend.emit(part, maker.precision)
+        emitted = maker.backend.emit(part, maker.precision, maker.ranges)
         records.extend(emitted.records)
         exact = {} if lossy or emitted.program else eager
         build = _engine(part, emitted, _truth(emitted.program or part, exact), programs)

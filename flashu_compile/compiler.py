@@ -19,7 +19,13 @@ from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
-from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
+from flashu_compile.facts import (
+    bundle_facts,
+    checkpoint_bytes,
+    generation_facts,
+    size_ranges,
+    understanding_facts,
+)
 from flashu_compile.inspection import Inspection
 from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.models.loading import LoadedModel
@@ -87,8 +93,8 @@ def export(
         cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
             each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
             0 measures nothing.
-        backend: what runs the engines: "onnxruntime", "torch" or "aot_inductor". The last two are code to whoever
-            loads the bundle, which takes `load(…, trust=True)`.
+        backend: what runs the engines: "onnxruntime", "torch", "aot_inductor" or "torch_tensorrt", which is for the
+            NVIDIA GPU here. All but the first are code to whoever loads the bundle, which takes `load(…, trust=True)`.
         precision: "float32", or "float16", "bfloat16" or "int8" where the backend has it; or one for each part, such as
             {"llm": "int8", "head": "float16"}. Parts are "llm", "semantic", "head" and "other"; those not named are
             float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
@@ -125,7 +131,8 @@ def export(
     precise, losses = measured_precision(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
     )
-    maker = Maker(find_backend(backend), precise, directory.absolute().parent)
+    ranges = size_ranges(loaded, tasks)
+    maker = Maker(find_backend(backend), precise, directory.absolute().parent, ranges)
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     inspection = Inspection(
         loaded=loaded,
