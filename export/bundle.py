@@ -114,7 +114,7 @@ def write_bundle(
             sizes = _sizes(directory, written, checkpoint_bytes)
             whole = {**(report or {}), **written.report, "sizes": sizes}
             if measure is not None:
-                whole |= measure(_written_engines(directory, written.specs, facts))
+                whole |= measure(_written_engines(directory, written, facts))
             _write_json(directory / REPORT, whole)
             if page is not None:
                 unlisted = _manifest(written.specs, facts, {})
@@ -181,11 +181,11 @@ def _entries(directory: Path) -> dict[str, FileEntry]:
     return {path.name: file_entry(path) for path in sorted(directory.iterdir())}
 
 
-def _written_engines(directory: Path, specs: Sequence[EngineSpec], facts: BundleFacts) -> Engines:
+def _written_engines(directory: Path, written: Written, facts: BundleFacts) -> Engines:
     """The engines of a bundle that is not complete yet, whose files are therefore taken as they are."""
     files = {path.name: FileEntry("", 0) for path in directory.iterdir()}
-    manifest = _manifest(specs, facts, files)
-    return open_engines(BundleFiles(directory, manifest, verify_hashes=False), trust=True)  # made here
+    bundle = BundleFiles(directory, _manifest(written.specs, facts, files), verify_hashes=False)
+    return open_engines(bundle, provider=written.provider, trust=True)  # made here
 
 
 def _manifest(specs: Sequence[EngineSpec], facts: BundleFacts, files: dict[str, FileEntry]) -> Manifest:

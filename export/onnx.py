@@ -246,12 +246,13 @@ def _record_origins(model: ir.Model) -> None:
         node.metadata_props.clear()
         if traced is not None:
             node.metadata_props[MODULE] = module_path(traced)
-            node.metadata_props[OPERATOR] = _operator(traced.target)
+            node.metadata_props[OPERATOR] = operator_name(traced.target)
             if passes_of(traced):
                 node.metadata_props[PASSES] = ", ".join(passes_of(traced))
 
 
-def _operator(target: Any) -> str:
+def operator_name(target: Any) -> str:
+    """As the lists of `tensorrt_support` write it: `aten.add.Tensor`, `sub` (of sizes)."""
     overload = isinstance(target, torch._ops.OpOverload)
     return str(target) if overload else getattr(target, "__name__", str(target))
 

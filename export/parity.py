@@ -49,15 +49,16 @@ def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> d
 def written_errors(
     build: EngineBuild, backend: Backend, name: str, precision: str, scratch_parent: Path
 ) -> dict[str, float]:
-    """The same for an engine of any backend, run by that backend's own run side, on the CPU and one thread."""
+    """The same for an engine of any backend, run by that backend's own run side, on one thread of the CPU."""
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
         directory = Path(scratch)
-        specs = backend.write([build], directory).specs
+        written = backend.write([build], directory)
         tasks, files = (build.task,), {path.name: file_entry(path) for path in directory.iterdir()}
-        manifest = Manifest("", tasks, name, precision, "", specs, None, None, {}, files)
+        manifest = Manifest("", tasks, name, precision, "", written.specs, None, None, {}, files)
         inputs = {role: tensor.numpy() for role, tensor in build.reference_inputs.items()}
         try:
-            engines = open_engines(BundleFiles(directory, manifest), threads=1, trust=True)
+            bundle = BundleFiles(directory, manifest)
+            engines = open_engines(bundle, provider=written.provider, threads=1, trust=True)
             values = engines.engine(build.name).run(inputs)
         except (BundleError, InputError) as error:
             raise EmissionError(f"Engine {build.name!r} does not run: {error}") from error

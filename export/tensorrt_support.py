@@ -257,6 +257,15 @@ def converts(operator: str) -> bool:
     return _is_composite(operator) and not any(name in lists["kept"] for name in names)
 
 
+def takes_dynamic_shapes(operator: str) -> bool:
+    """Whether one of an operator's converters does; True for an operator without one, whose parts decide."""
+    lists = published(TORCH_TENSORRT)["converters"]
+    names = (operator, operator.rpartition(".")[0])
+    return any(lists[name]["dynamic"] for name in names if name in lists) or not any(
+        n in lists for n in names
+    )
+
+
 def _is_composite(operator: str) -> bool:
     target: Any = torch.ops
     for part in operator.split("."):

@@ -19,6 +19,7 @@ from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.program import BATCH, Program, prologue_of
 from flashu_compile.recipe import Recipe
+from flashu_compile.runtime.profiles import Range
 from flashu_compile.specialise import Job, Specialised, jobs, neuron_order
 
 _CAPTURE_SHARE, _END = 0.4, 0.88
@@ -28,6 +29,8 @@ _CAPTURE_SHARE, _END = 0.4, 0.88
 class Maker:
     """What engines are made by; they are tried in temporary directories in `scratch_parent`.
 
+    `ranges` are the sizes of the model's dynamic dimensions.
+
     `proving`: passes and engines are run on samples and held against what they were made from. Without it, engines get
     a reference all the same: what their program gives in PyTorch for a batch of one.
     """
@@ -35,6 +38,7 @@ class Maker:
     backend: Backend
     precision: Precision
     scratch_parent: Path
+    ranges: Mapping[str, Range]
     proving: bool = True
 
     def fingerprint(self) -> str:
@@ -126,7 +130,7 @@ def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Mak
     builds, statistics, records = [], {}, list(passes)
     for part in programs:
         lossy = part.name in changed or job.name in changed
-        emitted = maker.backend.emit(part, maker.precision)
+        emitted = maker.backend.emit(part, maker.precision, maker.ranges)
         records.extend(emitted.records)
         inputs = dict(part.sample) if maker.proving else _first_of_batch(part)
         exact = {} if lossy or emitted.program else eager

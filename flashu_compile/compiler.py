@@ -26,7 +26,13 @@ from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
-from flashu_compile.facts import bundle_facts, checkpoint_bytes, generation_facts, understanding_facts
+from flashu_compile.facts import (
+    bundle_facts,
+    checkpoint_bytes,
+    generation_facts,
+    size_ranges,
+    understanding_facts,
+)
 from flashu_compile.inspection import Inspection
 from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.models.loading import LoadedModel
@@ -96,8 +102,8 @@ def export(
         cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
             each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
             0 measures nothing.
-        backend: what runs the engines: "onnxruntime", "torch" or "aot_inductor". The last two are code to whoever
-            loads the bundle, which takes `load(…, trust=True)`.
+        backend: what runs the engines: "onnxruntime", "torch", "aot_inductor" or "torch_tensorrt", which is for the
+            NVIDIA GPU here. All but the first are code to whoever loads the bundle, which takes `load(…, trust=True)`.
         precision: "float32", or "float16", "bfloat16" or "int8" where the backend has it; or one for each part, such as
             {"llm": "int8", "head": "float16"}. Parts are "llm", "semantic", "head" and "other"; those not named are
             float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
@@ -136,7 +142,8 @@ def export(
     precise, losses = measured_precision(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
     )
-    maker = Maker(find_backend(backend), precise, directory.absolute().parent)
+    ranges = size_ranges(loaded, tasks)
+    maker = Maker(find_backend(backend), precise, directory.absolute().parent, ranges)
     proved = {}
     if needs_copy(proof, loaded):
         proved = {"proof": _proved_on_copy(loaded, tasks, decided, maker, tell)}
@@ -170,7 +177,9 @@ def _proved_on_copy(
     tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
     small = captured_model(copy.loaded, tasks, tell_of_copy)
     # Its int8 weights are not those of the model.
-    maker = dataclasses.replace(maker, precision=maker.precision.anew())
+    maker = dataclasses.replace(
+        maker, precision=maker.precision.anew(), ranges=size_ranges(copy.loaded, tasks)
+    )
     shelf = EngineShelf(small, maker.backend, None)
     return copy.report(build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy), loaded)
 

@@ -8,6 +8,7 @@ from flashu_compile import __version__
 from flashu_compile.exporters.bundle import BundleFacts
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.runtime.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.runtime.profiles import Range, known_ranges
 
 _MAX_NEW_TOKENS = 300
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
@@ -46,6 +47,14 @@ def understanding_facts(loaded: LoadedModel) -> UnderstandingFacts:
         max_question_tokens=loaded.network.config.sequence_length,
         max_new_tokens=_MAX_NEW_TOKENS,
     )
+
+
+def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]:
+    """The sizes that dynamic dimensions of the model's engines take, by name."""
+    generation = generation_facts(loaded) if "t2i" in tasks else None
+    understanding = understanding_facts(loaded) if "mmu" in tasks else None
+    # A picture's rows are its tokens, the time token before and the end token behind.
+    return known_ranges(generation, understanding, loaded.network.config.image_tokens + 2)
 
 
 def _versions() -> dict[str, str]:

@@ -104,6 +104,7 @@ def test_runtime_imports_no_framework() -> None:
     backends = (
         "flashu_compile/runtime/backends/torch.py:",
         "flashu_compile/runtime/backends/aot_inductor.py:",
+        "flashu_compile/runtime/backends/torch_tensorrt.py:",
     )
     found = imports_of({"torch", "transformers"}, "flashu_compile/runtime")
     assert [line for line in found if not line.startswith(backends)] == []

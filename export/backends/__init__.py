@@ -19,6 +19,7 @@ from flashu_compile.passes.manager import PassRecord
 from flashu_compile.program import Program
 from flashu_compile.runtime.backends import DEFAULT, backend_names, find_file
 from flashu_compile.runtime.manifest import EngineSpec
+from flashu_compile.runtime.profiles import Range
 
 if TYPE_CHECKING:
     from flashu_compile.exporters.bundle import EngineBuild
@@ -56,11 +57,15 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """Engines on disk: their entries in the manifest, the file their weights are in, and what the report says of it."""
+    """Engines on disk: their entries in the manifest, the file their weights are in, and what the report says of it.
+
+    `provider` is where they run on the machine that made them.
+    """
 
     specs: tuple[EngineSpec, ...]
     weights: str
     report: Mapping[str, Any]
+    provider: str = "cpu"
 
 
 class Backend(Protocol):
@@ -75,8 +80,11 @@ class Backend(Protocol):
         """Raises `BackendUnavailableError` if engines cannot be built on this machine; called before any work."""
         ...
 
-    def emit(self, program: Program, precision: Precision) -> Emitted:
-        """Raises `EmissionError`, naming the module, if the program has no form in this backend."""
+    def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
+        """Raises `EmissionError`, naming the module, if the program has no form in this backend.
+
+        `ranges` are the sizes of dynamic dimensions, by name, for engines that are tuned for some.
+        """
         ...
 
     def pack(self, model: Any) -> Packed | None:

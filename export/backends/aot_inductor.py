@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from flashu_compile.exporters.torch_programs import (
     write_engines,
 )
 from flashu_compile.program import Program
+from flashu_compile.runtime.profiles import Range
 
 _OPTIONS = {"aot_inductor.package_constants_in_so": False}
 
@@ -47,7 +48,7 @@ class AOTInductor:
                 "or name one in the environment variable CXX."
             )
 
-    def emit(self, program: Program, precision: Precision) -> Emitted:
+    def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         program, records = precision.carry_out(program)
         exported = plain_copy(program)
         with tempfile.TemporaryDirectory() as scratch:

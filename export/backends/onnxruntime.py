@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -21,6 +21,7 @@ from flashu_compile.exporters.statistics import graph_statistics
 from flashu_compile.exporters.weights import weight_store
 from flashu_compile.program import Program
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
+from flashu_compile.runtime.profiles import Range
 
 
 class OnnxRuntime:
@@ -29,7 +30,7 @@ class OnnxRuntime:
     def check(self) -> None:
         """ONNX Runtime is part of every installation."""
 
-    def emit(self, program: Program, precision: Precision) -> Emitted:
+    def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         lowered, records = precision.carry_out(program)
         model = emit_onnx(lowered)
         model.graph.doc_string = f"{described(program.name)} {model.graph.doc_string}"

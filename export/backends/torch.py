@@ -6,7 +6,7 @@ once for every engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch._export.serde.serialize import serialize
@@ -24,6 +24,7 @@ from flashu_compile.exporters.torch_programs import (
     write_engines,
 )
 from flashu_compile.program import Program
+from flashu_compile.runtime.profiles import Range
 
 
 class Torch:
@@ -32,7 +33,7 @@ class Torch:
     def check(self) -> None:
         """Whoever compiles has PyTorch."""
 
-    def emit(self, program: Program, precision: Precision) -> Emitted:
+    def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         program, records = precision.carry_out(program)
         exported = plain_copy(program)
         try:

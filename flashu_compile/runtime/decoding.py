@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashu_compile.errors import BundleError
 from flashu_compile.runtime.manifest import EngineSpec
+from flashu_compile.runtime.profiles import BATCH
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
 from flashu_compile.runtime.state import State, state_of, update
 
@@ -23,8 +24,6 @@ ROWS_BEFORE = "rows_before"
 #: Rows that a cache gains when it is full. Attention takes time for all of them, full or not, and a cache that grows is
 #: copied: at 1024 rows that costs as much as one token.
 ROOM = 64
-#: More answers than this take turns: each has keys and values of its own.
-BATCH = 8
 
 
 class Answers(Protocol):

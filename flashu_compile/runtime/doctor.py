@@ -51,12 +51,6 @@ def _libraries() -> Iterator[Finding]:
     yield _package(
         "diffusers", "diffusers", "the Wan VAE of published checkpoints", 'pip install "flashu-compile[wan]"'
     )
-    yield _package(
-        "torch_tensorrt",
-        "torch-tensorrt",
-        "building torch-tensorrt engines",
-        'pip install "flashu-compile[tensorrt]"',
-    )
     yield _tensorrt()
 
 

@@ -1,7 +1,7 @@
 """The sizes that an engine's dynamic dimensions take: smallest, usual and largest, as TensorRT wants to know them.
 
 They follow from the signature and from what the pipeline lets through: a prompt, a question and an answer have
-limits, and a batch is the prompt with guidance's second branch or without it.
+limits; a batch is the prompt with guidance's second branch or without it, or the answers that are decoded side by side.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import operator
 from collections.abc import Mapping
 
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.runtime.manifest import EngineSpec, Manifest
+from flashu_compile.runtime.manifest import EngineSpec, GenerationFacts, Manifest, UnderstandingFacts
 
+#: So many answers are decoded side by side; more take turns, for each has keys and values of its own.
+BATCH = 8
 # A question's prefix is the fixed text before a picture; chat templates have some dozen tokens.
 _MAX_PREFIX = 64
 
@@ -52,17 +54,29 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
 
     Raises `ConfigurationError` on a symbol whose sizes nothing tells.
     """
+    known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
+    return ranges_of(spec, known)
+
+
+def known_ranges(
+    generation: GenerationFacts | None, understanding: UnderstandingFacts | None, image_rows: int
+) -> dict[str, Range]:
+    """The ranges of all dimensions that engines of a model have. `image_rows` are a picture's keys and values."""
     known = {"batch": Range(1, 2, 2)}
-    if manifest.generation is not None:
-        text = manifest.generation.sequence_length - manifest.generation.span_length
+    if generation is not None:
+        text = generation.sequence_length - generation.span_length
         known |= {"prompt": Range(2, min(32, text), text), "tail": Range(2, min(32, text), text)}
-    if manifest.understanding is not None:
-        question, answer = manifest.understanding.max_question_tokens, manifest.understanding.max_new_tokens
+    if understanding is not None:
+        question, answer = understanding.max_question_tokens, understanding.max_new_tokens
         cached = _MAX_PREFIX + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
-        rows = _image_rows(manifest)
-        known["capacity"] = Range(rows + 2, rows + min(64, cached), rows + cached)
+        known["capacity"] = Range(image_rows + 2, image_rows + min(64, cached), image_rows + cached)
+    return known
+
+
+def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
+    """Those of the symbols in a signature. Raises `ConfigurationError` on a symbol that is not known."""
     symbols = {
         name
         for tensor in spec.inputs
@@ -75,7 +89,10 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
         raise ConfigurationError(
             f"Nothing tells how large dimension {unknown[0]!r} of engine {spec.name!r} can be; give its range."
         )
-    return {name: known[name] for name in sorted(symbols)}
+    ranges = {name: known[name] for name in sorted(symbols)}
+    if {"batch", "suffix"} <= symbols:  # rows of answers
+        ranges["batch"] = Range(1, 1, BATCH)
+    return ranges
 
 
 def _image_rows(manifest: Manifest) -> int:

@@ -37,7 +37,7 @@ def write_bundle(
     for program in programs:
         with torch.no_grad():
             truth = program.run(program.sample)
-        model = maker.emit(program, wanted).model
+        model = maker.emit(program, wanted, {}).model
         builds.append(EngineBuild(program.name, program.task, model, program.sample, truth))
     specs = maker.write(builds, directory).specs
     Recipe("exact").save(directory / "recipe.json")

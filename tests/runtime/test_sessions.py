@@ -114,7 +114,9 @@ def test_ort_name_of_a_provider(bundle: Path, pipeline: Pipeline) -> None:
 
 @pytest.mark.slow
 def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    findings = {finding.name: finding for finding in doctor.examine()}
+    found = doctor.examine()
+    findings = {finding.name: finding for finding in found}
+    assert len(findings) == len(found)
     assert findings["onnxruntime: cpu"].status == "works"
     assert "CPUExecutionProvider" in findings["onnxruntime: cpu"].detail
     for provider in ("cuda", "tensorrt"):

@@ -40,7 +40,7 @@ def write(backend: str, precision: str, programs: tuple[Program, ...], directory
         with torch.no_grad():
             truth = program.run(program.sample)
         wanted = Precision.of(precision)
-        model = maker.emit(program, wanted).model
+        model = maker.emit(program, wanted, {}).model
         builds.append(EngineBuild(program.name, program.task, model, program.sample, truth))
         maker.errors(builds[-1], wanted, directory)
     bundle = directory / "bundle"

@@ -1,0 +1,187 @@
+"""Engines that torch-tensorrt compiled: TensorRT's, in programs that PyTorch loads and calls on an NVIDIA GPU.
+
+A saved program is a pickle with a serialised engine in it, so loading runs code. An engine fits one kind of device and
+one version of the libraries; both were recorded when it was built and are compared before its file is opened. This
+could not be run where it was written, for want of a GPU; it keeps to the API of torch-tensorrt 2.13.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashu_compile.errors import BackendUnavailableError, BundleError
+from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
+from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.findings import Finding
+from flashu_compile.runtime.manifest import EngineSpec
+from flashu_compile.runtime.profiles import InputShapes, Profile
+
+BUILT_FILE = "torch_tensorrt.json"
+
+ADVICE = (
+    'torch-tensorrt needs an NVIDIA GPU with its driver and: pip install "flashu-compile[tensorrt]". Without them the '
+    "portable plan can be made here, of a bundle for onnxruntime (flashu-compile tensorrt DIR), and carried out "
+    "elsewhere (build_engines.sh)."
+)
+
+
+def import_torch_tensorrt() -> Any:
+    """Raises `BackendUnavailableError` saying what is missing and what can be done without it."""
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        raise BackendUnavailableError(f"torch-tensorrt is not installed. {ADVICE}")
+    # Before it is imported, which fails on an assertion of PyTorch's where there is no device.
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(f"PyTorch {torch.__version__} finds no CUDA device. {ADVICE}")
+    try:
+        import torch_tensorrt
+    except Exception as error:  # it raises a plain Exception where TensorRT's libraries are missing
+        raise BackendUnavailableError(f"torch-tensorrt cannot be imported: {error}. {ADVICE}") from error
+    return torch_tensorrt
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an engine runs on: the GPU's name and compute capability, and the versions of the libraries."""
+
+    device: str
+    compute_capability: str
+    torch_tensorrt: str
+    tensorrt: str
+
+    @classmethod
+    def here(cls, library: Any) -> Target:
+        import tensorrt
+
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        return cls(name, f"{major}.{minor}", library.__version__, tensorrt.__version__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What an engine was built for: its target, and the ranges of its inputs that have any."""
+
+    target: Target
+    profile: Profile
+
+
+def built_text(engines: Mapping[str, Built]) -> str:
+    """The file that tells of a bundle's engines, by name."""
+    return json.dumps({name: dataclasses.asdict(built) for name, built in engines.items()}, indent=1) + "\n"
+
+
+def read_built(files: BundleFiles) -> dict[str, Built]:
+    """What `built_text` wrote. Raises `BundleError` on anything else."""
+    text = files.text(BUILT_FILE)
+    try:
+        return {
+            name: Built(
+                Target(**entry["target"]),
+                tuple(
+                    InputShapes(s["name"], tuple(s["min"]), tuple(s["opt"]), tuple(s["max"]))
+                    for s in entry["profile"]
+                ),
+            )
+            for name, entry in json.loads(text).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{files.directory / BUILT_FILE} is damaged: {error!r}; build the bundle again."
+        ) from error
+
+
+def check_target(name: str, target: Target, here: Target) -> None:
+    """Raises `BackendUnavailableError` if an engine was built for another device or other versions than those here."""
+    if target.compute_capability != here.compute_capability:
+        raise BackendUnavailableError(
+            f"Engine {name!r} was built for {target.device} (compute capability {target.compute_capability}); this is "
+            f"{here.device} ({here.compute_capability}). Build the bundle here."
+        )
+    for library, wanted, found in (
+        ("torch-tensorrt", target.torch_tensorrt, here.torch_tensorrt),
+        ("TensorRT", target.tensorrt, here.tensorrt),
+    ):
+        if wanted != found:
+            raise BackendUnavailableError(
+                f"Engine {name!r} was built by {library} {wanted} and this is {found}; install that, or build the "
+                "bundle here."
+            )
+
+
+def check_profile(spec: EngineSpec, profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `BundleError` if an input, by name, is outside the ranges that the engine was built for."""
+    for limits in profile:
+        given = shapes[limits.name]
+        if not all(
+            low <= size <= high for low, size, high in zip(limits.min, given, limits.max, strict=True)
+        ):
+            raise BundleError(
+                f"Engine {spec.name!r}: shape {list(given)} of input {limits.name!r} is outside the ranges it was "
+                f"built for, {list(limits.min)} to {list(limits.max)}."
+            )
+
+
+class TorchTensorRT:
+    runs_code = True
+    weights = TENSORS  # which holds none: each engine has its own
+    options: Mapping[str, str] = {}
+
+    def open(
+        self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
+    ) -> TorchEngines:
+        library = import_torch_tensorrt()
+        device = find_device(provider, threads)
+        if device.type != "cuda":
+            raise BackendUnavailableError(
+                "Engines of torch-tensorrt run on NVIDIA GPUs alone; load the bundle with provider 'cuda'."
+            )
+        engines, here = read_built(files), Target.here(library)
+
+        def make(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
+            if spec.name not in engines:
+                raise BundleError(f"{files.directory / BUILT_FILE} does not tell of engine {spec.name!r}.")
+            check_target(spec.name, engines[spec.name].target, here)
+            return _loaded(library, spec, path, engines[spec.name].profile)
+
+        return TorchEngines(files, device, make)
+
+    def examine(self) -> Iterator[Finding]:
+        purpose = "bundles of backend 'torch_tensorrt'"
+        try:
+            here = Target.here(import_torch_tensorrt())
+        except BackendUnavailableError as error:
+            yield Finding("torch_tensorrt", "missing", str(error), purpose)
+        else:
+            detail = f"torch-tensorrt {here.torch_tensorrt} with TensorRT {here.tensorrt} on {here.device}"
+            yield Finding("torch_tensorrt", "found", f"{detail} ({here.compute_capability})", purpose)
+
+
+BACKEND = TorchTensorRT()
+
+
+def _loaded(library: Any, spec: EngineSpec, path: Path, profile: Profile) -> Call:
+    try:
+        # Without guards, which would hold sizes against those the program was traced at.
+        module = library.load(str(path)).module(check_guards=False)
+    except Exception as error:  # of many unrelated types
+        raise BundleError(
+            f"torch-tensorrt {library.__version__} cannot load engine {spec.name!r} from {path}: {error}"
+        ) from error
+    names = [tensor.name for tensor in spec.inputs]
+    turn = threading.Lock()  # an engine has one execution context
+
+    def call(*inputs: Tensor) -> Any:
+        check_profile(spec, profile, {n: tuple(t.shape) for n, t in zip(names, inputs, strict=True)})
+        with turn:
+            return module(*inputs)
+
+    return call
