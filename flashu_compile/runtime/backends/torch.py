@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._export.serde.serialize import SerializedArtifact, deserialize
 from torch.export import ExportedProgram
 
+import flashu_compile.passes.write_rows  # noqa: F401  # registers an operator that graphs may hold
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding

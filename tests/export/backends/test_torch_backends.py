@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,18 @@ def test_code_is_not_run_without_trust_or_with_a_changed_file(
     flip_byte(own / "denoise.json", 1000)
     with pytest.raises(BundleError, match=r"denoise\.json is damaged"):
         flashu_compile.load(own, trust=True).latents("a", steps=2)
+
+
+def test_a_process_that_has_compiled_nothing_runs_the_engines(bundles: dict[str, Path]) -> None:
+    code = (
+        "import sys, flashu_compile; from PIL import Image; "
+        "pipe = flashu_compile.load(sys.argv[1], trust=True); "
+        "pipe.ask(Image.new('RGB', (8, 8)), 'what?', max_new_tokens=2); "
+        "assert not any(name.startswith('flashu_compile.exporters') for name in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(bundles["float32"])]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_verify_holds_each_precision_against_its_own_tolerance(bundles: dict[str, Path]) -> None:
