@@ -16,12 +16,12 @@ from flashu_compile.comparison.differences import Difference, difference
 from flashu_compile.comparison.search import Departure, LayerDifference, find_departure
 from flashu_compile.comparison.sides import BundleSide, ModelSide, OnnxSide, Side
 from flashu_compile.errors import BundleError, ConfigurationError
+from flashu_compile.runtime import precision
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import EngineSpec, Manifest, read_manifest
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sessions import Engines
-from flashu_compile.runtime.verify import TOLERANCE, TOLERANCES
 
 EAGER, ONNX = "eager", "onnx"
 
@@ -153,7 +153,7 @@ def compare_layers(
 
 def _tolerance(given: float | None, manifests: Sequence[Manifest]) -> float:
     if given is None:
-        return max(TOLERANCES.get(manifest.precision, TOLERANCE) for manifest in manifests)
+        return max(precision.tolerance(manifest.precision) for manifest in manifests)
     if not given >= 0:
         raise ConfigurationError(f"tolerance must be at least 0, not {given}.")
     return given
