@@ -1,7 +1,8 @@
 """The weights of a bundle in memory once: one map of the store that the sessions of all engines read.
 
 By itself ONNX Runtime maps each weight for each session, and copies many of them into a form that its kernels read
-faster (prepacking). Here a session gets its weights as they lie in the map, and copies none.
+faster (prepacking). Here a session gets its weights as they lie in the map, and copies none. Nor does it keep memory
+between runs, so that values take room in one engine at a time.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ class SharedWeights:
     def configure(self, options: ort.SessionOptions, graph: Path) -> None:
         """Make a session of `graph` read its weights from the map. Raises `BundleError` if they are not in it."""
         options.add_session_config_entry("session.disable_prepacking", "1")
+        # Each session would keep, for its next run, as much memory as its largest run has taken.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
         for weight in external_weights(graph.read_bytes(), str(graph)):
             options.add_initializer(weight.name, self._value(weight, graph))
 
