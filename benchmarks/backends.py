@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "torch_compiled": ("torch", "float32", {"compile": True}),
     "torch_compiled_bf16": ("torch", "bfloat16", {"compile": True}),
     "aot_inductor": ("aot_inductor", "float32", {}),
+    "aot_inductor_bf16": ("aot_inductor", "bfloat16", {}),
 }
 EAGER = ("eager", "eager_bf16")
 

@@ -20,7 +20,10 @@ from flashu_compile.runtime.manifest import EngineSpec, read_manifest
 from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngine
 from flashu_compile.runtime.state import update
 
-_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+_PRODUCTS = (
+    *("MatMul", "FusedMatMul", "Gemm", "FusedGemm"),
+    *("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+)
 _ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 _CONVOLUTIONS = ("Conv", "FusedConv")
 

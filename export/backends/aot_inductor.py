@@ -1,7 +1,8 @@
 """Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code an engine, and shared tensors.
 
-Weights stay outside the packages (`aot_inductor.package_constants_in_so`), so engines share them. Building takes a
-C++ compiler; running takes PyTorch and a machine like the one it was built on.
+Weights in float32 stay outside the packages, so engines share them. In bfloat16 Inductor makes constants of its own,
+which a package without constants would lack, so each package holds its weights. Building takes a C++ compiler; running
+takes PyTorch and a machine like the one it was built on.
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ from flashu_compile.exporters.torch_programs import (
 from flashu_compile.program import Program
 from flashu_compile.runtime.profiles import Range
 
-_OPTIONS = {"aot_inductor.package_constants_in_so": False}
+_HALF = "bfloat16"
 
 
 class AOTInductor:
-    # In bfloat16 Inductor makes constants of its own, which a package without constants lacks.
-    precisions = ("float32",)
+    precisions = ("float32", _HALF)
 
     def check(self) -> None:
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -50,20 +50,22 @@ class AOTInductor:
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         program, records = precision.carry_out(program)
-        exported = plain_copy(program)
+        exported, inside = plain_copy(program), _HALF in precision.names
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "engine.pt2"
             try:
                 with torch.no_grad():
                     torch._inductor.aoti_compile_and_package(
-                        exported, package_path=str(path), inductor_configs=_OPTIONS
+                        exported,
+                        package_path=str(path),
+                        inductor_configs={"aot_inductor.package_constants_in_so": inside},
                     )
             except Exception as error:  # whatever Inductor or the C++ compiler trips over
                 raise EmissionError(
                     f"AOTInductor cannot compile program {program.name!r}: {error}"
                 ) from error
             content = path.read_bytes()
-        tensors = {**exported.state_dict, **exported.constants}
+        tensors = {} if inside else {**exported.state_dict, **exported.constants}
         return Emitted(TorchModel.of(program, content, tensors), traced_statistics(program), records)
 
     def pack(self, model: TorchModel) -> None:

@@ -50,7 +50,8 @@ BACKEND = AOTInductor()
 def _packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
     try:
         package = torch._inductor.aoti_load_package(str(path))
-        wanted = {name: tensors[name] for name in package.get_constant_fqns()}
+        # A package may have its constants in itself.
+        wanted = {name: tensors[name] for name in package.get_constant_fqns()} if tensors else {}
         if wanted:
             # The package keeps pointers, and `held` the memory they point to.
             package.load_constants(wanted, check_full_update=True, user_managed=True)

@@ -179,6 +179,12 @@ def test_sizes_stay_dynamic(step: Program, tmp_path: Path, precision: str) -> No
     run_at_other_sizes(write("torch", precision, (step,), tmp_path), step, BOUNDS[precision])
 
 
+def test_aot_inductor_in_bfloat16_has_its_weights_in_itself(step: Program, tmp_path: Path) -> None:
+    files = write("aot_inductor", "bfloat16", (step,), tmp_path)
+    run_at_other_sizes(files, step, BOUNDS["bfloat16"])
+    assert (files.directory / "weights.safetensors").stat().st_size < 1000
+
+
 def test_aot_inductor(step: Program, tmp_path: Path) -> None:
     files = write("aot_inductor", "float32", (step,), tmp_path)
     run_at_other_sizes(files, step, BOUNDS["float32"])
