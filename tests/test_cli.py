@@ -88,6 +88,11 @@ class TestHelp:
         assert "Examples:" in result.stdout
         assert f"flashu-compile {command}" in result.stdout
 
+    def test_the_package_runs_as_a_module(self) -> None:
+        command = [sys.executable, "-m", "flashu_compile", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "Usage: flashu-compile [OPTIONS] COMMAND" in done.stdout
+
     def test_help_starts_nothing_heavy(self) -> None:
         code = (
             "import sys\n"
