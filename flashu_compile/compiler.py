@@ -38,8 +38,9 @@ from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
-from flashu_compile.proof import AUTO, engine_errors, needs_copy, proof_copy
+from flashu_compile.proof import AUTO, needs_copy, proof_copy
 from flashu_compile.recipe import Decisions, Recipe
+from flashu_compile.report.work import engine_errors
 from flashu_compile.runtime.manifest import REPORT, Manifest
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples

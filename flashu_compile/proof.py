@@ -42,13 +42,6 @@ class ProofCopy:
         }
 
 
-def engine_errors(report: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """The error of every engine output that a build has measured, by engine: of the proof copy's, if there was one."""
-    if "proof" in report:
-        return dict(report["proof"]["engines"])
-    return {name: told["errors"] for name, told in report.get("engines", {}).items() if "errors" in told}
-
-
 def needs_copy(proof: str, loaded: LoadedModel) -> bool:
     """Whether `proof` asks for a copy of this model. Raises `ConfigurationError` on an unknown word."""
     if proof not in (AUTO, WHOLE, COPY):

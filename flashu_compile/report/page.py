@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flashu_compile.plan import StepPlan
-from flashu_compile.proof import engine_errors
 from flashu_compile.quantities import change, quantity, size
 from flashu_compile.recipe import Recipe
 from flashu_compile.recipe_view import recipe_rows
 from flashu_compile.report.pictures import data_uri, keep_map
-from flashu_compile.report.work import program_work, result_work
+from flashu_compile.report.work import engine_errors, program_work, result_work
 from flashu_compile.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -60,6 +59,7 @@ def render(
         },
         plan=plan,
         plots=_plots(report, recipe, plan),
+        token_rule=_token_rule(recipe),
     )
 
 
@@ -131,6 +131,16 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
         made["value_norms"] = plots.value_norms(figures["mmu"]["value_norms"], layer)
     return made
+
+
+def _token_rule(recipe: Recipe) -> str:
+    """What the norms of value vectors have to do with the tokens that are dropped."""
+    if not recipe.mmu.token_pruning:
+        return ""
+    where = "after the layer marked by a dashed line"
+    if recipe.mmu.token_scorer == "v_norm":
+        return f" Token pruning drops the picture's rows with the largest norms {where}."
+    return f" Token pruning drops rows of the picture {where}, by {recipe.mmu.token_scorer}, whatever their norms."
 
 
 def _error(value: float) -> str:

@@ -141,3 +141,10 @@ def _result(
         (total(captured, before, entry), total(engines, after, entry)) for entry in ("flops", "bytes")
     )
     return ResultWork(what, flops, moved)
+
+
+def engine_errors(report: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """The error of every engine output that a build has measured, by engine: of the proof copy's, if there was one."""
+    if "proof" in report:
+        return dict(report["proof"]["engines"])
+    return {name: told["errors"] for name, told in report.get("engines", {}).items() if "errors" in told}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +122,43 @@ def test_the_same_build_gives_the_same_page(page: str) -> None:
         env={"PYTHONHASHSEED": "77", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert again.stdout.decode() == page
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "drops the picture&#39;s rows with the largest norms after the layer"),
+        ({"token_scorer": "duplication"}, "by duplication, whatever their norms"),
+        ({"token_pruning": 0.0}, "Mean over rows of the picture and of the text.<"),
+    ],
+)
+def test_it_says_which_tokens_are_dropped(changes: dict[str, Any], said: str) -> None:
+    recipe = small_report.recipe()
+    recipe = dataclasses.replace(recipe, mmu=dataclasses.replace(recipe.mmu, **changes))
+    report = small_report.report(recipe, lossy=True)
+    assert said in render(
+        small_report.manifest(recipe), report, recipe, small_report.plan(recipe), small_report.comparisons()
+    )
+
+
+def test_a_copy_that_was_proved_in_place_of_the_model_is_told(page: str) -> None:
+    recipe = small_report.recipe()
+    report = small_report.report(recipe, lossy=True)
+    for told in report["engines"].values():
+        told.pop("errors", None)
+    proof = {
+        "layers": {"llm": [0, 5]},
+        "of_layers": {"llm": 28},
+        "engines": {"denoise": {"velocity": 3.25e-7}},
+        "passes": [],
+    }
+    told_page = render(
+        small_report.manifest(recipe), {**report, "proof": proof}, recipe, small_report.plan(recipe), {}
+    )
+    assert "llm 0, 5 of 28" in told_page
+    assert "Every engine of the copy was run before it was shipped" in told_page
+    assert "3.3e-07" in told_page or "3.2e-07" in told_page
+    assert "proved on a copy" not in page
 
 
 def test_an_exact_recipe_has_a_short_page_without_plots() -> None:
