@@ -20,10 +20,8 @@ from flashu_compile.runtime.manifest import EngineSpec, read_manifest
 from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngine
 from flashu_compile.runtime.state import update
 
-_PRODUCTS = (
-    *("MatMul", "FusedMatMul", "Gemm", "FusedGemm"),
-    *("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
-)
+_BYTE_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", *_BYTE_PRODUCTS)
 _ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 _CONVOLUTIONS = ("Conv", "FusedConv")
 

@@ -49,7 +49,7 @@ def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> d
 def written_errors(
     build: EngineBuild, backend: Backend, name: str, precision: str, scratch_parent: Path
 ) -> dict[str, float]:
-    """The same for an engine of any backend, run by that backend's own run side, on one thread of the CPU."""
+    """The same for an engine of any backend, run by that backend's own run side, where such engines run."""
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
         directory = Path(scratch)
         written = backend.write([build], directory)

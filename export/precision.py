@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.passes.base import Pass
@@ -21,12 +21,14 @@ class Precision:
     """`parts`: the precision of each of `PARTS`.
 
     `sensitive` names, by task, the weights of linear layers that stay in float32 where their part is int8; `weights`
-    are the int8 forms of weights, which engines share.
+    are the int8 forms of weights, which engines share. `proving`: what its passes give is held against what they got,
+    see `PassManager`.
     """
 
     parts: Mapping[str, str]
     sensitive: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     weights: QuantizedWeights = dataclasses.field(default_factory=QuantizedWeights, compare=False, repr=False)
+    proving: bool = dataclasses.field(default=True, compare=False, repr=False)
 
     @classmethod
     def of(cls, given: str | Mapping[str, str]) -> Precision:
@@ -56,9 +58,13 @@ class Precision:
     def has_int8(self) -> bool:
         return _INT8 in self.names
 
-    def anew(self) -> Precision:
-        """The same for another model, whose int8 weights are its own."""
-        return dataclasses.replace(self, weights=QuantizedWeights())
+    def of_copy(self, name: Callable[[str], str | None]) -> Precision:
+        """The same for a copy of the model, with int8 weights of its own, which has some weights, under other names."""
+        sensitive = {
+            task: frozenset(new for old in names if (new := name(old)) is not None)
+            for task, names in self.sensitive.items()
+        }
+        return dataclasses.replace(self, sensitive=sensitive, weights=QuantizedWeights())
 
     def fingerprint(self) -> str:
         """Equal for precisions that do the same to the same program."""
@@ -81,7 +87,7 @@ class Precision:
                 passes.append(LowerPrecision(name, keep=(Role.TIMESTEP,), stacks=stacks))
         if not passes:
             return program, ()
-        (made,), records = PassManager(tuple(passes)).run(program)
+        (made,), records = PassManager(tuple(passes), self.proving).run(program)
         return made, records
 
 

@@ -2,4 +2,5 @@
 
 from flashu_compile.cli import app
 
-app(prog_name="flashu-compile")
+if __name__ == "__main__":
+    app(prog_name="flashu-compile")

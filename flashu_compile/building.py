@@ -41,8 +41,14 @@ class Maker:
     ranges: Mapping[str, Range]
     proving: bool = True
 
+    def unproved(self) -> Maker:
+        """One that makes the same engines and runs none of them."""
+        return dataclasses.replace(
+            self, precision=dataclasses.replace(self.precision, proving=False), proving=False
+        )
+
     def fingerprint(self) -> str:
-        """Equal for makers that make the same engines of the same programs."""
+        """Equal for makers that make the same engines of the same programs, and tell the same of them."""
         unproved = "" if self.proving else " unproved"
         return f"{type(self.backend).__module__} {self.precision.fingerprint()}{unproved}"
 
@@ -97,7 +103,7 @@ def build_engines(
         before, task = start + share * index, program.spec.task
         made = _Source(program, order.job(program.spec), maker)
         ordering = made.ordering.fingerprint()
-        about = shelf.fetch(program, f"captured {ordering}", made.described)
+        about = shelf.fetch(program, f"captured {ordering} {maker.proving}", made.described)
         described |= about.statistics
         parts.append(dataclasses.replace(about, statistics={}))
         todo = jobs(program.spec.name, order.recipe)

@@ -38,7 +38,7 @@ from flashu_compile.kept_engines import EngineShelf
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.plan import compile_plan
 from flashu_compile.presets import find_recipe
-from flashu_compile.proof import AUTO, needs_copy, proof_copy
+from flashu_compile.proof import AUTO, check_proof, needs_copy, proof_copy
 from flashu_compile.recipe import Decisions, Recipe
 from flashu_compile.report.work import engine_errors
 from flashu_compile.runtime.manifest import REPORT, Manifest
@@ -126,6 +126,7 @@ def export(
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
     check_precision(backend, wanted)
     find_backend(backend).check()
+    check_proof(proof)
     if cost_samples < 0:
         raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
     given = _given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
@@ -148,7 +149,7 @@ def export(
     proved = {}
     if needs_copy(proof, loaded):
         proved = {"proof": _proved_on_copy(loaded, tasks, decided, maker, tell)}
-        maker = dataclasses.replace(maker, proving=False)
+        maker = maker.unproved()
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     inspection = Inspection(
         loaded=loaded,
@@ -177,9 +178,8 @@ def _proved_on_copy(
     copy = proof_copy(loaded, recipe)
     tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
     small = captured_model(copy.loaded, tasks, tell_of_copy)
-    # Its int8 weights are not those of the model.
     maker = dataclasses.replace(
-        maker, precision=maker.precision.anew(), ranges=size_ranges(copy.loaded, tasks)
+        maker, precision=maker.precision.of_copy(copy.name), ranges=size_ranges(copy.loaded, tasks)
     )
     shelf = EngineShelf(small, maker.backend, None)
     return copy.report(build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy), loaded)

@@ -8,6 +8,7 @@ run unproved: its graphs are linted and shapes propagated, and each engine gets 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from flashu_compile.building import Built
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.facts import checkpoint_bytes
 from flashu_compile.models.loading import LoadedModel
-from flashu_compile.models.showo2.reduced import depths, reduced
+from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
 from flashu_compile.recipe import Decisions, KeptNeurons, Phase, Recipe
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"
@@ -31,6 +32,10 @@ class ProofCopy:
     recipe: Recipe
     layers: Mapping[str, tuple[int, ...]]
 
+    def name(self, weight: str) -> str | None:
+        """What a weight of the model is called here; None if it is not here."""
+        return place_in_copy(weight, self.layers)
+
     def report(self, built: Built, model: LoadedModel) -> dict[str, Any]:
         """What was proved on the copy of `model`: the errors of its engines' outputs, and what passes did."""
         total = depths(model.network.config)
@@ -42,20 +47,31 @@ class ProofCopy:
         }
 
 
-def needs_copy(proof: str, loaded: LoadedModel) -> bool:
-    """Whether `proof` asks for a copy of this model. Raises `ConfigurationError` on an unknown word."""
+def check_proof(proof: str) -> None:
+    """Raises `ConfigurationError` on an unknown word."""
     if proof not in (AUTO, WHOLE, COPY):
         raise ConfigurationError(f"proof is one of {AUTO}, {WHOLE}, {COPY}, not {proof!r}.")
+
+
+def needs_copy(proof: str, loaded: LoadedModel) -> bool:
+    """Whether `proof` asks for a copy of this model."""
     return proof == COPY or (proof == AUTO and checkpoint_bytes(loaded) > LARGE)
 
 
 def proof_copy(loaded: LoadedModel, recipe: Recipe) -> ProofCopy:
-    """A copy with the fewest layers in which everything that `recipe`, all decided, does to the model happens too."""
-    total = depths(loaded.network.config)
+    """A copy with few layers in which everything that `recipe`, all decided, does to the model happens too."""
+    config = loaded.network.config
+    total = depths(config)
     layers = {stack: _ends(depth) for stack, depth in total.items()}
     layers["llm"] = _llm_layers(total["llm"], recipe)
-    small = dataclasses.replace(loaded, network=reduced(loaded.network, layers), calibration=None)
+    network = reduced(loaded.network, layers, _grid(recipe.mmu.token_pruning, config.position_grid))
+    small = dataclasses.replace(loaded, network=network, calibration=None)
     return ProofCopy(small, _reduced_recipe(recipe, layers), layers)
+
+
+def _grid(token_pruning: float, largest: int) -> int:
+    """The side of a picture of which some token is dropped, if one is of the model's."""
+    return next((side for side in range(GRID, largest) if int(token_pruning * side**2)), GRID)
 
 
 def _ends(depth: int) -> tuple[int, ...]:
@@ -63,15 +79,24 @@ def _ends(depth: int) -> tuple[int, ...]:
 
 
 def _llm_layers(depth: int, recipe: Recipe) -> tuple[int, ...]:
-    """The ends, those up to where tokens are dropped, and of each set of skipped layers one that others do not skip."""
+    """The ends, those around the dropping of tokens, and what keeps the sets of skipped layers what they are.
+
+    None becomes empty, none takes everything, and those that differ still do.
+    """
     chosen = set(_ends(depth))
-    if recipe.mmu.token_pruning > 0:
-        chosen |= set(range(min(recipe.mmu.token_layer + 2, depth)))
     sets = [set(phase.skipped) for task in recipe.decisions for phase in recipe.decided(task).phases]
+    if recipe.mmu.token_pruning > 0:
+        skipped = {layer for phase in recipe.decided("mmu").phases for layer in phase.skipped}
+        running = [layer for layer in range(recipe.mmu.token_layer, depth) if layer not in skipped]
+        # The first of them decides, and the next has fewer rows.
+        chosen |= {*range(min(recipe.mmu.token_layer, depth)), *running[:2]}
     for skipped in sets:
-        if skipped and not skipped & chosen:
-            others = set().union(*(other for other in sets if other != skipped))
-            chosen.add(min(skipped - others or skipped))
+        for group in (skipped, set(range(depth)) - skipped):
+            if group and not group & chosen:
+                chosen.add(min(group))
+    for first, second in itertools.combinations(sets, 2):
+        if first != second and first & chosen == second & chosen:
+            chosen.add(min(first ^ second))
     return tuple(sorted(chosen))
 
 

@@ -6,7 +6,8 @@ pass changes is measured the same way and reported. Behind the last pass shapes 
 more with its dynamic dimensions as symbols. Nodes that a pass made or touched are marked with its name.
 
 A program too large to be run after every pass may go unproved (`proving=False`) where the same passes were proved on
-a smaller copy of the model. Its graphs are linted, and shapes are propagated through them, all the same.
+a smaller copy of the model. After every pass its graphs are linted, and behind the last shapes are propagated, all the
+same.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def _run_one(step: Pass, before: _Checked, *, proving: bool) -> tuple[list[_Chec
         return [before], PassRecord(program.name, step.name, step.kind, result.changes, None)
     note(step.name, program, result.programs)
     if not proving:
+        for made in result.programs:
+            made.exported.graph.lint()
         unproved = PassRecord(program.name, step.name, step.kind, result.changes, None)
         return [_Checked(made) for made in result.programs], unproved
     # A pass may take an input apart: then what it made of the sample counts.

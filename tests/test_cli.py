@@ -327,6 +327,7 @@ class TestBuild:
     def test_options(self, exports: list[dict[str, Any]]) -> None:
         result = run(
             *("build", "m", "--task", "t2i", "--task", "mmu", "--output", "d", "--vae", "v", "--overwrite"),
+            *("--proof", "copy"),
             *("--recipe", "flashu", "--calibration", "c.json", "--samples", "4", "--seed", "9"),
         )
         assert result.exit_code == 0
@@ -353,6 +354,7 @@ class TestBuild:
                 "tokenizer": None,
                 "overwrite": True,
                 "cache": True,
+                "proof": "copy",
             }
         ]
 

@@ -138,9 +138,10 @@ def _token_rule(recipe: Recipe) -> str:
     if not recipe.mmu.token_pruning:
         return ""
     where = "after the layer marked by a dashed line"
-    if recipe.mmu.token_scorer == "v_norm":
-        return f" Token pruning drops the picture's rows with the largest norms {where}."
-    return f" Token pruning drops rows of the picture {where}, by {recipe.mmu.token_scorer}, whatever their norms."
+    dropped = {"v_norm": "the rows with the largest norms", "duplication": "the rows most like others",
+               "random": "rows at random"}  # fmt: skip
+    rows = dropped.get(recipe.mmu.token_scorer, f"rows chosen by {recipe.mmu.token_scorer}")
+    return f" Token pruning drops {rows} from the picture {where}."
 
 
 def _error(value: float) -> str:

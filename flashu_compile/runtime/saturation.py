@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import base64
 import functools
+import logging
 
 import numpy as np
 import onnxruntime as ort
+
+_log = logging.getLogger(__name__)
 
 # a, b -> y = MatMulInteger(a, b), uint8 and int8 of two dimensions. Made once with
 # onnx.helper.make_model(make_graph([make_node("MatMulInteger", ["a", "b"], ["y"])], "g", [a, b], [y]), opset 10,
@@ -25,11 +28,15 @@ _PRODUCT = base64.b64decode(
 
 @functools.cache
 def products_saturate() -> bool:
-    """Whether the largest products, added up, are wrong here without `session.x64quantprecision`."""
+    """Whether the largest products, added up, are wrong here without `session.x64quantprecision`, or fail."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(_PRODUCT, options, providers=["CPUExecutionProvider"])
     depth = 64
     left, right = np.full((4, depth), 255, np.uint8), np.full((depth, 16), 127, np.int8)
-    (result,) = session.run(None, {"a": left, "b": right})
+    try:
+        session = ort.InferenceSession(_PRODUCT, options, providers=["CPUExecutionProvider"])
+        (result,) = session.run(None, {"a": left, "b": right})
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        _log.warning("Products of bytes cannot be tried here, so the careful kernel is taken: %s", error)
+        return True
     return bool((result != depth * 255 * 127).any())

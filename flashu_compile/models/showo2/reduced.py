@@ -13,7 +13,7 @@ from flashu_compile.models.showo2.modeling import Showo2
 
 #: Where the layers of each stack are in a state dict.
 STACKS = {"llm": "showo.model.layers.", "semantic": "und_trans.layers.", "head": "diffusion_head_a."}
-_GRID, _VOCABULARY, _TEXT_ROWS = 8, 1024, 32
+GRID, _VOCABULARY, _TEXT_ROWS = 8, 1024, 32
 
 
 def depths(config: Showo2Config) -> dict[str, int]:
@@ -21,16 +21,17 @@ def depths(config: Showo2Config) -> dict[str, int]:
     return {stack: getattr(config, stack).num_hidden_layers for stack in STACKS}
 
 
-def reduced(network: Showo2, layers: Mapping[str, Sequence[int]]) -> Showo2:
+def reduced(network: Showo2, layers: Mapping[str, Sequence[int]], grid: int = GRID) -> Showo2:
     """The copy with the `layers` of each stack, in that order. Widths and heads stay what they are.
 
-    It shares the memory of `network`. Its picture has 8 × 8 tokens (10 × 10 where the model interpolates its position
-    table), its vocabulary the first 1024 words, its text 32 rows; or what the model has, if that is less.
+    It shares the memory of `network`. Its picture has `grid` × `grid` tokens (two more a side where the model
+    interpolates its position table), its vocabulary the first 1024 words, its text 32 rows; its position table, words
+    and text no more than the model has.
     """
-    config = _config(network.config, layers)
+    config = _config(network.config, layers, grid)
     state: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
-        if (place := _place(name, layers)) is not None:
+        if (place := place_in_copy(name, layers)) is not None:
             state[place] = value
     state["position_embedding.weight"] = state["position_embedding.weight"][: config.position_grid**2]
     for name in (checkpoint.EMBEDDING, checkpoint.LM_HEAD):
@@ -38,13 +39,13 @@ def reduced(network: Showo2, layers: Mapping[str, Sequence[int]]) -> Showo2:
     return checkpoint.build(config, state)
 
 
-def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]]) -> Showo2Config:
+def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]], grid: int) -> Showo2Config:
     parts = {
         stack: dataclasses.replace(getattr(config, stack), num_hidden_layers=len(chosen))
         for stack, chosen in layers.items()
     }
     words = min(config.llm.vocab_size, _VOCABULARY)
-    grid = min(config.position_grid, _GRID)
+    grid = min(config.position_grid, grid)
     latent_grid = grid if config.latent_grid == config.position_grid else grid + 2
     time_row = int(config.add_time_embeds)
     text_rows = min(config.sequence_length - config.span_length, _TEXT_ROWS)
@@ -57,11 +58,12 @@ def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]]) -> Showo2
     )
 
 
-def _place(name: str, layers: Mapping[str, Sequence[int]]) -> str | None:
-    """What a tensor of the model is called in the copy; None if it is not there."""
+def place_in_copy(name: str, layers: Mapping[str, Sequence[int]]) -> str | None:
+    """What a tensor of the model, whatever stands before its name, is called in the copy; None if it is not there."""
     for stack, root in STACKS.items():
-        if name.startswith(root):
-            index, _, rest = name.removeprefix(root).partition(".")
+        before, found, rest = name.partition(root)
+        if found:
+            index, _, inside = rest.partition(".")
             chosen = list(layers[stack])
-            return f"{root}{chosen.index(int(index))}.{rest}" if int(index) in chosen else None
+            return f"{before}{root}{chosen.index(int(index))}.{inside}" if int(index) in chosen else None
     return name
