@@ -227,8 +227,9 @@ class OnnxRuntimeEngines:
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
     `threads` is the number of threads an engine computes with (None: one per core); `memory` is `fast`, or `low` for
-    engines that share one map of the weights. Raises `ConfigurationError` if one of them makes no sense,
-    `BackendUnavailableError` if the provider does not work here.
+    engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the operators that the
+    graphs have. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
+    does not work here.
     """
 
     def __init__(
@@ -239,7 +240,12 @@ class OnnxRuntimeEngines:
         provider_options: ProviderOptions | None = None,
         threads: int | None = None,
         memory: str = "fast",
+        contrib_operators: bool = True,
     ) -> None:
+        if not isinstance(contrib_operators, bool):
+            raise ConfigurationError(
+                f"Option 'contrib_operators' is True or False, not {contrib_operators!r}."
+            )
         if threads is not None and threads < 1:
             raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
         wanted = resolve_provider(provider)
@@ -248,7 +254,7 @@ class OnnxRuntimeEngines:
         if wanted != PROVIDERS["cpu"]:
             probe_provider(provider)
         self.provider, self.options = provider, dict(provider_options or {})
-        self._shares = memory == "low"
+        self._shares, self._contrib = memory == "low", contrib_operators
         self._weights: SharedWeights | None = None
         self._files, self._threads = files, threads
         self._engines: dict[str, OnnxRuntimeEngine] = {}
@@ -271,7 +277,9 @@ class OnnxRuntimeEngines:
         profile = engine_profile(spec, dimension_ranges(manifest, spec)) if TENSORRT in wanted else None
         options = engine_options(manifest, spec, wanted, profile, self.options)
         try:
-            session = create_session(path, self.provider, self._threads, options, self._weights)
+            session = create_session(
+                path, self.provider, self._threads, options, self._weights, contrib=self._contrib
+            )
         except _ORT_ERRORS as error:
             raise BundleError(
                 f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
@@ -306,8 +314,12 @@ def create_session(
     threads: int | None = None,
     provider_options: ProviderOptions | None = None,
     weights: SharedWeights | WeightsBeside | None = None,
+    *,
+    contrib: bool = True,
 ) -> ort.InferenceSession:
     """A session that has every provider asked for, or an error. With `weights` it reads those, which must outlive it.
+
+    `contrib`: ONNX Runtime may fuse nodes into operators of its own, when it loads the graph.
 
     Raises `BackendUnavailableError` if a provider is missing, `ConfigurationError` on an option that it does not
     know, and whatever ONNX Runtime raises on a bad model.
@@ -327,6 +339,8 @@ def create_session(
     options.use_deterministic_compute = True
     if products_saturate():  # and would be wrong by more than rounding to bytes is
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not contrib:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     configure(options, request)
     if threads is not None:
         options.intra_op_num_threads = threads

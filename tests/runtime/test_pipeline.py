@@ -295,9 +295,9 @@ def test_one_pipeline_serves_many_threads(bundle: Path, monkeypatch: pytest.Monk
     made: list[str] = []
     create = sessions.create_session
 
-    def counted(model: Path, *given: Any) -> onnxruntime.InferenceSession:
+    def counted(model: Path, *given: Any, **named: Any) -> onnxruntime.InferenceSession:
         made.append(model.name)
-        return create(model, *given)
+        return create(model, *given, **named)
 
     monkeypatch.setattr(sessions, "create_session", counted)
     pipe = load(bundle, threads=2)

@@ -112,6 +112,21 @@ def test_ort_name_of_a_provider(bundle: Path, pipeline: Pipeline) -> None:
     np.testing.assert_array_equal(named.latents("a"), pipeline.latents("a"))
 
 
+def test_contrib_operators_are_an_option(bundle: Path, pipeline: Pipeline) -> None:
+    plain = load(bundle, threads=1, options={"contrib_operators": False})
+    np.testing.assert_allclose(plain.latents("a"), pipeline.latents("a"), rtol=1e-4, atol=1e-5)
+    levels = [
+        p._engines.engine("denoise")._session.get_session_options().graph_optimization_level
+        for p in (plain, pipeline)
+    ]
+    assert levels == [
+        sessions.ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        sessions.ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    ]
+    with pytest.raises(ConfigurationError, match="'contrib_operators' is True or False, not 'no'"):
+        load(bundle, options={"contrib_operators": "no"})
+
+
 @pytest.mark.slow
 def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor.examine()

@@ -18,6 +18,7 @@ class OnnxRuntime:
     options: Mapping[str, str] = {
         "memory": "fast: each engine keeps weights as it computes best; low: all engines share one map of them",
         "provider_options": "options of the provider, by ONNX Runtime's names",
+        "contrib_operators": "False: ONNX Runtime fuses nothing into operators of its own",
     }
 
     def open(
