@@ -125,6 +125,7 @@ def test_weights_are_found_under_their_new_names(whole: LoadedModel) -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_unproved_maker_runs_no_pass_of_a_precision_either(whole: LoadedModel, tmp_path: Path) -> None:
     program = captured_model(whole, ["t2i"], Steps(None)).programs["denoise"].program
     maker = Maker(find_backend("torch"), Precision.of("bfloat16"), tmp_path, {})
