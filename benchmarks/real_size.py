@@ -12,10 +12,7 @@ DIR/bundle --memory low` then runs every engine on its reference.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import re
-import resource
 import subprocess
 import sys
 import time
@@ -32,10 +29,11 @@ import flashu_compile
 from benchmarks.engine_profile import WatchedEngines
 from benchmarks.geometries import SEED, published_defaults, tokenizer, understanding_defaults
 from benchmarks.measuring import machine, parser, report, seconds
-from flashu_compile.models.showo2.config import Showo2Config, configuration
+from benchmarks.memory import resident
+from flashu_compile.models.showo2.config import configuration
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.wan_vae import WanVAE
-from flashu_compile.recipe import Recipe
+from flashu_compile.recipe import merge
 from flashu_compile.runtime.manifest import REPORT, WEIGHTS
 
 CONFIGURATION = "show-o2-1.5B"
@@ -77,7 +75,8 @@ def write_checkpoint(folder: Path) -> dict[str, Any]:
     (model / "config.json").write_text(json.dumps({"_class_name": "Showo2Qwen2_5"}))
     WanVAE(diffusers.AutoencoderKLWan(base_dim=8).eval()).save(folder / "vae")
     tokenizer().save(str(folder / "tokenizer.json"))
-    _recipe(config).save(folder / "recipe.json")
+    recipe = merge(published_defaults(config), understanding_defaults(config), "published")
+    recipe.save(folder / "recipe.json")
     return {"bytes": sum(path.stat().st_size for path in model.glob("*.safetensors"))}
 
 
@@ -89,12 +88,6 @@ def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return filled(shape, dtype=torch.bfloat16)
 
 
-def _recipe(config: Showo2Config) -> Recipe:
-    pictures, answers = published_defaults(config), understanding_defaults(config)
-    decisions = {**pictures.decisions, **answers.decisions}
-    return dataclasses.replace(pictures, name="published", mmu=answers.mmu, decisions=decisions)
-
-
 def build(folder: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     stages: list[tuple[float, str]] = []
@@ -102,7 +95,7 @@ def build(folder: Path, threads: int) -> dict[str, Any]:
 
     def progress(stage: str, fraction: float) -> None:
         stages.append((time.perf_counter() - started, stage))
-        print(f"  {stages[-1][0]:6.0f} s {_resident() / 1e9:5.1f} GB  {stage}", file=sys.stderr, flush=True)
+        print(f"  {stages[-1][0]:6.0f} s {resident()[0] / 1e9:5.1f} GB  {stage}", file=sys.stderr, flush=True)
 
     bundle = flashu_compile.export(
         folder / "model",
@@ -144,11 +137,6 @@ def picture(folder: Path, threads: int) -> dict[str, Any]:
     }
 
 
-def _resident() -> int:
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 0 if found is None else int(found[1]) * 1024
-
-
 def run(stage: str, folder: Path, threads: int) -> dict[str, Any]:
     """One stage in this process."""
     calls = {
@@ -157,7 +145,7 @@ def run(stage: str, folder: Path, threads: int) -> dict[str, Any]:
         "picture": lambda: picture(folder, threads),
     }
     taken, figures = seconds(calls[stage])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    _, peak = resident()
     return {"seconds": taken, "peak_resident_bytes": peak, **figures}
 
 

@@ -260,10 +260,8 @@ def converts(operator: str) -> bool:
 def takes_dynamic_shapes(operator: str) -> bool:
     """Whether one of an operator's converters does; True for an operator without one, whose parts decide."""
     lists = published(TORCH_TENSORRT)["converters"]
-    names = (operator, operator.rpartition(".")[0])
-    return any(lists[name]["dynamic"] for name in names if name in lists) or not any(
-        n in lists for n in names
-    )
+    declared = [lists[name]["dynamic"] for name in (operator, operator.rpartition(".")[0]) if name in lists]
+    return any(declared) or not declared
 
 
 def _is_composite(operator: str) -> bool:

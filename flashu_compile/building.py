@@ -31,21 +31,22 @@ class Maker:
 
     `ranges` are the sizes of the model's dynamic dimensions.
 
-    `proving`: passes and engines are run on samples and held against what they were made from. Without it, engines get
-    a reference all the same: what their program gives in PyTorch for a batch of one.
+    Where its precision is `proving`, passes and engines are run on samples and held against what they were made from.
+    Without it, engines get a reference all the same: what their program gives in PyTorch for a batch of one.
     """
 
     backend: Backend
     precision: Precision
     scratch_parent: Path
     ranges: Mapping[str, Range]
-    proving: bool = True
+
+    @property
+    def proving(self) -> bool:
+        return self.precision.proving
 
     def unproved(self) -> Maker:
         """One that makes the same engines and runs none of them."""
-        return dataclasses.replace(
-            self, precision=dataclasses.replace(self.precision, proving=False), proving=False
-        )
+        return dataclasses.replace(self, precision=dataclasses.replace(self.precision, proving=False))
 
     def fingerprint(self) -> str:
         """Equal for makers that make the same engines of the same programs, and tell the same of them."""

@@ -129,16 +129,16 @@ def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _print_pass_totals(passes: Iterable[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]] = ()) -> None:
     """A row for each pass that changed something, over all programs. `proved`: what it did to a copy of the model."""
+    from flashu_compile.report.work import largest_error
+
     changing: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in passes:
         if row["changes"]:
             changing.setdefault((row["kind"], row["name"]), []).append(row)
     rows = []
     for (kind, name), records in sorted(changing.items(), reverse=True):
-        alike = (*records, *(row for row in proved if row["name"] == name))
-        errors = [record["error"] for record in alike if record["error"] is not None]
-        worst = f"{max(errors):.1e}" if errors else ""
-        rows.append((name, kind, str(len(records)), worst))
+        error = largest_error(records, proved)
+        rows.append((name, kind, str(len(records)), "" if error is None else f"{error:.1e}"))
     print_table(("pass", "kind", "programs", "largest relative error of its own"), rows)
 
 

@@ -12,7 +12,7 @@ from flashu_compile.quantities import change, quantity, size
 from flashu_compile.recipe import Recipe
 from flashu_compile.recipe_view import recipe_rows
 from flashu_compile.report.pictures import data_uri, keep_map
-from flashu_compile.report.work import engine_errors, program_work, result_work
+from flashu_compile.report.work import engine_errors, largest_error, program_work, result_work
 from flashu_compile.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -95,14 +95,12 @@ def _passes(
         if record["changes"]:
             changing.setdefault(record["name"], []).append(record)
     for name, group in changing.items():
-        alike = (*group, *(record for record in proved if record["name"] == name))
-        errors = [record["error"] for record in alike if record["error"] is not None]
         yield {
             "name": name,
             "kind": group[0]["kind"],
             "programs": len(group),
             "changes": sum(len(record["changes"]) for record in group),
-            "error": max(errors) if errors else None,
+            "error": largest_error(group, proved),
         }
 
 

@@ -148,3 +148,9 @@ def engine_errors(report: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     if "proof" in report:
         return dict(report["proof"]["engines"])
     return {name: told["errors"] for name, told in report.get("engines", {}).items() if "errors" in told}
+
+
+def largest_error(records: Sequence[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of the records of one pass; and of those in `proved`, what passes did to a copy, that are of this pass too."""
+    alike = (*records, *(record for record in proved if record["name"] == records[0]["name"]))
+    return max((record["error"] for record in alike if record["error"] is not None), default=None)
