@@ -45,7 +45,8 @@ class EngineBuild:
     """An engine on its way into a bundle: what the backend emitted and one eager run of what it was made from.
 
     `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from the
-    engine itself. `prologue` names the engine that gives what this one takes with every call.
+    engine itself. `prologue` names the engine that gives what this one takes with every call, `schedule` the one that
+    gives what it takes at each time point.
     """
 
     name: str
@@ -54,6 +55,7 @@ class EngineBuild:
     reference_inputs: Mapping[str, Tensor]
     reference_outputs: Mapping[str, Tensor]
     prologue: str | None = None
+    schedule: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,6 +118,7 @@ def _write(engine: EngineBuild, directory: Path, suffix: str) -> EngineSpec:
         outputs=engine.model.outputs,
         reference=write_reference(engine, directory),
         prologue=engine.prologue,
+        schedule=engine.schedule,
     )
 
 

@@ -17,7 +17,7 @@ from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.kept_engines import EngineShelf
-from flashu_compile.program import BATCH, Program, prologue_of
+from flashu_compile.program import BATCH, Program, prologue_of, schedule_of
 from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.profiles import Range
 from flashu_compile.specialise import Job, Specialised, jobs, neuron_order
@@ -180,12 +180,14 @@ def _engine(
     truth: Mapping[str, Tensor],
     others: tuple[Program, ...],
 ) -> EngineBuild:
-    prologue = prologue_of(program.name)
+    made = {other.name for other in others}
+    prologue, schedule = prologue_of(program.name), schedule_of(program.name)
     return EngineBuild(
         name=program.name,
         task=program.task,
         model=emitted.model,
         reference_inputs={str(role): inputs[role] for role in program.input_roles},
         reference_outputs={str(role): truth[role] for role in program.outputs},
-        prologue=prologue if any(other.name == prologue for other in others) else None,
+        prologue=prologue if prologue in made else None,
+        schedule=schedule if schedule in made else None,
     )

@@ -139,6 +139,7 @@ def _engine_facts(
         "name": engine.name,
         "task": engine.task,
         "prologue": engine.prologue,
+        "schedule": engine.schedule,
         "inputs": list(engine.reference_inputs),
         "outputs": list(engine.reference_outputs),
         "tensors": places,

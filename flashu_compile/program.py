@@ -111,6 +111,11 @@ def prologue_of(name: str) -> str:
     return f"{name}_prologue"
 
 
+def schedule_of(name: str) -> str:
+    """What the program is called that computes, once for each time point, what program `name` takes there."""
+    return f"{name}_schedule"
+
+
 def run_chain(programs: tuple[Program, ...], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run programs in order, each reading the inputs and the outputs of those before it, by role."""
     values = dict(inputs)

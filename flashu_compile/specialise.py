@@ -18,7 +18,7 @@ from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights, OrderNeurons, kept_ranges
 from flashu_compile.plan import REUSE, compile_plan, engines_needed, variants
-from flashu_compile.program import Program
+from flashu_compile.program import Program, schedule_of
 from flashu_compile.recipe import TASKS, Decisions, KeptNeurons, Recipe
 
 Specialised = tuple[tuple[Program, ...], tuple[PassRecord, ...]]
@@ -29,13 +29,13 @@ class Job:
     """Engines that are made of one captured program together.
 
     `passes` run over the program under the name `name`; `then` over what they make, by the name it has. `only` names
-    the one program to keep, where the passes also make what is not wanted.
+    the programs to keep, where the passes also make what is not wanted.
     """
 
     name: str
     passes: tuple[Pass, ...]
     then: Mapping[str, tuple[Pass, ...]] = dataclasses.field(default_factory=dict)
-    only: str | None = None
+    only: tuple[str, ...] = ()
 
     def run(self, program: Program, *, proving: bool = True) -> Specialised:
         """`proving`: what passes give is held against what they got, see `PassManager`.
@@ -51,9 +51,9 @@ class Job:
                 records += more
             else:
                 programs.append(one)
-        if self.only is not None:
-            programs = [p for p in programs if p.name == self.only]
-            records = tuple(r for r in records if r.program == self.only)
+        if self.only:
+            programs = [p for p in programs if p.name in self.only]
+            records = tuple(r for r in records if r.program in self.only)
         return tuple(programs), records
 
     def fingerprint(self) -> str:
@@ -132,7 +132,7 @@ def _denoise(recipe: Recipe) -> tuple[Job, ...]:
         if variant.name in names
     ]
     if REUSE in names:
-        found.append(Job("denoise", pipelines.reuse(), only=REUSE))
+        found.append(Job("denoise", pipelines.reuse(), only=(schedule_of(REUSE), REUSE)))
     return tuple(found)
 
 

@@ -1,11 +1,14 @@
-"""Cutting a Program at a value: the part that computes it, and the part that goes on from it as an input."""
+"""Cutting a Program at values: the part that computes them, and the part that goes on from them as inputs."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from flashu_compile.errors import PassError
+from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program import Input, Program
 
@@ -36,6 +39,53 @@ def part_after(
     value = before.run(before.sample)[role].detach()
     sample = _sample(program, inputs[:-1]) | {role: value}
     return editor.finish(name=name, inputs=inputs, outputs=outputs, sample=sample)
+
+
+def cut_at(program: Program, values: Mapping[str, fx.Node], name: str) -> tuple[Program, Program]:
+    """The program `name` that gives `values`, nodes of `program` by role, and `program` with them as its last inputs.
+
+    What they are computed from must be inputs or stored; sizes that they have from other inputs become their own.
+    """
+    editor = GraphEditor(program)
+    copies = {node.name: node for node in editor.graph.nodes}
+    editor.set_outputs([copies[node.name] for node in values.values()])
+    inputs = prune_inputs(editor)
+    first = editor.finish(name=name, inputs=inputs, outputs=tuple(values), sample=_sample(program, inputs))
+    return first, _with_inputs(program, values, first)
+
+
+def _with_inputs(program: Program, values: Mapping[str, fx.Node], first: Program) -> Program:
+    editor = GraphEditor(program)
+    copies = {node.name: node for node in editor.graph.nodes}
+    for role, original in values.items():
+        node = copies[original.name]
+        node.replace_all_uses_with(editor.add_input(role, node))
+    given = prune_inputs(editor)
+    sizes = Sizes(program)
+    carried = tuple(Input(role, _axes(node, sizes)) for role, node in values.items())
+    with torch.no_grad():
+        made = first.run(program.sample)
+    sample = _sample(program, given) | {role: value.contiguous() for role, value in made.items()}
+    return editor.finish(inputs=(*given, *carried), sample=sample)
+
+
+def _axes(node: fx.Node, sizes: Sizes) -> tuple[str | None, ...]:
+    return tuple(
+        str(sizes.expression(size)) if isinstance(size, torch.SymInt) else None
+        for size in node.meta["val"].shape
+    )
+
+
+def new_roles(program: Program, names: Sequence[str], nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
+    """`nodes` by roles that `program` has not yet: their `names`, numbered where they repeat."""
+    roles: dict[str, fx.Node] = {}
+    for base, node in zip(names, nodes, strict=True):
+        role, count = base, 1
+        while role in roles or role in program.input_roles:
+            count += 1
+            role = f"{base}_{count}"
+        roles[role] = node
+    return roles
 
 
 def outputs_after(program: Program, role: str) -> tuple[str, ...]:

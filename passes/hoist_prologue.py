@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.passes.analysis.dependence import depends_on
-from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
-from flashu_compile.passes.cutting import prune_inputs
-from flashu_compile.passes.editing import GraphEditor, module_path
-from flashu_compile.program import Input, Program, prologue_of
+from flashu_compile.passes.cutting import cut_at, new_roles
+from flashu_compile.passes.editing import module_path
+from flashu_compile.program import Program, prologue_of
 
 _aten = torch.ops.aten
 #: Cheap to do again, and handing on what they are made from is smaller.
@@ -48,8 +47,7 @@ class HoistPrologue(Pass):
             reason = f"no keys or values are independent of {', '.join(sorted(self.changing))}"
             return PassResult((program,), (f"left alone: {reason}",))
         roles, called = _roles(program, carried), prologue_of(program.name)
-        prologue = _prologue(program, roles, called)
-        step = _step(program, roles, prologue)
+        prologue, step = cut_at(program, roles, called)
         count = len(prologue.exported.graph.find_nodes(op="call_function", target=_aten.linear.default))
         changes = (f"{called}: {len(roles)} values, with {count} linear layers on rows that stay the same",)
         return PassResult((prologue, step), changes)
@@ -114,15 +112,8 @@ def _uses(node: fx.Node) -> list[str]:
 
 def _roles(program: Program, carried: list[fx.Node]) -> dict[str, fx.Node]:
     """A name for each carried value: the module it is from, and what it is."""
-    roles: dict[str, fx.Node] = {}
-    for node in carried:
-        base = f"{module_path(node) or 'top'}.{next(iter(_uses(node)), _made_by(node))}"
-        role, count = base, 1
-        while role in roles or role in program.input_roles:
-            count += 1
-            role = f"{base}_{count}"
-        roles[role] = node
-    return roles
+    names = [f"{module_path(node) or 'top'}.{next(iter(_uses(node)), _made_by(node))}" for node in carried]
+    return new_roles(program, names, carried)
 
 
 def _made_by(node: fx.Node) -> str:
@@ -130,34 +121,3 @@ def _made_by(node: fx.Node) -> str:
         node = node.all_input_nodes[0]
     target: Any = node.target
     return str(getattr(target, "overloadpacket", target).__name__)
-
-
-def _prologue(program: Program, roles: dict[str, fx.Node], name: str) -> Program:
-    editor = GraphEditor(program)
-    copies = {node.name: node for node in editor.graph.nodes}
-    editor.set_outputs([copies[node.name] for node in roles.values()])
-    inputs = prune_inputs(editor)
-    sample = {i.role: program.sample[i.role] for i in inputs}
-    return editor.finish(name=name, inputs=inputs, outputs=tuple(roles), sample=sample)
-
-
-def _step(program: Program, roles: dict[str, fx.Node], prologue: Program) -> Program:
-    editor = GraphEditor(program)
-    copies = {node.name: node for node in editor.graph.nodes}
-    for role, original in roles.items():
-        node = copies[original.name]
-        node.replace_all_uses_with(editor.add_input(role, node))
-    given = prune_inputs(editor)
-    sizes = Sizes(program)
-    carried = tuple(Input(role, _axes(node, sizes)) for role, node in roles.items())
-    with torch.no_grad():
-        values = prologue.run(program.sample)
-    sample = {i.role: program.sample[i.role] for i in given} | {r: v.contiguous() for r, v in values.items()}
-    return editor.finish(inputs=(*given, *carried), sample=sample)
-
-
-def _axes(node: fx.Node, sizes: Sizes) -> tuple[str | None, ...]:
-    return tuple(
-        str(sizes.expression(size)) if isinstance(size, torch.SymInt) else None
-        for size in node.meta["val"].shape
-    )

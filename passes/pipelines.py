@@ -13,6 +13,7 @@ from flashu_compile.passes.fold_constants import FoldConstants
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.group_heads import GroupHeads
 from flashu_compile.passes.hoist_prologue import HoistPrologue
+from flashu_compile.passes.hoist_schedule import HoistSchedule
 from flashu_compile.passes.keep_outputs import KeepOutputs
 from flashu_compile.passes.last_row import LastRow
 from flashu_compile.passes.merge_duplicates import MergeDuplicates
@@ -29,24 +30,25 @@ from flashu_compile.recipe import KeptNeurons
 
 LLM = "llm"
 _STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation
+_SCHEDULE = HoistSchedule(Role.TIMESTEP)
 CLEAN: tuple[Pass, ...] = (RemoveDeadCode(), FoldConstants(), CanonicalNames())
 
 
 def denoise(
     *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), features: bool = False
 ) -> tuple[Pass, ...]:
-    """The generation step, after a prologue with what does not change during a trajectory.
+    """The generation step, after a prologue with what does not change during a trajectory, and its schedule.
 
     `features`: it also gives what a reuse program takes.
     """
     outputs = (Role.VELOCITY, Role.HEAD_FEATURES) if features else (Role.VELOCITY,)
-    once = (GroupHeads(), SplitRows(_STEP), MergeDuplicates(), HoistPrologue(_STEP))
+    once = (GroupHeads(), SplitRows(_STEP), MergeDuplicates(), HoistPrologue(_STEP), _SCHEDULE)
     return (KeepOutputs(outputs), *_cut(kept, skipped), *once, *CLEAN)
 
 
 def reuse() -> tuple[Pass, ...]:
-    """The generation step, and the program that goes on from the diffusion head's features."""
-    return (KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)), ReuseFeatures(), *CLEAN)
+    """The generation step, and the program that goes on from the diffusion head's features, each with its schedule."""
+    return (KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)), ReuseFeatures(), _SCHEDULE, *CLEAN)
 
 
 def understand(

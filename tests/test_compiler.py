@@ -120,6 +120,7 @@ def test_every_engine_is_measured_against_eager(bundle: Bundle) -> None:
     assert set(errors) == {
         "denoise",
         "denoise_prologue",
+        "denoise_schedule",
         "vae_decode",
         "vision",
         "language",

@@ -20,7 +20,7 @@ from flashu_compile.config import MMUConfig, T2IConfig
 from flashu_compile.errors import PassError, RecipeError
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.plan import REUSE, engines_needed
-from flashu_compile.program import prologue_of
+from flashu_compile.program import prologue_of, schedule_of
 from flashu_compile.recipe import Decisions, KeptNeurons, Phase, Recipe
 from flashu_compile.runtime.decoding import Picture
 from flashu_compile.runtime.pipeline import Pipeline
@@ -92,9 +92,9 @@ class _Watched:
         return Noting()
 
 
-def carried(pipe: Pipeline, prologue: str, text: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    engine = pipe._engines.engine(prologue)
-    return engine.run({tensor.name: text[tensor.name] for tensor in engine.spec.inputs})
+def carried(pipe: Pipeline, name: str, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    engine = pipe._engines.engine(name)
+    return engine.run({tensor.name: given[tensor.name] for tensor in engine.spec.inputs})
 
 
 @pytest.fixture(scope="module", params=ORACLES)
@@ -121,11 +121,12 @@ def test_every_velocity_equals_the_published_one(flashu: tuple[Oracle, Bundle]) 
     latents, features = oracle.tensors["noise"].numpy(), None
     for step, expected in zip(pipe.plan.steps, truth, strict=True):
         engine = pipe._engines.engine(step.engine)
+        given = {**text, "timestep": np.array([step.t], dtype=np.float32)}
+        before = filter(None, (engine.spec.prologue, engine.spec.schedule))
         values = {
-            **text,
-            **(carried(pipe, engine.spec.prologue, text) if engine.spec.prologue else {}),
+            **given,
+            **{name: value for part in before for name, value in carried(pipe, part, given).items()},
             "latents": latents,
-            "timestep": np.array([step.t], dtype=np.float32),
             "head_features": features,
         }
         outputs = engine.run({tensor.name: values[tensor.name] for tensor in engine.spec.inputs})
@@ -145,8 +146,9 @@ def test_engines_hold_nothing_of_what_was_cut(flashu: tuple[Oracle, Bundle]) -> 
     assert width < config.llm.intermediate_size
     names = {path.stem for path in bundle.path.glob("*.onnx")} - {"vae_decode"}
     steps = set(engines_needed(flashu_compile.load(bundle.path).plan))
-    assert names == steps | {prologue_of(name) for name in steps - {REUSE}}
-    for name in names:
+    schedules = {schedule_of(name) for name in steps}
+    assert names == steps | schedules | {prologue_of(name) for name in steps - {REUSE}}
+    for name in names - schedules:
         graph = onnx.load(bundle.path / f"{name}.onnx", load_external_data=False).graph
         shapes = {i.name: tuple(i.dims) for i in graph.initializer}
         llm = {n: s for n, s in shapes.items() if ".showo.model.layers." in n and ".mlp." in n}

@@ -70,6 +70,7 @@ def _write(engine: EngineBuild, directory: Path) -> EngineSpec:
         outputs=tuple(_tensor_spec(value) for value in engine.model.graph.outputs),
         reference=write_reference(engine, directory),
         prologue=engine.prologue,
+        schedule=engine.schedule,
     )
 
 

@@ -63,6 +63,8 @@ def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
     steps = Counter(step.engine for step in plan.steps) if plan else Counter()
     if name in steps:
         return f"{steps[name]} of {sum(steps.values())} evaluations"
+    if any(e.schedule == name for e in manifest.engines):
+        return "once a time point, for all pictures"
     return "once a prompt" if readers else "once"
 
 
@@ -105,7 +107,7 @@ def rows_text(rows: Sequence[int]) -> str:
 
 
 def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> list[ResultWork]:
-    """What a picture takes, and the first token of an answer; nothing where the report lacks the counts."""
+    """What a first picture takes, and the first token of an answer; nothing where the report lacks the counts."""
     captured, engines = report.get("captured", {}), report.get("engines", {})
     found: list[ResultWork] = []
     if plan is not None and {"denoise", "vae_decode"} <= captured.keys():
@@ -114,9 +116,11 @@ def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
         after: dict[str, float] = {}
         for step in plan.steps:
             after[step.engine] = after.get(step.engine, 0) + len(step.branches) / 2
-            prologue = manifest.engine(step.engine).prologue
-            if prologue is not None:
-                after[prologue] = 1
+            engine = manifest.engine(step.engine)
+            if engine.prologue is not None:
+                after[engine.prologue] = 1
+            if engine.schedule is not None:
+                after[engine.schedule] = after.get(engine.schedule, 0) + 1
         after["vae_decode"] = before["vae_decode"]
         found.append(_result("one picture", captured, before, engines, after))
     if manifest.understanding is not None and "understand" in captured:

@@ -15,7 +15,7 @@ from typing import Any
 
 from flashu_compile.errors import BundleError, BundleVersionError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
     "plan.json",
@@ -41,7 +41,8 @@ class EngineSpec:
     """One engine: its file, its signature, and a recorded run (`reference`, safetensors) to verify it against.
 
     The reference file holds `input.<name>` and `output.<name>` tensors; outputs come from the eager model. `prologue`
-    is the engine that, run once, gives what inputs of this one keep from call to call.
+    is the engine that, run once, gives what inputs of this one keep from call to call; `schedule` the one that gives,
+    run once for each time point, what follows from that alone.
     """
 
     name: str
@@ -51,6 +52,7 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     reference: str
     prologue: str | None = None
+    schedule: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

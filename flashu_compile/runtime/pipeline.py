@@ -37,7 +37,7 @@ from flashu_compile.runtime.manifest import (
 from flashu_compile.runtime.noise import initial_noise
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.providers import ProviderOptions
-from flashu_compile.runtime.sampler import prompt_pair, sample
+from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
 from flashu_compile.runtime.sessions import Engine, Engines
 
 Progress = Callable[[int, int], None]
@@ -113,8 +113,8 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
     if manifest.understanding is not None:
         needed.extend((("vision", "image_embeds"), ("language", "logits")))
     for engine in manifest.engines:
-        if engine.prologue is not None:
-            manifest.engine(engine.prologue)
+        for before in filter(None, (engine.prologue, engine.schedule)):
+            manifest.engine(before)
     for name, output in dict.fromkeys(needed):
         if output not in {tensor.name for tensor in manifest.engine(name).outputs}:
             raise BundleError(f"Engine {name!r} has no output {output!r}; build the bundle again.")
@@ -140,6 +140,7 @@ class Pipeline:
         self.recipe = recipe
         self._codec = codec
         self._engines = engines
+        self._schedules = schedules(engines)
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.manifest.model}: {', '.join(self.manifest.tasks)}>"
@@ -267,7 +268,7 @@ class Pipeline:
                 progress(done, total)
 
         for text, noise in zip(texts, noises, strict=True):
-            yield sample(self._engines, plan, text, noise, evaluated)
+            yield sample(self._engines, plan, text, noise, evaluated, self._schedules)
 
     @overload
     def ask(self, image: Picture, question: str, *, max_new_tokens: int | None = None) -> str: ...

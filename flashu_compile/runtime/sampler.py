@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,10 @@ from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
 
 _FEATURES = "head_features"
+_POINTS_KEPT = 256  # of 0.4 MB each for the largest published model
+
+#: What the schedule of a given name gives at a time point.
+Schedules = Callable[[str, float], Tensors]
 
 
 def prompt_pair(codec: PromptCodec, facts: GenerationFacts, prompt: str) -> Tensors:
@@ -40,12 +45,14 @@ def sample(
     text: Tensors,
     noise: NDArray[np.float32],
     progress: Callable[[], None] | None = None,
+    scheduled: Schedules | None = None,
 ) -> NDArray[np.float32]:
     """Latents float32 [1, c, h, w] at t = 1 from `noise` of the same shape at t = 0.
 
     Each step computes v = v_u + s (v_c - v_u) from the two guidance branches, of which only one is run where s is 1
     or 0, and advances the latents by Euler's method or, as the plan says, that of Adams and Bashforth of order 2.
     State and arithmetic are float32. `text` is a `prompt_pair`; `progress` is called after every evaluation.
+    `scheduled`, of the same engines, may have been used by runs before.
 
     Raises `BundleError` if the plan asks for a solver, or an engine for an input, that this sampler does not know,
     or if head features are to be reused that were not stored; `InputError` if the latents stop being finite, as
@@ -55,10 +62,11 @@ def sample(
         raise BundleError(
             f"The step plan asks for solver {plan.solver!r}; this version knows {', '.join(SOLVERS)}."
         )
-    latents, cache, prologues = noise, _HeadCache(), _Prologues(engines, text)
+    latents, cache = noise, _HeadCache()
+    constants = _Constants(engines, text, scheduled or schedules(engines))
     earlier: tuple[float, NDArray[np.float32]] | None = None  # dt and velocity of the step before
     for number, step in enumerate(plan.steps, start=1):
-        velocity = _velocity(engines, step, text, latents, cache, prologues)
+        velocity = _velocity(engines, step, text, latents, cache, constants)
         slope = velocity
         if plan.solver == "ab2" and earlier is not None:
             slope = velocity + step.dt / (2 * earlier[0]) * (velocity - earlier[1])
@@ -80,15 +88,15 @@ def _velocity(
     text: Tensors,
     latents: NDArray[np.float32],
     cache: _HeadCache,
-    prologues: _Prologues,
+    constants: _Constants,
 ) -> NDArray[np.float32]:
     """The guided velocity [c, h, w] of one step, whose head features go into or come from the cache."""
     engine, rows = engines.engine(step.engine), step.branches
     wanted = [tensor.name for tensor in engine.spec.inputs]
     chosen = slice(rows[0], rows[-1] + 1)
     values = {name: array[chosen] for name, array in text.items()}
-    values |= {"latents": latents, "timestep": np.array([step.t], dtype=np.float32)}
-    values.update(prologues.values(engine, chosen))
+    values |= {"latents": latents, "timestep": _timestep(step.t)}
+    values.update(constants.values(engine, chosen, step.t))
     if _FEATURES in wanted:
         values[_FEATURES] = cache.features(step)
     unknown = [name for name in wanted if name not in values]
@@ -110,15 +118,35 @@ def _velocity(
     return unconditional + step.guidance_scale * (conditional - unconditional)
 
 
-class _Prologues:
-    """What stays the same during a run: computed by an engine's prologue when the engine is first used."""
+def schedules(engines: Engines) -> Schedules:
+    """What `engines` give at time points, each computed when it is first asked for and kept for later runs."""
 
-    def __init__(self, engines: Engines, text: Tensors) -> None:
-        self._engines, self._text = engines, text
+    @functools.lru_cache(maxsize=_POINTS_KEPT)
+    def values(name: str, t: float) -> Tensors:
+        return engines.engine(name).run({"timestep": _timestep(t)})
+
+    return values
+
+
+def _timestep(t: float) -> NDArray[np.float32]:
+    return np.array([t], dtype=np.float32)
+
+
+class _Constants:
+    """What engines take that does not depend on the latents: of their prologues, which run when first used, and of
+    their schedules."""
+
+    def __init__(self, engines: Engines, text: Tensors, scheduled: Schedules) -> None:
+        self._engines, self._text, self._scheduled = engines, text, scheduled
         self._known: dict[str, Tensors] = {}
 
-    def values(self, engine: Engine, rows: slice) -> Tensors:
-        """What `engine` takes from its prologue, for these rows of the text; nothing if it has none."""
+    def values(self, engine: Engine, rows: slice, t: float) -> Tensors:
+        """What `engine` takes for these rows of the text and this time point, of what is not given by the caller."""
+        schedule = engine.spec.schedule
+        timed = {} if schedule is None else self._scheduled(schedule, t)
+        return {**self._of_prologue(engine, rows), **timed}
+
+    def _of_prologue(self, engine: Engine, rows: slice) -> Tensors:
         name = engine.spec.prologue
         if name is None:
             return {}

@@ -14,7 +14,7 @@ from flashu_compile.config import T2IConfig
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.plan import Step, StepPlan, compile_plan, uniform_plan
 from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
-from flashu_compile.runtime.sampler import sample
+from flashu_compile.runtime.sampler import sample, schedules
 from flashu_compile.runtime.sessions import Tensors
 
 SHAPE = (1, 2, 3, 3)
@@ -49,6 +49,17 @@ class Engines:
         return Engine(self, name)
 
 
+class Scheduled(Engines):
+    """The same, but `denoise` takes time as its schedule gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: list[float] = []
+
+    def engine(self, name: str) -> Any:
+        return _Schedule(self) if name == "denoise_schedule" else _Late(self)
+
+
 class Engine:
     def __init__(self, owner: Engines, name: str) -> None:
         self._owner, self._name = owner, name
@@ -76,6 +87,30 @@ class Engine:
         self._owner.calls.append((self._name, tuple(rows), float(t[0, 0, 0, 0])))
         outputs = {"velocity": velocity(slow, t).astype(np.float32)}
         return outputs | ({"head_features": slow} if self._owner.gives_features else {})
+
+
+class _Schedule:
+    def __init__(self, owner: Scheduled) -> None:
+        self._points = owner.points
+
+    def run(self, inputs: Tensors) -> dict[str, Array]:
+        (point,) = inputs["timestep"].tolist()
+        self._points.append(point)
+        return {"embedded": inputs["timestep"] + 1}
+
+
+class _Late:
+    """`denoise` behind its schedule."""
+
+    def __init__(self, owner: Scheduled) -> None:
+        self._plain = Engine(owner, "denoise")
+        tensors = tuple(TensorSpec(n, "float32", ("batch",)) for n in ("latents", "embedded", "prompt_ids"))
+        self.spec = EngineSpec("denoise", "t2i", "", tensors, (), "", schedule="denoise_schedule")
+
+    def run(self, inputs: Tensors) -> dict[str, Array]:
+        assert list(inputs) == [tensor.name for tensor in self.spec.inputs]
+        x, embedded, ids = inputs.values()
+        return self._plain.run({"latents": x, "timestep": embedded - 1, "prompt_ids": ids})
 
 
 def follow(plan: StepPlan, slow: Callable[[Array, Any, Any], Array] = features) -> Array:
@@ -233,3 +268,16 @@ def test_latents_that_are_not_finite() -> None:
     steps = _steps(COMPUTE, Step(0.5, 1e39, 3.0, "denoise"))
     with pytest.raises(InputError, match="evaluation 2 of 2"), np.errstate(all="ignore"):
         sample(Engines(), steps, TEXT, NOISE)
+
+
+def test_a_schedule_runs_once_for_each_point_of_a_plan() -> None:
+    steps, engines = plan(7), Scheduled()
+    known = schedules(engines)
+    first = sample(engines, steps, TEXT, NOISE, scheduled=known)
+    np.testing.assert_allclose(first, follow(steps), rtol=1e-5, atol=1e-5)
+    assert engines.points == pytest.approx([step.t for step in steps.steps])
+    np.testing.assert_array_equal(sample(engines, steps, TEXT, NOISE, scheduled=known), first)
+    assert len(engines.points) == len(steps.steps), "a second picture has it all"
+    sample(engines, plan(13), TEXT, NOISE, scheduled=known)
+    shared = {step.t for step in steps.steps} & {step.t for step in plan(13).steps}
+    assert len(engines.points) == len(steps.steps) + 12 - len(shared), "and another plan the points it shares"

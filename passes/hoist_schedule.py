@@ -1,0 +1,56 @@
+"""Move what follows from the time point alone into a program that runs once for each point of a plan. Exact.
+
+Looks for the linear layers whose values depend on the time point and on no other input, and of these for the last on
+every way to what depends on more: the modulation of each block, say, behind the embedding of time. A new program, the
+schedule, computes them; the program itself takes their values as inputs, and no longer the time point where nothing
+else reads it. What is done to them afterwards without a layer (taking them apart, adding one) stays where it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.base import Pass, PassResult
+from flashu_compile.passes.cutting import cut_at, new_roles
+from flashu_compile.passes.editing import module_path
+from flashu_compile.program import Program, schedule_of
+
+_LINEAR = torch.ops.aten.linear.default
+
+
+@dataclasses.dataclass(frozen=True)
+class HoistSchedule(Pass):
+    """`point`: the input that says where on the trajectory an evaluation is."""
+
+    point: str
+
+    def call(self, program: Program) -> PassResult:
+        dependence = depends_on(program)
+        layers = [node for node in dependence if node.target is _LINEAR and self._alone(dependence[node])]
+        carried = [node for node in layers if self._leads_on(node, dependence)]
+        if not carried:
+            return PassResult.unchanged(program)
+        names = [module_path(node) or "top.linear" for node in carried]
+        called = schedule_of(program.name)
+        schedule, step = cut_at(program, new_roles(program, names, carried), called)
+        change = f"{called}: {len(carried)} values of {len(layers)} linear layers that follow from '{self.point}' alone"
+        return PassResult((schedule, step), (change,))
+
+    def _alone(self, inputs: frozenset[str]) -> bool:
+        return inputs == {self.point}
+
+    def _leads_on(self, layer: fx.Node, dependence: dict[fx.Node, frozenset[str]]) -> bool:
+        """Whether what depends on other inputs too, or an output, is reached from `layer` through no further layer."""
+        waiting, seen = [layer], {layer}
+        while waiting:
+            for user in waiting.pop().users:
+                if user.op == "output" or not self._alone(dependence[user]):
+                    return True
+                if user.target is not _LINEAR and user not in seen:
+                    seen.add(user)
+                    waiting.append(user)
+        return False
