@@ -16,7 +16,9 @@ from onnxscript.rewriter import pattern
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 
-_FUSED_OPSET = 23  # the first with Attention and RMSNormalization
+from flashu_compile.exporters.rotary_onnx import fuse_rotary
+
+_FUSED_OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 _FOLD_LIMIT = 1 << 16  # elements; a larger folded constant must replace at least as much
 _LAYOUT_OPERATORS = frozenset({"Transpose", "Expand", "Tile"})
 
@@ -78,6 +80,8 @@ def simplify(model: ir.Model, tensors: Mapping[str, Any]) -> None:
         rewriter.rewrite(model, _CLEAN_UP)
     if model.opset_imports[""] >= _FUSED_OPSET:
         rewriter.rewrite(model, _RMS_NORM)
+        common.CommonSubexpressionEliminationPass()(model)  # of casts, which are made for each reader
+        fuse_rotary(model)
         _attend_in_groups(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)

@@ -116,6 +116,35 @@ class GraphEditor:
                 keywords: Any = fx.map_arg(node.kwargs, value_of)
                 node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
 
+    def settle(self, changed: Iterable[fx.Node]) -> None:
+        """Bring what reads `changed`, whose layout in memory may differ from before, up to date, as far as it reaches.
+
+        A view that the new layout does not allow gets a contiguous copy.
+        """
+        waiting = {user for node in changed for user in node.users}
+        for node in list(self.graph.nodes):
+            if node not in waiting or node.op != "call_function":
+                continue
+            before = _layout(node)
+            try:
+                self.propagate([node])
+            except (RuntimeError, ValueError):
+                if node.target is not torch.ops.aten.view.default:
+                    raise
+                self._copy_before(node)
+            if _layout(node) != before:
+                waiting |= set(node.users)
+
+    def _copy_before(self, view: fx.Node) -> None:
+        source = cast("fx.Node", view.args[0])
+        with self.graph.inserting_before(view):
+            copied = self.graph.call_function(
+                torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+            )
+        copied.meta = dict(source.meta)
+        view.update_arg(0, copied)
+        self.propagate([copied, view])
+
     def _fake_mode(self) -> FakeTensorMode:
         values = [node.meta.get("val") for node in self.graph.find_nodes(op="placeholder")]
         mode = torch._guards.detect_fake_mode([v for v in values if isinstance(v, Tensor)])
@@ -228,6 +257,13 @@ class GraphEditor:
 
 def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
     return cast("tuple[fx.Node, ...]", graph.output_node().args[0])
+
+
+def _layout(node: fx.Node) -> str:
+    """Sizes and strides of a node's tensors, which may be symbolic."""
+    return str(
+        [(v.shape, v.stride()) for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    )
 
 
 def _is_size(node: fx.Node) -> bool:

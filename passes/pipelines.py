@@ -12,6 +12,7 @@ from flashu_compile.passes.canonical_names import CanonicalNames
 from flashu_compile.passes.fold_constants import FoldConstants
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.group_heads import GroupHeads
+from flashu_compile.passes.halve_rotary import HalveRotary
 from flashu_compile.passes.hoist_prologue import HoistPrologue
 from flashu_compile.passes.hoist_schedule import HoistSchedule
 from flashu_compile.passes.keep_outputs import KeepOutputs
@@ -30,6 +31,7 @@ from flashu_compile.recipe import KeptNeurons
 
 LLM = "llm"
 _STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation
+_PLAIN = (GroupHeads(), HalveRotary())
 _SCHEDULE = HoistSchedule(Role.TIMESTEP)
 CLEAN: tuple[Pass, ...] = (RemoveDeadCode(), FoldConstants(), CanonicalNames())
 
@@ -42,7 +44,7 @@ def denoise(
     `features`: it also gives what a reuse program takes.
     """
     outputs = (Role.VELOCITY, Role.HEAD_FEATURES) if features else (Role.VELOCITY,)
-    once = (GroupHeads(), SplitRows(_STEP), MergeDuplicates(), HoistPrologue(_STEP), _SCHEDULE)
+    once = (*_PLAIN, SplitRows(_STEP), MergeDuplicates(), HoistPrologue(_STEP), _SCHEDULE)
     return (KeepOutputs(outputs), *_cut(kept, skipped), *once, *CLEAN)
 
 
@@ -65,7 +67,7 @@ def decode() -> tuple[Pass, ...]:
     changing = frozenset({Role.SUFFIX_IDS})
     # The token that ends the image belongs to it: the published mask lets the image see it.
     separate = SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS)
-    once = (separate, GroupHeads(), SplitRows(changing), MergeDuplicates(), HoistPrologue(changing))
+    once = (separate, *_PLAIN, SplitRows(changing), MergeDuplicates(), HoistPrologue(changing))
     cached = (CacheRows(), UpdateInPlace(Role.ROWS_BEFORE), MergeDuplicates())
     return (*once, *cached, LastRow(), *CLEAN)
 

@@ -1,0 +1,163 @@
+"""Rotate by tables of half the width, where both halves of a table are the same. Exact, bit for bit.
+
+Looks for x · cos + turned(x) · sin, where turned(x) puts the negated second half of the last dimension before the
+first, and where the tables of cosines and sines are made of angles that were put side by side twice. The halves (a, b)
+of x become (a · cos - b · sin, b · cos + a · sin) by half a table. That these tables serve both halves can then be seen
+at the rotation itself, wherever a table comes from: so it can be emitted as the standard operator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.passes.analysis.feed_forward import fused_source, slice_arguments
+from flashu_compile.passes.analysis.graph import argument, arguments, dimension, is_pointwise, size
+from flashu_compile.passes.base import Pass, PassResult
+from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.program import Program
+
+_aten = torch.ops.aten
+
+
+class _Rotation(NamedTuple):
+    """What is rotated, and the tables."""
+
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
+class HalveRotary(Pass):
+    def call(self, program: Program) -> PassResult:
+        editor = GraphEditor(program)
+        tables = _HalfTables(editor)
+        rotated: list[fx.Node] = []
+        for node in list(editor.graph.nodes):
+            found = _rotation(node)
+            if found is None:
+                continue
+            cos, sin = tables.half(found.cos), tables.half(found.sin)
+            if cos is not None and sin is not None:
+                rotated.append(_rotate(editor, node, found.x, cos, sin))
+        if not rotated:
+            return PassResult.unchanged(program)
+        editor.remove_unused()
+        editor.settle(rotated)
+        return PassResult((editor.finish(),), (f"{len(rotated)} rotations take tables of half the width",))
+
+
+def _rotation(node: fx.Node) -> _Rotation | None:
+    """The rotation whose result `node` is, if it is one."""
+    if node.target is not _aten.add.Tensor or node.kwargs:
+        return None
+    for direct, turned in itertools.permutations(arguments(node)):
+        for x, cos in _factors(direct):
+            for other, sin in _factors(turned):
+                if _turned(other) is x:
+                    return _Rotation(x, cos, sin)
+    return None
+
+
+def _factors(node: object) -> list[tuple[fx.Node, fx.Node]]:
+    """Both orders of the two tensors that `node` is the product of."""
+    if not isinstance(node, fx.Node) or node.target is not _aten.mul.Tensor:
+        return []
+    pairs = itertools.permutations(arguments(node))
+    return [pair for pair in pairs if all(isinstance(factor, fx.Node) for factor in pair)]
+
+
+def _turned(node: fx.Node) -> fx.Node | None:
+    """The x that `node` is turned(x) of."""
+    if node.target is not _aten.cat.default or dimension(node) != node.meta["val"].ndim - 1:
+        return None
+    parts = arguments(node)[0]
+    if len(parts) != 2 or parts[0].target is not _aten.neg.default:
+        return None
+    first, second = _half_of(parts[1], 0), _half_of(arguments(parts[0])[0], 1)
+    return first if first is second else None
+
+
+def _half_of(node: fx.Node, index: int) -> fx.Node | None:
+    """What `node` is the first (0) or second (1) half of, along the last dimension."""
+    width = size(node, -1)
+    source = None if width is None else fused_source(node, width)
+    if source is None or width is None or size(source, -1) != 2 * width:
+        return None
+    cut = node.target is _aten.slice.Tensor
+    place = slice_arguments(node)[2] // width if cut else arguments(node)[1]
+    return source if place == index else None
+
+
+class _HalfTables:
+    """Tables of half the width, each made once."""
+
+    def __init__(self, editor: GraphEditor) -> None:
+        self._editor = editor
+        self._known: dict[fx.Node, fx.Node | None] = {}
+
+    def half(self, table: fx.Node) -> fx.Node | None:
+        """Half of `table`, if its halves are the same; made where it stands."""
+        if table not in self._known:
+            self._known[table] = self._halved(table)
+        return self._known[table]
+
+    def _halved(self, table: fx.Node) -> fx.Node | None:
+        if _is_doubled(table):
+            return arguments(table)[0][0]  # type: ignore[no-any-return]
+        source = _made_from(table)
+        half = None if source is None else self.half(source)
+        if half is None:
+            return None
+        with self._editor.graph.inserting_after(table):
+            made = self._editor.graph.node_copy(table, lambda node: half if node is source else node)
+        self._editor.propagate([made])
+        return made
+
+
+def _is_doubled(node: fx.Node) -> bool:
+    if node.target is not _aten.cat.default or dimension(node) != node.meta["val"].ndim - 1:
+        return False
+    parts = arguments(node)[0]
+    return len(parts) == 2 and parts[0] is parts[1]
+
+
+def _made_from(node: fx.Node) -> fx.Node | None:
+    """The one tensor that `node` is made of, if each of its elements follows from the one at the same place."""
+    tensors = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
+    if len(tensors) != 1 or node.op != "call_function":
+        return None
+    if node.target is _aten.unsqueeze.default:
+        before = int(argument(node, "dim")) % node.meta["val"].ndim < node.meta["val"].ndim - 1
+        return tensors[0] if before else None
+    return tensors[0] if is_pointwise(node) else None
+
+
+def _rotate(editor: GraphEditor, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node) -> fx.Node:
+    """Put the rotation of `x` by half tables in place of `node`."""
+    width, last = size(x, -1), x.meta["val"].ndim - 1
+    assert width is not None, "it has halves"
+    made: list[fx.Node] = []
+
+    def call(target: torch._ops.OpOverload, *args: object) -> fx.Node:
+        result = editor.graph.call_function(target, args)  # type: ignore[arg-type]
+        result.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        made.append(result)
+        return result
+
+    with editor.graph.inserting_before(node):
+        first = call(_aten.slice.Tensor, x, last, 0, width // 2)
+        second = call(_aten.slice.Tensor, x, last, width // 2, width)
+        left = call(_aten.sub.Tensor, call(_aten.mul.Tensor, first, cos), call(_aten.mul.Tensor, second, sin))
+        right = call(
+            _aten.add.Tensor, call(_aten.mul.Tensor, second, cos), call(_aten.mul.Tensor, first, sin)
+        )
+        both = call(_aten.cat.default, [left, right], -1)
+    editor.propagate(made)
+    node.replace_all_uses_with(both)
+    return both
