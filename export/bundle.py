@@ -167,11 +167,12 @@ def write_reference(engine: EngineBuild, directory: Path) -> str:
 
 
 def _sizes(directory: Path, written: Written, checkpoint_bytes: int | None) -> dict[str, int]:
-    sizes = {
-        "weights_bytes": (directory / written.weights).stat().st_size,
-        "graphs_bytes": sum((directory / spec.file).stat().st_size for spec in written.specs),
-        "references_bytes": sum((directory / spec.reference).stat().st_size for spec in written.specs),
-    }
+    files = sum((directory / spec.file).stat().st_size for spec in written.specs)
+    if written.weights is None:
+        sizes = {"engines_bytes": files}
+    else:
+        sizes = {"weights_bytes": (directory / written.weights).stat().st_size, "graphs_bytes": files}
+    sizes["references_bytes"] = sum((directory / spec.reference).stat().st_size for spec in written.specs)
     return sizes if checkpoint_bytes is None else sizes | {"checkpoint_bytes": checkpoint_bytes}
 
 

@@ -107,10 +107,18 @@ def _fused(node: ir.Node, rotation: _Rotation) -> list[ir.Node]:
     made: list[ir.Node] = []
     batch, heads, rows, width = rotation.sizes
 
-    def call(operator: str, inputs: Sequence[ir.Value], shape: Sequence[Any], **attributes: Any) -> ir.Value:
+    def call(
+        operator: str,
+        inputs: Sequence[ir.Value],
+        shape: Sequence[Any],
+        dtype: ir.DataType | None = ir.DataType.INT64,
+        **attributes: Any,
+    ) -> ir.Value:
         new = ir.node(operator, inputs, attributes=attributes)
         new.metadata_props.update(node.metadata_props)
         new.outputs[0].shape = ir.Shape(shape)
+        if dtype is not None:
+            new.outputs[0].dtype = dtype
         made.append(new)
         return new.outputs[0]
 
@@ -120,9 +128,9 @@ def _fused(node: ir.Node, rotation: _Rotation) -> list[ir.Node]:
             return value
         ones = call("Constant", [], [len(shape) - 1], value_ints=[1] * (len(shape) - 1))
         count = call("Shape", [other], [1], start=0, end=1)
-        expanded = call("Expand", [value, call("Concat", [count, ones], [len(shape)], axis=0)], shape)
-        expanded.type = value.type
-        return expanded
+        return call(
+            "Expand", [value, call("Concat", [count, ones], [len(shape)], axis=0)], shape, value.dtype
+        )
 
     def flat(table: ir.Value) -> ir.Value:
         """[b or 1, rows, d / 2]."""
@@ -130,17 +138,14 @@ def _fused(node: ir.Node, rotation: _Rotation) -> list[ir.Node]:
         if before and _number(before[1]) == 1:
             return before[0]
         sizes = [1 if table.shape is not None and table.shape[0] == 1 else batch, rows, width // 2]
-        squeezed = call("Squeeze", [table, call("Constant", [], [1], value_ints=[1])], sizes)
-        squeezed.type = table.type
-        return squeezed
+        return call("Squeeze", [table, call("Constant", [], [1], value_ints=[1])], sizes, table.dtype)
 
     x = rotation.x
     if rotation.cast is not None:
-        x = call("Cast", [x], list(x.shape or ()), to=rotation.cast)
-        x.dtype = rotation.cast
+        x = call("Cast", [x], list(x.shape or ()), rotation.cast, to=rotation.cast)
     tables = [
         for_all(flat(table), rotation.x, [batch, rows, width // 2]) for table in (rotation.cos, rotation.sin)
     ]
     x = for_all(x, rotation.cos, [batch, heads, rows, width])
-    call("RotaryEmbedding", [x, *tables], [batch, heads, rows, width])
+    call("RotaryEmbedding", [x, *tables], [batch, heads, rows, width], node.outputs[0].dtype)
     return made

@@ -104,7 +104,7 @@ def write_engines(engines: list[EngineBuild], directory: Path, suffix: str) -> W
     specs = tuple(_write(engine, directory, suffix) for engine in engines)
     references = sum(map(len, keys.values()))
     store = {"bytes": (directory / TENSORS).stat().st_size, "tensors": len(stored), "references": references}
-    return Written(specs, TENSORS, {"weight_store": store})
+    return Written(specs, TENSORS if stored else None, {"weight_store": store})
 
 
 def _write(engine: EngineBuild, directory: Path, suffix: str) -> EngineSpec:

@@ -59,11 +59,12 @@ class Packed:
 class Written:
     """Engines on disk: their entries in the manifest, the file their weights are in, and what the report says of it.
 
-    `provider` is where they run on the machine that made them.
+    `weights` is None where engines have their weights in themselves. `provider` is where they run on the machine that
+    made them.
     """
 
     specs: tuple[EngineSpec, ...]
-    weights: str
+    weights: str | None
     report: Mapping[str, Any]
     provider: str = "cpu"
 

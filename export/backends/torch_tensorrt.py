@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from flashu_compile.cache import default_directory
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild
@@ -45,9 +46,9 @@ from flashu_compile.runtime.backends.torch_tensorrt import (
 )
 from flashu_compile.runtime.manifest import EngineSpec
 from flashu_compile.runtime.profiles import Range, engine_profile, evaluate, ranges_of
-from flashu_compile.runtime.providers import cache_folder
 
 DEVICE = torch.device("cuda")
+_TIMINGS = "timing_cache_path"
 
 #: Operators that torch-tensorrt has no converter for, in those that it has.
 _DECOMPOSED = {WRITE_ROWS: scatter_rows}
@@ -102,7 +103,8 @@ BACKEND = TorchTensorRT()
 
 def compile_options(graph: fx.Graph, precision: Precision, target: Target) -> dict[str, Any]:
     """What `torch_tensorrt.dynamo.compile` is told, besides the program, where its defaults will not do."""
-    return {
+    kept = default_directory()
+    options = {
         "disable_tf32": True,  # an engine called float32 computes in float32
         "require_full_compilation": True,  # what does not convert would be left to PyTorch
         "min_block_size": 1,  # a program of fewer operators is not compiled at all, without an error
@@ -111,9 +113,10 @@ def compile_options(graph: fx.Graph, precision: Precision, target: Target) -> di
             operator_name(node.target) in _UNDECLARED for node in graph.nodes
         ),
         "use_fp32_acc": "float16" in precision.names,  # sums of products, as in PyTorch
-        # The library's own place for it is one for all users of the machine.
-        "timing_cache_path": str(cache_folder() / "torch_tensorrt" / _file_name(target)),
     }
+    return (
+        options if kept is None else options | {_TIMINGS: str(kept / "torch_tensorrt" / _file_name(target))}
+    )
 
 
 def check_operators(program: str, graph: fx.Graph) -> None:
@@ -200,6 +203,8 @@ def _compiled(
 ) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "engine.pt2"
+        # The library's own place for timings is one for all users of the machine.
+        options = {_TIMINGS: str(Path(scratch) / "timings"), **options}
         try:
             exported, arguments = bounded(program, ranges, DEVICE)
             module = library.dynamo.compile(exported, arg_inputs=arguments, **options)

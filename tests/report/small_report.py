@@ -50,12 +50,11 @@ def plan(of: Recipe) -> StepPlan:
 
 def manifest(of: Recipe) -> Manifest:
     steps = list(dict.fromkeys(step.engine for step in plan(of).steps))
-    t2i = [name for step in steps for name in ((step,) if step == "reuse" else (f"{step}_prologue", step))]
+    prologues = {step: f"{step}_prologue" for step in steps if step != "reuse"}
+    schedules = {step: f"{step}_schedule" for step in steps}
     engines = [
-        EngineSpec(
-            name, "t2i", f"{name}.onnx", (), (), "", f"{name}_prologue" if f"{name}_prologue" in t2i else None
-        )
-        for name in (*t2i, "vae_decode")
+        EngineSpec(name, "t2i", f"{name}.onnx", (), (), "", prologues.get(name), schedules.get(name))
+        for name in (*prologues.values(), *schedules.values(), *steps, "vae_decode")
     ]
     engines += [
         EngineSpec("vision", "mmu", "vision.onnx", (), (), ""),

@@ -87,8 +87,8 @@ def test_it_says_what_the_recipe_costs_and_saves(page: str) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     assert "20 % relative L2 change of the final latents" in text
     assert "1 of 2 next tokens stay the same; logits change by 40 %" in text
-    # 24 evaluations of 1 G and half of 0.1 G against 12 of 0.1 G, three prologues of them and the same half.
-    assert "FLOPs for one picture: 24.1 G → 1.55 G" in text
+    # 24 evaluations of 1 G and half of 0.1 G against 12 of 0.1 G, as many of schedules, three prologues and that half.
+    assert "FLOPs for one picture: 24.1 G → 2.75 G" in text
     for technique in ("FFN pruning", "layer skipping", "head cache", "token pruning", "everything together"):
         assert technique in text
     assert "stack llm, block 0: 64 → 48 neurons" in text
@@ -159,6 +159,16 @@ def test_a_copy_that_was_proved_in_place_of_the_model_is_told(page: str) -> None
     assert "Every engine of the copy was run before it was shipped" in told_page
     assert "3.1e-07" in told_page
     assert "proved on a copy" not in page
+
+
+def test_engines_that_hold_their_weights_are_not_called_graphs(page: str) -> None:
+    recipe = small_report.recipe()
+    report = small_report.report(recipe, lossy=False)
+    report |= {"sizes": {"engines_bytes": 6_000_000, "references_bytes": 1, "checkpoint_bytes": 5_000_000}}
+    told = render(small_report.manifest(recipe), report, recipe, small_report.plan(recipe), {})
+    assert "engines with their weights in them, of a checkpoint of 5.00 MB" in told
+    assert "graphs" not in told.partition('class="tiles"')[2].partition("<h2>")[0]
+    assert "weights, of a checkpoint of 5.00 MB; graphs" in page
 
 
 def test_an_exact_recipe_has_a_short_page_without_plots() -> None:

@@ -47,9 +47,10 @@ def write(backend: str, precision: str, programs: tuple[Program, ...], directory
         maker.errors(builds[-1], wanted, directory)
     bundle = directory / "bundle"
     bundle.mkdir()
-    specs = maker.write(builds, bundle).specs
+    written = maker.write(builds, bundle)
+    assert (written.weights is None) == ((backend, precision) == ("aot_inductor", "bfloat16"))
     files = {path.name: file_entry(path) for path in bundle.iterdir()}
-    manifest = Manifest("", ("t2i",), backend, precision, "", specs, None, None, {}, files)
+    manifest = Manifest("", ("t2i",), backend, precision, "", written.specs, None, None, {}, files)
     (bundle / "manifest.json").write_text(manifest.to_json())
     return BundleFiles(bundle, manifest)
 

@@ -198,8 +198,7 @@ class Gather(nn.Module):
 def test_options_follow_from_program_precision_and_device(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    monkeypatch.setenv("FLASHU_CACHE", str(tmp_path))
     plain = plain_copy(unary("p", nn.Linear(4, 4), torch.rand(2, 4))).graph
     gather = plain_copy(unary("p", Gather(), torch.rand(2, 4), ("batch", None))).graph
     options = compile_options(plain, Precision.of("float32"), TARGET)
@@ -216,6 +215,8 @@ def test_options_follow_from_program_precision_and_device(
         compile_options(plain, Precision.of("float32"), other)["timing_cache_path"]
         != (options["timing_cache_path"])
     )
+    monkeypatch.setenv("FLASHU_CACHE", "off")
+    assert "timing_cache_path" not in compile_options(plain, Precision.of("float32"), TARGET)
 
 
 def parameters(file: Path, function: str) -> set[str]:
