@@ -68,7 +68,9 @@ def measure(geometry: str, variants: list[str], points: int, repeats: int, threa
 
     calls = {"eager": lambda: eager(model), "eager_bf16": lambda: eager(half)}
     for name, pipe in pipes.items():
-        calls[name] = lambda pipe=pipe: sample(pipe._engines, plan, prompt.text, prompt.noise.numpy())
+        calls[name] = lambda pipe=pipe: sample(
+            pipe._engines, plan, prompt.text, prompt.noise.numpy(), scheduled=pipe._schedules
+        )
     truth = calls["eager"]()
     errors = {name: relative(call(), truth) for name, call in calls.items() if name != "eager"}
     seconds = in_turn(calls, repeats, warm_up=False, loud=True)

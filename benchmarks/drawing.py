@@ -82,7 +82,8 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
         return published.run(prompt.rows, prompt.offsets, prompt.noise)
 
     def engines(name: str, plan: Any) -> np.ndarray:
-        return sample(pipes[name]._engines, plan, prompt.text, prompt.noise.numpy())
+        pipe = pipes[name]
+        return sample(pipe._engines, plan, prompt.text, prompt.noise.numpy(), scheduled=pipe._schedules)
 
     def check() -> dict[str, float]:
         ours = {"exact": engines("exact", plans[35]), "flashu": engines("flashu", pipes["flashu"].plan)}

@@ -83,6 +83,26 @@ def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 1024, repeats: i
     return 2 * size**3 / statistics.median(seconds(lambda: a @ b)[0] for _ in range(repeats)) / 1e9
 
 
+def row_peak(
+    dtype: torch.dtype = torch.float32, size: int = 1024, count: int = 56, repeats: int = 20
+) -> float:
+    """GFLOP/s of products of one row with square matrices in PyTorch, the median of `repeats`.
+
+    There are 59 million weights, each of them read once, as a token reads those of a small language model: this peak is
+    that of the memory.
+    """
+    row = torch.randn(1, size).to(dtype)
+    matrices = [torch.randn(size, size).to(dtype) for _ in range(count)]
+
+    def products() -> None:
+        with torch.inference_mode():
+            for matrix in matrices:
+                torch.nn.functional.linear(row, matrix)
+
+    products()
+    return 2 * size**2 * count / statistics.median(seconds(products)[0] for _ in range(repeats)) / 1e9
+
+
 def flops(call: Call) -> float:
     """Floating-point operations of what PyTorch computes in a call."""
     # PyTorch counts the attention kernels of other devices by itself.

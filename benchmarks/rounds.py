@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import Call, matmul_peak, medians, times_in_turn
+from benchmarks.measuring import Call, matmul_peak, medians, row_peak, times_in_turn
 from benchmarks.records import Records, digest
 
 
 class Rounds:
-    """In each round every call is timed once, and this machine's matrix-product peak beside them.
+    """In each round every call is timed once, and this machine's peaks of matrix products beside them.
 
     `about` is what the times depend on; rounds of anything else are in another file.
     """
@@ -39,9 +39,10 @@ class Rounds:
             short = any("bf16" in name for name in calls)
             dtypes = (torch.float32, torch.bfloat16) if short else (torch.float32,)
             peaks = {str(dtype): matmul_peak(dtype) for dtype in dtypes}
+            peaks |= {f"{dtype}, one row": row_peak(dtype) for dtype in dtypes}
             self._records.add(str(number), {"seconds": {n: t[0] for n, t in times.items()}, "peak": peaks})
 
     def median(self, what: str) -> dict[str, float]:
-        """Medians over the rounds of "seconds" by call, or of "peak", GFLOP/s by dtype."""
+        """Medians over the rounds of "seconds" by call, or of "peak", GFLOP/s by dtype and rows."""
         rows = [row[what] for row in self._records.rows.values()]
         return medians({name: [row[name] for row in rows] for name in rows[0]})

@@ -6,7 +6,9 @@
 Random weights and random decisions. t2i: one picture, batch of one prompt with guidance. mmu: a 32-token answer about
 one picture, and prefill alone. Everything takes turns on the same number of threads; figures are medians over
 `--repeats` rounds. `ratios` says "fast over slow": how many times faster. GFLOP/s of eager code stand beside the
-matrix-product peak that was measured in the same rounds.
+matrix-product peak that was measured in the same rounds. What decodes token by token multiplies one row with every
+weight, which is read from memory for it: such work is also held against the peak of products of one row
+(`share_of_attainable`: the time that work of either kind would take at its peak, over the time it took).
 
 `--bundles DIR` keeps bundles and finished rounds: bundles are used again, and a run that was cut short goes on. Delete
 `*.rounds.json` there to measure anew. `--skip bf16` leaves out calls whose name the regular expression is found in: a
@@ -60,7 +62,7 @@ def measure(
     errors = rounds.once("errors", subject.check)
     for name, error in errors.items():
         print(f"  {name}: {error:.2g}", flush=True)
-    flops = rounds.once("flops", subject.flops)
+    flops, one_row = rounds.once("flops", subject.flops), rounds.once("one_row", subject.one_row)
     for call in subject.calls.values():  # engines load, and memory is taken
         call()
     rounds.run(subject.calls, repeats)
@@ -77,8 +79,24 @@ def measure(
         "share_of_peak": {
             name: work / seconds[name] / 1e9 / peak[_dtype(name)] for name, work in flops.items()
         },
+        "share_of_attainable": {
+            name: share_of_attainable(name, work, one_row.get(name, 0), seconds[name], peak)
+            for name, work in flops.items()
+        },
         "ratios": {f"{fast} over {slow}": seconds[slow] / seconds[fast] for fast, slow in subject.pairs},
     }
+
+
+def share_of_attainable(
+    name: str, work: float, one_row: float, seconds: float, peak: dict[str, float]
+) -> float:
+    """The seconds that `work` operations take at this machine's peaks, over those that call `name` took.
+
+    `one_row` of them are products of one row. `peak` is in GFLOP/s.
+    """
+    dtype = _dtype(name)
+    least = (work - one_row) / peak[dtype] + one_row / peak[f"{dtype}, one row"]
+    return least / 1e9 / seconds
 
 
 def _dtype(name: str) -> str:

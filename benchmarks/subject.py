@@ -18,12 +18,14 @@ class Subject:
         pairs: (fast, slow) of every ratio.
         check: errors of some calls against others, by what is compared; it runs every call of them once.
         flops: floating-point operations of calls in eager PyTorch, counted.
+        one_row: those of them that are done on one row at a time, where there are such.
     """
 
     calls: Mapping[str, Call]
     pairs: tuple[tuple[str, str], ...]
     check: Callable[[], dict[str, float]]
     flops: Callable[[], dict[str, float]]
+    one_row: Callable[[], dict[str, float]] = dict
 
     def without(self, pattern: str) -> Subject:
         """The same but for calls whose name the regular expression is found in."""

@@ -43,8 +43,9 @@ from flashu_compile.program import Program
 #: against MatMul-Add-Softmax-MatMul with a boolean mask: 0.48 against 0.55 ms at batch 2, 6 heads, 190 rows, width
 #: 32; 10.1 against 12.4 ms at batch 2, 14 heads, 452 rows, width 64; 41 against 42 ms at 12 heads, 1024 rows, width
 #: 128; a float mask changes little. RMSNormalization against its five primitives: 0.9 against 3.3 ms over the 39
-#: norms of a 45 ms step. x·sigmoid(x) is fused by ONNX Runtime itself. RotaryEmbedding would save 2% more, but fails
-#: where one row of angles serves a batch, so rotations stay elementwise.
+#: norms of a 45 ms step. RotaryEmbedding against the same element by element: 0.13 against 0.61 ms for
+#: queries and keys of 4 + 2 heads, 2 × 226 rows, width 128; 0.41 against 0.68 ms for 32 + 8 heads of width 16.
+#: x·sigmoid(x) is fused by ONNX Runtime itself.
 DEFAULT_OPSET = 24
 
 #: Metadata keys of a node: the module it was traced in, the operator it was translated from, the passes that made or

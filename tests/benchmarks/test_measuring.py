@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measuring import flops, in_turn, machine, matmul_peak, relative, report, times_in_turn
+from benchmarks.measuring import (
+    flops,
+    in_turn,
+    machine,
+    matmul_peak,
+    relative,
+    report,
+    row_peak,
+    times_in_turn,
+)
 
 
 def test_calls_take_turns_after_one_that_does_not_count() -> None:
@@ -46,3 +55,4 @@ def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_machine_is_described_and_has_a_peak() -> None:
     assert {"processor", "cores", "torch", "onnxruntime"} <= machine().keys()
     assert matmul_peak(size=64, repeats=2) > 0
+    assert row_peak(size=64, count=2, repeats=2) > 0
