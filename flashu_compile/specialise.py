@@ -132,7 +132,14 @@ def _denoise(recipe: Recipe) -> tuple[Job, ...]:
         if variant.name in names
     ]
     if REUSE in names:
-        found.append(Job("denoise", pipelines.reuse(), only=(schedule_of(REUSE), REUSE)))
+        found.append(
+            Job(
+                "denoise",
+                pipelines.reuse(),
+                then={REUSE: pipelines.reused()},
+                only=(schedule_of(REUSE), REUSE),
+            )
+        )
     return tuple(found)
 
 

@@ -31,8 +31,9 @@ def part_after(
     editor = GraphEditor(program)
     nodes = editor.outputs()
     cut = nodes[role]
-    placeholder = editor.add_input(role, cut)
+    placeholder = editor.add_input(role, cut.meta["val"])
     cut.replace_all_uses_with(placeholder)
+    editor.settle([placeholder])
     editor.set_outputs([nodes[o] if nodes[o] is not cut else placeholder for o in outputs])
     inputs = (*prune_inputs(editor), Input(role, axes))
     before = part_before(program, role, program.name)
@@ -59,7 +60,9 @@ def _with_inputs(program: Program, values: Mapping[str, fx.Node], first: Program
     copies = {node.name: node for node in editor.graph.nodes}
     for role, original in values.items():
         node = copies[original.name]
-        node.replace_all_uses_with(editor.add_input(role, node))
+        placeholder = editor.add_input(role, node.meta["val"])
+        node.replace_all_uses_with(placeholder)
+        editor.settle([placeholder])
     given = prune_inputs(editor)
     sizes = Sizes(program)
     carried = tuple(Input(role, _axes(node, sizes)) for role, node in values.items())

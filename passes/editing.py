@@ -151,13 +151,17 @@ class GraphEditor:
         assert mode is not None, "a captured graph has fake values"
         return mode
 
-    def add_input(self, role: str, node: fx.Node) -> fx.Node:
-        """A new user input (the last one) with the shape of `node`."""
+    def add_input(self, role: str, like: Tensor) -> fx.Node:
+        """A new user input (the last one) with the shape and dtype of `like`.
+
+        It is contiguous, as what engines are given is, whatever the strides of `like`: `settle` tells its readers.
+        """
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             placeholder = self.graph.placeholder("input_" + re.sub(r"\W", "_", role))
         self._inputs[role] = placeholder
-        placeholder.meta = {"val": node.meta["val"]}
+        with self._fake_mode():
+            placeholder.meta = {"val": torch.empty(like.shape, dtype=like.dtype, device=like.device)}
         self._specs[placeholder] = InputSpec(InputKind.USER_INPUT, TensorArgument(placeholder.name), None)
         return placeholder
 

@@ -24,13 +24,20 @@ _LINEAR = torch.ops.aten.linear.default
 
 @dataclasses.dataclass(frozen=True)
 class HoistSchedule(Pass):
-    """`point`: the input that says where on the trajectory an evaluation is."""
+    """`point`: the input that says where on the trajectory an evaluation is.
+
+    Values whose size is that of another input, such as a batch, are left where they are: `ShareBatch` frees them of it.
+    """
 
     point: str
 
     def call(self, program: Program) -> PassResult:
         dependence = depends_on(program)
-        layers = [node for node in dependence if node.target is _LINEAR and self._alone(dependence[node])]
+        layers = [
+            node
+            for node in dependence
+            if node.target is _LINEAR and self._alone(dependence[node]) and _is_static(node)
+        ]
         carried = [node for node in layers if self._leads_on(node, dependence)]
         if not carried:
             return PassResult.unchanged(program)
@@ -54,3 +61,7 @@ class HoistSchedule(Pass):
                     seen.add(user)
                     waiting.append(user)
         return False
+
+
+def _is_static(node: fx.Node) -> bool:
+    return not any(isinstance(size, torch.SymInt) for size in node.meta["val"].shape)

@@ -23,6 +23,7 @@ from flashu_compile.passes.remove_dead_code import RemoveDeadCode
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.reuse_features import ReuseFeatures
 from flashu_compile.passes.separate_first import SeparateFirst
+from flashu_compile.passes.share_batch import ShareBatch
 from flashu_compile.passes.split_at_output import SplitAtOutput
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.passes.update_in_place import UpdateInPlace
@@ -49,8 +50,13 @@ def denoise(
 
 
 def reuse() -> tuple[Pass, ...]:
-    """The generation step, and the program that goes on from the diffusion head's features, each with its schedule."""
-    return (KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)), ReuseFeatures(), _SCHEDULE, *CLEAN)
+    """The generation step, and the program that goes on from the diffusion head's features."""
+    return (KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)), ReuseFeatures())
+
+
+def reused() -> tuple[Pass, ...]:
+    """The program that goes on from the head's features, after its schedule."""
+    return (ShareBatch(), MergeDuplicates(), _SCHEDULE, *CLEAN)
 
 
 def understand(

@@ -35,9 +35,9 @@ class SeparateFirst(Pass):
     def call(self, program: Program) -> PassResult:
         editor = GraphEditor(program)
         whole = editor.user_inputs()[self.role]
-        first, rest = (editor.add_input(name, whole) for name in (self.first, f"{self.role}_rest"))
         value = whole.meta["val"]
-        first.meta, rest.meta = {"val": value[:, :1]}, {"val": value[:, 1:]}
+        first = editor.add_input(self.first, value[:, :1])
+        rest = editor.add_input(f"{self.role}_rest", value[:, 1:])
         for user in [u for u in whole.users if u.target is not _aten.sym_size.int]:
             _read_parts(editor, user, whole, [first, rest])
         editor.take_sizes_from_read_inputs()

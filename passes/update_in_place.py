@@ -92,10 +92,8 @@ class _Updating:
 
     def _add_counter(self) -> fx.Node:
         """A new input with one whole number for each element of the batch."""
-        like = next(iter(self.buffers.values()))
-        node = self.editor.add_input(self.counter, like)
-        node.meta = {"val": like.meta["val"].new_empty(like.meta["val"].shape[:1], dtype=torch.int64)}
-        return node
+        buffer = next(iter(self.buffers.values())).meta["val"]
+        return self.editor.add_input(self.counter, buffer.new_empty(buffer.shape[:1], dtype=torch.int64))
 
     def _start(self, count: fx.Node, rows: sympy.Expr) -> fx.Node:
         """Where new rows go in buffers that have `rows` where the largest have the most."""

@@ -7,12 +7,15 @@ takes PyTorch and a machine like the one it was built on.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 
 from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
@@ -50,7 +53,7 @@ class AOTInductor:
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         program, records = precision.carry_out(program)
-        exported, inside = plain_copy(program), _HALF in precision.names
+        exported, inside = _with_named_constants(plain_copy(program)), _HALF in precision.names
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "engine.pt2"
             try:
@@ -65,7 +68,7 @@ class AOTInductor:
                     f"AOTInductor cannot compile program {program.name!r}: {error}"
                 ) from error
             content = path.read_bytes()
-        tensors = {} if inside else {**exported.state_dict, **exported.constants}
+        tensors = {} if inside else exported.state_dict
         return Emitted(TorchModel.of(program, content, tensors), traced_statistics(program), records)
 
     def pack(self, model: TorchModel) -> None:
@@ -82,3 +85,24 @@ class AOTInductor:
 
 
 BACKEND = AOTInductor()
+
+
+def _with_named_constants(exported: ExportedProgram) -> ExportedProgram:
+    """The same with buffers for constants: a package forgets what constants are called, and numbers them."""
+    signature = exported.graph_signature
+    constant = (InputKind.CONSTANT_TENSOR, InputKind.BUFFER)
+    specs = [
+        dataclasses.replace(spec, kind=InputKind.BUFFER, persistent=True) if spec.kind in constant else spec
+        for spec in signature.input_specs
+    ]
+    return ExportedProgram(
+        root=torch.fx.GraphModule({}, exported.graph),
+        graph=exported.graph,
+        graph_signature=ExportGraphSignature(specs, signature.output_specs),
+        state_dict={**exported.state_dict, **exported.constants},
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants={},
+        verifiers=[exported.verifier],
+    )

@@ -16,10 +16,10 @@ from flashu_compile.passes.hoist_schedule import HoistSchedule
 from flashu_compile.passes.keep_outputs import KeepOutputs
 from flashu_compile.passes.manager import PassManager, relative_error
 from flashu_compile.passes.merge_duplicates import MergeDuplicates
-from flashu_compile.passes.pipelines import reuse
+from flashu_compile.passes.pipelines import reuse, reused
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.program import Input, Program, Role, run_chain
-from tests.support.row_programs import paths, shape, step_inputs, working
+from tests.support.row_programs import paths, shape, step_inputs, strided_inputs, working
 from tests.tiny import CONFIG, VAE, tiny_model
 
 STEP = frozenset({Role.LATENTS, Role.TIMESTEP})
@@ -53,6 +53,11 @@ def test_each_part_takes_what_it_reads(parts: tuple[Program, ...]) -> None:
     assert {placed.axes for placed in step.inputs if placed.role in schedule.outputs} == {(None, None)}
 
 
+def test_inputs_are_contiguous_as_they_will_be_given(parts: tuple[Program, ...]) -> None:
+    """Compilers that trust a graph's strides read nonsense otherwise."""
+    assert [role for part in parts for role in strided_inputs(part)] == []
+
+
 def test_one_schedule_serves_every_prompt_and_picture(whole: Program, parts: tuple[Program, ...]) -> None:
     prologue, schedule, step = parts
     kept = {point: schedule.run(at(point)) for point in POINTS}
@@ -77,9 +82,11 @@ def test_the_step_computes_nothing_of_time(parts: tuple[Program, ...]) -> None:
 
 
 def test_steps_that_reuse_features_have_a_schedule_too(whole: Program) -> None:
-    made, _ = PassManager(reuse()).run(whole)
-    programs = {program.name: program for program in made}
-    schedule, step = programs["reuse_schedule"], programs["reuse"]
+    (_, alone), _ = PassManager(reuse()).run(whole)
+    assert SCHEDULE.call(alone).programs == (alone,), "its time has the size of the batch"
+    (schedule, step), _ = PassManager(reused()).run(alone)
+    assert (schedule.name, step.name) == ("reuse_schedule", "reuse")
+    assert schedule.input_roles == (Role.TIMESTEP,)
     assert step.input_roles == (Role.HEAD_FEATURES, *schedule.outputs)
     (final,) = working(step, "linear")
     assert module_path(final).endswith("diffusion_head_b.linear")

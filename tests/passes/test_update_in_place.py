@@ -17,6 +17,7 @@ from flashu_compile.passes.write_rows import WRITE_ROWS
 from flashu_compile.program import Program, Role
 from flashu_compile.runtime.state import updated
 from tests.passes.conftest import Decoding
+from tests.support.row_programs import strided_inputs
 from tests.tiny import CONFIG
 
 PREFIX = 5
@@ -114,3 +115,8 @@ def test_a_mask_that_hides_earlier_rows_is_refused(parts: Decoding) -> None:
     hidden = editor.finish()
     with pytest.raises(StructureError, match=r"mask .* is not o"):
         UpdateInPlace(COUNTER).call(hidden)
+
+
+def test_inputs_are_contiguous_as_they_will_be_given(parts: Decoding) -> None:
+    programs = (parts.vision, parts.prologue, parts.language)
+    assert [role for program in programs for role in strided_inputs(program)] == []

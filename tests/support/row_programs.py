@@ -80,6 +80,13 @@ def placeholder_shape(program: Program, role: str) -> list[str]:
     return shape(next(node for node in program.exported.graph.nodes if node.name == names[role]))
 
 
+def strided_inputs(program: Program) -> list[str]:
+    """Inputs that the graph takes to lie in memory otherwise than they do."""
+    values = {n.name: n.meta["val"] for n in program.exported.graph.find_nodes(op="placeholder")}
+    users = zip(program.input_roles, program.exported.graph_signature.user_inputs, strict=True)
+    return [role for role, name in users if not values[name].is_contiguous()]
+
+
 def paths(program: Program) -> set[str]:
     """Modules of everything that works."""
     return {module_path(node) for node in working(program)}

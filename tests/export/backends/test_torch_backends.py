@@ -198,6 +198,24 @@ def test_aot_inductor(step: Program, tmp_path: Path) -> None:
         open_engines(BundleFiles(files.directory, files.manifest), trust=True).engine("step")
 
 
+def test_aot_inductor_runs_both_tasks_as_the_eager_loop_does(eager: EagerPipeline, tmp_path: Path) -> None:
+    bundle = flashu_compile.export(
+        tiny_model(),
+        ["t2i", "mmu"],
+        output=tmp_path / "bundle",
+        vae=VAE,
+        tokenizer=tokenizer(),
+        backend="aot_inductor",
+    )
+    pipe = flashu_compile.load(bundle.path, trust=True)
+    truth = eager.trajectory("a", seed=3, steps=4).latents.numpy()
+    assert relative_error(np.asarray(pipe.latents("a", seed=3, steps=4)), truth) < BOUNDS["float32"]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
+    questions = ["how many red objects are there?", "what?"]
+    answers = [eager.ask(image, question, max_new_tokens=5) for question in questions]
+    assert pipe.ask(image, questions, max_new_tokens=5) == answers
+
+
 def test_aot_inductor_without_a_compiler(tmp_path: Path) -> None:
     # Inductor's own way to change its configuration: pytest's would take the entry away in the end.
     changed = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
