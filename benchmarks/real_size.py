@@ -35,6 +35,7 @@ from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.recipe import merge
 from flashu_compile.runtime.manifest import REPORT, WEIGHTS
+from flashu_compile.runtime.sampler import schedules
 
 CONFIGURATION = "show-o2-1.5B"
 SHARD_BYTES = 2 << 30
@@ -124,11 +125,16 @@ def picture(folder: Path, threads: int) -> dict[str, Any]:
     pipe = flashu_compile.load(folder / "bundle", threads=threads, memory="low")
     watched = WatchedEngines(pipe._engines)
     pipe._engines = watched  # type: ignore[assignment]
+    pipe._schedules = schedules(watched)
     taken, latents = seconds(lambda: pipe.latents(PROMPT, seed=SEED))
     return {
         "picture_seconds": taken,
         "latents": {"shape": list(latents.shape), "finite": bool(np.isfinite(latents).all())},
-        "evaluations": sum(map(len, (t for n, t in watched.seconds.items() if "prologue" not in n))),
+        "evaluations": sum(
+            len(times)
+            for name, times in watched.seconds.items()
+            if not name.endswith(("_prologue", "_schedule"))
+        ),
         "by_engine": {
             name: {"calls": len(times), "first_seconds": times[0], "median_seconds": float(np.median(times))}
             for name, times in watched.seconds.items()

@@ -133,8 +133,7 @@ def _timestep(t: float) -> NDArray[np.float32]:
 
 
 class _Constants:
-    """What engines take that does not depend on the latents: of their prologues, which run when first used, and of
-    their schedules."""
+    """What engines take that latents have no part in: of prologues, which run when first used, and of schedules."""
 
     def __init__(self, engines: Engines, text: Tensors, scheduled: Schedules) -> None:
         self._engines, self._text, self._scheduled = engines, text, scheduled
