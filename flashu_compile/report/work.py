@@ -64,7 +64,7 @@ def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
     if name in steps:
         return f"{steps[name]} of {sum(steps.values())} evaluations"
     if any(e.schedule == name for e in manifest.engines):
-        return "once a time point, for all pictures"
+        return "once a time point"
     return "once a prompt" if readers else "once"
 
 
