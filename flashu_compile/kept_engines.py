@@ -177,6 +177,7 @@ def _engine(
         reference_inputs={role: tensors[f"{prefix}/input/{role}"] for role in told["inputs"]},
         reference_outputs={role: tensors[f"{prefix}/output/{role}"] for role in told["outputs"]},
         prologue=told["prologue"],
+        schedule=told["schedule"],
     )
 
 
