@@ -60,9 +60,8 @@ def _with_inputs(program: Program, values: Mapping[str, fx.Node], first: Program
     copies = {node.name: node for node in editor.graph.nodes}
     for role, original in values.items():
         node = copies[original.name]
-        placeholder = editor.add_input(role, node.meta["val"])
-        node.replace_all_uses_with(placeholder)
-        editor.settle([placeholder])
+        node.replace_all_uses_with(editor.add_input(role, node.meta["val"]))
+    editor.settle(node for role, node in editor.user_inputs().items() if role in values)
     given = prune_inputs(editor)
     sizes = Sizes(program)
     carried = tuple(Input(role, _axes(node, sizes)) for role, node in values.items())

@@ -13,12 +13,8 @@ import sympy
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
-from flashu_compile.passes.cutting import prune_inputs
-from flashu_compile.passes.retracing import retraced
-from flashu_compile.passes.rows.interpreter import RowInterpreter
-from flashu_compile.passes.rows.operators import pointwise
-from flashu_compile.passes.rows.rules import RULES
 from flashu_compile.passes.rows.segmented import Space
+from flashu_compile.passes.split_rows import by_segments
 from flashu_compile.program import Program
 
 
@@ -26,12 +22,8 @@ from flashu_compile.program import Program
 class ShareBatch(Pass):
     def call(self, program: Program) -> PassResult:
         nowhere = Space((sympy.Dummy("no size"),))  # no dimension is split
-        interpreter = RowInterpreter(program.exported.graph, Sizes(program), nowhere, RULES, pointwise)
         try:
-            editor = retraced(program, interpreter.run)
+            shared = by_segments(program, nowhere, Sizes(program))
         except StructureError as reason:
             return PassResult((program,), (f"left alone: {reason}",))
-        inputs = prune_inputs(editor)
-        sample = {i.role: program.sample[i.role] for i in inputs}
-        shared = editor.finish(inputs=inputs, sample=sample)
         return PassResult((shared,), ("computes once what a batch shares",))

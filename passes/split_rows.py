@@ -44,14 +44,21 @@ class SplitRows(Pass):
         sizes = Sizes(program)
         try:
             space = row_segments(program, self.changing, sizes)
-            interpreter = RowInterpreter(program.exported.graph, sizes, space, RULES, pointwise)
-            editor = retraced(program, interpreter.run)
+            split = by_segments(program, space, sizes)
         except StructureError as reason:
             return PassResult((program,), (f"left alone: {reason}",))
-        inputs = prune_inputs(editor)
-        kept = {i.role: program.sample[i.role] for i in inputs}
-        split = editor.finish(inputs=inputs, sample=kept)
         return PassResult((split,), _changes(program, split, space))
+
+
+def by_segments(program: Program, space: Space, sizes: Sizes) -> Program:
+    """The program that computes by segments of `space`, and repeats what a batch shares where it must.
+
+    Raises `StructureError` if it has no such form.
+    """
+    interpreter = RowInterpreter(program.exported.graph, sizes, space, RULES, pointwise)
+    editor = retraced(program, interpreter.run)
+    inputs = prune_inputs(editor)
+    return editor.finish(inputs=inputs, sample={i.role: program.sample[i.role] for i in inputs})
 
 
 def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Space:
