@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
@@ -110,7 +111,7 @@ class GraphEditor:
     def propagate(self, nodes: Iterable[fx.Node]) -> None:
         """Work out shapes and dtypes of `nodes`, given in graph order, again from those of what they read."""
         value_of = lambda source: source.meta["val"]  # noqa: E731
-        with self._fake_mode(), torch.no_grad():
+        with self._fake_mode(), torch.no_grad(), enable_python_dispatcher():
             for node in nodes:
                 arguments: Any = fx.map_arg(node.args, value_of)
                 keywords: Any = fx.map_arg(node.kwargs, value_of)

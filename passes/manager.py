@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from flashu_compile.errors import FlashuError, PassError
@@ -167,7 +168,8 @@ def check_graph(program: Program) -> None:
         inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
         fake_mode = torch._guards.detect_fake_mode(inputs)
         declared = {node: node.meta.get("val") for node in graph_module.graph.nodes}
-        FakeTensorProp(graph_module, fake_mode).propagate_dont_convert_inputs(*inputs)
+        with enable_python_dispatcher():  # PyTorch 2.11 has no other way to size products of dynamic rows
+            FakeTensorProp(graph_module, fake_mode).propagate_dont_convert_inputs(*inputs)
     except (RuntimeError, TypeError, KeyError, AssertionError, ValueError) as error:
         raise PassError(f"it left an invalid graph: {error}") from error
     for node, before in declared.items():

@@ -6,8 +6,10 @@ once for every engine.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch._export.serde.serialize import serialize
 
@@ -26,6 +28,13 @@ from flashu_compile.exporters.torch_programs import (
 from flashu_compile.program import Program
 from flashu_compile.runtime.profiles import Range
 
+# PyTorch 2.11 takes no such wishes: it pickles tensors too, which are thrown away here.
+_GRAPH_ALONE: dict[str, Any] = {
+    name: False
+    for name in ("serialize_state_dict", "serialize_constants", "serialize_example_inputs")
+    if name in inspect.signature(serialize).parameters
+}
+
 
 class Torch:
     precisions = PRECISIONS
@@ -37,12 +46,7 @@ class Torch:
         program, records = precision.carry_out(program)
         exported = plain_copy(program)
         try:
-            artifact = serialize(
-                exported,
-                serialize_state_dict=False,
-                serialize_constants=False,
-                serialize_example_inputs=False,
-            )
+            artifact = serialize(exported, **_GRAPH_ALONE)
         except Exception as error:  # torch's serializer raises many unrelated types
             raise EmissionError(
                 f"Program {program.name!r} cannot be written by torch.export: {error}"
