@@ -10,7 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from flashu_compile.config import MMUConfig
 from flashu_compile.importing import published_decisions
-from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig, Showo2Config
+from flashu_compile.models.showo2.config import (
+    HeadConfig,
+    LLMConfig,
+    SemanticConfig,
+    Showo2Config,
+    configuration,
+)
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import SpaceToDepth
 from flashu_compile.recipe import Decisions, Phase, Recipe
@@ -65,9 +71,19 @@ _TINY = Showo2Config(
     position_grid=4,
     sequence_length=64,
 )
+# The published 1.5B model at some quarter of its depth, with a small vocabulary: products as wide, to fill a GPU.
+_PUBLISHED = configuration("show-o2-1.5B")
+_LARGE = dataclasses.replace(
+    _PUBLISHED,
+    llm=dataclasses.replace(_PUBLISHED.llm, vocab_size=32000, num_hidden_layers=8),
+    semantic=dataclasses.replace(_PUBLISHED.semantic, num_hidden_layers=7),
+    head=dataclasses.replace(_PUBLISHED.head, num_hidden_layers=3),
+    latent_channels=VAE.latent_channels,
+)
 GEOMETRIES = {
     "bench-tiny": _TINY,  # for trying the benchmarks out
     "bench-small": _SMALL,
+    "bench-large": _LARGE,
     "bench-small-27": dataclasses.replace(_SMALL, latent_grid=27, position_grid=27, sequence_length=1024),
 }
 

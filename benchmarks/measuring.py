@@ -25,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 Call = Callable[[], Any]
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores and versions."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores and versions; the GPU's name if that is where things ran."""
     names = ("torch", "onnx", "transformers", "numpy")
     return {
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -76,11 +77,19 @@ def relative(value: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
 
 
-def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 20) -> float:
+def matmul_peak(
+    dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 20, device: str = "cpu"
+) -> float:
     """GFLOP/s of a square matrix product in PyTorch, the median of `repeats`."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    a @ b
-    return 2 * size**3 / statistics.median(seconds(lambda: a @ b)[0] for _ in range(repeats)) / 1e9
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+
+    def product() -> None:
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    product()
+    return 2 * size**3 / statistics.median(seconds(product)[0] for _ in range(repeats)) / 1e9
 
 
 def row_peak(

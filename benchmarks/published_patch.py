@@ -83,8 +83,9 @@ class PublishedPatch:
 
     def _features(self, sequence: GenerationReference, hidden: Tensor, time: Tensor) -> Tensor:
         features = self.model.head(hidden, time, sequence.tables)
-        tokens, ends = self.model.config.image_tokens, sequence.offsets + self.model.config.span_length
-        return torch.stack([f[end - tokens : end] for f, end in zip(features, ends.tolist(), strict=True)])
+        tokens = self.model.config.image_tokens
+        ends = [offset + self.model.config.span_length for offset in sequence.offsets]
+        return torch.stack([f[end - tokens : end] for f, end in zip(features, ends, strict=True)])
 
 
 def _narrow(mlp: nn.Module, kept: Sequence[int]) -> nn.Module:

@@ -1,8 +1,8 @@
 """Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code an engine, and shared tensors.
 
-Weights in float32 stay outside the packages, so engines share them. In bfloat16 Inductor makes constants of its own,
-which a package without constants would lack, so each package holds its weights. Building takes a C++ compiler; running
-takes PyTorch and a machine like the one it was built on.
+Weights in float32 stay outside the packages, so engines share them. On a CPU in bfloat16 Inductor makes constants of
+its own, which a package without constants would lack, so each package holds its weights. Building takes a C++ compiler;
+running takes PyTorch and a machine like the one it was built on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.export.passes import move_to_device_pass
 
 from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
@@ -38,38 +39,12 @@ class AOTInductor:
     precisions = ("float32", _HALF)
 
     def check(self) -> None:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            compiler = get_cpp_compiler()
-        except InvalidCxxCompiler:
-            compiler = ""
-        if shutil.which(compiler) is None:
-            raise BackendUnavailableError(
-                "Backend 'aot_inductor' compiles C++ and finds no compiler for it: install g++ or clang++, "
-                "or name one in the environment variable CXX."
-            )
+        check_compiler("aot_inductor")
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         program, records = precision.carry_out(program)
-        exported, inside = _with_named_constants(plain_copy(program)), _HALF in precision.names
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "engine.pt2"
-            try:
-                with torch.no_grad():
-                    torch._inductor.aoti_compile_and_package(
-                        exported,
-                        package_path=str(path),
-                        inductor_configs={"aot_inductor.package_constants_in_so": inside},
-                    )
-            except Exception as error:  # whatever Inductor or the C++ compiler trips over
-                raise EmissionError(
-                    f"AOTInductor cannot compile program {program.name!r}: {error}"
-                ) from error
-            content = path.read_bytes()
-        tensors = {} if inside else exported.state_dict
-        return Emitted(TorchModel.of(program, content, tensors), traced_statistics(program), records)
+        model = compiled(program, holds_weights=_HALF in precision.names)
+        return Emitted(model, traced_statistics(program), records)
 
     def pack(self, model: TorchModel) -> None:
         """Machine code depends on the C++ compiler too, and on all that this chooses by the machine."""
@@ -85,6 +60,42 @@ class AOTInductor:
 
 
 BACKEND = AOTInductor()
+
+
+def check_compiler(backend: str) -> None:
+    """Raises `BackendUnavailableError` if there is no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler:
+        compiler = ""
+    if shutil.which(compiler) is None:
+        raise BackendUnavailableError(
+            f"Backend {backend!r} compiles C++ and finds no compiler for it: install g++ or clang++, "
+            "or name one in the environment variable CXX."
+        )
+
+
+def compiled(program: Program, *, device: str = "cpu", holds_weights: bool = False) -> TorchModel:
+    """A package of machine code for `device`. Raises `EmissionError` if AOTInductor cannot make it."""
+    exported = _with_named_constants(plain_copy(program))
+    tensors = {} if holds_weights else dict(exported.state_dict)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "engine.pt2"
+        try:
+            if device != "cpu":
+                exported = move_to_device_pass(exported, device)
+            with torch.no_grad():
+                torch._inductor.aoti_compile_and_package(
+                    exported,
+                    package_path=str(path),
+                    inductor_configs={"aot_inductor.package_constants_in_so": holds_weights},
+                )
+        except Exception as error:  # whatever Inductor or the C++ compiler trips over
+            raise EmissionError(f"AOTInductor cannot compile program {program.name!r}: {error}") from error
+        return TorchModel.of(program, path.read_bytes(), tensors)
 
 
 def _with_named_constants(exported: ExportedProgram) -> ExportedProgram:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.errors import BundleError
+from flashu_compile.runtime.keeping import keep_all, zeros_like
 from flashu_compile.runtime.manifest import EngineSpec
 from flashu_compile.runtime.profiles import BATCH
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
@@ -57,7 +58,7 @@ class Picture:
         if self._context is None:
             ids = np.array([suffixes[0][:1]], dtype=np.int64)
             prologue = self._engines.engine(self._engine.spec.prologue)
-            self._context = prologue.run({**self._inputs, "image_end_ids": ids})
+            self._context = keep_all(prologue, {**self._inputs, "image_end_ids": ids})
         # The first id is part of the context.
         return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
 
@@ -156,7 +157,8 @@ class Caches:
         rows = {name: value.shape[2] for name, value in context.items()}
         most = max(rows.values())
         self._fewer = {name: most - number for name, number in rows.items()}
-        self._arrays = {name: value.repeat(count, axis=0) for name, value in context.items()}
+        # Indexing by a list copies, whatever kind of value was kept.
+        self._arrays = {name: value[[0] * count] for name, value in context.items()}
         self.lengths = np.full(count, most, dtype=np.int64)
 
     def state(self, *, room_for: int) -> State:
@@ -165,7 +167,7 @@ class Caches:
         for name, array in self._arrays.items():
             if array.shape[2] + self._fewer[name] < needed:
                 batch, heads, rows, width = array.shape
-                larger = np.zeros((batch, heads, needed + ROOM - self._fewer[name], width), array.dtype)
+                larger = zeros_like(array, (batch, heads, needed + ROOM - self._fewer[name], width))
                 larger[:, :, :rows] = array
                 self._arrays[name] = larger
         return self._arrays

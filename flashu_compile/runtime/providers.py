@@ -23,6 +23,8 @@ from flashu_compile.runtime.profiles import Profile, shapes_text
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
+CUDA_GRAPH = "enable_cuda_graph"
+
 ProviderOptions = Mapping[str, object]
 
 # TF32 keeps 10 bits of mantissa; an engine called float32 computes in float32.
@@ -69,7 +71,7 @@ class SessionRequest:
 
     @property
     def cuda_graph(self) -> bool:
-        return dict(self.providers).get(CUDA, {}).get("enable_cuda_graph") == "1"
+        return dict(self.providers).get(CUDA, {}).get(CUDA_GRAPH) == "1"
 
 
 def session_request(provider: str, wanted: tuple[str, ...], options: ProviderOptions) -> SessionRequest:

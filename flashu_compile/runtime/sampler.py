@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flashu_compile.config import SOLVERS
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.plan import Step, StepPlan
+from flashu_compile.runtime.keeping import keep, keep_all
 from flashu_compile.runtime.manifest import GenerationFacts
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
@@ -104,7 +105,7 @@ def _velocity(
         raise BundleError(
             f"Engine {step.engine!r} takes {', '.join(unknown)}, unknown to this version: upgrade."
         )
-    outputs = engine.run({name: values[name] for name in wanted})
+    outputs = keep(engine, {name: values[name] for name in wanted}, {_FEATURES})
     if step.store:
         if _FEATURES not in outputs:
             raise BundleError(
@@ -123,7 +124,7 @@ def schedules(engines: Engines) -> Schedules:
 
     @functools.lru_cache(maxsize=_POINTS_KEPT)
     def values(name: str, t: float) -> Tensors:
-        return engines.engine(name).run({"timestep": _timestep(t)})
+        return keep_all(engines.engine(name), {"timestep": _timestep(t)})
 
     return values
 
@@ -151,7 +152,8 @@ class _Constants:
             return {}
         if name not in self._known:
             prologue = self._engines.engine(name)
-            self._known[name] = prologue.run({t.name: self._text[t.name] for t in prologue.spec.inputs})
+            inputs = {t.name: self._text[t.name] for t in prologue.spec.inputs}
+            self._known[name] = keep_all(prologue, inputs)
         batched = {t.name for t in engine.spec.inputs if t.shape[:1] == ("batch",)}
         return {n: v[rows] if n in batched else v for n, v in self._known[name].items()}
 

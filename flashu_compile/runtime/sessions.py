@@ -29,6 +29,7 @@ from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
 from flashu_compile.runtime.profiles import dimension_ranges, engine_profile
 from flashu_compile.runtime.providers import (
+    CUDA_GRAPH,
     TENSORRT,
     Placement,
     ProviderOptions,
@@ -90,6 +91,8 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
 )
 
+_NOT_CAPTURED = "cannot use the graph capture feature"
+
 _log = logging.getLogger(__name__)
 
 
@@ -112,8 +115,12 @@ class Engines(Protocol):
         ...
 
 
-def check_inputs(spec: EngineSpec, inputs: Tensors) -> None:
+def check_inputs(
+    spec: EngineSpec, inputs: Mapping[str, Any], kinds: tuple[type, ...] = (np.ndarray,)
+) -> None:
     """Compare names, dtypes and shapes with the signature; a dynamic dimension has one size in all inputs.
+
+    Values are of one of `kinds`: NumPy's arrays, or PyTorch's tensors.
 
     Raises `InputError` naming the engine and the input, with what is expected and what was given.
     """
@@ -124,12 +131,13 @@ def check_inputs(spec: EngineSpec, inputs: Tensors) -> None:
         )
     sizes: dict[str, int] = {}
     for tensor in spec.inputs:
-        value = inputs[tensor.name]
+        value: Any = inputs[tensor.name]
         where = f"Engine {spec.name!r}, input {tensor.name!r}: expected {_written(tensor)}"
-        if not isinstance(value, np.ndarray):
+        if not any(isinstance(value, kind) for kind in kinds):
             raise InputError(f"{where}, given {type(value).__name__}.")
-        given = f"{value.dtype} [{', '.join(map(str, value.shape))}]"
-        if value.dtype.name != tensor.dtype or value.ndim != len(tensor.shape):
+        dtype = str(value.dtype).removeprefix("torch.")
+        given = f"{dtype} [{', '.join(map(str, value.shape))}]"
+        if dtype != tensor.dtype or value.ndim != len(tensor.shape):
             raise InputError(f"{where}, given {given}.")
         for size, dimension in zip(value.shape, tensor.shape, strict=True):
             known = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
@@ -275,15 +283,8 @@ class OnnxRuntimeEngines:
         wanted = resolve_provider(self.provider)
         manifest = self._files.manifest
         profile = engine_profile(spec, dimension_ranges(manifest, spec)) if TENSORRT in wanted else None
-        options = engine_options(manifest, spec, wanted, profile, self.options)
-        try:
-            session = create_session(
-                path, self.provider, self._threads, options, self._weights, contrib=self._contrib
-            )
-        except _ORT_ERRORS as error:
-            raise BundleError(
-                f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
-            ) from error
+        wished = engine_options(manifest, spec, wanted, profile, self.options)
+        session, options = self._session(spec, path, wished)
         request = session_request(self.provider, wanted, options)
         outputs = [tensor.name for tensor in spec.outputs]
         device = int(str(self.options.get("device_id", 0)))
@@ -294,6 +295,25 @@ class OnnxRuntimeEngines:
             told = ", ".join(map(str, engine.placements))
             _log.warning("Engine %r, asked for on %r, runs on: %s.", spec.name, self.provider, told)
         return engine
+
+    def _session(
+        self, spec: EngineSpec, path: Path, options: ProviderOptions
+    ) -> tuple[ort.InferenceSession, ProviderOptions]:
+        """A session and the options it got: an engine that cannot be captured has no CUDA graph, which is logged."""
+        try:
+            session = create_session(
+                path, self.provider, self._threads, options, self._weights, contrib=self._contrib
+            )
+        except _ORT_ERRORS as error:
+            if CUDA_GRAPH in options and _NOT_CAPTURED in str(error):
+                _log.warning(
+                    "Engine %r runs without a CUDA graph: some of its nodes are not on CUDA.", spec.name
+                )
+                return self._session(spec, path, {k: v for k, v in options.items() if k != CUDA_GRAPH})
+            raise BundleError(
+                f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
+            ) from error
+        return session, options
 
 
 def resolve_provider(provider: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""State that an engine takes and gives back changed: held by the caller, in arrays that are updated in place.
+"""State that an engine takes and gives back changed: held by the caller, and updated in place where that can be.
 
-An engine that can do so without copies offers `update`; for every other one `updating` runs it and copies. State is an
-input `x` with an output `updated("x")` of the same shape.
+An engine that can do so without copies offers `update`; every other one runs, and what it gives is copied. State is an
+input `x` with an output `updated("x")` of the same shape, an array or a kept value (see keeping.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flashu_compile.runtime.sessions import Engine
 
 Tensors = Mapping[str, NDArray[Any]]
-State = dict[str, NDArray[Any]]
+State = dict[str, Any]
 
 
 def updated(name: str) -> str:
@@ -36,8 +36,9 @@ class Updating(Protocol):
     """What an engine may offer besides `Engine`."""
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
-        """Run on `inputs` and `state`, whose arrays are contiguous and hold the new state afterwards.
+        """Run on `inputs` and `state`, whose arrays are contiguous.
 
+        `state` holds the new state afterwards: in the same arrays, or in others in the place of kept values.
         The other outputs, by name. Raises as `Engine.run` does.
         """
         ...

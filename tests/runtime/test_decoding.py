@@ -6,13 +6,14 @@ is a cache behind token gather: it has fewer rows. It holds the same ids, withou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -127,9 +128,29 @@ class _Copying:
         self.spec, self.run = engine.spec, engine.run
 
 
+class _KeepingPrologue(_Prologue):
+    """Its outputs stay tensors, as those of engines in PyTorch may."""
+
+    def keep(self, inputs: Mapping[str, Any], names: Container[str]) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(rows) for name, rows in self.run(inputs).items()}
+
+
+class _Tensors:
+    """The same engine for state in tensors, which it replaces."""
+
+    def __init__(self, engine: OnnxRuntimeEngine) -> None:
+        self.spec, self.run, self._update = engine.spec, engine.run, engine.update
+
+    def update(self, inputs: Mapping[str, Any], state: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        outputs = self._update(inputs, arrays)
+        state.update({name: torch.from_numpy(array) for name, array in arrays.items()})
+        return outputs
+
+
 class _Engines:
-    def __init__(self, language: Any) -> None:
-        self.known = {"language": language, "language_prologue": _Prologue()}
+    def __init__(self, language: Any, prologue: _Prologue | None = None) -> None:
+        self.known = {"language": language, "language_prologue": prologue or _Prologue()}
 
     def engine(self, name: str) -> Any:
         return self.known[name]
@@ -140,8 +161,10 @@ def language() -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(_spec(), create_session(_language().SerializeToString(), "cpu", 1))
 
 
-@pytest.fixture(params=["in place", "copying"])
+@pytest.fixture(params=["in place", "copying", "tensors"])
 def engines(request: pytest.FixtureRequest, language: OnnxRuntimeEngine) -> _Engines:
+    if request.param == "tensors":
+        return _Engines(_Tensors(language), _KeepingPrologue())
     return _Engines(language if request.param == "in place" else _Copying(language))
 
 

@@ -153,11 +153,14 @@ def test_tensorrt_gets_profiles_and_caches_of_its_own(
     assert engine_options(manifest, denoise, (CUDA,), None, {"device_id": 1}) == {"device_id": 1}
 
 
-def test_cuda_runs_every_engine_with_and_without_graphs(bundle: Path) -> None:
+def test_cuda_runs_every_engine_with_and_without_graphs(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     if lacks("cuda"):
         pytest.skip("no CUDA provider here")
     for options in ({}, {"enable_cuda_graph": True}):
         assert verify(bundle, provider="cuda", provider_options=options).ok
+    assert "runs without a CUDA graph" in caplog.text, "this bundle's language engine has nodes on the CPU"
     pipe = load(bundle, provider="cuda", provider_options={"enable_cuda_graph": True})
     np.testing.assert_allclose(
         pipe.latents("a", seed=1), load(bundle).latents("a", seed=1), rtol=1e-4, atol=1e-5

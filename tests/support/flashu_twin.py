@@ -234,7 +234,7 @@ class _Sequence:
         image = model.embed_image(latents.expand(len(self.text), -1, -1, -1))
         time_row = model.embed_time(self._times(t))[1]
         span = image if time_row is None else torch.cat([time_row, image], dim=1)
-        states = [place_span(self.text, span, self.offsets)]
+        states = [place_span(self.text, span, self.offsets.tolist())]
         for index, layer in enumerate(model.showo.model.layers):
             rows = states[-1]
             if index not in skipped:

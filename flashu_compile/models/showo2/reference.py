@@ -8,7 +8,7 @@ the padded sequence runs on every evaluation, vocabulary logits included.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,11 +40,11 @@ def time_grid(points: int, shift: float) -> Float[Tensor, " points"]:
 
 
 def place_span(
-    text: Float[Tensor, "b rows hidden"], span: Float[Tensor, "b span hidden"], offsets: Int[Tensor, " b"]
+    text: Float[Tensor, "b rows hidden"], span: Float[Tensor, "b span hidden"], offsets: Sequence[int]
 ) -> Float[Tensor, "b rows hidden"]:
     """Replace the rows from each offset on by the span's rows."""
     rows = text.clone()
-    for row, (offset, values) in enumerate(zip(offsets.tolist(), span, strict=True)):
+    for row, (offset, values) in enumerate(zip(offsets, span, strict=True)):
         rows[row, offset : offset + len(values)] = values
     return rows
 
@@ -53,7 +53,7 @@ class GenerationReference:
     """The published generation step on one padded batch: `text` [b, rows] with the span at `offsets` [b]."""
 
     def __init__(self, model: Showo2, text: Int[Tensor, "b rows"], offsets: Int[Tensor, " b"]) -> None:
-        self.model, self.offsets = model, offsets
+        self.model, self.offsets = model, offsets.tolist()
         with torch.inference_mode():
             self.text = model.embed_text(text)
             span = model.config.span_length
@@ -67,9 +67,10 @@ class GenerationReference:
         span = image if time_row is None else torch.cat([time_row, image], dim=1)
         hidden = model.llm(place_span(self.text, span, self.offsets), self.tables)
         features = model.head(hidden, time, self.tables)
-        first = self.offsets + int(time_row is not None)
-        tokens = model.config.image_tokens
-        image_rows = torch.stack([f[o : o + tokens] for f, o in zip(features, first.tolist(), strict=True)])
+        before, tokens = int(time_row is not None), model.config.image_tokens
+        image_rows = torch.stack(
+            [f[o + before : o + before + tokens] for f, o in zip(features, self.offsets, strict=True)]
+        )
         return StepOutput(model.velocity(image_rows, time), image_rows, model.logits(hidden))
 
 
@@ -83,17 +84,18 @@ def generate(
     points: int,
     guidance_scale: Guidance,
     shift: float | None = None,
+    stepping: Callable[..., GenerationReference] = GenerationReference,
 ) -> Trajectory:
     """Euler from noise (t = 0) to latents (t = 1) with classifier-free guidance v = v_u + s (v_c - v_u).
 
     Row 0 of `text` is the prompt, row 1 the empty prompt. `guidance_scale` is s, or a function of the 0-based
-    evaluation. State and guidance arithmetic stay in the dtype of `noise`.
+    evaluation. State and guidance arithmetic stay in the dtype of `noise`. `stepping` makes what has the step.
     """
-    reference = GenerationReference(model, text, offsets)
+    reference = stepping(model, text, offsets)
     times = time_grid(points, model.config.time_shift if shift is None else shift).tolist()
     latents, velocities = noise, []
     for index, (t, following) in enumerate(itertools.pairwise(times)):
-        batch_t = torch.full((2,), t, dtype=noise.dtype)
+        batch_t = torch.full((2,), t, dtype=noise.dtype, device=noise.device)
         conditional, unconditional = reference.step(latents.expand(2, -1, -1, -1), batch_t).velocity.to(noise)
         scale = guidance_scale(index) if callable(guidance_scale) else guidance_scale
         velocity = unconditional + scale * (conditional - unconditional)

@@ -1,4 +1,7 @@
-"""Engines that AOTInductor compiled: machine code, run by PyTorch, over the tensors that all of them share."""
+"""Engines that AOTInductor compiled: machine code, run by PyTorch, over the tensors that all of them share.
+
+For the CPU; the backend `aot_inductor_cuda` has the same for NVIDIA GPUs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashu_compile.errors import BackendUnavailableError, BundleError
+from flashu_compile.errors import BundleError, ConfigurationError
 from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
@@ -24,12 +27,12 @@ class AOTInductor:
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
-        device = find_device(provider, threads)
-        if device.type != "cpu":
-            raise BackendUnavailableError(
-                "This version builds AOTInductor engines for the CPU alone; load the bundle with provider 'cpu'."
+        if provider != "cpu":
+            raise ConfigurationError(
+                "These engines were compiled for the CPU: load the bundle with provider 'cpu', or build one with "
+                "backend 'aot_inductor_cuda'."
             )
-        return TorchEngines(files, device, _packaged)
+        return TorchEngines(files, find_device(provider, threads), packaged)
 
     def examine(self) -> Iterator[Finding]:
         """Running needs PyTorch alone; building, tried here on a function of one line, a C++ compiler too."""
@@ -47,7 +50,7 @@ class AOTInductor:
 BACKEND = AOTInductor()
 
 
-def _packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
+def packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
     try:
         package = torch._inductor.aoti_load_package(str(path))
         # A package may have its constants in itself.

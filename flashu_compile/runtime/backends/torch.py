@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,12 @@ from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
 from flashu_compile.runtime.manifest import EngineSpec
 from flashu_compile.runtime.sessions import Tensors, check_inputs
+from flashu_compile.runtime.state import State, updated
 
 TENSORS = "weights.safetensors"
+CUDA_GRAPH = {
+    "cuda_graph": "True: on a GPU, each engine is replayed as a CUDA graph, one for each set of shapes."
+}
 
 Call = Callable[..., Sequence[Tensor]]
 Maker = Callable[[EngineSpec, Path, Mapping[str, Tensor], torch.device], Call]
@@ -41,17 +45,44 @@ class TorchEngine:
         self._call, self._device = call, device
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        check_inputs(self.spec, inputs)
-        values = [np.require(inputs[t.name], requirements=["C", "W"]) for t in self.spec.inputs]
-        tensors = [torch.from_numpy(value).to(self._device) for value in values]
+        return self.keep(inputs, ())
+
+    def keep(self, inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+        """As `Keeping` says: outputs in `names` are tensors on the engine's device."""
+        outputs = self._tensors(inputs)
+        return {name: value if name in names else _array(value) for name, value in outputs.items()}
+
+    def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
+        """As `Updating` says."""
+        outputs = self._tensors({**inputs, **state})
+        for name, held in state.items():
+            new = outputs.pop(updated(name))
+            if isinstance(held, Tensor):
+                state[name] = new
+            else:
+                held[...] = _array(new)
+        return {name: _array(value) for name, value in outputs.items()}
+
+    def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        check_inputs(self.spec, inputs, (np.ndarray, Tensor))
+        tensors = [self._tensor(inputs[given.name]) for given in self.spec.inputs]
         try:
-            with torch.inference_mode():
+            # Not inference mode, whose tensors a caller could not write to.
+            with torch.no_grad():
                 results = self._call(*tensors)
         except RuntimeError as error:
             raise BundleError(f"Engine {self.spec.name!r} failed in PyTorch: {error}") from error
-        # A result may be an input, or lie in memory of another result.
-        arrays = [result.cpu().contiguous().numpy().copy() for result in results]
-        return {tensor.name: array for tensor, array in zip(self.spec.outputs, arrays, strict=True)}
+        return {given.name: value for given, value in zip(self.spec.outputs, results, strict=True)}
+
+    def _tensor(self, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
+        return value.to(self._device).contiguous()
+
+
+def _array(value: Tensor) -> NDArray[Any]:
+    # A copy: a result may be an input, or lie in memory of another result.
+    return value.cpu().contiguous().numpy().copy()
 
 
 class TorchEngines:
@@ -87,6 +118,28 @@ class TorchEngines:
         return {tensor: self._tensors[key] for tensor, key in keys.items()}
 
 
+def switched_on(name: str, options: Mapping[str, Any]) -> bool:
+    """An option that is on or off, and off if it is not given. Raises `ConfigurationError` on anything else."""
+    value = options.get(name, False)
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"Option {name!r} is True or False, not {value!r}.")
+    return value
+
+
+def replaying(make: Maker, provider: str, options: Mapping[str, Any]) -> Maker:
+    """`make`, or with the option `cuda_graph` the same whose functions are replayed as CUDA graphs.
+
+    Raises `ConfigurationError` if that is asked for on another device.
+    """
+    if not switched_on("cuda_graph", options):
+        return make
+    if provider != "cuda":
+        raise ConfigurationError("Option 'cuda_graph' is for provider 'cuda'; leave it out.")
+    from flashu_compile.runtime.cuda_graphs import Replayed
+
+    return lambda spec, path, tensors, device: Replayed(make(spec, path, tensors, device))
+
+
 def find_device(provider: str, threads: int | None) -> torch.device:
     """The device to run on. The number of threads is PyTorch's, and holds for the whole process."""
     if provider not in ("cpu", "cuda"):
@@ -106,15 +159,16 @@ def find_device(provider: str, threads: int | None) -> torch.device:
 class Torch:
     runs_code = True
     weights = TENSORS
-    options: Mapping[str, str] = {"compile": "True: each engine goes through torch.compile when first run."}
+    options: Mapping[str, str] = {
+        "compile": "True: each engine goes through torch.compile when first run.",
+        **CUDA_GRAPH,
+    }
 
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
-        compiled = options.get("compile", False)
-        if not isinstance(compiled, bool):
-            raise ConfigurationError(f"Option 'compile' is True or False, not {compiled!r}.")
-        return TorchEngines(files, find_device(provider, threads), _compiled if compiled else _eager)
+        make = _compiled if switched_on("compile", options) else _eager
+        return TorchEngines(files, find_device(provider, threads), replaying(make, provider, options))
 
     def examine(self) -> Iterator[Finding]:
         for provider in ("cpu", "cuda"):

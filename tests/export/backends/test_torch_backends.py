@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.program import Program
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.files import BundleFiles
+from flashu_compile.runtime.keeping import keep
 from flashu_compile.runtime.manifest import Manifest, file_entry
 from flashu_compile.runtime.verify import relative_error, verify
 from tests.export.conftest import sample
@@ -30,6 +32,8 @@ from tests.runtime.tiny_bundle import flip_byte
 from tests.tiny import VAE, tiny_model, tokenizer
 
 pytestmark = pytest.mark.slow  # two bundles
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 
 # Of final latents after four evaluations, with guidance.
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
@@ -154,9 +158,71 @@ def test_engines_share_tensors_in_memory(bundles: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
-def test_a_device_that_is_not_there_is_an_error(bundles: dict[str, Path]) -> None:
+def test_a_device_that_is_not_there_is_an_error(bundles: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="no CUDA device"):
         flashu_compile.load(bundles["float32"], trust=True, provider="cuda")
+    with pytest.raises(BackendUnavailableError, match="'aot_inductor_cuda' compiles for the GPU it finds"):
+        flashu_compile.export(
+            tiny_model(),
+            "t2i",
+            output=tmp_path / "b",
+            vae=VAE,
+            tokenizer=tokenizer(),
+            backend="aot_inductor_cuda",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@on_cuda
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("float32", {}),
+        ("bfloat16", {"cuda_graph": True}),
+        ("float32", {"compile": True, "cuda_graph": True}),
+    ],
+)
+def test_a_gpu_gives_the_same(
+    bundles: dict[str, Path], eager: EagerPipeline, precision: str, options: dict[str, bool]
+) -> None:
+    pipe = flashu_compile.load(bundles[precision], trust=True, provider="cuda", options=options)
+    truth = eager.trajectory("a", seed=3, steps=5).latents.numpy()
+    for _ in range(2):  # the second picture replays graphs from its first evaluation on
+        assert relative_error(np.asarray(pipe.latents("a", seed=3, steps=5)), truth) < BOUNDS[precision]
+
+
+@on_cuda
+@pytest.mark.parametrize("options", [{}, {"cuda_graph": True}])
+def test_a_gpu_gives_the_same_answers(
+    bundles: dict[str, Path], eager: EagerPipeline, options: dict[str, bool]
+) -> None:
+    pipe = flashu_compile.load(bundles["float32"], trust=True, provider="cuda", options=options)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
+    questions = ["how many red objects are there?", "what?"]
+    answers = [eager.ask(image, question, max_new_tokens=5) for question in questions]
+    assert pipe.ask(image, questions, max_new_tokens=5) == answers
+    assert pipe.ask(image, questions, max_new_tokens=5) == answers
+
+
+def test_graphs_of_cuda_are_for_cuda(bundles: dict[str, Path]) -> None:
+    with pytest.raises(ConfigurationError, match="'cuda_graph' is for provider 'cuda'"):
+        flashu_compile.load(bundles["float32"], trust=True, options={"cuda_graph": True})
+    with pytest.raises(ConfigurationError, match="'cuda_graph' is True or False, not 1"):
+        flashu_compile.load(bundles["float32"], trust=True, options={"cuda_graph": 1})
+
+
+def test_what_other_engines_take_stays_a_tensor(bundles: dict[str, Path]) -> None:
+    engine = flashu_compile.load(bundles["float32"], trust=True)._engines.engine("denoise_schedule")
+    first, *others = [tensor.name for tensor in engine.spec.outputs]
+    timestep = np.array([0.5], dtype=np.float32)
+    kept = keep(engine, {"timestep": timestep}, {first})
+    assert isinstance(kept[first], torch.Tensor)
+    assert others
+    assert all(isinstance(kept[name], np.ndarray) for name in others)
+    np.testing.assert_array_equal(kept[first].numpy(), engine.run({"timestep": timestep})[first])
+    np.testing.assert_array_equal(
+        kept[first].numpy(), engine.run({"timestep": torch.tensor([0.5])})[first], "a tensor is taken, too"
+    )
 
 
 def test_torch_compile_gives_the_same(bundles: dict[str, Path], eager: EagerPipeline) -> None:
@@ -165,9 +231,9 @@ def test_torch_compile_gives_the_same(bundles: dict[str, Path], eager: EagerPipe
     assert relative_error(np.asarray(pipe.latents("a", steps=3)), truth) < BOUNDS["float32"]
 
 
-def run_at_other_sizes(files: BundleFiles, program: Program, bound: float) -> None:
-    engine = open_engines(files, trust=True).engine(program.name)
-    for inputs in (sample(1, 9, 4), sample(3, 2, 2)):
+def run_at_other_sizes(files: BundleFiles, program: Program, bound: float, **how: Any) -> None:
+    engine = open_engines(files, trust=True, **how).engine(program.name)
+    for inputs in (sample(1, 9, 4), sample(3, 2, 2), sample(3, 2, 2)):
         with torch.no_grad():
             truth = program.run(inputs)
         given = engine.run({role: tensor.numpy() for role, tensor in inputs.items()})
@@ -196,6 +262,16 @@ def test_aot_inductor(step: Program, tmp_path: Path) -> None:
     flip_byte(files.directory / "step.pt2")
     with pytest.raises(BundleError, match=r"step\.pt2 is damaged"):
         open_engines(BundleFiles(files.directory, files.manifest), trust=True).engine("step")
+
+
+@on_cuda
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_aot_inductor_for_a_gpu(step: Program, tmp_path: Path, precision: str) -> None:
+    files, bound = write("aot_inductor_cuda", precision, (step,), tmp_path), BOUNDS.get(precision, 1e-2)
+    for options in ({}, {"cuda_graph": True}):
+        run_at_other_sizes(files, step, bound, provider="cuda", options=options)
+    with pytest.raises(ConfigurationError, match="compiled for an NVIDIA GPU"):
+        open_engines(files, trust=True)
 
 
 def test_aot_inductor_runs_both_tasks_as_the_eager_loop_does(eager: EagerPipeline, tmp_path: Path) -> None:
