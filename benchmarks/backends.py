@@ -67,7 +67,6 @@ VARIANTS = {
         "torch_graph_bf16": Variant("torch", "bfloat16", _GRAPH),
         "torch_compiled_graph_bf16": Variant("torch", "bfloat16", _COMPILED | _GRAPH),
         "aot_inductor_bf16": Variant("aot_inductor_cuda", "bfloat16"),
-        "aot_inductor_graph_bf16": Variant("aot_inductor_cuda", "bfloat16", _GRAPH),
     },
 }
 EAGER = ("eager", "eager_bf16", "eager_compiled_bf16")

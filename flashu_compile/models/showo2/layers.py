@@ -79,7 +79,14 @@ def llama3_inverse_frequencies(head_dim: int, theta: float) -> Float[Tensor, " h
 def head_rotary(config: HeadConfig, positions: Int[Tensor, "batch rows"], dtype: torch.dtype) -> Rotary:
     head_dim = config.hidden_size // config.num_attention_heads
     frequencies = llama3_inverse_frequencies(head_dim, config.rope_theta).to(positions.device)
-    angles = positions[..., None].float() * frequencies
+    return rotary_tables(positions, frequencies, dtype)
+
+
+def rotary_tables(
+    positions: Int[Tensor, "batch rows"], frequencies: Float[Tensor, " half"], dtype: torch.dtype
+) -> Rotary:
+    """Cosines and sines [batch, rows, 2 half]; both halves are the same. Angles are float32."""
+    angles = positions[..., None].float() * frequencies.float()
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -25,6 +25,7 @@ from flashu_compile.models.showo2.layers import (
     TimeEmbedding,
     at_least_float32,
     head_rotary,
+    rotary_tables,
 )
 from flashu_compile.models.showo2.layout import attention_mask, span_rows
 
@@ -113,7 +114,9 @@ class Showo2(nn.Module):
         positions: Int[Tensor, "b rows"],
         valid: Bool[Tensor, "b rows"] | None = None,
     ) -> RowTables:
-        llm_rotary = self.showo.model.rotary_emb(self.image_embedder_gen.proj.weight, positions)
+        # Not transformers' own function, which some releases write as a product of matrices: what follows from one
+        # position could not be told from what follows from another.
+        llm_rotary = rotary_tables(positions, self.showo.model.rotary_emb.inv_freq, self.dtype)
         mask = attention_mask(span, valid)
         return RowTables(span, mask, llm_rotary, head_rotary(self.config.head, positions, self.dtype))
 

@@ -1,4 +1,7 @@
-"""Engines that AOTInductor compiled for an NVIDIA GPU, over the tensors that all of them share."""
+"""Engines that AOTInductor compiled for an NVIDIA GPU, over the tensors that all of them share.
+
+Without CUDA graphs: a package asks its events whether they are over, which may not be while a graph is captured.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.runtime.backends.aot_inductor import packaged
-from flashu_compile.runtime.backends.torch import CUDA_GRAPH, TENSORS, TorchEngines, find_device, replaying
+from flashu_compile.runtime.backends.torch import TENSORS, TorchEngines, find_device
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
 
@@ -17,7 +20,7 @@ from flashu_compile.runtime.findings import Finding
 class AOTInductorCUDA:
     runs_code = True
     weights = TENSORS
-    options: Mapping[str, str] = CUDA_GRAPH
+    options: Mapping[str, str] = {}
 
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
@@ -27,8 +30,7 @@ class AOTInductorCUDA:
                 "These engines were compiled for an NVIDIA GPU: load the bundle with provider 'cuda', or build one "
                 "with backend 'aot_inductor'."
             )
-        make = replaying(packaged, provider, options)
-        return TorchEngines(files, find_device(provider, threads), make)
+        return TorchEngines(files, find_device(provider, threads), packaged)
 
     def examine(self) -> Iterator[Finding]:
         """Whether there is a GPU; that its compiler works is seen when a bundle is built."""

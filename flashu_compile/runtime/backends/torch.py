@@ -29,9 +29,6 @@ from flashu_compile.runtime.sessions import Tensors, check_inputs
 from flashu_compile.runtime.state import State, updated
 
 TENSORS = "weights.safetensors"
-CUDA_GRAPH = {
-    "cuda_graph": "True: on a GPU, each engine is replayed as a CUDA graph, one for each set of shapes."
-}
 
 Call = Callable[..., Sequence[Tensor]]
 Maker = Callable[[EngineSpec, Path, Mapping[str, Tensor], torch.device], Call]
@@ -118,7 +115,7 @@ class TorchEngines:
         return {tensor: self._tensors[key] for tensor, key in keys.items()}
 
 
-def switched_on(name: str, options: Mapping[str, Any]) -> bool:
+def _switched_on(name: str, options: Mapping[str, Any]) -> bool:
     """An option that is on or off, and off if it is not given. Raises `ConfigurationError` on anything else."""
     value = options.get(name, False)
     if not isinstance(value, bool):
@@ -126,13 +123,8 @@ def switched_on(name: str, options: Mapping[str, Any]) -> bool:
     return value
 
 
-def replaying(make: Maker, provider: str, options: Mapping[str, Any]) -> Maker:
-    """`make`, or with the option `cuda_graph` the same whose functions are replayed as CUDA graphs.
-
-    Raises `ConfigurationError` if that is asked for on another device.
-    """
-    if not switched_on("cuda_graph", options):
-        return make
+def _replayed(make: Maker, provider: str) -> Maker:
+    """`make`, with functions that are replayed as CUDA graphs. Raises `ConfigurationError` on another device."""
     if provider != "cuda":
         raise ConfigurationError("Option 'cuda_graph' is for provider 'cuda'; leave it out.")
     from flashu_compile.runtime.cuda_graphs import Replayed
@@ -161,14 +153,16 @@ class Torch:
     weights = TENSORS
     options: Mapping[str, str] = {
         "compile": "True: each engine goes through torch.compile when first run.",
-        **CUDA_GRAPH,
+        "cuda_graph": "True: on a GPU, each engine is replayed as a CUDA graph, one for each set of shapes.",
     }
 
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
-        make = _compiled if switched_on("compile", options) else _eager
-        return TorchEngines(files, find_device(provider, threads), replaying(make, provider, options))
+        make = _compiled if _switched_on("compile", options) else _eager
+        if _switched_on("cuda_graph", options):
+            make = _replayed(make, provider)
+        return TorchEngines(files, find_device(provider, threads), make)
 
     def examine(self) -> Iterator[Finding]:
         for provider in ("cpu", "cuda"):
