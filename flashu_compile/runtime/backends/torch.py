@@ -159,7 +159,7 @@ class Torch:
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
-        make = _compiled if _switched_on("compile", options) else _eager
+        make: Maker = _compiled if _switched_on("compile", options) else _eager
         if _switched_on("cuda_graph", options):
             make = _replayed(make, provider)
         return TorchEngines(files, find_device(provider, threads), make)
