@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import Call, matmul_peak, medians, row_peak, times_in_turn
+from benchmarks.measuring import Call, matmul_peak, medians, row_peak, seconds
 from benchmarks.records import Records, digest
 
 
 class Rounds:
-    """In each round every call is timed once, and this machine's peaks of matrix products beside them.
+    """In each round every call is timed once, and right behind it this machine's peaks of matrix products.
 
+    Peaks move with the processor's clock and with what else its memory serves, so a call is held against its own.
     `about` is what the times depend on; rounds of anything else are in another file.
     """
 
@@ -35,14 +36,39 @@ class Rounds:
             print(f"  {len(self._records.rows)} rounds are in {self._records.path}", flush=True)
         for number in range(len(self._records.rows), count):
             print(f"  round {number + 1} of {count}", flush=True)
-            times = times_in_turn(calls, 1, warm_up=False, loud=True)
-            short = any("bf16" in name for name in calls)
-            dtypes = (torch.float32, torch.bfloat16) if short else (torch.float32,)
-            peaks = {str(dtype): matmul_peak(dtype) for dtype in dtypes}
-            peaks |= {f"{dtype}, one row": row_peak(dtype) for dtype in dtypes}
-            self._records.add(str(number), {"seconds": {n: t[0] for n, t in times.items()}, "peak": peaks})
+            times: dict[str, float] = {}
+            beside: dict[str, dict[str, float]] = {}
+            for name, call in calls.items():
+                times[name] = seconds(call)[0]
+                beside[name] = _peaks(dtype_of(name))
+                print(f"  {name}: {times[name]:.4g} s", flush=True)
+            self._records.add(str(number), {"seconds": times, "beside": beside})
 
-    def median(self, what: str) -> dict[str, float]:
-        """Medians over the rounds of "seconds" by call, or of "peak", GFLOP/s by dtype and rows."""
-        rows = [row[what] for row in self._records.rows.values()]
-        return medians({name: [row[name] for row in rows] for name in rows[0]})
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Of each round: "seconds" by call, and "beside", each call's own peaks in GFLOP/s by dtype and rows."""
+        return list(self._records.rows.values())
+
+    def seconds(self) -> dict[str, float]:
+        """Medians over the rounds, by call."""
+        return medians(
+            {name: [row["seconds"][name] for row in self.rows] for name in self.rows[0]["seconds"]}
+        )
+
+    def peaks(self) -> dict[str, float]:
+        """Medians over all that was measured, GFLOP/s by dtype and rows."""
+        found: dict[str, list[float]] = {}
+        for row in self.rows:
+            for peaks in row["beside"].values():
+                for kind, value in peaks.items():
+                    found.setdefault(kind, []).append(value)
+        return medians(found)
+
+
+def dtype_of(call: str) -> torch.dtype:
+    """What a call computes in, by its name."""
+    return torch.bfloat16 if "bf16" in call else torch.float32
+
+
+def _peaks(dtype: torch.dtype) -> dict[str, float]:
+    return {str(dtype): matmul_peak(dtype), f"{dtype}, one row": row_peak(dtype)}

@@ -5,8 +5,8 @@
 
 Random weights and random decisions. t2i: one picture, batch of one prompt with guidance. mmu: a 32-token answer about
 one picture, and prefill alone. Everything takes turns on the same number of threads; figures are medians over
-`--repeats` rounds. `ratios` says "fast over slow": how many times faster. GFLOP/s of eager code stand beside the
-matrix-product peak that was measured in the same rounds. What decodes token by token multiplies one row with every
+`--repeats` rounds. `ratios` says "fast over slow": how many times faster. Eager code is held against the peak of matrix
+products that was measured right behind it (`share_of_peak`). What decodes token by token multiplies one row with every
 weight, which is read from memory for it: such work is also held against the peak of products of one row
 (`share_of_attainable`: the time that work of either kind would take at its peak, over the time it took).
 
@@ -22,6 +22,7 @@ is, and supposing two cores that do 180 GFLOP/s, a round takes some 3 minutes fo
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +37,7 @@ from benchmarks.bundles import Bundles, compiler_digest
 from benchmarks.drawing import drawing
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.measuring import machine, parser, report
-from benchmarks.rounds import Rounds
+from benchmarks.rounds import Rounds, dtype_of
 
 TASKS = {"t2i": drawing, "mmu": answering}
 DEFAULT_GEOMETRY = {"t2i": "bench-small", "mmu": "bench-small-27"}
@@ -66,7 +67,18 @@ def measure(
     for call in subject.calls.values():  # engines load, and memory is taken
         call()
     rounds.run(subject.calls, repeats)
-    seconds, peak = rounds.median("seconds"), rounds.median("peak")
+    seconds = rounds.seconds()
+
+    def attained(name: str, row: dict[str, Any], in_rows: float) -> float:
+        return share_of_attainable(name, flops[name], in_rows, row["seconds"][name], row["beside"][name])
+
+    def shares(in_rows: dict[str, float]) -> dict[str, float]:
+        """Medians over the rounds, in each against the peaks beside the call."""
+        return {
+            name: statistics.median(attained(name, row, in_rows.get(name, 0)) for row in rounds.rows)
+            for name in flops
+        }
+
     return {
         **about,
         "repeats": repeats,
@@ -74,15 +86,10 @@ def measure(
         "build_seconds": bundles.build_seconds,
         "errors": errors,
         "gflops_per_second": {name: work / seconds[name] / 1e9 for name, work in flops.items()},
-        "matmul_peak": peak,
+        "matmul_peak": rounds.peaks(),
         "skipped": skip,
-        "share_of_peak": {
-            name: work / seconds[name] / 1e9 / peak[_dtype(name)] for name, work in flops.items()
-        },
-        "share_of_attainable": {
-            name: share_of_attainable(name, work, one_row.get(name, 0), seconds[name], peak)
-            for name, work in flops.items()
-        },
+        "share_of_peak": shares({}),
+        "share_of_attainable": shares(one_row),
         "ratios": {f"{fast} over {slow}": seconds[slow] / seconds[fast] for fast, slow in subject.pairs},
     }
 
@@ -94,13 +101,9 @@ def share_of_attainable(
 
     `one_row` of them are products of one row. `peak` is in GFLOP/s.
     """
-    dtype = _dtype(name)
-    least = (work - one_row) / peak[dtype] + one_row / peak[f"{dtype}, one row"]
+    dtype = dtype_of(name)
+    least = (work - one_row) / peak[str(dtype)] + one_row / peak[f"{dtype}, one row"]
     return least / 1e9 / seconds
-
-
-def _dtype(name: str) -> str:
-    return str(torch.bfloat16 if "bf16" in name else torch.float32)
 
 
 def arguments() -> argparse.Namespace:

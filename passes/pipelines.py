@@ -63,7 +63,8 @@ def understand(
     *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), gather: GatherTokens | None = None
 ) -> tuple[Pass, ...]:
     """The understanding forward, split into what runs once per picture and what runs once per token."""
-    tokens = () if gather is None else (gather,)
+    # Rotations first: where a table's halves are the same cannot be seen behind a gather.
+    tokens = () if gather is None else (HalveRotary(), gather)
     split = SplitAtOutput(Role.IMAGE_EMBEDS, ("vision", "language"), ("batch", None, None))
     return (*tokens, *_cut(kept, skipped), split, *CLEAN)
 

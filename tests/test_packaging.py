@@ -104,7 +104,9 @@ def test_runtime_imports_no_framework() -> None:
     backends = (
         "flashu_compile/runtime/backends/torch.py:",
         "flashu_compile/runtime/backends/aot_inductor.py:",
+        "flashu_compile/runtime/backends/aot_inductor_cuda.py:",
         "flashu_compile/runtime/backends/torch_tensorrt.py:",
+        "flashu_compile/runtime/cuda_graphs.py:",
     )
     found = imports_of({"torch", "transformers"}, "flashu_compile/runtime")
     assert [line for line in found if not line.startswith(backends)] == []

@@ -32,9 +32,10 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again = Rounds(tmp_path, "t2i", {"threads": 1})
     again.run(calls, 3)
     assert "".join(said) == "ababab"
-    assert again.median("seconds").keys() == {"a", "b"}
-    assert again.median("peak").keys() == {"torch.float32", "torch.float32, one row"}
-    assert all(value > 0 for value in again.median("peak").values())
+    assert again.seconds().keys() == {"a", "b"}
+    assert again.peaks().keys() == {"torch.float32", "torch.float32, one row"}
+    assert all(value > 0 for value in again.peaks().values())
+    assert again.rows[0]["beside"].keys() == calls.keys(), "each call has peaks of its own"
     Rounds(tmp_path, "t2i", {"threads": 2}).run(calls, 1)
     assert "".join(said) == "abababab"
 
@@ -44,7 +45,7 @@ def test_a_round_that_fails_is_not_kept(tmp_path: Path) -> None:
         Rounds(tmp_path, "t2i", {}).run({"a": lambda: 1 / 0}, 1)
     rounds = Rounds(tmp_path, "t2i", {})
     rounds.run({"a": lambda: None}, 1)
-    assert list(rounds.median("seconds")) == ["a"]
+    assert list(rounds.seconds()) == ["a"]
 
 
 def test_what_is_made_once_is_kept(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ class RowTables(NamedTuple):
     """What depends only on how rows are laid out: computed once per sequence, shared by every layer and step."""
 
     span: Bool[Tensor, "b rows"]
-    mask: Bool[Tensor, "b 1 rows rows"]
+    mask: (
+        Bool[Tensor, "b 1 rows rows"] | Float[Tensor, "b 1 rows rows"]
+    )  # what is seen, or numbers to add to scores
     llm_rotary: Rotary
     head_rotary: Rotary
 

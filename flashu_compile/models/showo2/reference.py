@@ -49,6 +49,12 @@ def place_span(
     return rows
 
 
+def _added(tables: RowTables, dtype: torch.dtype) -> RowTables:
+    """With the mask as numbers to add to scores, which attention would make of truth values in every layer."""
+    mask = torch.zeros(tables.mask.shape, dtype=dtype, device=tables.mask.device)
+    return tables._replace(mask=mask.masked_fill_(~tables.mask, float("-inf")))
+
+
 class GenerationReference:
     """The published generation step on one padded batch: `text` [b, rows] with the span at `offsets` [b]."""
 
@@ -57,7 +63,7 @@ class GenerationReference:
         with torch.inference_mode():
             self.text = model.embed_text(text)
             span = model.config.span_length
-            self.tables: RowTables = model.published_tables(offsets, span, text.shape[1])
+            self.tables = _added(model.published_tables(offsets, span, text.shape[1]), model.dtype)
 
     @torch.inference_mode()
     def step(self, latents: Float[Tensor, "b c h w"], t: Float[Tensor, " b"]) -> StepOutput:
@@ -125,7 +131,7 @@ class UnderstandingReference:
         if time and model.config.understanding_span_start == "image":
             start += 1
         tables = model.published_tables(torch.tensor([start]), model.config.span_length, rows.shape[1])
-        return model.logits(model.llm(rows, tables))
+        return model.logits(model.llm(rows, _added(tables, model.dtype)))
 
     def greedy(
         self, prefix: Int[Tensor, "1 prefix"], suffix: Int[Tensor, "1 suffix"], limit: int, stop: int | None
