@@ -28,12 +28,11 @@ def use_row_matrices(model: ir.Model) -> None:
 
 def _move(graph: ir.Graph, node: ir.Node) -> None:
     """Compute `node` on matrices, where that is what its operands were."""
-    result, (first, *others) = node.outputs[0], node.inputs
-    if first is None or len(node.outputs) != 1 or result.shape is None or not _ends_on_rows(node, result):
+    result, operands = node.outputs[0], [v for v in node.inputs if v is not None]
+    if len(node.outputs) != 1 or result.shape is None or not _ends_on_rows(node, result):
         return
-    whole = [v for v in node.inputs if v is not None and _same_shape(v, result)]
-    rest = [v for v in (first, *others) if v is not None and not _same_shape(v, result)]
-    found = {value: _matrix(value) for value in whole}
+    rest = [v for v in operands if not _same_shape(v, result)]
+    found = {v: _matrix(v) for v in operands if _same_shape(v, result)}
     reshaped = next((value for value, matrix in found.items() if matrix is not None), None)
     missing = [value for value, matrix in found.items() if matrix is None]
     if reshaped is None or not all(_is_one_row(v) for v in rest) or any(map(_is_by_row, missing)):
@@ -92,7 +91,11 @@ def _ends_on_rows(node: ir.Node, result: ir.Value) -> bool:
 
 
 def _same_shape(value: ir.Value, other: ir.Value) -> bool:
-    return value.shape is not None and other.shape is not None and list(value.shape) == list(other.shape)
+    """Whether all sizes are known to be the same: numbers, or symbols with names."""
+    if value.shape is None or other.shape is None:
+        return False
+    known = all(isinstance(size, int) or size.value is not None for size in value.shape)
+    return known and list(value.shape) == list(other.shape)
 
 
 def _is_one_row(value: ir.Value) -> bool:

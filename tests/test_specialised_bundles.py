@@ -269,8 +269,19 @@ def test_understanding_equals_the_eager_twin(
         if number == 1:
             assert relative(logits[1], truth.logits[0].numpy()) < TOLERANCE
     assert relative(logits[0], truth.logits[0].numpy()) < TOLERANCE
-    graph = onnx.load(bundle.path / "language_prologue.onnx", load_external_data=False).graph
-    assert [node.op_type for node in graph.node].count("TopK") == 1
+    prologue, step = (
+        [
+            node.op_type
+            for node in onnx.load(bundle.path / f"{name}.onnx", load_external_data=False).graph.node
+        ]
+        for name in ("language_prologue", "language")
+    )
+    assert prologue.count("TopK") == 1
+    layers = oracle.model.config.llm.num_hidden_layers - len(skipped)
+    assert step.count("RotaryEmbedding") == 2 * layers, (
+        "queries and keys of every layer, before and behind the gather"
+    )
+    assert not {"Neg", "Split"} & set(step)
 
 
 class TestErrors:

@@ -107,7 +107,10 @@ def build(
         ),
     ] = "float32",
     backend: Annotated[
-        str, typer.Option(help="What runs the engines: onnxruntime, torch, aot_inductor, aot_inductor_cuda or torch_tensorrt.")
+        str,
+        typer.Option(
+            help="What runs the engines: onnxruntime, torch, aot_inductor, aot_inductor_cuda or torch_tensorrt."
+        ),
     ] = "onnxruntime",
     vae: Vae = None,
     tokenizer: Tokenizer = None,
