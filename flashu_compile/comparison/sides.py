@@ -17,7 +17,7 @@ from flashu_compile.errors import BundleError, CheckpointError, ConfigurationErr
 from flashu_compile.runtime.backends import DEFAULT, TORCH
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, read_manifest
-from flashu_compile.runtime.sessions import check_inputs
+from flashu_compile.runtime.signatures import check_inputs
 
 Inputs = Mapping[str, NDArray[Any]]
 

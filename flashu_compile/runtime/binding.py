@@ -1,4 +1,4 @@
-"""Runs in buffers that stay where they are, which replaying a captured CUDA graph needs.
+"""Runs in buffers that stay where they are: replaying a captured CUDA graph needs it, and state is updated in place.
 
 A graph replays the addresses it was captured with, so every set of input shapes gets buffers and a graph of its own.
 What the caller sees is as always: arrays in, arrays out.
@@ -9,12 +9,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+
+from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
+from flashu_compile.runtime.state import state_of, updated
 
 # Buffers and a graph stay for each set of shapes; decoding, whose cache grows with each token, must not pile them up.
 MAX_SHAPES = 16
@@ -80,6 +84,81 @@ class BoundRuns:
         # A copy: on the CPU an OrtValue is a view of the array it is made from.
         copy = np.array(value, order="C")
         return ort.OrtValue.ortvalue_from_numpy(copy, self._device, self._device_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StateBinding:
+    """A binding, and the arrays that it was made for; they are their owner's."""
+
+    binding: Any
+    arrays: dict[str, weakref.ref[NDArray[Any]]]
+
+    def is_for(self, state: Mapping[str, NDArray[Any]]) -> bool:
+        return all(self.arrays[name]() is array for name, array in state.items())
+
+
+class StateRuns:
+    """Runs of one session that takes and gives back state, in the arrays that hold it.
+
+    Each of these is bound as an input and as an output, and ONNX Runtime's TensorScatter writes new rows into what is
+    both. (Bound to two places, it would copy first.) On a CPU a binding serves again while the arrays are the same: a
+    decoding step has dozens, and binding them takes as long as a layer.
+    """
+
+    def __init__(self, session: Any, spec: EngineSpec) -> None:
+        self._session = session
+        self._state = state_of(spec)
+        become = {updated(name) for name in self._state}
+        self._others = [tensor for tensor in spec.outputs if tensor.name not in become]
+        # Elsewhere what is bound is copied, once.
+        self._stays = session.get_providers() == ["CPUExecutionProvider"]
+        self._idle: _StateBinding | None = None
+        self._lock = threading.Lock()
+
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], state: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
+    ) -> dict[str, NDArray[Any]]:
+        """The outputs that are not state; `sizes` are those of dynamic dimensions."""
+        bound = self._take(state)
+        given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for name, array in given.items():
+            bound.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        results: dict[str, NDArray[Any]] = {}
+        for tensor in self._others:
+            shape = _shape(tensor, sizes)
+            if shape is None:
+                bound.binding.bind_output(tensor.name, "cpu")
+            else:
+                results[tensor.name] = np.empty(shape, tensor.dtype)
+                value = ort.OrtValue.ortvalue_from_numpy(results[tensor.name])
+                bound.binding.bind_ortvalue_output(tensor.name, value)
+        self._session.run_with_iobinding(bound.binding)
+        if len(results) < len(self._others):
+            made = bound.binding.get_outputs()[len(state) :]
+            results = {t.name: value.numpy() for t, value in zip(self._others, made, strict=True)}
+        if self._stays:
+            with self._lock:
+                self._idle = bound
+        return results
+
+    def _take(self, state: Mapping[str, NDArray[Any]]) -> _StateBinding:
+        """The binding of the last run, which no other run may use then, or a new one."""
+        with self._lock:
+            idle, self._idle = self._idle, None
+        if idle is not None and idle.is_for(state):
+            return idle
+        binding = self._session.io_binding()
+        for name in self._state:
+            value = ort.OrtValue.ortvalue_from_numpy(state[name])
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(updated(name), value)
+        return _StateBinding(binding, {name: weakref.ref(array) for name, array in state.items()})
+
+
+def _shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> list[int] | None:
+    """The shape of an output, or None if its dimensions are not all those of inputs."""
+    shape = [sizes.get(size) if isinstance(size, str) else size for size in tensor.shape]
+    return None if None in shape else shape  # type: ignore[return-value]
 
 
 def _run_options(graph: str) -> ort.RunOptions:

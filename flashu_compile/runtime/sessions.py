@@ -23,10 +23,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
-from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
-from flashu_compile.runtime.binding import BoundRuns
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.runtime.binding import BoundRuns, StateRuns
 from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
+from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec
 from flashu_compile.runtime.profiles import dimension_ranges, engine_profile
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
@@ -42,6 +42,7 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, WeightsBeside, check_memory
+from flashu_compile.runtime.signatures import check_inputs
 from flashu_compile.runtime.state import State, state_of, updated
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -115,41 +116,6 @@ class Engines(Protocol):
         ...
 
 
-def check_inputs(
-    spec: EngineSpec, inputs: Mapping[str, Any], kinds: tuple[type, ...] = (np.ndarray,)
-) -> None:
-    """Compare names, dtypes and shapes with the signature; a dynamic dimension has one size in all inputs.
-
-    Values are of one of `kinds`: NumPy's arrays, or PyTorch's tensors.
-
-    Raises `InputError` naming the engine and the input, with what is expected and what was given.
-    """
-    expected_names = [tensor.name for tensor in spec.inputs]
-    if set(inputs) != set(expected_names):
-        raise InputError(
-            f"Engine {spec.name!r} takes {', '.join(expected_names)}; given: {', '.join(inputs)}."
-        )
-    sizes: dict[str, int] = {}
-    for tensor in spec.inputs:
-        value: Any = inputs[tensor.name]
-        where = f"Engine {spec.name!r}, input {tensor.name!r}: expected {_written(tensor)}"
-        if not any(isinstance(value, kind) for kind in kinds):
-            raise InputError(f"{where}, given {type(value).__name__}.")
-        dtype = str(value.dtype).removeprefix("torch.")
-        given = f"{dtype} [{', '.join(map(str, value.shape))}]"
-        if dtype != tensor.dtype or value.ndim != len(tensor.shape):
-            raise InputError(f"{where}, given {given}.")
-        for size, dimension in zip(value.shape, tensor.shape, strict=True):
-            known = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
-            if size != known:
-                also = f" ({dimension} is {known} in another dimension)" if isinstance(dimension, str) else ""
-                raise InputError(f"{where}, given {given}{also}.")
-
-
-def _written(tensor: TensorSpec) -> str:
-    return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
-
-
 class OnnxRuntimeEngine:
     """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads.
 
@@ -170,6 +136,7 @@ class OnnxRuntimeEngine:
         self._weights = weights  # the session reads them for as long as it lives
         self._outputs = [tensor.name for tensor in spec.outputs]
         self._state = state_of(spec)
+        self._stateful = StateRuns(session, spec)
         for side, tensors, values in (
             ("inputs", spec.inputs, session.get_inputs()),
             ("outputs", spec.outputs, session.get_outputs()),
@@ -199,32 +166,12 @@ class OnnxRuntimeEngine:
         return dict(zip(self._outputs, values, strict=True))
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
-        """As `Updating` says: the arrays of `state` are bound as inputs and as outputs, and ONNX Runtime's
-        TensorScatter writes new rows into what is both. (Bound to two places, it would copy first.)
-        """
-        given = {**inputs, **state}
-        check_inputs(self.spec, given)
-        binding = self._session.io_binding()
-        become = {updated(name): name for name in state}
-        others = [name for name in self._outputs if name not in become]
+        """As `Updating` says; see `StateRuns`."""
+        sizes = check_inputs(self.spec, {**inputs, **state})
         try:
-            values = {
-                name: ort.OrtValue.ortvalue_from_numpy(
-                    array if name in state else np.ascontiguousarray(array)
-                )
-                for name, array in given.items()
-            }
-            for name, value in values.items():
-                binding.bind_ortvalue_input(name, value)
-            for name, source in become.items():
-                binding.bind_ortvalue_output(name, values[source])
-            for name in others:
-                binding.bind_output(name, "cpu")
-            self._session.run_with_iobinding(binding)
+            return self._stateful.run(inputs, state, sizes)
         except _ORT_ERRORS as error:
             raise self._failed(error) from error
-        results = binding.get_outputs()[len(become) :]
-        return {name: value.numpy() for name, value in zip(others, results, strict=True)}
 
     def _failed(self, error: Exception) -> BundleError:
         return BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}")

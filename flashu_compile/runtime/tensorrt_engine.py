@@ -24,7 +24,8 @@ from flashu_compile.errors import BackendUnavailableError, BundleError, Configur
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, file_entry
 from flashu_compile.runtime.profiles import InputShapes, Profile
-from flashu_compile.runtime.sessions import Tensors, check_inputs
+from flashu_compile.runtime.sessions import Tensors
+from flashu_compile.runtime.signatures import check_inputs
 
 PLAN_FILE = "tensorrt.json"
 

@@ -286,6 +286,22 @@ class TestUpdating:
             np.testing.assert_array_equal(state[name], other[name])
         np.testing.assert_array_equal(outputs["logits"], others["logits"])
 
+    def test_a_binding_serves_while_the_arrays_are_the_same(self, language: OnnxRuntimeEngine) -> None:
+        inputs, state = self.inputs()
+        first = update(language, inputs, state)["logits"]
+        kept, binding = first.copy(), language._stateful._idle
+        following = {**inputs, "rows_before": inputs["rows_before"] + 1}
+        update(language, following, state)
+        assert language._stateful._idle is binding
+        np.testing.assert_array_equal(first, kept, "another run writes elsewhere")
+        copies = {name: array.copy() for name, array in state.items()}
+        others = {name: array.copy() for name, array in state.items()}
+        update(language, inputs, copies)
+        assert language._stateful._idle is not binding
+        update(_Copying(language), inputs, others)
+        for name in state:
+            np.testing.assert_array_equal(copies[name], others[name])
+
     def test_run_leaves_its_inputs_alone(self, language: OnnxRuntimeEngine) -> None:
         inputs, state = self.inputs()
         outputs = language.run({**inputs, **state})

@@ -25,7 +25,8 @@ from flashu_compile.errors import BackendUnavailableError, BundleError, Configur
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
 from flashu_compile.runtime.manifest import EngineSpec
-from flashu_compile.runtime.sessions import Tensors, check_inputs
+from flashu_compile.runtime.sessions import Tensors
+from flashu_compile.runtime.signatures import check_inputs
 from flashu_compile.runtime.state import State, updated
 
 TENSORS = "weights.safetensors"
