@@ -27,6 +27,7 @@ import flashu_compile
 from benchmarks.drawing import GUIDANCE, PaddedPrompt
 from benchmarks.geometries import GEOMETRIES, VAE, random_model, tokenizer
 from benchmarks.measuring import in_turn, machine, matmul_peak, parser, relative, report
+from flashu_compile.errors import FlashuError
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import GenerationReference, generate
 from flashu_compile.runtime.manifest import MANIFEST
@@ -115,7 +116,6 @@ class Measurement:
         self.calls: dict[str, Callable[[], np.ndarray]] = {}
         self.latents: dict[str, np.ndarray] = {}
         self.failures: dict[str, str] = {}
-        self._prompt: PaddedPrompt | None = None
 
     def try_call(self, name: str, call: Callable[[], np.ndarray]) -> None:
         """Twice: the second run may go another way, such as through a graph that the first has captured."""
@@ -162,15 +162,23 @@ class Measurement:
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     variants = {name: VARIANTS[given.provider][name] for name in given.only or VARIANTS[given.provider]}
-    bundles = {name: build(given.geometry, variant, folder) for name, variant in variants.items()}
     measurement = Measurement(given.geometry, given.provider, given.threads, given.points)
-    pipe = flashu_compile.load(next(iter(bundles.values())), trust=True)  # for its prompts
+    bundles: dict[str, Path] = {}
+    for name, variant in variants.items():
+        try:
+            bundles[name] = build(given.geometry, variant, folder)
+        except FlashuError as error:
+            measurement.failures[name] = str(error)[:1000]
+    if not bundles:
+        raise SystemExit(f"Nothing could be built: {measurement.failures}")
+    first = next(iter(bundles.values()))
+    pipe = flashu_compile.load(first, provider=given.provider, trust=True)  # for its prompts
     whole, half = (random_model(measurement.config).to(dtype) for dtype in (torch.float32, torch.bfloat16))
     measurement.add_eager("eager", whole, pipe)
     measurement.add_eager("eager_bf16", half, pipe)
     measurement.add_eager("eager_compiled_bf16", half, pipe, compiled=True)
-    for name, variant in variants.items():
-        measurement.add(name, variant, bundles[name])
+    for name, bundle in bundles.items():
+        measurement.add(name, variants[name], bundle)
     seconds = in_turn(measurement.calls, given.repeats, warm_up=False, loud=True)
     truth = measurement.latents["eager"]
     ours = [name for name in variants if name in seconds]
@@ -210,6 +218,9 @@ def main() -> None:
     options.add_argument("--only", action="append", choices=names, help="repeatable; default: all")
     options.add_argument("--bundles", type=Path, help="folder that keeps bundles")
     given = options.parse_args()
+    foreign = set(given.only or ()) - VARIANTS[given.provider].keys()
+    if foreign:
+        options.error(f"provider {given.provider} has no {', '.join(foreign)}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.bundles or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 
 from flashu_compile.exporters.rotary_onnx import fuse_rotary
-from flashu_compile.exporters.row_matrices_onnx import use_row_matrices
 
 _FUSED_OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 _FOLD_LIMIT = 1 << 16  # elements; a larger folded constant must replace at least as much
@@ -84,7 +83,6 @@ def simplify(model: ir.Model, tensors: Mapping[str, Any]) -> None:
         common.CommonSubexpressionEliminationPass()(model)  # of casts, which are made for each reader
         fuse_rotary(model)
         _attend_in_groups(model)
-    use_row_matrices(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

@@ -132,7 +132,7 @@ class StateRuns:
                 results[tensor.name] = np.empty(shape, tensor.dtype)
                 value = ort.OrtValue.ortvalue_from_numpy(results[tensor.name])
                 bound.binding.bind_ortvalue_output(tensor.name, value)
-        self._session.run_with_iobinding(bound.binding)
+        self._session.run_with_iobinding(bound.binding, _run_options(_NO_GRAPH))
         if len(results) < len(self._others):
             made = bound.binding.get_outputs()[len(state) :]
             results = {t.name: value.numpy() for t, value in zip(self._others, made, strict=True)}
@@ -149,9 +149,11 @@ class StateRuns:
             return idle
         binding = self._session.io_binding()
         for name in self._state:
-            value = ort.OrtValue.ortvalue_from_numpy(state[name])
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(updated(name), value)
+            array = state[name]
+            # By address: a binding keeps the values that it is given, and the arrays with them.
+            place = ("cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            binding.bind_input(name, *place)
+            binding.bind_output(updated(name), *place)
         return _StateBinding(binding, {name: weakref.ref(array) for name, array in state.items()})
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 # Buffers and a graph stay for each set of shapes; decoding, whose cache grows, must not pile them up.
 MAX_SHAPES = 16
 
+# PyTorch captures one graph at a time.
+_capturing = threading.Lock()
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,6 +69,7 @@ class Replayed:
             self._call(*held)
         stream.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads do on the GPU meanwhile is none of this graph's business.
+        with _capturing, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = list(self._call(*held))
         return _Captured(graph, held, outputs)

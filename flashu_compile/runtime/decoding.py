@@ -49,7 +49,7 @@ class Picture:
     def __init__(self, engines: Engines, prefix: list[int], embeds: NDArray[np.float32]) -> None:
         self._engines, self._engine = engines, engines.engine(LANGUAGE)
         self._inputs: Tensors = {"prefix_ids": np.array([prefix], dtype=np.int64), "image_embeds": embeds}
-        self._context: Mapping[str, NDArray[Any]] | None = None
+        self._context: Mapping[str, Any] | None = None
 
     def answers(self, suffixes: Sequence[list[int]]) -> Answers:
         """New answers to questions; each suffix holds the ids behind the image and begins with the same."""
@@ -114,9 +114,7 @@ class _FullForward:
 class _CachedForward:
     """Runs new rows alone, on keys and values of the rows before. `context`: those of the picture and what precedes."""
 
-    def __init__(
-        self, engine: Engine, context: Mapping[str, NDArray[Any]], suffixes: Sequence[list[int]]
-    ) -> None:
+    def __init__(self, engine: Engine, context: Mapping[str, Any], suffixes: Sequence[list[int]]) -> None:
         self._engine, self._suffixes = engine, suffixes
         self._caches = Caches(engine.spec, context, len(suffixes))
 
@@ -151,7 +149,7 @@ class Caches:
     `lengths` are the rows of each answer in the largest cache; others have fewer by the same number for all answers.
     """
 
-    def __init__(self, spec: EngineSpec, context: Mapping[str, NDArray[Any]], count: int) -> None:
+    def __init__(self, spec: EngineSpec, context: Mapping[str, Any], count: int) -> None:
         if set(state_of(spec)) != set(context):
             raise BundleError(f"Engine {spec.name!r} does not update its caches; build the bundle again.")
         rows = {name: value.shape[2] for name, value in context.items()}

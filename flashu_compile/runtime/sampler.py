@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ _FEATURES = "head_features"
 _POINTS_KEPT = 256  # of 0.4 MB each for the largest published model
 
 #: What the schedule of a given name gives at a time point.
-Schedules = Callable[[str, float], Tensors]
+Schedules = Callable[[str, float], Mapping[str, Any]]
 
 
 def prompt_pair(codec: PromptCodec, facts: GenerationFacts, prompt: str) -> Tensors:
@@ -138,7 +139,7 @@ class _Constants:
 
     def __init__(self, engines: Engines, text: Tensors, scheduled: Schedules) -> None:
         self._engines, self._text, self._scheduled = engines, text, scheduled
-        self._known: dict[str, Tensors] = {}
+        self._known: dict[str, Mapping[str, Any]] = {}
 
     def values(self, engine: Engine, rows: slice, t: float) -> Tensors:
         """What `engine` takes for these rows of the text and this time point, of what is not given by the caller."""
@@ -162,12 +163,12 @@ class _HeadCache:
     """The head features [branches, rows, width] of the last two steps that stored theirs, each with its step."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Step, NDArray[np.float32]]] = []
+        self._entries: list[tuple[Step, Any]] = []  # arrays or kept values
 
-    def store(self, step: Step, features: NDArray[np.float32]) -> None:
+    def store(self, step: Step, features: Any) -> None:
         self._entries = [*self._entries[-1:], (step, features)]
 
-    def features(self, step: Step) -> NDArray[np.float32]:
+    def features(self, step: Step) -> Any:
         """Those of the branches of `step`: as stored last or, if it says so, on the line through the last two."""
         needed = 2 if step.extrapolate else 1
         recent = self._entries[-needed:]

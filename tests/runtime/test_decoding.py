@@ -6,6 +6,8 @@ is a cache behind token gather: it has fewer rows. It holds the same ids, withou
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -288,19 +290,33 @@ class TestUpdating:
 
     def test_a_binding_serves_while_the_arrays_are_the_same(self, language: OnnxRuntimeEngine) -> None:
         inputs, state = self.inputs()
+        copying, other = _Copying(language), {name: array.copy() for name, array in state.items()}
         first = update(language, inputs, state)["logits"]
-        kept, binding = first.copy(), language._stateful._idle
-        following = {**inputs, "rows_before": inputs["rows_before"] + 1}
-        update(language, following, state)
-        assert language._stateful._idle is binding
+        update(copying, inputs, other)
+        kept = first.copy()
+        for number in (1, 2):
+            following = {**inputs, "suffix_ids": inputs["suffix_ids"] + number}
+            outputs, others = update(language, following, state), update(copying, following, other)
+            np.testing.assert_array_equal(outputs["logits"], others["logits"])
+            for name in state:
+                np.testing.assert_array_equal(state[name], other[name])
         np.testing.assert_array_equal(first, kept, "another run writes elsewhere")
+
+    def test_a_binding_is_kept_while_the_arrays_are_the_same_and_keeps_none(
+        self, language: OnnxRuntimeEngine
+    ) -> None:
+        inputs, state = self.inputs()
+        update(language, inputs, state)
+        binding = language._stateful._idle
+        update(language, inputs, state)
+        assert language._stateful._idle is binding
         copies = {name: array.copy() for name, array in state.items()}
-        others = {name: array.copy() for name, array in state.items()}
         update(language, inputs, copies)
         assert language._stateful._idle is not binding
-        update(_Copying(language), inputs, others)
-        for name in state:
-            np.testing.assert_array_equal(copies[name], others[name])
+        alive = weakref.ref(copies["seen"])
+        del copies
+        gc.collect()
+        assert alive() is None
 
     def test_run_leaves_its_inputs_alone(self, language: OnnxRuntimeEngine) -> None:
         inputs, state = self.inputs()
