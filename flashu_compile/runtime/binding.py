@@ -112,6 +112,7 @@ class StateRuns:
         self._others = [tensor for tensor in spec.outputs if tensor.name not in become]
         # Elsewhere what is bound is copied, once.
         self._stays = session.get_providers() == ["CPUExecutionProvider"]
+        self._options = _run_options(_NO_GRAPH)
         self._idle: _StateBinding | None = None
         self._lock = threading.Lock()
 
@@ -132,7 +133,7 @@ class StateRuns:
                 results[tensor.name] = np.empty(shape, tensor.dtype)
                 value = ort.OrtValue.ortvalue_from_numpy(results[tensor.name])
                 bound.binding.bind_ortvalue_output(tensor.name, value)
-        self._session.run_with_iobinding(bound.binding, _run_options(_NO_GRAPH))
+        self._session.run_with_iobinding(bound.binding, self._options)
         if len(results) < len(self._others):
             made = bound.binding.get_outputs()[len(state) :]
             results = {t.name: value.numpy() for t, value in zip(self._others, made, strict=True)}
