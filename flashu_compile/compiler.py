@@ -103,8 +103,9 @@ def export(
         cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
             each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
             0 measures nothing.
-        backend: what runs the engines: "onnxruntime", "torch", "aot_inductor" or "torch_tensorrt", which is for the
-            NVIDIA GPU here. All but the first are code to whoever loads the bundle, which takes `load(…, trust=True)`.
+        backend: what runs the engines: "onnxruntime", "torch", "aot_inductor" for the CPU, or "aot_inductor_cuda" or
+            "torch_tensorrt" for the NVIDIA GPU here. All but the first are code to whoever loads the bundle, which
+            takes `load(…, trust=True)`.
         precision: "float32", or "float16", "bfloat16" or "int8" where the backend has it; or one for each part, such as
             {"llm": "int8", "head": "float16"}. Parts are "llm", "semantic", "head" and "other"; those not named are
             float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,

@@ -32,6 +32,8 @@ from torch.utils import _pytree as pytree
 from flashu_compile.program import Input, Program
 
 _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+# PyTorch's word for where its own nodes lie, such as sizes that it adds after tracing.
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 class GraphEditor:
@@ -295,7 +297,8 @@ def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> M
 def module_path(node: fx.Node) -> str:
     """Path of the module a node was traced in, such as `model.layers.0.mlp`; "" at the top."""
     stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0] if stack else ""
+    path = list(stack.values())[-1][0] if stack else ""
+    return "" if path == _NO_MODULE else path
 
 
 def stack_of(program: Program, node: fx.Node) -> str:

@@ -125,12 +125,10 @@ class QuantizeLinears(Pass):
         ]
         if value not in inputs:
             inputs[value] = _quantized(editor, value, node)
-        with editor.graph.inserting_before(node):
-            made = editor.graph.call_function(INT8_LINEAR, (*inputs[value], *constants, bias))
-        made.meta = _origin(node)
-        editor.propagate([made])
-        node.replace_all_uses_with(made)
-        editor.graph.erase_node(node)
+        # The same node: engines of other precisions are compared with this one by its name.
+        node.target, node.args = INT8_LINEAR, (*inputs[value], *constants, bias)
+        node.meta = _origin(node)
+        editor.propagate([node])
 
 
 def _deciding(editor: GraphEditor) -> set[fx.Node]:
@@ -165,10 +163,13 @@ def _quantized(editor: GraphEditor, value: fx.Node, reader: fx.Node) -> list[fx.
     behind = value if value.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
     made: list[fx.Node] = []
     with graph.inserting_after(behind):
-        packed = graph.call_function(QUANTIZE, (value,))
+        packed = graph.create_node("call_function", QUANTIZE, (value,), name=f"{reader.name}_quantized")
     with graph.inserting_after(packed):
-        for index in reversed(range(3)):
-            made.insert(0, graph.call_function(operator.getitem, (packed, index)))
+        for index, part in reversed(list(enumerate(("bytes", "scale", "zero_point")))):
+            taken = (packed, index)
+            made.insert(
+                0, graph.create_node("call_function", operator.getitem, taken, name=f"{packed.name}_{part}")
+            )
     for node in (packed, *made):
         node.meta = _origin(reader)
     editor.propagate([packed, *made])

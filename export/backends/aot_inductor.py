@@ -1,8 +1,8 @@
 """Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code an engine, and shared tensors.
 
-Weights in float32 stay outside the packages, so engines share them. On a CPU in bfloat16 Inductor makes constants of
-its own, which a package without constants would lack, so each package holds its weights. Building takes a C++ compiler;
-running takes PyTorch and a machine like the one it was built on.
+Weights stay outside the packages, so engines share them. Only on a CPU in bfloat16 Inductor makes constants of its own,
+which a package without constants would lack, so there each package holds its weights. Building takes a C++ compiler
+(and for a GPU that GPU, and CUDA's headers); running takes PyTorch and a machine like the one it was built on.
 """
 
 from __future__ import annotations
@@ -24,45 +24,50 @@ from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import traced_statistics
-from flashu_compile.exporters.torch_programs import (
-    TorchModel,
-    plain_copy,
-    write_engines,
-)
+from flashu_compile.exporters.torch_programs import TorchModel, plain_copy, write_engines
 from flashu_compile.program import Program
 from flashu_compile.runtime.profiles import Range
 
 _HALF = "bfloat16"
 
 
+@dataclasses.dataclass(frozen=True)
 class AOTInductor:
-    precisions = ("float32", _HALF)
+    name: str
+    device: str
+    precisions: tuple[str, ...]
 
     def check(self) -> None:
-        check_compiler("aot_inductor")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BackendUnavailableError(
+                f"Backend {self.name!r} compiles for the GPU it finds, and PyTorch {torch.__version__} sees none: "
+                "build on a machine with an NVIDIA driver and a PyTorch for CUDA."
+            )
+        _check_compiler(self.name)
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         program, records = precision.carry_out(program)
-        model = compiled(program, holds_weights=_HALF in precision.names)
+        holds_weights = self.device == "cpu" and _HALF in precision.names
+        model = _compiled(program, self.device, holds_weights=holds_weights)
         return Emitted(model, traced_statistics(program), records)
 
     def pack(self, model: TorchModel) -> None:
-        """Machine code depends on the C++ compiler too, and on all that this chooses by the machine."""
+        """Machine code depends on compilers too, and on all that they choose by the machine."""
 
     def unpack(self, packed: Packed) -> TorchModel:
         return TorchModel.unpack(packed)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
-        return write_engines(list(engines), directory, ".pt2")
+        return dataclasses.replace(write_engines(list(engines), directory, ".pt2"), provider=self.device)
 
     def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
-        return written_errors(engine, self, "aot_inductor", str(precision), scratch_parent)
+        return written_errors(engine, self, self.name, str(precision), scratch_parent)
 
 
-BACKEND = AOTInductor()
+BACKEND = AOTInductor("aot_inductor", "cpu", ("float32", _HALF))
 
 
-def check_compiler(backend: str) -> None:
+def _check_compiler(backend: str) -> None:
     """Raises `BackendUnavailableError` if there is no C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -78,7 +83,7 @@ def check_compiler(backend: str) -> None:
         )
 
 
-def compiled(program: Program, *, device: str = "cpu", holds_weights: bool = False) -> TorchModel:
+def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchModel:
     """A package of machine code for `device`. Raises `EmissionError` if AOTInductor cannot make it."""
     exported = _with_named_constants(plain_copy(program))
     tensors = {} if holds_weights else dict(exported.state_dict)

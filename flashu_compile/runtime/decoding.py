@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.errors import BundleError
-from flashu_compile.runtime.keeping import keep_all, zeros_like
+from flashu_compile.runtime.keeping import keep, zeros_like
 from flashu_compile.runtime.manifest import EngineSpec
 from flashu_compile.runtime.profiles import BATCH
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
@@ -58,7 +58,7 @@ class Picture:
         if self._context is None:
             ids = np.array([suffixes[0][:1]], dtype=np.int64)
             prologue = self._engines.engine(self._engine.spec.prologue)
-            self._context = keep_all(prologue, {**self._inputs, "image_end_ids": ids})
+            self._context = keep(prologue, {**self._inputs, "image_end_ids": ids})
         # The first id is part of the context.
         return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
 

@@ -24,16 +24,11 @@ class Keeping(Protocol):
         ...
 
 
-def keep(engine: Engine, inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    """`Keeping.keep` of an engine that offers it, or the same by `Engine.run`."""
-    return engine.keep(inputs, names) if isinstance(engine, Keeping) else engine.run(inputs)
-
-
-def keep_all(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """All outputs, for other engines alone."""
+def keep(engine: Engine, inputs: Mapping[str, Any], names: Container[str] | None = None) -> dict[str, Any]:
+    """`Keeping.keep` of an engine that offers it, of all outputs if no names are given, or the same by `Engine.run`."""
     if not isinstance(engine, Keeping):
         return engine.run(inputs)
-    return engine.keep(inputs, {tensor.name for tensor in engine.spec.outputs})
+    return engine.keep(inputs, {tensor.name for tensor in engine.spec.outputs} if names is None else names)
 
 
 def zeros_like(value: Any, shape: tuple[int, ...]) -> Any:

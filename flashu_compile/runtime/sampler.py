@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flashu_compile.config import SOLVERS
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.plan import Step, StepPlan
-from flashu_compile.runtime.keeping import keep, keep_all
+from flashu_compile.runtime.keeping import keep
 from flashu_compile.runtime.manifest import GenerationFacts
 from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
@@ -125,7 +125,7 @@ def schedules(engines: Engines) -> Schedules:
 
     @functools.lru_cache(maxsize=_POINTS_KEPT)
     def values(name: str, t: float) -> Tensors:
-        return keep_all(engines.engine(name), {"timestep": _timestep(t)})
+        return keep(engines.engine(name), {"timestep": _timestep(t)})
 
     return values
 
@@ -154,7 +154,7 @@ class _Constants:
         if name not in self._known:
             prologue = self._engines.engine(name)
             inputs = {t.name: self._text[t.name] for t in prologue.spec.inputs}
-            self._known[name] = keep_all(prologue, inputs)
+            self._known[name] = keep(prologue, inputs)
         batched = {t.name for t in engine.spec.inputs if t.shape[:1] == ("batch",)}
         return {n: v[rows] if n in batched else v for n, v in self._known[name].items()}
 

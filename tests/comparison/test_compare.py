@@ -15,6 +15,7 @@ from flashu_compile.comparison import compare, compare_layers, onnx_graph, searc
 from flashu_compile.comparison.compare import EngineComparison
 from flashu_compile.comparison.traced_program import ProgramValues
 from flashu_compile.errors import BundleError, CheckpointError, ConfigurationError, InputError
+from flashu_compile.passes import quantize_linears
 from flashu_compile.program import Program
 from tests.comparison.conftest import damage_attribute, damage_operator, damage_weight, traced, write_bundle
 from tests.runtime.tiny_bundle import edit_json, flip_byte
@@ -53,6 +54,26 @@ def test_a_healthy_bundle_agrees(bundle: Path, captured: CapturedModel, referenc
     assert {"network.layers.0", "network.layers.1"} <= {row.layer for row in step.layers}
     assert all(row.difference.relative < 1e-6 for row in step.layers)
     assert {"step: layers", "scores: outputs"} <= set(told)
+
+
+def test_int8_against_float32(
+    bundle: Path, cleaned: tuple[Program, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are off by what rounding costs, and a damaged node by more than that."""
+    monkeypatch.setattr(quantize_linears, "MIN_WIDTH", 16)
+    short = write_bundle(cleaned, tmp_path / "int8", precision="int8")
+    found = compare_layers(short, bundle, threads=1)
+    assert found.ok
+    off = {row.layer: row.difference.relative for row in found.engines[0].layers}
+    assert off["network.embed"] == 0
+    assert all(1e-4 < off[layer] < 0.03 for layer in ("network.layers.0", "network.layers.1", "network.head"))
+    damage_operator(short, SIGMOID)
+    departure = compare_layers(short, bundle, threads=1).engines[0].departure
+    assert departure is not None
+    assert departure.node.name == SIGMOID
+    (gate,) = departure.operands
+    assert gate.difference is not None, "a layer in int8 has the name that it has in float32"
+    assert 1e-4 < gate.difference.relative < 0.03
 
 
 def test_a_weight(own_bundle: Path, against: Against) -> None:

@@ -1,56 +1,66 @@
 """Engines that AOTInductor compiled: machine code, run by PyTorch, over the tensors that all of them share.
 
-For the CPU; the backend `aot_inductor_cuda` has the same for NVIDIA GPUs.
+On a GPU without CUDA graphs: a package asks its events whether they are over, which may not be while one is captured.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from flashu_compile.errors import BundleError, ConfigurationError
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
 from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
 from flashu_compile.runtime.manifest import EngineSpec
 
 
+@dataclasses.dataclass(frozen=True)
 class AOTInductor:
+    name: str
+    provider: str
     runs_code = True
     weights = TENSORS
-    options: Mapping[str, str] = {}
+    options: ClassVar[Mapping[str, str]] = {}
 
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
-        if provider != "cpu":
+        if provider != self.provider:
             raise ConfigurationError(
-                "These engines were compiled for the CPU: load the bundle with provider 'cpu', or build one with "
-                "backend 'aot_inductor_cuda'."
+                f"The engines in {files.directory} were compiled for {self.provider}: load the bundle with provider "
+                f"{self.provider!r}, or build one with backend 'torch', whose engines run on either."
             )
-        return TorchEngines(files, find_device(provider, threads), packaged)
+        return TorchEngines(files, find_device(provider, threads), _packaged)
 
     def examine(self) -> Iterator[Finding]:
-        """Running needs PyTorch alone; building, tried here on a function of one line, a C++ compiler too."""
+        """Running needs PyTorch and the device; building, tried here on a function of one line, compilers too."""
+        purpose = f"bundles of backend {self.name!r}"
         try:
-            _try_compiling()
-        except Exception as error:  # whatever Inductor or the C++ compiler trips over
+            device = find_device(self.provider, None)
+            _try_compiling(device)
+        except BackendUnavailableError as error:
+            yield Finding(self.name, "missing", str(error), purpose)
+        except Exception as error:  # whatever Inductor or a compiler trips over
             lacking = " ".join(str(error).split())[:300]
-            detail = f"PyTorch {torch.__version__}, but compiling failed: {lacking}; install g++ or clang++"
-            yield Finding("aot_inductor", "missing", detail, "bundles of backend 'aot_inductor'")
+            takes = "g++ or clang++" if self.provider == "cpu" else "g++ or clang++, and CUDA's headers"
+            detail = f"PyTorch {torch.__version__}, but compiling failed: {lacking}; it takes {takes}"
+            yield Finding(self.name, "missing", detail, purpose)
         else:
             detail = f"PyTorch {torch.__version__} compiled and ran a function"
-            yield Finding("aot_inductor", "works", detail, "bundles of backend 'aot_inductor'")
+            yield Finding(self.name, "works", detail, purpose)
 
 
-BACKEND = AOTInductor()
+BACKEND = AOTInductor("aot_inductor", "cpu")
 
 
-def packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
+def _packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
     try:
         package = torch._inductor.aoti_load_package(str(path))
         # A package may have its constants in itself.
@@ -69,14 +79,13 @@ def packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device
     return call
 
 
-def _try_compiling() -> None:
-    import tempfile
-
+def _try_compiling(device: torch.device) -> None:
     class Double(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + x
 
-    exported = torch.export.export(Double(), (torch.ones(2),))
+    two = torch.ones(2, device=device)
+    exported = torch.export.export(Double(), (two,))
     with tempfile.TemporaryDirectory() as scratch:
         path = torch._inductor.aoti_compile_and_package(exported, package_path=f"{scratch}/double.pt2")
-        assert torch._inductor.aoti_load_package(path)(torch.ones(2)).sum().item() == 4
+        assert torch._inductor.aoti_load_package(path)(two).sum().item() == 4

@@ -268,7 +268,7 @@ def test_aot_inductor(step: Program, tmp_path: Path) -> None:
 def test_aot_inductor_for_a_gpu(step: Program, tmp_path: Path, precision: str) -> None:
     files, bound = write("aot_inductor_cuda", precision, (step,), tmp_path), BOUNDS.get(precision, 1e-2)
     run_at_other_sizes(files, step, bound, provider="cuda")
-    with pytest.raises(ConfigurationError, match="compiled for an NVIDIA GPU"):
+    with pytest.raises(ConfigurationError, match="compiled for cuda"):
         open_engines(files, trust=True)
 
 
