@@ -1,7 +1,8 @@
 """One answer about one picture, from pixels to tokens: eager loops and the engines, and their prefills.
 
-The published loop recomputes the whole sequence for every token; `eager_cached` is the fair peer. A prefill begins
-with the picture's embeddings and ends with the logits of the first token; its picture has not been seen before.
+The published loop recomputes the whole sequence for every token; `eager_cached` is the fair peer. `onednn` is eager
+code with other kernels (`onednn.py`). A prefill begins with the picture's embeddings and ends with the logits of the
+first token; its picture has not been seen before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from benchmarks.bundles import Bundles
 from benchmarks.cached_eager import CachedEager
 from benchmarks.geometries import SEED, VAE, random_model, token_pruning, understanding_defaults
 from benchmarks.measuring import flops, relative
+from benchmarks.onednn import with_onednn
 from benchmarks.subject import Subject
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import UnderstandingReference
@@ -37,6 +39,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     short = bundles.path("mmu", chosen["techniques"], "int8")
     pipes["techniques_int8"] = flashu_compile.load(short, threads=threads)
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
+    onednn = with_onednn(model)
     codec = pipes["exact"]._codec
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
     side = config.latent_shape[1] * VAE.spatial_factor
@@ -44,9 +47,9 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     embeds = {name: _embeds(pipe, pixels) for name, pipe in pipes.items()}
     seen = CachedEager(model, VAE.encode(pixels))
 
-    def published(count: int) -> list[int]:
-        loop = UnderstandingReference(model, VAE.encode(pixels))
-        return loop.greedy(torch.tensor([prefix]), torch.tensor([suffix]), count, None)
+    def published(network: Showo2) -> list[int]:
+        loop = UnderstandingReference(network, VAE.encode(pixels))
+        return loop.greedy(torch.tensor([prefix]), torch.tensor([suffix]), tokens, None)
 
     def cached(network: Showo2, count: int = tokens) -> list[int]:
         return CachedEager(network, VAE.encode(pixels)).greedy(prefix, suffix, count, None)
@@ -64,7 +67,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
         truth = UnderstandingReference(model, VAE.encode(pixels)).logits(
             torch.tensor([prefix]), torch.tensor([suffix])
         )
-        said, last = published(tokens), truth[0, -1].numpy()
+        said, last = published(model), truth[0, -1].numpy()
         return {
             "first logits, exact against eager_uncached": relative(prefill("exact"), last),
             "first logits, eager_cached against eager_uncached": relative(
@@ -72,17 +75,20 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
             ),
             "tokens of exact that differ from eager_uncached": _differing(engines("exact"), said),
             "tokens of eager_cached that differ from eager_uncached": _differing(cached(model), said),
+            "tokens of eager_cached_onednn that differ from eager_uncached": _differing(cached(onednn), said),
         }
 
     calls: dict[str, Any] = {
-        "eager_uncached": lambda: published(tokens),
+        "eager_uncached": lambda: published(model),
+        "eager_uncached_onednn": lambda: published(onednn),
         "eager_cached": lambda: cached(model),
+        "eager_cached_onednn": lambda: cached(onednn),
         "eager_cached_bf16": lambda: cached(half),
         **{name: lambda name=name: engines(name) for name in pipes},
         "prefill_eager": lambda: seen.prefill(prefix, suffix),
         **{f"prefill_{name}": lambda name=name: prefill(name) for name in pipes},
     }
-    answers = ("eager_uncached", "eager_cached", "eager_cached_bf16")
+    answers = [name for name in calls if name.startswith("eager")]
     pairs = [(fast, slow) for fast in pipes for slow in answers]
     pairs += [("half_tokens", "exact"), ("techniques", "exact")]
     prefills = ("half_tokens", "techniques")

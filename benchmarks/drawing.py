@@ -1,6 +1,7 @@
 """One picture, from noise to latents: the published loop, the published acceleration and the engines.
 
-Names end in the number of time points; there is one evaluation less.
+Names end in the number of time points; there is one evaluation less. `onednn` is eager code with other kernels
+(`onednn.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import flashu_compile
 from benchmarks.bundles import Bundles
 from benchmarks.geometries import SEED, published_defaults, random_model
 from benchmarks.measuring import flops, relative
+from benchmarks.onednn import with_onednn
 from benchmarks.published_patch import PublishedPatch
 from benchmarks.subject import Subject
 from flashu_compile.models.showo2.config import Showo2Config
@@ -26,7 +28,10 @@ from flashu_compile.runtime.sampler import prompt_pair, sample
 PROMPT_TOKENS = 24
 GUIDANCE = 7.5
 OURS = ("exact_50", "exact_35", "flashu_35", "exact_int8_50", "flashu_int8_35")
-THEIRS = ("eager_50", "eager_35", "eager_bf16_50", "eager_bf16_35", "published_patch_35")
+THEIRS = (
+    *("eager_50", "eager_35", "eager_onednn_50", "eager_bf16_50", "eager_bf16_35"),
+    *("published_patch_35", "published_patch_onednn_35"),
+)
 
 
 class PaddedPrompt:
@@ -69,8 +74,10 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
         )
     }  # fmt: skip
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
+    onednn = with_onednn(model)
     prompt = PaddedPrompt(pipes["exact"], config)
     published = patch(model, recipe, pipes["flashu"])
+    published_onednn = patch(onednn, recipe, pipes["flashu"])
     plans = {n: pipes["exact"].plan_for(steps=n, guidance_scale=GUIDANCE) for n in (35, 50)}
 
     def eager(network: Showo2, points: int) -> torch.Tensor:
@@ -78,8 +85,8 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
             network, prompt.rows, prompt.offsets, prompt.noise, points=points, guidance_scale=GUIDANCE
         ).latents
 
-    def patched() -> torch.Tensor:
-        return published.run(prompt.rows, prompt.offsets, prompt.noise)
+    def patched(how: PublishedPatch) -> torch.Tensor:
+        return how.run(prompt.rows, prompt.offsets, prompt.noise)
 
     def engines(name: str, plan: Any) -> np.ndarray:
         pipe = pipes[name]
@@ -94,7 +101,8 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
         int8 = {f"{name}_int8_35 against {name}_35": relative(short[name], ours[name]) for name in ours}
         return int8 | {
             "exact_35 against eager_35": relative(ours["exact"], eager(model, 35).numpy()),
-            "flashu_35 against published_patch_35": relative(ours["flashu"], patched().numpy()),
+            "exact_35 against eager_onednn_35": relative(ours["exact"], eager(onednn, 35).numpy()),
+            "flashu_35 against published_patch_35": relative(ours["flashu"], patched(published).numpy()),
         }
 
     def work() -> dict[str, float]:
@@ -102,14 +110,16 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
         batch = prompt.noise.expand(2, -1, -1, -1), torch.full((2,), 0.3)
         step = flops(lambda: reference.step(*batch))
         eagers = {f"eager{kind}_{n}": (n - 1) * step for kind in ("", "_bf16") for n in (50, 35)}
-        return eagers | {"published_patch_35": flops(patched)}
+        return eagers | {"published_patch_35": flops(lambda: patched(published))}
 
     calls = {
         "eager_50": lambda: eager(model, 50),
         "eager_35": lambda: eager(model, 35),
+        "eager_onednn_50": lambda: eager(onednn, 50),
         "eager_bf16_50": lambda: eager(half, 50),
         "eager_bf16_35": lambda: eager(half, 35),
-        "published_patch_35": patched,
+        "published_patch_35": lambda: patched(published),
+        "published_patch_onednn_35": lambda: patched(published_onednn),
         "exact_50": lambda: engines("exact", plans[50]),
         "exact_35": lambda: engines("exact", plans[35]),
         "flashu_35": lambda: engines("flashu", pipes["flashu"].plan),

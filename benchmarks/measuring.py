@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
+
+from flashu_compile.runtime.sessions import create_session
 
 Call = Callable[[], Any]
 
@@ -90,6 +93,23 @@ def matmul_peak(
 
     product()
     return 2 * size**3 / statistics.median(seconds(product)[0] for _ in range(repeats)) / 1e9
+
+
+def engine_peak(size: int = 1024, repeats: int = 20) -> float:
+    """GFLOP/s of a square float32 product in ONNX Runtime, the median of `repeats`, on as many threads as PyTorch has.
+
+    Engines are held against it, since its kernels are not PyTorch's: what either library leaves of a processor differs.
+    """
+    weight = numpy_helper.from_array(np.random.default_rng(0).random((size, size), np.float32), "weight")
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, (size, size)) for n in ("rows", "product")]
+    node = helper.make_node("Gemm", ["rows", "weight"], ["product"], transB=1)
+    graph = helper.make_graph([node], "product", values[:1], values[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = create_session(model.SerializeToString(), "cpu", torch.get_num_threads())
+    rows = {"rows": np.random.default_rng(1).random((size, size), np.float32)}
+    session.run(None, rows)
+    taken = statistics.median(seconds(lambda: session.run(None, rows))[0] for _ in range(repeats))
+    return 2 * size**3 / taken / 1e9
 
 
 def row_peak(

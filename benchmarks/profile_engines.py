@@ -5,9 +5,9 @@
     python benchmarks/profile_engines.py --bundle build/shapes --task t2i --output shapes.json
 
 Calls and seconds are those of an unwatched run, the median of `--repeats`; operators and work come from one more run
-under ONNX Runtime's profiler, which is a little slower. The peak is of a matrix product in PyTorch, measured between
-these runs. Writes a Markdown table beside the JSON file. A minute or two, once the bundle is there (`--bundles DIR`
-keeps it; speed.py uses the same).
+under ONNX Runtime's profiler, which is a little slower. The peak is of a matrix product in ONNX Runtime, measured
+between these runs; that of one in PyTorch stands beside it. Writes a Markdown table beside the JSON file. A minute or
+two, once the bundle is there (`--bundles DIR` keeps it; speed.py uses the same).
 """
 
 from __future__ import annotations
@@ -28,40 +28,46 @@ import flashu_compile
 from benchmarks.bundles import Bundles
 from benchmarks.engine_profile import ProfiledEngines, WatchedEngines, operations, operator_seconds
 from benchmarks.geometries import GEOMETRIES, SEED, published_defaults, understanding_defaults
-from benchmarks.measuring import machine, matmul_peak, parser, report
+from benchmarks.measuring import engine_peak, machine, matmul_peak, parser, report
 from benchmarks.records import markdown_table, number
 from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sessions import Engines
 
-TOP = 4
+TOP, RUNTIME = 4, "onnxruntime"
 PROMPT = "a red circle left of a blue square"
 QUESTION = "what is left of the blue square?"
 MAX_NEW_TOKENS = 32
 
 
 def profile(bundle: Path, task: str, repeats: int, threads: int) -> dict[str, Any]:
-    """Rows by engine, and the peak."""
+    """Rows by engine, and the peaks."""
     torch.set_num_threads(threads)
     pipe = flashu_compile.load(bundle, threads=threads)
     run = _picture if task == "t2i" else _answer
     run(pipe, pipe._engines)
-    watched, peaks = [], [matmul_peak()]
+    watched: list[dict[str, list[float]]] = []
+    peaks = [_peaks()]
     for _ in range(repeats):
         engines = WatchedEngines(pipe._engines)
         run(pipe, engines)
         watched.append(engines.seconds)
-        peaks.append(matmul_peak())
+        peaks.append(_peaks())
     with tempfile.TemporaryDirectory() as scratch:
         profiled = ProfiledEngines(bundle, Path(scratch), threads)
         run(pipe, profiled)
         events = profiled.profiles()
-    peak = statistics.median(peaks)
+    peak = {library: statistics.median(row[library] for row in peaks) for library in peaks[0]}
     calls = {name: len(times) for name, times in watched[0].items()}
     seconds = {name: statistics.median(sum(times[name]) for times in watched) for name in calls}
     total = sum(seconds.values())
-    rows = [_row(name, calls[name], seconds[name], total, events[name], peak) for name in calls]
+    rows = [_row(name, calls[name], seconds[name], total, events[name], peak[RUNTIME]) for name in calls]
     return {"matmul_peak": peak, "seconds": total, "engines": sorted(rows, key=lambda row: -row["seconds"])}
+
+
+def _peaks() -> dict[str, float]:
+    """GFLOP/s by library."""
+    return {RUNTIME: engine_peak(), "torch": matmul_peak()}
 
 
 def _row(

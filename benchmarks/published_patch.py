@@ -95,8 +95,9 @@ def _narrow(mlp: nn.Module, kept: Sequence[int]) -> nn.Module:
     nn.Module.__init__(narrow)
     narrow.act_fn = mlp.act_fn
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        weight = getattr(mlp, name).weight.index_select(dim, neurons).contiguous()
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        whole = getattr(mlp, name)
+        weight = whole.weight.index_select(dim, neurons).contiguous()
+        linear = type(whole)(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         setattr(narrow, name, linear)
     return narrow

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import Call, matmul_peak, medians, row_peak, seconds
+from benchmarks.measuring import Call, engine_peak, matmul_peak, medians, row_peak, seconds
 from benchmarks.records import Records, digest
 
 
@@ -42,11 +42,14 @@ class Rounds:
                 times[name] = seconds(call)[0]
                 beside[name] = _peaks(dtype_of(name))
                 print(f"  {name}: {times[name]:.4g} s", flush=True)
-            self._records.add(str(number), {"seconds": times, "beside": beside})
+            engines = {f"{torch.float32}, ONNX Runtime": engine_peak()}
+            self._records.add(str(number), {"seconds": times, "beside": beside, "behind": engines})
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Of each round: "seconds" by call, and "beside", each call's own peaks in GFLOP/s by dtype and rows."""
+        """Of each round: "seconds" by call, "beside", each call's own peaks in GFLOP/s by dtype and rows, and "behind",
+        the peak of engines, measured last.
+        """
         return list(self._records.rows.values())
 
     def seconds(self) -> dict[str, float]:
@@ -59,7 +62,7 @@ class Rounds:
         """Medians over all that was measured, GFLOP/s by dtype and rows."""
         found: dict[str, list[float]] = {}
         for row in self.rows:
-            for peaks in row["beside"].values():
+            for peaks in (*row["beside"].values(), row["behind"]):
                 for kind, value in peaks.items():
                     found.setdefault(kind, []).append(value)
         return medians(found)

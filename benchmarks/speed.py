@@ -6,16 +6,17 @@
 Random weights and random decisions. t2i: one picture, batch of one prompt with guidance. mmu: a 32-token answer about
 one picture, and prefill alone. Everything takes turns on the same number of threads; figures are medians over
 `--repeats` rounds. `ratios` says "fast over slow": how many times faster. Eager code is held against the peak of matrix
-products that was measured right behind it (`share_of_peak`). What decodes token by token multiplies one row with every
-weight, which is read from memory for it: such work is also held against the peak of products of one row
-(`share_of_attainable`: the time that work of either kind would take at its peak, over the time it took).
+products in PyTorch that was measured right behind it (`share_of_peak`); that of ONNX Runtime, whose kernels are others,
+stands with the peaks. What decodes token by token multiplies one row with every weight, which is read from memory for
+it: such work is also held against the peak of products of one row (`share_of_attainable`: the time that work of either
+kind would take at its peak, over the time it took).
 
 `--bundles DIR` keeps bundles and finished rounds: bundles are used again, and a run that was cut short goes on. Delete
 `*.rounds.json` there to measure anew. `--skip bf16` leaves out calls whose name the regular expression is found in: a
 processor without bfloat16 instructions takes a hundred times as long for them.
 
 Before the first round everything runs about twice, to check results, to count work and to warm up. By the work there
-is, and supposing two cores that do 180 GFLOP/s, a round takes some 3 minutes for t2i (bench-small) and 1 for mmu
+is, and supposing two cores that do 180 GFLOP/s, a round takes some 4 minutes for t2i (bench-small) and 1 for mmu
 (bench-small-27); building comes before.
 """
 

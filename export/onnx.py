@@ -23,19 +23,16 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import sympy
 import torch
-from onnxscript import opset20 as op
-from onnxscript.values import Opset
 from torch import fx
 from torch.export import ExportedProgram
 
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.layout import follow_memory
 from flashu_compile.exporters.simplify_onnx import simplify
+from flashu_compile.exporters.translations import TRANSLATIONS
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import module_path
-from flashu_compile.passes.int8 import INT8_LINEAR, QUANTIZE
 from flashu_compile.passes.provenance import passes_of
-from flashu_compile.passes.write_rows import WRITE_ROWS
 from flashu_compile.program import Program
 
 #: The newest opset whose fused operators ONNX Runtime runs well, chosen by measurement (1.31, CPU, one thread,
@@ -74,81 +71,6 @@ def _tensors(program: Program) -> Mapping[str, Any]:
 
 
 # --- translation ------------------------------------------------------------------------------------------------
-
-
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """`aten.linear` as Gemm on the weight as the checkpoint stores it.
-
-    The exporter's own form is MatMul by a transposed copy of the weight, under another name; or by a Transpose, which
-    ONNX Runtime carries out when it loads, into memory of its own. Gemm is as fast: 437 against 457 ms for 14 layers
-    × 512 at 2 × 452 rows, 6.9 against 6.8 ms at 4 rows.
-    """
-    width, depth = weight.shape
-    if len(x.shape) == 1:
-        product = op.MatMul(weight, x)
-        return product if bias is None else op.Add(product, bias)
-    operands = (weight,) if bias is None else (weight, bias)
-    if len(x.shape) == 2:
-        return op.Gemm(x, *operands, transB=1)
-    product = op.Gemm(op.Reshape(x, op.Constant(value_ints=[-1, depth])), *operands, transB=1)
-    leading = list(x.shape)[:-1]
-    if sum(not isinstance(size, int) for size in leading) <= 1:
-        shape = op.Constant(value_ints=[*(d if isinstance(d, int) else -1 for d in leading), width])
-    else:
-        shape = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[width]), axis=0)
-    return op.Reshape(product, shape)
-
-
-def _and(x: ir.Value, y: ir.Value) -> Any:
-    return op.And(x, y) if x.dtype == ir.DataType.BOOL else op.BitwiseAnd(x, y)
-
-
-def _or(x: ir.Value, y: ir.Value) -> Any:
-    return op.Or(x, y) if x.dtype == ir.DataType.BOOL else op.BitwiseOr(x, y)
-
-
-def _rsub(x: ir.Value, other: float, alpha: float = 1) -> Any:
-    def number(value: float) -> Any:
-        return op.Constant(value=ir.tensor(value, dtype=x.dtype))
-
-    return op.Sub(number(other), x if alpha == 1 else op.Mul(x, number(alpha)))
-
-
-def _write_rows(buffer: Any, rows: Any, start: Any) -> Any:
-    return Opset("", 24).TensorScatter(buffer, rows, start, axis=2)
-
-
-def _quantize(x: Any) -> Any:
-    return op.DynamicQuantizeLinear(x)
-
-
-def _int8_linear(q: Any, scale: Any, zero: Any, weight: Any, weight_scale: Any, bias: Any = None) -> Any:
-    """The form that ONNX Runtime fuses into one kernel, with the weight as it is stored.
-
-    Transposing happens when the engine is loaded. 498 rows, 512 to 2048, one AVX2 core: 10.4 ms, as with the weight
-    stored the other way round or in the contrib operator QGemm; Gemm in float32 takes 23.8.
-    """
-    sums = op.MatMulInteger(q, op.Transpose(weight, perm=[1, 0]), zero)
-    product = op.Mul(op.Cast(sums, to=ir.DataType.FLOAT), op.Mul(scale, weight_scale))
-    return product if bias is None else op.Add(product, bias)
-
-
-def _to(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
-    return op.Cast(x, to=dtype)
-
-
-_aten = torch.ops.aten
-_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    _aten.linear.default: _linear,
-    # The exporter would decompose these three, at the price described at `_Decomposed`.
-    _aten.__and__.Tensor: _and,
-    _aten.__or__.Tensor: _or,
-    _aten.rsub.Scalar: _rsub,
-    _aten.to.dtype: _to,
-    WRITE_ROWS: _write_rows,
-    QUANTIZE: _quantize,
-    INT8_LINEAR: _int8_linear,
-}
 
 
 class _Decomposed(ExportedProgram):
@@ -198,7 +120,7 @@ def _translate(program: Program, opset: int) -> ir.Model:
                 optimize=False,
                 verbose=False,
                 opset_version=opset,
-                custom_translation_table=_TRANSLATIONS,
+                custom_translation_table=TRANSLATIONS,
             )
     except Exception as error:  # torch.onnx wraps whatever a translation raised
         where, reason = _failure(exported.translated, error)

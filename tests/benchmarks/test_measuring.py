@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measuring import (
+    engine_peak,
     flops,
     in_turn,
     machine,
@@ -56,3 +57,4 @@ def test_the_machine_is_described_and_has_a_peak() -> None:
     assert {"processor", "cores", "torch", "onnxruntime"} <= machine().keys()
     assert matmul_peak(size=64, repeats=2) > 0
     assert row_peak(size=64, count=2, repeats=2) > 0
+    assert engine_peak(size=64, repeats=2) > 0

@@ -52,5 +52,9 @@ def test_a_bundle_is_profiled(tmp_path: Path, task: str, engines: dict[str, int]
     rows = {row["engine"]: row for row in result["engines"]}
     assert {name: rows[name]["calls"] for name in engines} == engines
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert result["matmul_peak"].keys() == {"onnxruntime", "torch"}
+    for row in rows.values():
+        expected = row["gflops_per_second"] / result["matmul_peak"]["onnxruntime"]
+        assert row["share_of_peak"] == pytest.approx(expected)
     assert all(sum(row["operators"].values()) == pytest.approx(1) for row in rows.values())
     assert all(f"`{name}`" in table(result["engines"]) for name in engines)
