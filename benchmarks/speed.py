@@ -59,7 +59,7 @@ def measure(
         "threads": threads,
         "machine": machine(),
     }
-    code = {"compiler": compiler_digest(), "skip": skip}
+    code = {"compiler": compiler_digest(), "calls": list(subject.calls)}
     rounds = Rounds(folder, f"{task}-{geometry}", about | code)
     errors = rounds.once("errors", subject.check)
     for name, error in errors.items():
