@@ -91,7 +91,8 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     answers = [name for name in calls if name.startswith("eager")]
     pairs = [(fast, slow) for fast in pipes for slow in answers]
     pairs += [("half_tokens", "exact"), ("techniques", "exact")]
-    prefills = ("half_tokens", "techniques")
+    pairs += [(fast, slow) for slow in answers for fast in answers if fast != slow]
+    prefills = ("half_tokens", "techniques", "techniques_int8")
     pairs += [(f"prefill_{fast}", f"prefill_{slow}") for fast in prefills for slow in ("exact", "eager")]
     pairs += [("prefill_exact", "prefill_eager")]
     counted = ("eager_uncached", "eager_cached", "prefill_eager")

@@ -1,16 +1,18 @@
 """Eager code whose linear layers multiply by oneDNN.
 
 PyTorch gives float32 products to MKL, which uses half of AVX-512 on some processors, while ONNX Runtime uses it all.
-Against this code, what engines gain is not the kernels' doing.
+Against this code, what engines gain is not the doing of their products with weights; attention is still PyTorch's.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measuring import seconds
 from flashu_compile.models.showo2.modeling import Showo2
 
 
@@ -26,3 +28,11 @@ def with_onednn(model: Showo2) -> Showo2:
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
     return copied
+
+
+@torch.inference_mode()
+def onednn_peak(size: int = 1024, repeats: int = 20) -> float:
+    """GFLOP/s of a square float32 product by oneDNN, the median of `repeats`."""
+    layer, rows = OneDNNLinear(size, size, bias=False), torch.randn(size, size)
+    layer(rows)
+    return 2 * size**3 / statistics.median(seconds(lambda: layer(rows))[0] for _ in range(repeats)) / 1e9

@@ -6,7 +6,7 @@
 
 Calls and seconds are those of an unwatched run, the median of `--repeats`; operators and work come from one more run
 under ONNX Runtime's profiler, which is a little slower. The peak is of a matrix product in ONNX Runtime, measured
-between these runs; that of one in PyTorch stands beside it. Writes a Markdown table beside the JSON file. A minute or
+between these runs; the JSON has that of one in PyTorch, too. Writes a Markdown table beside the JSON file. A minute or
 two, once the bundle is there (`--bundles DIR` keeps it; speed.py uses the same).
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import Call, engine_peak, matmul_peak, medians, row_peak, seconds
+from benchmarks.onednn import onednn_peak
 from benchmarks.records import Records, digest
 
 
@@ -42,13 +43,14 @@ class Rounds:
                 times[name] = seconds(call)[0]
                 beside[name] = _peaks(dtype_of(name))
                 print(f"  {name}: {times[name]:.4g} s", flush=True)
-            engines = {f"{torch.float32}, ONNX Runtime": engine_peak()}
-            self._records.add(str(number), {"seconds": times, "beside": beside, "behind": engines})
+            others = {"ONNX Runtime": engine_peak(), "oneDNN": onednn_peak()}
+            behind = {f"{torch.float32}, {library}": peak for library, peak in others.items()}
+            self._records.add(str(number), {"seconds": times, "beside": beside, "behind": behind})
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Of each round: "seconds" by call, "beside", each call's own peaks in GFLOP/s by dtype and rows, and "behind",
-        the peak of engines, measured last.
+        the peaks of other libraries, measured last.
         """
         return list(self._records.rows.values())
 

@@ -127,7 +127,6 @@ class QuantizeLinears(Pass):
             inputs[value] = _quantized(editor, value, node)
         # The same node: engines of other precisions are compared with this one by its name.
         node.target, node.args = INT8_LINEAR, (*inputs[value], *constants, bias)
-        node.meta = _origin(node)
         editor.propagate([node])
 
 

@@ -15,6 +15,7 @@ from benchmarks.geometries import (
     understanding_defaults,
 )
 from benchmarks.measuring import engine_peak, matmul_peak, row_peak
+from benchmarks.onednn import onednn_peak
 from benchmarks.rounds import Rounds
 
 
@@ -23,6 +24,7 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak is measured on products that take no time."""
     monkeypatch.setattr(rounds_module, "matmul_peak", functools.partial(matmul_peak, size=16, repeats=1))
     monkeypatch.setattr(rounds_module, "engine_peak", functools.partial(engine_peak, size=16, repeats=1))
+    monkeypatch.setattr(rounds_module, "onednn_peak", functools.partial(onednn_peak, size=16, repeats=1))
     monkeypatch.setattr(rounds_module, "row_peak", functools.partial(row_peak, size=16, count=2, repeats=1))
 
 
@@ -34,7 +36,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again.run(calls, 3)
     assert "".join(said) == "ababab"
     assert again.seconds().keys() == {"a", "b"}
-    assert again.peaks().keys() == {"torch.float32", "torch.float32, one row", "torch.float32, ONNX Runtime"}
+    assert again.peaks().keys() == {
+        "torch.float32",
+        "torch.float32, one row",
+        "torch.float32, ONNX Runtime",
+        "torch.float32, oneDNN",
+    }
     assert all(value > 0 for value in again.peaks().values())
     assert again.rows[0]["beside"].keys() == calls.keys(), "each call has peaks of its own"
     Rounds(tmp_path, "t2i", {"threads": 2}).run(calls, 1)

@@ -140,6 +140,8 @@ def test_nodes_say_where_they_come_from_and_nothing_else(step_model: ir.Model) -
         assert MODULE in node.metadata_props
         assert node.metadata_props.keys() <= {MODULE, OPERATOR, VALUES}
         assert not node.doc_string
+    modules = {node.metadata_props[MODULE] for node in step_model.graph}
+    assert all(not path or path.split(".")[0] == "network" for path in modules), modules
     text = serialised(step_model)
     assert all(trace not in text for trace in (b".py", b"site-packages", b"File ", b"forward"))
     assert step_model.graph.name == "step"

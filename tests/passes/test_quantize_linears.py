@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from flashu_compile.capture import trace
 from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.passes.canonical_names import CanonicalNames
 from flashu_compile.passes.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
+from flashu_compile.passes.provenance import passes_of
 from flashu_compile.passes.quantize_linears import MIN_WIDTH, QuantizedWeights, QuantizeLinears
 from flashu_compile.program import Input, Program
 from flashu_compile.runtime.saturation import products_saturate
@@ -75,6 +77,20 @@ def test_wide_layers_are_int8_and_share_the_bytes_of_what_they_read(block: Progr
     # Rounding to 255 levels of a normal distribution: about 1% of it, for activations and for weights.
     assert 1e-4 < record.error < 2e-2
     assert "3 of 4" in record.changes[0]
+
+
+def test_layers_keep_their_names_and_what_they_tell_of_earlier_passes(block: Program) -> None:
+    (named,), _ = PassManager((CanonicalNames(),)).run(block)
+    gate = next(n for n in named.exported.graph.nodes if n.name == "mlp_gate__linear")
+    gate.meta["custom"] = {"passes": ("Earlier",)}
+    (after,), _ = PassManager((QuantizeLinears(),)).run(named)
+    layers = after.exported.graph.find_nodes(op="call_function", target=INT8_LINEAR)
+    told = {node.name: passes_of(node) for node in layers}
+    assert told == {
+        "mlp_gate__linear": ("Earlier", "QuantizeLinears"),
+        "mlp_up__linear": ("QuantizeLinears",),
+        "mlp_down__linear": ("QuantizeLinears",),
+    }
 
 
 def test_engines_compute_what_pytorch_does(block: Program) -> None:

@@ -44,14 +44,18 @@ class AOTInductor:
         purpose = f"bundles of backend {self.name!r}"
         try:
             device = find_device(self.provider, None)
-            _try_compiling(device)
         except BackendUnavailableError as error:
             yield Finding(self.name, "missing", str(error), purpose)
+            return
+        try:
+            _try_compiling(device)
         except Exception as error:  # whatever Inductor or a compiler trips over
             lacking = " ".join(str(error).split())[:300]
             takes = "g++ or clang++" if self.provider == "cpu" else "g++ or clang++, and CUDA's headers"
-            detail = f"PyTorch {torch.__version__}, but compiling failed: {lacking}; it takes {takes}"
-            yield Finding(self.name, "missing", detail, purpose)
+            detail = (
+                f"PyTorch {torch.__version__} runs them, but cannot build any: {lacking}; that takes {takes}"
+            )
+            yield Finding(self.name, "found", detail, purpose)
         else:
             detail = f"PyTorch {torch.__version__} compiled and ran a function"
             yield Finding(self.name, "works", detail, purpose)

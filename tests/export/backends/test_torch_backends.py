@@ -258,6 +258,8 @@ def test_aot_inductor(step: Program, tmp_path: Path) -> None:
     assert (files.directory / "weights.safetensors").stat().st_size > weights / 2
     with pytest.raises(ConfigurationError, match="trust=True"):
         open_engines(files)
+    with pytest.raises(ConfigurationError, match="compiled for cpu"):
+        open_engines(files, trust=True, provider="cuda")
     flip_byte(files.directory / "step.pt2")
     with pytest.raises(BundleError, match=r"step\.pt2 is damaged"):
         open_engines(BundleFiles(files.directory, files.manifest), trust=True).engine("step")
