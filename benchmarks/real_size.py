@@ -5,8 +5,8 @@
 The 1.5B configuration with random weights, a recipe with the published decisions (random neurons and layers) as a file,
 both tasks, float32. Needs 18 GB of memory, and 18 GB of disk in `--folder`. Stages run in processes of their own, so
 that each has its own peak of resident memory, mapped pages included; one whose result is in the folder already is not
-run again. On two cores: a minute for the checkpoint, 12 to 17 for the bundle, 5 to 11 for a picture. `flashu-compile verify
-DIR/bundle --memory low` then runs every engine on its reference.
+run again. On two cores: a minute for the checkpoint, 12 to 17 for the bundle, 5 to 11 for a picture. `flashu-compile
+verify DIR/bundle --memory low` then runs every engine on its reference.
 """
 
 from __future__ import annotations
