@@ -80,6 +80,12 @@ def relative(value: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
 
 
+def gflops_per_second(call: Call, work: float, repeats: int) -> float:
+    """GFLOP/s of a call that does `work` operations, the median of `repeats`, after a first one that does not count."""
+    call()
+    return work / statistics.median(seconds(call)[0] for _ in range(repeats)) / 1e9
+
+
 def matmul_peak(
     dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 20, device: str = "cpu"
 ) -> float:
@@ -91,8 +97,7 @@ def matmul_peak(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    product()
-    return 2 * size**3 / statistics.median(seconds(product)[0] for _ in range(repeats)) / 1e9
+    return gflops_per_second(product, 2 * size**3, repeats)
 
 
 def engine_peak(size: int = 1024, repeats: int = 20) -> float:
@@ -107,9 +112,7 @@ def engine_peak(size: int = 1024, repeats: int = 20) -> float:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     session = create_session(model.SerializeToString(), "cpu", torch.get_num_threads())
     rows = {"rows": np.random.default_rng(1).random((size, size), np.float32)}
-    session.run(None, rows)
-    taken = statistics.median(seconds(lambda: session.run(None, rows))[0] for _ in range(repeats))
-    return 2 * size**3 / taken / 1e9
+    return gflops_per_second(lambda: session.run(None, rows), 2 * size**3, repeats)
 
 
 def row_peak(
@@ -128,8 +131,7 @@ def row_peak(
             for matrix in matrices:
                 torch.nn.functional.linear(row, matrix)
 
-    products()
-    return 2 * size**2 * count / statistics.median(seconds(products)[0] for _ in range(repeats)) / 1e9
+    return gflops_per_second(products, 2 * size**2 * count, repeats)
 
 
 def flops(call: Call) -> float:

@@ -7,12 +7,11 @@ Against this code, what engines gain is not the doing of their products with wei
 from __future__ import annotations
 
 import copy
-import statistics
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import seconds
+from benchmarks.measuring import gflops_per_second
 from flashu_compile.models.showo2.modeling import Showo2
 
 
@@ -34,5 +33,4 @@ def with_onednn(model: Showo2) -> Showo2:
 def onednn_peak(size: int = 1024, repeats: int = 20) -> float:
     """GFLOP/s of a square float32 product by oneDNN, the median of `repeats`."""
     layer, rows = OneDNNLinear(size, size, bias=False), torch.randn(size, size)
-    layer(rows)
-    return 2 * size**3 / statistics.median(seconds(lambda: layer(rows))[0] for _ in range(repeats)) / 1e9
+    return gflops_per_second(lambda: layer(rows), 2 * size**3, repeats)

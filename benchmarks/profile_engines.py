@@ -34,7 +34,8 @@ from flashu_compile.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sessions import Engines
 
-TOP, RUNTIME = 4, "onnxruntime"
+TOP = 4
+RUNTIME = "onnxruntime"
 PROMPT = "a red circle left of a blue square"
 QUESTION = "what is left of the blue square?"
 MAX_NEW_TOKENS = 32

@@ -160,15 +160,15 @@ def _quantized(editor: GraphEditor, value: fx.Node, reader: fx.Node) -> list[fx.
     """The bytes, scale and zero point of `value`, computed right behind it."""
     graph = editor.graph
     behind = value if value.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
-    made: list[fx.Node] = []
     with graph.inserting_after(behind):
         packed = graph.create_node("call_function", QUANTIZE, (value,), name=f"{reader.name}_quantized")
-    with graph.inserting_after(packed):
-        for index, part in reversed(list(enumerate(("bytes", "scale", "zero_point")))):
-            taken = (packed, index)
-            made.insert(
-                0, graph.create_node("call_function", operator.getitem, taken, name=f"{packed.name}_{part}")
+    with graph.inserting_before(packed.next):
+        made = [
+            graph.create_node(
+                "call_function", operator.getitem, (packed, index), name=f"{packed.name}_{part}"
             )
+            for index, part in enumerate(("bytes", "scale", "zero_point"))
+        ]
     for node in (packed, *made):
         node.meta = _origin(reader)
     editor.propagate([packed, *made])
