@@ -27,10 +27,10 @@ import flashu_compile
 from benchmarks.drawing import GUIDANCE, PaddedPrompt
 from benchmarks.geometries import GEOMETRIES, VAE, random_model, tokenizer
 from benchmarks.measuring import in_turn, machine, matmul_peak, parser, relative, report
+from flashu_compile.bundle.manifest import MANIFEST
 from flashu_compile.errors import FlashuError
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import GenerationReference, generate
-from flashu_compile.runtime.manifest import MANIFEST
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import sample
 

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flashu_compile
 from benchmarks.measuring import in_turn, machine, parser, relative, report, seconds
+from flashu_compile.bundle.manifest import REPORT
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.runtime.manifest import REPORT
 
 PROMPT = "a red circle left of a blue square"
 QUESTION = "what is left of the blue square?"

@@ -10,12 +10,12 @@ import flashu_compile
 from benchmarks.geometries import VAE, random_model, tokenizer
 from benchmarks.measuring import seconds
 from benchmarks.records import digest, recipe_digest, write_atomically
-from flashu_compile.captured import CapturedModel, capture_model
-from flashu_compile.compiler import export
+from flashu_compile.bundle.manifest import MANIFEST
+from flashu_compile.compiler.captured import CapturedModel, capture_model
+from flashu_compile.compiler.export import export
 from flashu_compile.models.showo2.config import Showo2Config
-from flashu_compile.presets import find_recipe
-from flashu_compile.recipe import Recipe
-from flashu_compile.runtime.manifest import MANIFEST
+from flashu_compile.recipe.presets import find_recipe
+from flashu_compile.recipe.recipe import Recipe
 
 _SOURCE = Path(flashu_compile.__file__).resolve().parent
 _SERVING = ("runtime", "cli")  # no bundle depends on what only serves it

@@ -21,7 +21,7 @@ from benchmarks.subject import Subject
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import GenerationReference, generate
-from flashu_compile.recipe import Recipe
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import prompt_pair, sample
 

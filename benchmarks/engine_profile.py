@@ -16,7 +16,7 @@ from typing import Any
 import onnxruntime as ort
 
 from benchmarks.measuring import Call, seconds
-from flashu_compile.runtime.manifest import EngineSpec, read_manifest
+from flashu_compile.bundle.manifest import EngineSpec, read_manifest
 from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngine
 from flashu_compile.runtime.state import update
 

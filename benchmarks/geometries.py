@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from flashu_compile.config import MMUConfig
-from flashu_compile.importing import published_decisions
+from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.models.showo2.config import (
     HeadConfig,
     LLMConfig,
@@ -19,8 +18,9 @@ from flashu_compile.models.showo2.config import (
 )
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import SpaceToDepth
-from flashu_compile.recipe import Decisions, Phase, Recipe
-from flashu_compile.runtime.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.recipe.config import MMUConfig
+from flashu_compile.recipe.importing import published_decisions
+from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
 
 SEED = 0
 VAE = SpaceToDepth(factor=2)

@@ -26,7 +26,7 @@ from typing import Any
 import onnxruntime
 
 import flashu_compile
-from flashu_compile.runtime.manifest import WEIGHTS
+from flashu_compile.bundle.manifest import WEIGHTS
 from flashu_compile.runtime.pipeline import load
 
 MODES = ("fast", "low")

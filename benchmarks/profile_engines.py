@@ -30,7 +30,7 @@ from benchmarks.engine_profile import ProfiledEngines, WatchedEngines, operation
 from benchmarks.geometries import GEOMETRIES, SEED, published_defaults, understanding_defaults
 from benchmarks.measuring import engine_peak, machine, matmul_peak, parser, report
 from benchmarks.records import markdown_table, number
-from flashu_compile.recipe import Recipe
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sessions import Engines
 

@@ -30,11 +30,11 @@ from benchmarks.engine_profile import WatchedEngines
 from benchmarks.geometries import SEED, published_defaults, tokenizer, understanding_defaults
 from benchmarks.measuring import machine, parser, report, seconds
 from benchmarks.memory import resident
+from flashu_compile.bundle.manifest import REPORT, WEIGHTS
 from flashu_compile.models.showo2.config import configuration
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.wan_vae import WanVAE
-from flashu_compile.recipe import merge
-from flashu_compile.runtime.manifest import REPORT, WEIGHTS
+from flashu_compile.recipe.recipe import merge
 from flashu_compile.runtime.sampler import schedules
 
 CONFIGURATION = "show-o2-1.5B"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from flashu_compile.recipe import Recipe
+from flashu_compile.recipe.recipe import Recipe
 
 
 def digest(*parts: object) -> str:

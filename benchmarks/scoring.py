@@ -22,13 +22,13 @@ from PIL import Image
 from rich.progress import track
 from safetensors import safe_open
 
-from flashu_compile.plan import StepPlan
-from flashu_compile.recipe import Recipe
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.images import to_picture
+from flashu_compile.bundle.manifest import RECIPE, REPORT, TOKENIZER, EngineSpec, read_manifest
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.images import to_picture
-from flashu_compile.runtime.manifest import RECIPE, REPORT, TOKENIZER, EngineSpec, read_manifest
-from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sessions import Engine, OnnxRuntimeEngines, Tensors
 
 CHUNK = 4  # prompts or pictures that a process takes at a time

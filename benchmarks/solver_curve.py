@@ -31,14 +31,14 @@ from benchmarks.measuring import machine, seconds
 from benchmarks.records import Records, digest, mean_relative_error, save_array, weights_digest
 from benchmarks.scoring import Workers, draw_some, workers
 from examples.showo2_shapes.evaluate import prompts
-from flashu_compile.compiler import export
-from flashu_compile.config import T2IConfig
+from examples.showo2_shapes.world.language import caption
+from examples.showo2_shapes.world.scenes import PromptSpec
+from examples.showo2_shapes.world.scorer import score_many
+from flashu_compile.compiler.export import export
 from flashu_compile.models.loading import load_model
-from flashu_compile.plan import REUSE, StepPlan, compile_plan
-from flashu_compile.recipe import Recipe
-from flashu_compile.shapes.language import caption
-from flashu_compile.shapes.scenes import PromptSpec
-from flashu_compile.shapes.scorer import score_many
+from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.plan import REUSE, StepPlan, compile_plan
+from flashu_compile.recipe.recipe import Recipe
 
 POINTS = (5, 7, 9, 13, 19, 25, 35, 50)
 CACHES = (2, 3, 5)

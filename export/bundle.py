@@ -16,13 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
-from flashu_compile.exporters.backends import Written, find_backend
-from flashu_compile.plan import StepPlan
-from flashu_compile.recipe import Recipe
-from flashu_compile.runtime.backends import open_engines
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import (
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import (
     MANIFEST,
     PLAN,
     RECIPE,
@@ -37,6 +32,11 @@ from flashu_compile.runtime.manifest import (
     file_entry,
     read_manifest,
 )
+from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
+from flashu_compile.exporters.backends import Written, find_backend
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.sessions import Engines
 
 

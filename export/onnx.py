@@ -33,7 +33,7 @@ from flashu_compile.exporters.translations import TRANSLATIONS
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import module_path
 from flashu_compile.passes.provenance import passes_of
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 #: The newest opset whose fused operators ONNX Runtime runs well, chosen by measurement (1.31, CPU, one thread,
 #: float32). A decoder of 14 layers × 512 at 2 × 452 rows takes 437 ms, at opset 20 without them 535 ms. Attention

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from flashu_compile.bundle.precision import PARTS, by_part
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.lower_precision import LowerPrecision
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.quantize_linears import QuantizedWeights, QuantizeLinears
-from flashu_compile.program import Program, Role
-from flashu_compile.runtime.precision import PARTS, by_part
+from flashu_compile.program.program import Program, Role
 
 _FULL, _INT8 = "float32", "int8"
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashu_compile.passes.editing import module_path, stack_at
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 #: The component of whatever belongs to no stack.
 OTHER = "other"

@@ -11,10 +11,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import WEIGHTS, read_manifest
 from flashu_compile.errors import BundleError, EmissionError
 from flashu_compile.exporters.tensorrt_plan import TIMING_CACHE, BuildOptions, update_manifest
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import WEIGHTS, read_manifest
 from flashu_compile.runtime.tensorrt_engine import (
     PLAN_FILE,
     Built,

@@ -14,12 +14,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.bundle.profiles import dimension_ranges, engine_profile, shapes_text
 from flashu_compile.errors import BundleError, ConfigurationError, EmissionError
 from flashu_compile.exporters.tensorrt_support import objections
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
-from flashu_compile.runtime.profiles import dimension_ranges, engine_profile, shapes_text
 from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, PlannedEngine, TensorRTPlan
 
 SCRIPT = "build_engines.sh"

@@ -20,10 +20,10 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.exporters.onnx import OPERATOR
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import read_manifest
 
 ONNX_PARSER, TORCH_TENSORRT = "tensorrt_onnx.json", "torch_tensorrt.json"
 

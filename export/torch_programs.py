@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.exporters.backends import Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
-from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
+from flashu_compile.program.program import Program
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 TENSORS = "weights.safetensors"

@@ -10,8 +10,8 @@ import torch
 from onnxscript import opset20 as op
 from onnxscript.values import Opset
 
-from flashu_compile.passes.int8 import INT8_LINEAR, QUANTIZE
-from flashu_compile.passes.write_rows import WRITE_ROWS
+from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE
+from flashu_compile.operators.write_rows import WRITE_ROWS
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from flashu_compile.errors import FlashuError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from flashu_compile.captured import CapturedModel, capture_model
-    from flashu_compile.comparison import compare_layers
-    from flashu_compile.compiler import calibrate, export
-    from flashu_compile.config import MMUConfig, T2IConfig
-    from flashu_compile.recipe import Recipe
+    from flashu_compile.compiler.captured import CapturedModel, capture_model
+    from flashu_compile.compiler.export import calibrate, export
+    from flashu_compile.looking.comparison import compare_layers
+    from flashu_compile.recipe.config import MMUConfig, T2IConfig
+    from flashu_compile.recipe.recipe import Recipe
     from flashu_compile.runtime import Pipeline, load
 
 __version__ = "0.1.0"
@@ -47,15 +47,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CapturedModel": "flashu_compile.captured",
-    "MMUConfig": "flashu_compile.config",
+    "CapturedModel": "flashu_compile.compiler.captured",
+    "MMUConfig": "flashu_compile.recipe.config",
     "Pipeline": "flashu_compile.runtime",
-    "Recipe": "flashu_compile.recipe",
-    "T2IConfig": "flashu_compile.config",
-    "calibrate": "flashu_compile.compiler",
-    "capture_model": "flashu_compile.captured",
-    "compare_layers": "flashu_compile.comparison",
-    "export": "flashu_compile.compiler",
+    "Recipe": "flashu_compile.recipe.recipe",
+    "T2IConfig": "flashu_compile.recipe.config",
+    "calibrate": "flashu_compile.compiler.export",
+    "capture_model": "flashu_compile.compiler.captured",
+    "compare_layers": "flashu_compile.looking.comparison",
+    "export": "flashu_compile.compiler.export",
     "load": "flashu_compile.runtime",
 }
 

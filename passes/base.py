@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 Kind = Literal["exact", "lossy"]
 

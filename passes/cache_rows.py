@@ -15,7 +15,7 @@ from torch import fx
 
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _CAT = torch.ops.aten.cat.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default

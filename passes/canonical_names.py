@@ -12,7 +12,7 @@ from torch import fx
 
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, module_path
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

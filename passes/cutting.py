@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from flashu_compile.errors import PassError
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
 
 
 def part_before(program: Program, role: str, name: str) -> Program:

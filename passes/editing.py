@@ -29,7 +29,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
 
 _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # PyTorch's word for where its own nodes lie, such as sizes that it adds after tracing.

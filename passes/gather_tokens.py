@@ -32,7 +32,7 @@ from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.inlining import inline
 from flashu_compile.passes.row_gather import RowGather
 from flashu_compile.passes.token_scorers import SCORERS, Score
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _SCOPE = "gather_tokens"
 #: 0.29 of 100 tokens are 29, though 0.29 * 100 is a little less.

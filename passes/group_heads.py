@@ -17,7 +17,7 @@ from flashu_compile.passes.analysis.attention import before_repetition
 from flashu_compile.passes.analysis.graph import size
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _INTERLEAVE = torch.ops.aten.repeat_interleave.self_int

@@ -19,7 +19,7 @@ from flashu_compile.passes.analysis.feed_forward import fused_source, slice_argu
 from flashu_compile.passes.analysis.graph import argument, arguments, dimension, is_pointwise, size
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from flashu_compile.passes.analysis.attention import attention_mask
 from flashu_compile.passes.analysis.graph import dimension, is_pointwise
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _aten = torch.ops.aten
 _END = 2**63 - 1

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, stack_of
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _aten = torch.ops.aten
 #: Computed short. All of them sum up in float32 inside.

@@ -25,7 +25,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from flashu_compile.errors import FlashuError, PassError
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.provenance import note
-from flashu_compile.program import Program, run_chain
+from flashu_compile.program.program import Program, run_chain
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 _HALF_TOLERANCE = 2e-2

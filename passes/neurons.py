@@ -13,7 +13,7 @@ from flashu_compile.errors import PassError, StructureError
 from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
 from flashu_compile.passes.analysis.graph import arguments
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 Neurons = Sequence[int] | NDArray[np.int64]
 

@@ -28,7 +28,7 @@ from flashu_compile.passes.neurons import (
     stored_positions,
     stored_weight,
 )
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 Kept = Mapping[int, Neurons]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.passes.editing import module_path
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _KEY = "passes"
 

@@ -27,7 +27,7 @@ from flashu_compile.passes.neurons import (
     stored_positions,
     stored_weight,
 )
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, stack_of
-from flashu_compile.passes.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _LINEAR = torch.ops.aten.linear.default
 _ORDERING = {torch.ops.aten.topk, torch.ops.aten.sort, torch.ops.aten.argsort}

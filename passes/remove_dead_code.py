@@ -6,7 +6,7 @@ import dataclasses
 
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

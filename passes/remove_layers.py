@@ -15,7 +15,7 @@ from flashu_compile.passes.analysis.blocks import blocks_with_nodes
 from flashu_compile.passes.analysis.graph import is_linear
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

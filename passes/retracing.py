@@ -12,7 +12,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 Run = Callable[[Mapping[fx.Node, Tensor]], Sequence[Tensor]]
 

@@ -12,7 +12,7 @@ import dataclasses
 
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import axes_of, outputs_after, part_after
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
 
 
 @dataclasses.dataclass(frozen=True)

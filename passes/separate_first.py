@@ -13,7 +13,7 @@ from torch import fx
 
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
 
 _aten = torch.ops.aten
 

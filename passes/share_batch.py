@@ -15,7 +15,7 @@ from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.rows.segmented import Space
 from flashu_compile.passes.split_rows import by_segments
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

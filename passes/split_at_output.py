@@ -11,7 +11,7 @@ import dataclasses
 
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import part_after, part_before
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

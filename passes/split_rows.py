@@ -25,7 +25,7 @@ from flashu_compile.passes.rows.interpreter import RowInterpreter
 from flashu_compile.passes.rows.operators import pointwise
 from flashu_compile.passes.rows.rules import RULES
 from flashu_compile.passes.rows.segmented import Space
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _CAT = torch.ops.aten.cat.default
 

@@ -22,14 +22,14 @@ from torch import Tensor, fx
 from torch.nn.functional import pad
 
 from flashu_compile.errors import StructureError
+from flashu_compile.operators.write_rows import WRITE_ROWS
 from flashu_compile.passes.analysis.attention import attention_mask
 from flashu_compile.passes.analysis.graph import live_nodes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor, module_path
 from flashu_compile.passes.inlining import inline
-from flashu_compile.passes.write_rows import WRITE_ROWS
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
 from flashu_compile.runtime.state import updated
 
 _aten = torch.ops.aten

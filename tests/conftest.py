@@ -16,10 +16,10 @@ os.environ["FLASHU_CACHE"] = "off"
 import pytest
 import torch
 
-from flashu_compile.capture import capture
 from flashu_compile.models.showo2.adapter import captures
-from flashu_compile.program import Program
-from tests.tiny import VAE, tiny_model
+from flashu_compile.program.program import Program
+from flashu_compile.program.trace import capture
+from tests.support.tiny import VAE, tiny_model
 
 
 @pytest.fixture(scope="session")

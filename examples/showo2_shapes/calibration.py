@@ -1,6 +1,6 @@
 """Write the samples that showo2-shapes ships for calibration: prompts, and questions about rendered pictures.
 
-    python examples/showo2_shapes/calibration.py flashu_compile/models/showo2_shapes
+    python -m examples.showo2_shapes.calibration flashu_compile/models/showo2_shapes
 
 They come from the training distribution, by a seed of their own; nothing held out for evaluation is among them.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flashu_compile.shapes.language import caption, questions
-from flashu_compile.shapes.render import render
-from flashu_compile.shapes.scenes import sample_free_scene, sample_scene, sample_spec
+from examples.showo2_shapes.world.language import caption, questions
+from examples.showo2_shapes.world.render import render
+from examples.showo2_shapes.world.scenes import sample_free_scene, sample_scene, sample_spec
 
 CANVAS = 32
 SEED = 30_000

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flashu_compile.runtime.prompts import PromptCodec
-from flashu_compile.shapes.language import caption, questions
-from flashu_compile.shapes.render import render
-from flashu_compile.shapes.scenes import sample_free_scene, sample_scene, sample_spec
+from examples.showo2_shapes.world.language import caption, questions
+from examples.showo2_shapes.world.render import render
+from examples.showo2_shapes.world.scenes import sample_free_scene, sample_scene, sample_spec
+from flashu_compile.bundle.prompts import PromptCodec
 
 IGNORE = -100
 

@@ -1,9 +1,9 @@
 """Score showo2-shapes on held-out prompts and questions: with the eager model, or through a compiled bundle.
 
-    python examples/showo2_shapes/evaluate.py eager showo2-shapes --output scores.json
-    python examples/showo2_shapes/evaluate.py bundle build/showo2-shapes --output scores.json
+    python -m examples.showo2_shapes.evaluate eager showo2-shapes --output scores.json
+    python -m examples.showo2_shapes.evaluate bundle build/showo2-shapes --output scores.json
 
-Pictures are judged by `flashu_compile.shapes.scorer`; answers by exact match. Prompt and noise number i are the
+Pictures are judged by `examples.showo2_shapes.world.scorer`; answers by exact match. Prompt and noise number i are the
 same in every run, so two runs can be compared picture by picture.
 """
 
@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from flashu_compile.shapes.language import QA, caption, questions
-from flashu_compile.shapes.render import render
-from flashu_compile.shapes.scenes import PromptSpec, sample_free_scene, sample_scene, sample_spec
-from flashu_compile.shapes.scorer import score_many
+from examples.showo2_shapes.world.language import QA, caption, questions
+from examples.showo2_shapes.world.render import render
+from examples.showo2_shapes.world.scenes import PromptSpec, sample_free_scene, sample_scene, sample_spec
+from examples.showo2_shapes.world.scorer import score_many
 
 CANVAS = 32
 SEED = 20_000

@@ -1,6 +1,6 @@
 """Write the averaged weights of a training state as a model directory (float16 safetensors).
 
-python examples/showo2_shapes/publish.py runs/shapes/state.pt flashu_compile/models/showo2_shapes
+python -m examples.showo2_shapes.publish runs/shapes/state.pt flashu_compile/models/showo2_shapes
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flashu_compile.runtime.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
-from flashu_compile.shapes.language import corpus
+from examples.showo2_shapes.world.language import corpus
+from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 
 VOCABULARY = 512
 TEMPLATE_LINES = ["system\nYou are a helpful assistant.", "\nuser\n", "\nassistant\n"]

@@ -1,6 +1,6 @@
 """Train showo2-shapes, the bundled model, from scratch.
 
-    python examples/showo2_shapes/train.py --output runs/shapes --steps 3000
+    python -m examples.showo2_shapes.train --output runs/shapes --steps 3000
 
 Stops and resumes at will: `state.pt` holds weights, optimiser state and the step; batches depend on (seed, step)
 alone. The learning rate is constant and falls linearly to zero over the last `--cooldown` steps, so a longer
@@ -19,15 +19,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import IGNORE, GenerationBatch, QuestionBatch, generation_batch, question_batch
 from torch import Tensor, nn
 
+from examples.showo2_shapes.data import (
+    IGNORE,
+    GenerationBatch,
+    QuestionBatch,
+    generation_batch,
+    question_batch,
+)
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig, Showo2Config
 from flashu_compile.models.showo2.layout import attention_mask, row_positions
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import SpaceToDepth
-from flashu_compile.runtime.prompts import PromptCodec
 
 HERE = Path(__file__).parent
 TOKENIZER = HERE.parents[1] / "flashu_compile" / "models" / "showo2_shapes" / "tokenizer.json"

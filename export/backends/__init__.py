@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.passes.manager import PassRecord
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends import DEFAULT, backend_names, find_file
-from flashu_compile.runtime.manifest import EngineSpec
-from flashu_compile.runtime.profiles import Range
 
 if TYPE_CHECKING:
     from flashu_compile.exporters.bundle import EngineBuild

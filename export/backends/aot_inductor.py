@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.export.passes import move_to_device_pass
 
+from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild
@@ -25,8 +26,7 @@ from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import TorchModel, plain_copy, write_engines
-from flashu_compile.program import Program
-from flashu_compile.runtime.profiles import Range
+from flashu_compile.program.program import Program
 
 _HALF = "bfloat16"
 

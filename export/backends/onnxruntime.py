@@ -9,19 +9,19 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from flashu_compile.engines import described
+from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, TensorSpec
+from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild, write_reference
+from flashu_compile.exporters.descriptions import described
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.packed_onnx import pack_model, unpack_model
 from flashu_compile.exporters.parity import engine_errors
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import graph_statistics
 from flashu_compile.exporters.weights import weight_store
-from flashu_compile.program import Program
-from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, TensorSpec
-from flashu_compile.runtime.profiles import Range
+from flashu_compile.program.program import Program
 
 
 class OnnxRuntime:

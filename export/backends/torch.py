@@ -13,6 +13,7 @@ from typing import Any
 
 from torch._export.serde.serialize import serialize
 
+from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild
@@ -25,8 +26,7 @@ from flashu_compile.exporters.torch_programs import (
     plain_copy,
     write_engines,
 )
-from flashu_compile.program import Program
-from flashu_compile.runtime.profiles import Range
+from flashu_compile.program.program import Program
 
 # PyTorch 2.11 takes no such wishes: it pickles tensors too, which are thrown away here.
 _GRAPH_ALONE: dict[str, Any] = {

@@ -19,7 +19,9 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from flashu_compile.cache import default_directory
+from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.profiles import Range, engine_profile, evaluate, ranges_of
+from flashu_compile.compiler.cache import default_directory
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.bundle import EngineBuild
@@ -34,9 +36,9 @@ from flashu_compile.exporters.tensorrt_support import (
     takes_dynamic_shapes,
 )
 from flashu_compile.exporters.torch_programs import PRECISIONS, TorchModel, plain_copy, write_engines
+from flashu_compile.operators.write_rows import WRITE_ROWS, scatter_rows
 from flashu_compile.passes.editing import module_path
-from flashu_compile.passes.write_rows import WRITE_ROWS, scatter_rows
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends.torch_tensorrt import (
     BUILT_FILE,
     Built,
@@ -44,8 +46,6 @@ from flashu_compile.runtime.backends.torch_tensorrt import (
     built_text,
     import_torch_tensorrt,
 )
-from flashu_compile.runtime.manifest import EngineSpec
-from flashu_compile.runtime.profiles import Range, engine_profile, evaluate, ranges_of
 
 DEVICE = torch.device("cuda")
 _TIMINGS = "timing_cache_path"

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from flashu_compile import display
-from flashu_compile.cache import EngineCache, default_directory
+from flashu_compile.cli import display
 from flashu_compile.cli.base import LOOKING, Json, app, examples
+from flashu_compile.compiler.cache import EngineCache, default_directory
 from flashu_compile.errors import CacheError
 from flashu_compile.quantities import size
 

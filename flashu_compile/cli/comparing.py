@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashu_compile import display
+from flashu_compile.cli import display
 from flashu_compile.cli.base import LOOKING, Json, app, examples, told_in_one_line
 
 
@@ -26,7 +26,7 @@ def diff(
     The exit code is that of diff(1): 0 if all their files are equal, 1 if not, 2 if one of them cannot be read.
     """
     with told_in_one_line(2):
-        from flashu_compile.bundle_diff import diff as differences
+        from flashu_compile.looking.bundle_diff import diff as differences
 
         found = differences(a, b)
     if as_json:

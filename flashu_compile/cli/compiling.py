@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashu_compile import display
+from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Json, Tokenizer, Vae, app, examples, quiet_torch
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
 
 if TYPE_CHECKING:
-    from flashu_compile.recipe import Recipe
+    from flashu_compile.recipe.recipe import Recipe
 
 Model = Annotated[
     str,
@@ -220,15 +220,15 @@ def calibrate(
 
 
 def _recipe(source: str, settings: list[str] | None) -> Recipe:
-    from flashu_compile.overrides import override
-    from flashu_compile.presets import find_recipe
+    from flashu_compile.recipe.overrides import override
+    from flashu_compile.recipe.presets import find_recipe
 
     return override(find_recipe(source), settings or ())
 
 
 def _measured(bundle: Path) -> dict[str, Any]:
     """What the report of a bundle just built says of calibration, passes and cost."""
-    from flashu_compile.runtime.manifest import REPORT
+    from flashu_compile.bundle.manifest import REPORT
 
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
     return {name: report[name] for name in ("calibration", "passes", "cost")} | {"proof": report.get("proof")}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flashu_compile import display
+from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Bundle, app, examples
 from flashu_compile.errors import ConfigurationError
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashu_compile import display
+from flashu_compile.cli import display
 from flashu_compile.cli.base import quiet_torch
 
 if TYPE_CHECKING:
-    from flashu_compile.comparison.compare import EngineComparison, LayerComparison
-    from flashu_compile.comparison.differences import Difference
-    from flashu_compile.comparison.search import Departure, Operand
+    from flashu_compile.looking.comparison.compare import EngineComparison, LayerComparison
+    from flashu_compile.looking.comparison.differences import Difference
+    from flashu_compile.looking.comparison.search import Departure, Operand
 
 EAGER, ONNX, BUNDLE = "eager", "onnx", "bundle"
 

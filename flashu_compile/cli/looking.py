@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashu_compile import display
+from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     LOOKING,
     TASKS,
@@ -100,9 +100,9 @@ def inspect(
 
 
 def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
-    from flashu_compile.plan import StepPlan
-    from flashu_compile.runtime.files import BundleFiles
-    from flashu_compile.runtime.manifest import PLAN, REPORT, read_manifest
+    from flashu_compile.bundle.files import BundleFiles
+    from flashu_compile.bundle.manifest import PLAN, REPORT, read_manifest
+    from flashu_compile.recipe.plan import StepPlan
 
     manifest = read_manifest(bundle)
     files = BundleFiles(bundle, manifest)
@@ -124,7 +124,7 @@ def _inspect_model(
     model: str, tasks: Sequence[str], vae: str | None, tokenizer: str | None, *, as_json: bool
 ) -> None:
     import flashu_compile
-    from flashu_compile.runtime.manifest import MANIFEST
+    from flashu_compile.bundle.manifest import MANIFEST
 
     if (Path(model) / MANIFEST).is_file():
         raise InputError(
@@ -136,7 +136,7 @@ def _inspect_model(
     wanted = [task for task in TASKS if task in tasks]
     quiet_torch()
     with flashu_compile._naming_the_extra("inspect --structure"):
-        from flashu_compile.structure import model_structure
+        from flashu_compile.looking.structure import model_structure
     with display.progress_bar("Starting") as advance:
         programs = model_structure(model, wanted, vae=vae, tokenizer=tokenizer, progress=advance)
     if as_json:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashu_compile import display
+from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Json, app, examples, told_in_one_line
 from flashu_compile.errors import RecipeError
 
 if TYPE_CHECKING:
-    from flashu_compile.recipe import Recipe
+    from flashu_compile.recipe.recipe import Recipe
 
 recipe_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
@@ -81,7 +81,7 @@ def diff(
     The exit code is that of diff(1): 0 if they are equal, 1 if they differ, 2 if one of them cannot be read.
     """
     with told_in_one_line(2):
-        from flashu_compile.recipe_view import diff as changes_between
+        from flashu_compile.recipe.view import diff as changes_between
 
         changes = changes_between(_find(a), _find(b))
     if as_json:
@@ -110,7 +110,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write the recipe that makes pictures (t2i) as A does, and answers questions (mmu) as B does."""
-    from flashu_compile.recipe import merge as merged
+    from flashu_compile.recipe.recipe import merge as merged
 
     check_output(output, overwrite=overwrite)
     made = merged(_find(a), _find(b), name)
@@ -119,8 +119,8 @@ def merge(
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise `RecipeError` before any work is done if a recipe may not be written to `output`."""
-    from flashu_compile.recipe import recipe_path
-    from flashu_compile.runtime.manifest import MANIFEST
+    from flashu_compile.bundle.manifest import MANIFEST
+    from flashu_compile.recipe.recipe import recipe_path
 
     path = recipe_path(output)
     if (path.parent / MANIFEST).exists():
@@ -143,7 +143,7 @@ def tell_saved(recipe: Recipe, path: Path, *, as_json: bool) -> None:
 
 
 def _find(source: str) -> Recipe:
-    from flashu_compile.presets import find_recipe
+    from flashu_compile.recipe.presets import find_recipe
 
     return find_recipe(source)
 

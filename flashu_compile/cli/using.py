@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashu_compile import display
+from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     USING,
     Bundle,
@@ -65,7 +65,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Make a picture of PROMPT."""
-    from flashu_compile.runtime.images import check_picture_path, save_picture
+    from flashu_compile.bundle.images import check_picture_path, save_picture
 
     check_picture_path(output)
     pipeline = _load(bundle, provider, provider_option, threads, memory, trust)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flashu_compile.plan import StepPlan
+from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.quantities import change, quantity, size
-from flashu_compile.recipe import Recipe
-from flashu_compile.recipe_view import recipe_rows
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.view import recipe_rows
 from flashu_compile.report.pictures import data_uri, keep_map
 from flashu_compile.report.work import engine_errors, largest_error, program_work, result_work
-from flashu_compile.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
-    from flashu_compile.cost import Comparison
+    from flashu_compile.measure.cost import Comparison
 
 _TASKS = {"t2i": "Pictures from text (t2i)", "mmu": "Questions about pictures (mmu)"}
 

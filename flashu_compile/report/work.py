@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashu_compile.plan import StepPlan
-from flashu_compile.runtime.manifest import Manifest
+from flashu_compile.bundle.manifest import Manifest
+from flashu_compile.recipe.plan import StepPlan
 
 
 @dataclasses.dataclass(frozen=True)

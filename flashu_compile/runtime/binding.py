@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.runtime.state import state_of, updated
 
 # Buffers and a graph stay for each set of shapes; decoding, whose cache grows with each token, must not pile them up.

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.profiles import BATCH
 from flashu_compile.errors import BundleError
 from flashu_compile.runtime.keeping import keep, zeros_like
-from flashu_compile.runtime.manifest import EngineSpec
-from flashu_compile.runtime.profiles import BATCH
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
 from flashu_compile.runtime.state import State, state_of, update
 

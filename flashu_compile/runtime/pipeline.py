@@ -12,20 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flashu_compile.errors import (
-    BundleError,
-    ConfigurationError,
-    InputError,
-    RecipeError,
-    UnknownTaskError,
-)
-from flashu_compile.plan import StepPlan, compile_plan, engines_needed
-from flashu_compile.recipe import Recipe
-from flashu_compile.runtime import decoding
-from flashu_compile.runtime.backends import find_run_backend, open_engines
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.images import Picture, engine_pixels, to_picture
-from flashu_compile.runtime.manifest import (
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.images import Picture, engine_pixels, to_picture
+from flashu_compile.bundle.manifest import (
     PLAN,
     RECIPE,
     TOKENIZER,
@@ -34,8 +23,19 @@ from flashu_compile.runtime.manifest import (
     UnderstandingFacts,
     read_manifest,
 )
-from flashu_compile.runtime.noise import initial_noise
-from flashu_compile.runtime.prompts import PromptCodec
+from flashu_compile.bundle.noise import initial_noise
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.errors import (
+    BundleError,
+    ConfigurationError,
+    InputError,
+    RecipeError,
+    UnknownTaskError,
+)
+from flashu_compile.recipe.plan import StepPlan, compile_plan, engines_needed
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime import decoding
+from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
 from flashu_compile.runtime.sessions import Engine, Engines

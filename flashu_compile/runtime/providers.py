@@ -17,9 +17,9 @@ from typing import Any
 
 import onnxruntime as ort
 
+from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, Manifest
+from flashu_compile.bundle.profiles import Profile, shapes_text
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
-from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, Manifest
-from flashu_compile.runtime.profiles import Profile, shapes_text
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 

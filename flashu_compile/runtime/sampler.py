@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashu_compile.config import SOLVERS
+from flashu_compile.bundle.manifest import GenerationFacts
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import BundleError, InputError
-from flashu_compile.plan import Step, StepPlan
+from flashu_compile.recipe.config import SOLVERS
+from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.runtime.keeping import keep
-from flashu_compile.runtime.manifest import GenerationFacts
-from flashu_compile.runtime.prompts import PromptCodec
 from flashu_compile.runtime.sessions import Engine, Engines, Tensors
 
 _FEATURES = "head_features"

@@ -23,11 +23,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
+from flashu_compile.bundle.profiles import dimension_ranges, engine_profile
+from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.binding import BoundRuns, StateRuns
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec
-from flashu_compile.runtime.profiles import dimension_ranges, engine_profile
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
     TENSORRT,
@@ -42,7 +43,6 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, WeightsBeside, check_memory
-from flashu_compile.runtime.signatures import check_inputs
 from flashu_compile.runtime.state import State, state_of, updated
 
 Tensors = Mapping[str, NDArray[Any]]

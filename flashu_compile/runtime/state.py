@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from flashu_compile.runtime.manifest import EngineSpec
+from flashu_compile.bundle.manifest import EngineSpec
 
 if TYPE_CHECKING:
     from flashu_compile.runtime.sessions import Engine

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, file_entry
+from flashu_compile.bundle.profiles import InputShapes, Profile
+from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import WEIGHTS, EngineSpec, file_entry
-from flashu_compile.runtime.profiles import InputShapes, Profile
 from flashu_compile.runtime.sessions import Tensors
-from flashu_compile.runtime.signatures import check_inputs
 
 PLAN_FILE = "tensorrt.json"
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.bundle.precision import TOLERANCES, tolerance
 from flashu_compile.errors import BackendUnavailableError, FlashuError
 from flashu_compile.runtime.backends import find_run_backend, open_engines
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
-from flashu_compile.runtime.precision import TOLERANCES, tolerance
 from flashu_compile.runtime.providers import Placement, ProviderOptions
 from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngine
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.blocks import Block, blocks_with_nodes, stack_root
 from flashu_compile.passes.analysis.graph import arguments, before, is_linear, size, stored_nodes, value_flow
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 #: What repeating heads is made of.

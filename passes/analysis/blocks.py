@@ -25,7 +25,7 @@ from flashu_compile.passes.analysis.graph import (
     stored_nodes,
     value_flow,
 )
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _CAST = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)

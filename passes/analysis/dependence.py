@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _aten = torch.ops.aten
 #: What reads the shape and dtype of its argument only.

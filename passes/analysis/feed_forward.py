@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.blocks import Block, blocks_with_nodes, stack_root
 from flashu_compile.passes.analysis.graph import arguments, before, is_linear, is_pointwise, size, value_flow
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 _LINEAR_MAPS: tuple[object, ...] = (
     torch.ops.aten.add.Tensor,

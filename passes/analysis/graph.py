@@ -9,7 +9,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 def value_flow(program: Program) -> nx.DiGraph:

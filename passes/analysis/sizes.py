@@ -6,7 +6,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 class Sizes:

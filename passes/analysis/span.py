@@ -14,7 +14,7 @@ from torch import fx
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.graph import before, dimension, is_pointwise, size, value_flow
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
 
 _CAT = torch.ops.aten.cat.default
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.alias.default)

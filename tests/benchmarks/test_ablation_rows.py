@@ -17,9 +17,9 @@ from benchmarks.ablation_rows import (
     chosen_rows,
     evaluations,
 )
-from flashu_compile.config import MMUConfig, T2IConfig
-from flashu_compile.presets import preset
-from flashu_compile.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.presets import preset
+from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
 
 KEPT = {"llm": {0: np.arange(64)}}
 

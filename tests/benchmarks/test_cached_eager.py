@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.cached_eager import CachedEager
 from flashu_compile.models.showo2.reference import UnderstandingReference
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 PREFIX, SUFFIX = [5, 7, 9], [3, 11, 12, 13]
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks.onednn import OneDNNLinear, onednn_peak, with_onednn
 from benchmarks.published_patch import _narrow
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 
 def test_all_linear_layers_are_onednns_and_give_the_same() -> None:

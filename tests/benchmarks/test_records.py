@@ -18,8 +18,8 @@ from benchmarks.records import (
     recipe_digest,
     save_array,
 )
-from flashu_compile.config import MMUConfig, T2IConfig
-from flashu_compile.recipe import Decisions, Recipe
+from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.recipe import Decisions, Recipe
 
 
 def test_records_are_read_back(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks.solver_curve import Series, all_series, network_evaluations
 from benchmarks.solver_curve_plot import plot
-from flashu_compile.config import T2IConfig
+from flashu_compile.recipe.config import T2IConfig
 
 BASE = T2IConfig(50, 4.0, 3.0)
 

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from flashu_compile.capture import trace
 from flashu_compile.exporters.onnx import emit_onnx
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
+from flashu_compile.program.trace import trace
 
 WIDTH, HEADS, GROUPS, HIDDEN, VOCABULARY, LAYERS = 32, 4, 2, 48, 64, 2
 

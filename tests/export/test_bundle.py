@@ -19,15 +19,15 @@ import torch
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from flashu_compile.bundle.manifest import Manifest, file_entry, read_manifest
 from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
 from flashu_compile.exporters import bundle
 from flashu_compile.exporters.backends import onnxruntime
 from flashu_compile.exporters.bundle import BundleFacts, EngineBuild, ensure_writable, write_bundle
 from flashu_compile.exporters.onnx import emit_onnx
-from flashu_compile.plan import uniform_plan
-from flashu_compile.program import Program
-from flashu_compile.recipe import Recipe
-from flashu_compile.runtime.manifest import Manifest, file_entry, read_manifest
+from flashu_compile.program.program import Program
+from flashu_compile.recipe.plan import uniform_plan
+from flashu_compile.recipe.recipe import Recipe
 from tests.export.conftest import step_programs, word_tokenizer
 
 FACTS = BundleFacts(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.onnx import MODULE, OPERATOR, VALUES, emit_onnx
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
 from tests.export.conftest import LAYERS, VOCABULARY, WIDTH, program, sample, unary
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.passes.halve_rotary import HalveRotary
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
 from tests.export.conftest import program
 from tests.export.test_onnx import worst_error
 from tests.support.rotating import HEADS, WIDTH, Rotating, rotated

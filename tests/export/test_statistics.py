@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.statistics import component, graph_statistics, program_statistics
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.export.conftest import GROUPS, HEADS, HIDDEN, LAYERS, VOCABULARY, WIDTH, unary
 
 _KV = GROUPS * WIDTH // HEADS

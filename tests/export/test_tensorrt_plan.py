@@ -10,13 +10,13 @@ from onnxruntime import InferenceSession
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import app
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.exporters.tensorrt import build_engines
 from flashu_compile.exporters.tensorrt_plan import SCRIPT, BuildOptions, write_plan
 from flashu_compile.runtime import load
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import read_manifest
 from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngines, import_libraries, read_plan
 from flashu_compile.runtime.verify import verify
 from tests.runtime.tiny_bundle import write_bundle

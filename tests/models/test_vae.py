@@ -17,7 +17,7 @@ from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from flashu_compile.models.wan_vae import WanVAE
 from tests.support.oracle import load_oracle
-from tests.tiny import tiny_model, tokenizer
+from tests.support.tiny import tiny_model, tokenizer
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `wan`")
 

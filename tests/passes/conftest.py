@@ -4,15 +4,15 @@ from typing import NamedTuple
 
 import pytest
 
-from flashu_compile.capture import capture
-from flashu_compile.config import MMUConfig
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.last_row import LastRow
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.update_in_place import UpdateInPlace
-from flashu_compile.program import Program
-from flashu_compile.recipe import Decisions, Phase, Recipe
+from flashu_compile.program.program import Program
+from flashu_compile.program.trace import capture
+from flashu_compile.recipe.config import MMUConfig
+from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
 from tests.support.fused_lm import fused_capture, fused_model
 
 RECIPES = {

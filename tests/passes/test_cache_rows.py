@@ -7,9 +7,9 @@ import torch
 
 from flashu_compile.passes.cache_rows import CacheRows, new_rows
 from flashu_compile.passes.manager import relative_error
-from flashu_compile.program import Program, Role, prologue_of
+from flashu_compile.program.program import Program, Role, prologue_of
 from tests.passes.conftest import Decoding
-from tests.tiny import CONFIG
+from tests.support.tiny import CONFIG
 
 
 @pytest.mark.parametrize(("prefix", "first", "more"), [(3, 1, 4), (8, 6, 3)])

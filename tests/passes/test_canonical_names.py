@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashu_compile.passes.canonical_names import CanonicalNames
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.support.programs import only
 
 

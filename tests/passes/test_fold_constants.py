@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashu_compile.passes.fold_constants import FoldConstants
 from flashu_compile.passes.manager import compare
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.support.programs import only, targets
 
 

@@ -16,7 +16,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashu_compile.capture import capture
 from flashu_compile.errors import ConfigurationError, PassError
 from flashu_compile.exporters.onnx import MODULE, emit_onnx
 from flashu_compile.models.showo2.adapter import captures
@@ -31,9 +30,11 @@ from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.token_scorers import SCORERS
-from flashu_compile.program import Program, Role, run_chain
+from flashu_compile.program.program import Program, Role, run_chain
+from flashu_compile.program.trace import capture
 from tests.support.fused_lm import DEPTH, GRID, PATCH, VOCABULARY, FusedLM, fused_capture, fused_model
 from tests.support.programs import only
+from tests.support.tiny import CONFIG, VAE, tiny_model
 from tests.support.token_twin import (
     Twin,
     dropped_tokens,
@@ -41,7 +42,6 @@ from tests.support.token_twin import (
     gather_showo2,
     pivot_cosines,
 )
-from tests.tiny import CONFIG, VAE, tiny_model
 
 LAYERS, TOKENS = 3, CONFIG.image_tokens
 SIZES = [(1, 2, 7), (3, 9, 2)]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture, capture
 from flashu_compile.passes.group_heads import GroupHeads
 from flashu_compile.passes.manager import PassManager
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
+from flashu_compile.program.trace import Capture, capture
 from tests.support.programs import only
 from tests.support.row_programs import shape, working
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture, capture
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.halve_rotary import HalveRotary
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.pipelines import denoise
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
+from flashu_compile.program.trace import Capture, capture
 from tests.support.rotating import HEADS, WIDTH, Rotating, rotated, turned
 from tests.support.row_programs import step_inputs
-from tests.tiny import CONFIG, VAE, tiny_model
+from tests.support.tiny import CONFIG, VAE, tiny_model
 
 
 def program(module: nn.Module, dtype: torch.dtype = torch.float32) -> Program:

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from flashu_compile.capture import capture
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.models.showo2.modeling import RowTables, Showo2
 from flashu_compile.passes.analysis.dependence import depends_on
@@ -24,11 +23,12 @@ from flashu_compile.passes.pipelines import denoise as denoise_passes
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.split_rows import SplitRows
-from flashu_compile.program import Program, Role, run_chain
+from flashu_compile.program.program import Program, Role, run_chain
+from flashu_compile.program.trace import capture
 from tests.support.fused_lm import DEPTH, GRID, PATCH, VOCABULARY
 from tests.support.renamed import rename_modules, renamed_roots
 from tests.support.row_programs import paths, placeholder_shape, shape, step_inputs, working
-from tests.tiny import CONFIG, VAE, tiny_model
+from tests.support.tiny import CONFIG, VAE, tiny_model
 
 STEP = frozenset({Role.LATENTS, Role.TIMESTEP})
 SUFFIX = frozenset({Role.SUFFIX_IDS})

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture, capture
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.editing import module_path
@@ -18,9 +17,10 @@ from flashu_compile.passes.manager import PassManager, relative_error
 from flashu_compile.passes.merge_duplicates import MergeDuplicates
 from flashu_compile.passes.pipelines import reuse, reused
 from flashu_compile.passes.split_rows import SplitRows
-from flashu_compile.program import Input, Program, Role, run_chain
+from flashu_compile.program.program import Input, Program, Role, run_chain
+from flashu_compile.program.trace import Capture, capture
 from tests.support.row_programs import paths, shape, step_inputs, strided_inputs, working
-from tests.tiny import CONFIG, VAE, tiny_model
+from tests.support.tiny import CONFIG, VAE, tiny_model
 
 STEP = frozenset({Role.LATENTS, Role.TIMESTEP})
 SCHEDULE = HoistSchedule(Role.TIMESTEP)

@@ -8,8 +8,8 @@ from torch import Tensor
 from flashu_compile.passes.last_row import LastRow
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.pipelines import understand as passes
-from flashu_compile.program import Program, Role
-from tests.tiny import CONFIG
+from flashu_compile.program.program import Program, Role
+from tests.support.tiny import CONFIG
 
 
 def language_of(understand: Program) -> Program:

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashu_compile.capture import trace
 from flashu_compile.passes.lower_precision import LowerPrecision
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
+from flashu_compile.program.trace import trace
 
 WIDTH = 16
 

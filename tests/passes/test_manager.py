@@ -13,7 +13,7 @@ from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.manager import PassManager, relative_error
 from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.remove_dead_code import RemoveDeadCode
-from flashu_compile.program import Program, Role, run_chain
+from flashu_compile.program.program import Program, Role, run_chain
 
 
 @pytest.mark.parametrize("name", ["denoise", "understand", "understand64"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.merge_duplicates import MergeDuplicates
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.support.toys import Stack, toy
 
 

@@ -13,7 +13,7 @@ from flashu_compile.errors import PassError
 from flashu_compile.passes.manager import PassManager, relative_error
 from flashu_compile.passes.order_neurons import OrderNeurons, kept_ranges
 from flashu_compile.passes.prune_ffn import PruneFFN
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.support.programs import only
 from tests.support.toys import HIDDEN, Feed, Plain, Sliced, Stack, toy
 

@@ -17,7 +17,7 @@ from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.provenance import passes_of
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.retracing import retraced
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.support.toys import HIDDEN, Feed, Plain, Stack, toy
 
 _LINEAR = torch.ops.aten.linear.default

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture
 from flashu_compile.errors import PassError
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
@@ -19,12 +18,13 @@ from flashu_compile.passes.manager import PassManager, check_graph, relative_err
 from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
-from flashu_compile.program import Program, run_chain
+from flashu_compile.program.program import Program, run_chain
+from flashu_compile.program.trace import Capture
 from tests.support.fused_lm import DEPTH, EYE_HIDDEN, HIDDEN, fused_capture, fused_model
 from tests.support.programs import only
+from tests.support.tiny import VAE, tiny_model
 from tests.support.toys import HIDDEN as TOY_HIDDEN
 from tests.support.toys import Feed, Plain, Sliced, Stack, toy
-from tests.tiny import VAE, tiny_model
 
 #: (stack, blocks, width, the layers whose outputs are neurons with how often, the layer that reads them)
 _LAYOUT = {

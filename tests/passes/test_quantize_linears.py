@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashu_compile.capture import trace
 from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
 from flashu_compile.passes.canonical_names import CanonicalNames
-from flashu_compile.passes.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.provenance import passes_of
 from flashu_compile.passes.quantize_linears import MIN_WIDTH, QuantizedWeights, QuantizeLinears
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
+from flashu_compile.program.trace import trace
 from flashu_compile.runtime.saturation import products_saturate
 
 WIDTH, HIDDEN = MIN_WIDTH, 2 * MIN_WIDTH

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flashu_compile.passes.keep_outputs import KeepOutputs
 from flashu_compile.passes.manager import compare
 from flashu_compile.passes.remove_dead_code import RemoveDeadCode
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
 from tests.support.programs import only, targets
 
 

@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flashu_compile.capture import Capture
 from flashu_compile.errors import PassError
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.remove_layers import RemoveLayers
-from flashu_compile.program import Program, run_chain
+from flashu_compile.program.program import Program, run_chain
+from flashu_compile.program.trace import Capture
 from tests.support.fused_lm import DEPTH, fused_capture, fused_model
 from tests.support.programs import only
+from tests.support.tiny import VAE, tiny_model
 from tests.support.toys import Feed, Plain, Stack, toy
-from tests.tiny import VAE, tiny_model
 
 _CASES = [
     ("denoise", "llm", 2),

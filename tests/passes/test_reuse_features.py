@@ -16,8 +16,8 @@ from flashu_compile.passes.keep_outputs import KeepOutputs
 from flashu_compile.passes.manager import PassManager, check_graph, compare, relative_error
 from flashu_compile.passes.pipelines import CLEAN
 from flashu_compile.passes.reuse_features import ReuseFeatures
-from flashu_compile.program import Program, Role, run_chain
-from tests.tiny import tiny_model
+from flashu_compile.program.program import Program, Role, run_chain
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 from flashu_compile.errors import PassError
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.separate_first import SeparateFirst
-from flashu_compile.program import Program, Role
-from tests.tiny import CONFIG
+from flashu_compile.program.program import Program, Role
+from tests.support.tiny import CONFIG
 
 PASS = SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS)
 

@@ -7,7 +7,7 @@ import pytest
 from flashu_compile.errors import PassError
 from flashu_compile.passes.manager import PassManager, compare
 from flashu_compile.passes.split_at_output import SplitAtOutput
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
 
 
 def test_split_gives_two_programs_that_chain(understand: Program) -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashu_compile.capture import capture
 from flashu_compile.errors import PassError
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.analysis.dependence import depends_on
@@ -20,7 +19,8 @@ from flashu_compile.passes.manager import PassManager, check_graph, relative_err
 from flashu_compile.passes.pipelines import understand as understand_passes
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.passes.token_scorers import SCORERS
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
+from flashu_compile.program.trace import capture
 from tests.support.programs import only
 from tests.support.row_programs import (
     CHANGING,
@@ -36,7 +36,7 @@ from tests.support.row_programs import (
     step_inputs,
     working,
 )
-from tests.tiny import CONFIG, VAE, tiny_model
+from tests.support.tiny import CONFIG, VAE, tiny_model
 
 STEP = frozenset({Role.LATENTS, Role.TIMESTEP})
 SUFFIX = frozenset({Role.SUFFIX_IDS})

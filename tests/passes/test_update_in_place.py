@@ -9,16 +9,16 @@ from torch import Tensor
 
 from flashu_compile.errors import StructureError
 from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.operators.write_rows import WRITE_ROWS
 from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.manager import relative_error
 from flashu_compile.passes.update_in_place import UpdateInPlace
-from flashu_compile.passes.write_rows import WRITE_ROWS
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
 from flashu_compile.runtime.state import updated
 from tests.passes.conftest import Decoding
 from tests.support.row_programs import strided_inputs
-from tests.tiny import CONFIG
+from tests.support.tiny import CONFIG
 
 PREFIX = 5
 COUNTER = Role.ROWS_BEFORE

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flashu_compile.config import MMUConfig, T2IConfig
-from flashu_compile.plan import StepPlan, compile_plan
-from flashu_compile.recipe import Decisions, Phase, Recipe
-from flashu_compile.runtime.manifest import EngineSpec, GenerationFacts, Manifest, UnderstandingFacts
+from flashu_compile.bundle.manifest import EngineSpec, GenerationFacts, Manifest, UnderstandingFacts
+from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.plan import StepPlan, compile_plan
+from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
 
 LAYERS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """As `flashu_compile.cost.Comparison`."""
+    """As `flashu_compile.measure.cost.Comparison`."""
 
     text: str
     pictures: tuple[Image.Image, ...]

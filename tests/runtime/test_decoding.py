@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.decoding import ROOM, Caches, Picture, tokens
-from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine, create_session
 from flashu_compile.runtime.state import Updating, state_of, update, updated
 

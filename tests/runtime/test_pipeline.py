@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 
 import flashu_compile
-from flashu_compile.config import T2IConfig
+from flashu_compile.bundle import files
+from flashu_compile.bundle.noise import initial_noise
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import (
     BackendUnavailableError,
     BundleError,
@@ -26,11 +28,10 @@ from flashu_compile.errors import (
     InputError,
     UnknownTaskError,
 )
-from flashu_compile.plan import compile_plan
-from flashu_compile.recipe import Decisions, Phase, Recipe
-from flashu_compile.runtime import Pipeline, files, load, sessions
-from flashu_compile.runtime.noise import initial_noise
-from flashu_compile.runtime.prompts import PromptCodec
+from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.plan import compile_plan
+from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.runtime import Pipeline, load, sessions
 from flashu_compile.runtime.sampler import prompt_pair, sample
 from tests.runtime.tiny_bundle import (
     FACTS,

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, read_manifest
+from flashu_compile.bundle.profiles import Range, dimension_ranges, engine_profile
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
 from flashu_compile.runtime import load, sessions
-from flashu_compile.runtime.manifest import EngineSpec, TensorSpec, read_manifest
-from flashu_compile.runtime.profiles import Range, dimension_ranges, engine_profile
 from flashu_compile.runtime.providers import (
     CPU,
     CUDA,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashu_compile.config import T2IConfig
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.errors import BundleError, InputError
-from flashu_compile.plan import Step, StepPlan, compile_plan, uniform_plan
-from flashu_compile.runtime.manifest import EngineSpec, TensorSpec
+from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.plan import Step, StepPlan, compile_plan, uniform_plan
 from flashu_compile.runtime.sampler import sample, schedules
 from flashu_compile.runtime.sessions import Tensors
 

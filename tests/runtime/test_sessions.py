@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, read_manifest
+from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
 from flashu_compile.runtime import Pipeline, doctor, load, sessions
-from flashu_compile.runtime.manifest import EngineSpec, TensorSpec, read_manifest
 from flashu_compile.runtime.sessions import BundleFiles, OnnxRuntimeEngines, probe_provider
-from flashu_compile.runtime.signatures import check_inputs
 from tests.runtime.tiny_bundle import LATENT_SHAPE
 
 SPEC = EngineSpec(

@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from flashu_compile.bundle.manifest import WEIGHTS
 from flashu_compile.errors import BundleError, ConfigurationError
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.runtime.external_data import ExternalWeight, external_weights
-from flashu_compile.runtime.manifest import WEIGHTS
 from flashu_compile.runtime.sessions import create_session
 from flashu_compile.runtime.shared_weights import SharedWeights
 from flashu_compile.runtime.verify import verify

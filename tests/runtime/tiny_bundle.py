@@ -20,10 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from flashu_compile.config import T2IConfig
-from flashu_compile.plan import uniform_plan
-from flashu_compile.recipe import Recipe
-from flashu_compile.runtime.manifest import (
+from flashu_compile.bundle.manifest import (
     EngineSpec,
     FileEntry,
     GenerationFacts,
@@ -32,7 +29,10 @@ from flashu_compile.runtime.manifest import (
     UnderstandingFacts,
     file_entry,
 )
-from flashu_compile.runtime.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.plan import uniform_plan
+from flashu_compile.recipe.recipe import Recipe
 
 SLOPE, TEXT, TIME = -0.5, 1e-3, 0.25
 LATENT_SHAPE = (12, 4, 4)

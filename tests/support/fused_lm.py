@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture
-from flashu_compile.program import Input, Role
+from flashu_compile.program.program import Input, Role
+from flashu_compile.program.trace import Capture
 
 WIDTH, HEADS, KV_HEADS, HIDDEN, VOCABULARY, DEPTH = 32, 4, 2, 40, 64, 4
 PATCH, GRID, EYE_WIDTH, EYE_HIDDEN = 2, 3, 16, 24

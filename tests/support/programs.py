@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashu_compile.passes.base import PassResult
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 
 
 def targets(program: Program) -> set[str]:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from flashu_compile.capture import Capture, capture
 from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.editing import module_path
-from flashu_compile.program import Input, Program, Role
-from tests.tiny import CONFIG
+from flashu_compile.program.program import Input, Program, Role
+from flashu_compile.program.trace import Capture, capture
+from tests.support.tiny import CONFIG
 
 WIDTH, PICTURE = 6, 4
 CHANGING = frozenset({"picture"})

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture, capture
-from flashu_compile.program import Input, Program
+from flashu_compile.program.program import Input, Program
+from flashu_compile.program.trace import Capture, capture
 
 WIDTH, HIDDEN = 6, 10
 

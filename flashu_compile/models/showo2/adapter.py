@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.models.showo2.layout import row_positions
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec
-from flashu_compile.program import Input, Role
+from flashu_compile.program.program import Input, Role
+from flashu_compile.program.trace import Capture
 
 _STACKS = {
     "llm": "model.showo.model.layers",

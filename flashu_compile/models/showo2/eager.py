@@ -13,12 +13,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from flashu_compile.bundle.images import engine_pixels, to_picture
+from flashu_compile.bundle.noise import initial_noise
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.reference import Trajectory, UnderstandingReference, generate
-from flashu_compile.runtime.images import engine_pixels, to_picture
-from flashu_compile.runtime.noise import initial_noise
-from flashu_compile.runtime.prompts import PromptCodec
 
 
 class EagerPipeline:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Protocol
 
+from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
-from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
 from flashu_compile.runtime.sessions import Engines
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
-from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
-from flashu_compile.runtime.manifest import EngineSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import WEIGHTS
 from flashu_compile.errors import BackendUnavailableError
-from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
-from flashu_compile.runtime.manifest import WEIGHTS
 from flashu_compile.runtime.sessions import PROVIDERS, OnnxRuntimeEngines, probe_provider
 
 

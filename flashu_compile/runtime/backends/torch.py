@@ -20,13 +20,13 @@ from torch import Tensor
 from torch._export.serde.serialize import SerializedArtifact, deserialize
 from torch.export import ExportedProgram
 
-import flashu_compile.passes.write_rows  # noqa: F401  # registers an operator that graphs may hold
+import flashu_compile.operators.write_rows  # noqa: F401  # registers an operator that graphs may hold
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
-from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
-from flashu_compile.runtime.manifest import EngineSpec
 from flashu_compile.runtime.sessions import Tensors
-from flashu_compile.runtime.signatures import check_inputs
 from flashu_compile.runtime.state import State, updated
 
 TENSORS = "weights.safetensors"

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.profiles import InputShapes, Profile
 from flashu_compile.errors import BackendUnavailableError, BundleError
 from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
-from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.findings import Finding
-from flashu_compile.runtime.manifest import EngineSpec
-from flashu_compile.runtime.profiles import InputShapes, Profile
 
 BUILT_FILE = "torch_tensorrt.json"
 

@@ -14,21 +14,21 @@ import torch
 from PIL import Image
 
 import flashu_compile
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import Manifest, file_entry
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends import open_engines
-from flashu_compile.runtime.files import BundleFiles
 from flashu_compile.runtime.keeping import keep
-from flashu_compile.runtime.manifest import Manifest, file_entry
 from flashu_compile.runtime.verify import relative_error, verify
 from tests.export.conftest import sample
 from tests.runtime.tiny_bundle import flip_byte
-from tests.tiny import VAE, tiny_model, tokenizer
+from tests.support.tiny import VAE, tiny_model, tokenizer
 
 pytestmark = pytest.mark.slow  # two bundles
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import flashu_compile
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import EngineSpec, Manifest, TensorSpec, file_entry
+from flashu_compile.bundle.profiles import InputShapes, Range
 from flashu_compile.errors import (
     BackendUnavailableError,
     BundleError,
@@ -32,8 +35,8 @@ from flashu_compile.exporters.bundle import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.tensorrt_support import converts
 from flashu_compile.exporters.torch_programs import TorchModel, plain_copy
-from flashu_compile.passes.write_rows import WRITE_ROWS
-from flashu_compile.program import Input, Program
+from flashu_compile.operators.write_rows import WRITE_ROWS
+from flashu_compile.program.program import Input, Program
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.backends.torch_tensorrt import (
     BUILT_FILE,
@@ -44,9 +47,6 @@ from flashu_compile.runtime.backends.torch_tensorrt import (
     import_torch_tensorrt,
     read_built,
 )
-from flashu_compile.runtime.files import BundleFiles
-from flashu_compile.runtime.manifest import EngineSpec, Manifest, TensorSpec, file_entry
-from flashu_compile.runtime.profiles import InputShapes, Range
 from flashu_compile.runtime.verify import relative_error
 from tests.export.conftest import program, sample, unary
 from tests.runtime.tiny_bundle import flip_byte

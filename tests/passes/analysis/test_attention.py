@@ -6,7 +6,7 @@ import pytest
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.attention import attention_sites
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.support.toys import Feed, Plain, Stack, toy
 
 

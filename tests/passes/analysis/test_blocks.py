@@ -12,7 +12,7 @@ from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.keep_outputs import KeepOutputs
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.pipelines import CLEAN
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
 from tests.support.toys import WIDTH, Feed, Plain, Stack, toy
 
 

@@ -7,7 +7,7 @@ import torch
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.dependence import depends_on
-from flashu_compile.program import Program, Role
+from flashu_compile.program.program import Program, Role
 
 
 def test_dependence_of_the_generation_step(denoise: Program) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
 from tests.support.toys import HIDDEN, WIDTH, Feed, Plain, Sliced, Stack, toy
 
 

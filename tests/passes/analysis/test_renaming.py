@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 from torch import fx
 
-from flashu_compile.capture import capture
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
-from flashu_compile.program import Program
+from flashu_compile.program.program import Program
+from flashu_compile.program.trace import capture
 from tests.support.renamed import rename_modules, renamed_roots
-from tests.tiny import VAE, tiny_model
+from tests.support.tiny import VAE, tiny_model
 
 
 def _findings(program: Program, stacks: tuple[str, ...]) -> object:

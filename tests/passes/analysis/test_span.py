@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.capture import Capture, capture
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.passes.editing import module_path
 from flashu_compile.passes.pipelines import EXACT
-from flashu_compile.program import Input, Program, Role
-from tests.tiny import CONFIG
+from flashu_compile.program.program import Input, Program, Role
+from flashu_compile.program.trace import Capture, capture
+from tests.support.tiny import CONFIG
 
 
 def test_the_span_of_a_captured_forward(understand: Program) -> None:

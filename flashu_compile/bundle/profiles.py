@@ -1,0 +1,158 @@
+"""The sizes that an engine's dynamic dimensions take: smallest, usual and largest, as TensorRT wants to know them.
+
+They follow from the signature and from what the pipeline lets through: a prompt, a question and an answer have
+limits; a batch is the prompt with guidance's second branch or without it, or the answers that are decoded side by side.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import operator
+from collections.abc import Mapping
+
+from flashu_compile.bundle.manifest import EngineSpec, GenerationFacts, Manifest, UnderstandingFacts
+from flashu_compile.errors import ConfigurationError
+
+#: So many answers are decoded side by side; more take turns, for each has keys and values of its own.
+BATCH = 8
+# A question's prefix is the fixed text before a picture; chat templates have some dozen tokens.
+_MAX_PREFIX = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Sizes of a dimension: `min` ≤ `opt` ≤ `max`; engines are tuned for `opt`."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min <= self.opt <= self.max:
+            raise ConfigurationError(
+                f"A dimension's range needs 0 < min ≤ opt ≤ max, not {self.min}, {self.opt}, {self.max}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class InputShapes:
+    """The smallest, usual and largest shape of one input."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+#: The inputs of an engine that have dynamic dimensions; empty if none has.
+Profile = tuple[InputShapes, ...]
+
+
+def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
+    """The range of every symbol in the signature's dynamic dimensions.
+
+    Raises `ConfigurationError` on a symbol whose sizes nothing tells.
+    """
+    known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
+    return ranges_of(spec, known)
+
+
+def known_ranges(
+    generation: GenerationFacts | None, understanding: UnderstandingFacts | None, image_rows: int
+) -> dict[str, Range]:
+    """The ranges of all dimensions that engines of a model have. `image_rows` are a picture's keys and values."""
+    known = {"batch": Range(1, 2, 2)}
+    if generation is not None:
+        text = generation.sequence_length - generation.span_length
+        known |= {"prompt": Range(2, min(32, text), text), "tail": Range(2, min(32, text), text)}
+    if understanding is not None:
+        question, answer = understanding.max_question_tokens, understanding.max_new_tokens
+        cached = _MAX_PREFIX + question + answer
+        # While an answer is decoded, one new row meets the keys and values of all rows before it.
+        known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
+        known["capacity"] = Range(image_rows + 2, image_rows + min(64, cached), image_rows + cached)
+    return known
+
+
+def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
+    """Those of the symbols in a signature. Raises `ConfigurationError` on a symbol that is not known."""
+    symbols = {
+        name
+        for tensor in spec.inputs
+        for size in tensor.shape
+        if isinstance(size, str)
+        for name in _symbols(size)
+    }
+    unknown = sorted(symbols - known.keys())
+    if unknown:
+        raise ConfigurationError(
+            f"Nothing tells how large dimension {unknown[0]!r} of engine {spec.name!r} can be; give its range."
+        )
+    ranges = {name: known[name] for name in sorted(symbols)}
+    if {"batch", "suffix"} <= symbols:  # rows of answers
+        ranges["batch"] = Range(1, 1, BATCH)
+    return ranges
+
+
+def _image_rows(manifest: Manifest) -> int:
+    """Rows of a picture in buffers of keys and values: its tokens, the time token before and the end token behind."""
+    sizes = (t.shape[1] for e in manifest.engines for t in e.inputs if t.name == "image_embeds")
+    return int(next(sizes, 0)) + 2
+
+
+def engine_profile(spec: EngineSpec, ranges: Mapping[str, Range]) -> Profile:
+    """The shapes of every input with a dynamic dimension, for these ranges of symbols."""
+    sizes = {limit: {n: getattr(r, limit) for n, r in ranges.items()} for limit in ("min", "opt", "max")}
+    return tuple(
+        InputShapes(
+            tensor.name,
+            **{
+                limit: tuple(s if isinstance(s, int) else evaluate(s, values) for s in tensor.shape)
+                for limit, values in sizes.items()
+            },
+        )
+        for tensor in spec.inputs
+        if any(isinstance(size, str) for size in tensor.shape)
+    )
+
+
+def shapes_text(profile: Profile, limit: str) -> str:
+    """The `min`, `opt` or `max` shapes as trtexec and ONNX Runtime write them: `ids:2x5,mask:2x5`."""
+    return ",".join(f"{shapes.name}:{'x'.join(map(str, getattr(shapes, limit)))}" for shapes in profile)
+
+
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """A dimension such as `prefix + 66` for given sizes. Raises `ConfigurationError` if it is not arithmetic."""
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        raise ConfigurationError(
+            f"Dimension {expression!r} cannot be computed from {', '.join(sizes) or 'nothing'}."
+        )
+
+    return value(_parsed(expression))
+
+
+def _symbols(expression: str) -> set[str]:
+    return {node.id for node in ast.walk(_parsed(expression)) if isinstance(node, ast.Name)}
+
+
+def _parsed(expression: str) -> ast.expr:
+    try:
+        return ast.parse(expression, mode="eval").body
+    except SyntaxError as error:
+        raise ConfigurationError(f"Dimension {expression!r} is not arithmetic.") from error

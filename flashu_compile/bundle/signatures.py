@@ -1,0 +1,50 @@
+"""Whether what an engine is given fits its signature."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
+from flashu_compile.errors import InputError
+
+
+def check_inputs(spec: EngineSpec, inputs: Mapping[str, Any], kinds: Any = (np.ndarray,)) -> dict[str, int]:
+    """Compare names, dtypes and shapes with the signature; a dynamic dimension has one size in all inputs.
+
+    Values are of one of the types `kinds`: NumPy's arrays, or PyTorch's tensors. Returns the sizes of dynamic
+    dimensions. Raises `InputError` naming the engine and the input, with what is expected and what was given.
+    """
+    names = [tensor.name for tensor in spec.inputs]
+    if inputs.keys() != set(names):
+        raise InputError(f"Engine {spec.name!r} takes {', '.join(names)}; given: {', '.join(inputs)}.")
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        value = inputs[tensor.name]
+        if not isinstance(value, kinds):
+            raise InputError(f"{_expected(spec, tensor)}, given {type(value).__name__}.")
+        if _name(value.dtype) != tensor.dtype or value.ndim != len(tensor.shape):
+            raise InputError(f"{_expected(spec, tensor)}, given {_given(value)}.")
+        for size, dimension in zip(value.shape, tensor.shape, strict=True):
+            known = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
+            if size != known:
+                also = f" ({dimension} is {known} in another dimension)" if isinstance(dimension, str) else ""
+                raise InputError(f"{_expected(spec, tensor)}, given {_given(value)}{also}.")
+    return sizes
+
+
+@functools.cache  # NumPy makes a name anew each time it is asked
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _expected(spec: EngineSpec, tensor: TensorSpec) -> str:
+    written = f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
+    return f"Engine {spec.name!r}, input {tensor.name!r}: expected {written}"
+
+
+def _given(value: Any) -> str:
+    return f"{_name(value.dtype)} [{', '.join(map(str, value.shape))}]"

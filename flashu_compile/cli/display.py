@@ -1,0 +1,352 @@
+"""What the command line shows: JSON and tables on stdout, a progress bar on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flashu_compile.quantities import change, quantity, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flashu_compile.bundle.manifest import Manifest
+    from flashu_compile.looking.structure import BlockFacts, ProgramStructure, StackFacts
+    from flashu_compile.recipe.plan import StepPlan
+    from flashu_compile.recipe.recipe import Recipe
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+    from rich import box
+    from rich.table import Table
+
+    if title is not None:
+        typer.echo(title)  # as a table's own title it would be broken at the table's width
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """One `name value` line each."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), str(value))
+    _console().print(table)
+
+
+def print_plan(plan: StepPlan) -> None:
+    """A row for each stretch of evaluations that do the same."""
+    rows, number = [], 1
+    for same, stretch in itertools.groupby(plan.steps, lambda step: dataclasses.replace(step, t=0.0, dt=0.0)):
+        steps = list(stretch)
+        ends = dict.fromkeys((number, number + len(steps) - 1))
+        number += len(steps)
+        alone = "" if len(same.branches) == 2 else f" ({('prompt', 'empty prompt')[same.branches[0]]} alone)"
+        rows.append(
+            (
+                "–".join(map(str, ends)),
+                f"{steps[0].t:.3f}–{steps[-1].t + steps[-1].dt:.3f}",
+                f"{same.guidance_scale:g}{alone}",
+                "stored" if same.store else "extrapolated" if same.extrapolate else "",
+                same.engine,
+            )
+        )
+    title = (
+        f"{plan.points} time points, {len(plan.steps)} evaluations, {plan.solver}, shift {plan.time_shift:g}"
+    )
+    print_table(("evaluation", "t", "guidance", "head cache", "engine"), rows, title=title)
+
+
+def print_recipe(recipe: Recipe) -> None:
+    """Name and techniques of a recipe, a row each."""
+    from flashu_compile.recipe.view import COLUMNS, recipe_rows
+
+    print_table(COLUMNS, recipe_rows(recipe), title=f"recipe: {recipe.name}")
+
+
+def print_build(summary: Mapping[str, Any]) -> None:
+    """The summary of a bundle just built: where, what, how big, what passes cost, how close to eager."""
+    sizes = {name: size(value) for name, value in summary["sizes"].items()}
+    samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
+    print_facts(
+        {
+            "bundle": summary["path"],
+            "tasks": _listed(summary["tasks"]),
+            "recipe": summary["recipe"],
+            "calibrated": _listed(samples) or "nothing to decide",
+            "engines": _listed(summary["engines"]),
+        }
+        | sizes
+    )
+    proof = summary["proof"]
+    _print_pass_totals(summary["passes"], proof["passes"] if proof else ())
+    _print_costs(summary["cost"])
+    print_table(
+        (
+            "engine of a small copy" if proof else "engine",
+            "output",
+            "relative error against eager",
+        ),
+        [
+            (engine, alike[0], f"{max(outputs[name] for name in alike[1]):.1e}")
+            for engine, outputs in summary["errors"].items()
+            for alike in _alike({name: name for name in outputs})
+        ],
+    )
+
+
+def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
+    """What a lossy recipe costs at the task's level, each technique alone and all together."""
+    rows = []
+    for task, cost in costs.items():
+        if "not_measured" in cost:
+            rows.append((task, "not measured", cost["not_measured"]))
+            continue
+        rows.extend((task, row["name"], f"{row['error']:.1e}") for row in cost["techniques"])
+        same = f", {cost['same_tokens']} of {cost['tokens']} next tokens the same" if task == "mmu" else ""
+        rows.append((task, "everything together", f"{cost['error']:.1e}{same}"))
+    if rows:
+        print_table(("task", "technique", "relative error of final latents or next-token logits"), rows)
+
+
+def _print_pass_totals(passes: Iterable[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]] = ()) -> None:
+    """A row for each pass that changed something, over all programs. `proved`: what it did to a copy of the model."""
+    from flashu_compile.report.work import largest_error
+
+    changing: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in passes:
+        if row["changes"]:
+            changing.setdefault((row["kind"], row["name"]), []).append(row)
+    rows = []
+    for (kind, name), records in sorted(changing.items(), reverse=True):
+        error = largest_error(records, proved)
+        rows.append((name, kind, str(len(records)), "" if error is None else f"{error:.1e}"))
+    print_table(("pass", "kind", "programs", "largest relative error of its own"), rows)
+
+
+def print_bundle(
+    directory: Path, manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None
+) -> None:
+    """Engines beside what they were made from, their signatures, and what they hold and cost by component; passes."""
+    total = sum(entry.bytes for entry in manifest.files.values())
+    facts = {
+        "bundle": directory,
+        "model": manifest.model,
+        "tasks": _listed(manifest.tasks),
+        "backend": f"{manifest.backend}, {manifest.precision}",
+        "recipe": manifest.recipe,
+        "built with": _listed(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
+        "files": f"{len(manifest.files)}, {size(total)}",
+    }
+    print_facts(facts | {name: size(value) for name, value in report.get("sizes", {}).items()})
+    _print_work(manifest, report, plan)
+    for engine in manifest.engines:
+        sides = (("in", engine.inputs), ("out", engine.outputs))
+        print_table(
+            ("", "name", "dtype", "shape"),
+            [
+                (side, name, *row)
+                for side, tensors in sides
+                for row, name in _tensor_rows({t.name: (t.dtype, _shape(t.shape)) for t in tensors})
+            ],
+            title=f"{engine.name} ({engine.task}, {engine.file})",
+        )
+        counts = report.get("engines", {}).get(engine.name)
+        if counts is not None:
+            _print_components(counts)
+    passes = report.get("passes", [])
+    if passes:
+        print_table(
+            ("program", "pass", "kind", "changes", "relative error"),
+            [
+                (
+                    row["program"],
+                    row["name"],
+                    row["kind"],
+                    str(len(row["changes"])),
+                    "" if row["error"] is None else f"{row['error']:.1e}",
+                )
+                for row in passes
+            ],
+            title="passes",
+        )
+
+
+def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> None:
+    """Before and after: each captured program, and indented below it the engines made from it."""
+    from flashu_compile.report.work import program_work, result_work
+
+    def known(value: int | None) -> str:
+        return "" if value is None else str(value)
+
+    print_table(
+        (
+            "program",
+            "runs",
+            "operations",
+            "ONNX nodes",
+            "parameters",
+            "FLOPs",
+            "bytes moved",
+            "rows × layers",
+        ),
+        [
+            (
+                row.name if row.captured else f"  {row.name}",
+                row.runs,
+                known(row.operations),
+                known(row.nodes),
+                quantity(row.parameters),
+                quantity(row.flops),
+                "" if row.bytes is None else size(row.bytes),
+                row.rows,
+            )
+            for row in program_work(manifest, report, plan)
+        ],
+        title="programs as captured, each with its engines; one run on the recorded inputs",
+    )
+    for result in result_work(manifest, report, plan):
+        before, after = result.flops
+        typer.echo(
+            f"FLOPs of {result.what}: {quantity(before)} → {quantity(after)} {change(before, after)}".rstrip()
+        )
+
+
+def _tensor_rows(tensors: Mapping[str, tuple[str, str]]) -> Iterator[tuple[tuple[str, str], str]]:
+    """(dtype, shape) and name of every tensor, those of different layers that are alike in one row."""
+    for name, members in _alike({name: f"{name} {row}" for name, row in tensors.items()}):
+        yield tensors[members[0]], name
+
+
+def _alike(names: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Names, in order, that differ in a layer's number alone, under one: `layers.0…11.key`. Values are compared."""
+    groups: dict[str, list[str]] = {}
+    for name, compared in names.items():
+        groups.setdefault(re.sub(r"\.\d+\.", ".#.", compared), []).append(name)
+    for members in groups.values():
+        numbers = [int(found[0][1:-1]) for name in members if (found := re.search(r"\.\d+\.", name))]
+        label = members[0]
+        if len(members) > 1:
+            label = re.sub(r"\.\d+\.", f".{min(numbers)}…{max(numbers)}.", label, count=1)
+        yield label, members
+
+
+def _print_components(counts: Mapping[str, Any]) -> None:
+    parameters, flops = counts.get("parameters", {}), counts.get("flops", {})
+    rows = [
+        (name, quantity(parameters.get(name, 0)), quantity(flops.get(name, 0)))
+        for name in dict.fromkeys([*parameters, *flops])
+    ]
+    total = ("total", quantity(sum(parameters.values())), quantity(sum(flops.values())))
+    title = f"{counts.get('nodes', '?')} nodes; FLOPs of one run on the recorded inputs"
+    print_table(("component", "parameters", "FLOPs"), [*rows, total], title=title)
+
+
+def print_structure(program: ProgramStructure) -> None:
+    """What was found in a captured program, like blocks in one row, and why the rest was not."""
+    roles, everything = tuple(tensor.role for tensor in program.inputs), "every input"
+    print_table(
+        ("", "tensor", "shape", "depends on"),
+        [
+            *(("in", tensor.role, _shape(tensor.shape), "") for tensor in program.inputs),
+            *(
+                ("out", t.role, _shape(t.shape), everything if t.reads == roles else _listed(t.reads))
+                for t in program.outputs
+            ),
+        ],
+        title=f"{program.name} ({program.task})",
+    )
+    if program.stacks:
+        print_table(
+            ("stack", "blocks", "feed-forward", "attention"),
+            [row for stack in program.stacks for row in _stack_rows(stack)],
+        )
+    span, head = program.visual_span, program.head
+    facts = {f"stack {stack.name}": f"{stack.width} wide, under {stack.root}" for stack in program.stacks}
+    if span is not None:
+        facts["visual span"] = (
+            f"{span.length} rows, with {span.before} segments before and {span.after} after"
+        )
+    if head is not None:
+        source = f" from stack {head.stack}" if head.stack is not None else ""
+        beside = f" with {_listed(head.beside)}" if head.beside else ""
+        facts["head features"] = (
+            f"{_shape(head.shape)}{source}; {_listed(head.gives)} follows from them{beside}"
+        )
+    print_facts(facts)
+    if program.not_found:
+        print_table(("not found", "why"), [(row.what, row.why) for row in program.not_found])
+    typer.echo()
+
+
+def _stack_rows(stack: StackFacts) -> Iterator[tuple[str, str, str, str]]:
+    def like(block: BlockFacts) -> tuple[Any, ...]:
+        return block.feed_forward, block.attention
+
+    for (feed_forward, attention), group in itertools.groupby(stack.blocks, like):
+        ends = [block.index for block in group]
+        ffn = "not found"
+        if feed_forward is not None:
+            ffn = f"{feed_forward.kind}{', fused' * feed_forward.fused}, {feed_forward.width} neurons"
+        sites = []
+        for site in attention:
+            shared = "" if site.kv_heads == site.heads else f" ({site.kv_heads} kv)"
+            traits = (", masked" * site.masked) + (", rotary" * site.rotary)
+            sites.append(f"{site.heads} heads of {site.head_size}{shared}{traits}")
+        yield (
+            stack.name,
+            "–".join(dict.fromkeys((str(ends[0]), str(ends[-1])))),
+            ffn,
+            "; ".join(sites) or "not found",
+        )
+
+
+def _shape(sizes: Iterable[int | str]) -> str:
+    """Sizes with × between them, sums in brackets."""
+    return " × ".join(f"({size})" if " " in str(size) else str(size) for size in sizes)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+@contextmanager
+def progress_bar(stage: str) -> Iterator[Callable[[str, float | None], None]]:
+    """A bar on stderr, if that is a terminal. The function it gives takes a stage and a fraction in [0, 1]."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    screen = _console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        row = progress.add_task(stage, total=None)
+
+        def advance(stage: str, fraction: float | None) -> None:
+            total = None if fraction is None else 1.0
+            progress.update(row, description=stage, completed=fraction or 0.0, total=total)
+
+        yield advance
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # Names of files and engines are not markup.
+    return Console(stderr=stderr, markup=False, highlight=False)

@@ -1,5 +1,0 @@
-"""Where does an engine depart from what it should compute? Engines against a reference, value by value."""
-
-from flashu_compile.comparison.compare import compare_layers
-
-__all__ = ["compare_layers"]

@@ -1,0 +1,193 @@
+"""From captured programs and a recipe to engines: passes, emission, and what the engines are held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashu_compile.bundle.profiles import Range
+from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, CapturedProgram, Steps, one_thread
+from flashu_compile.compiler.kept_engines import EngineShelf
+from flashu_compile.compiler.specialise import Job, Specialised, jobs, neuron_order
+from flashu_compile.exporters.backends import Backend, Emitted
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.precision import Precision
+from flashu_compile.exporters.statistics import program_statistics
+from flashu_compile.program.program import BATCH, Program, prologue_of, schedule_of
+from flashu_compile.recipe.recipe import Recipe
+
+_CAPTURE_SHARE, _END = 0.4, 0.88
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What engines are made by; they are tried in temporary directories in `scratch_parent`.
+
+    `ranges` are the sizes of the model's dynamic dimensions.
+
+    Where its precision is `proving`, passes and engines are run on samples and held against what they were made from.
+    Without it, engines get a reference all the same: what their program gives in PyTorch for a batch of one.
+    """
+
+    backend: Backend
+    precision: Precision
+    scratch_parent: Path
+    ranges: Mapping[str, Range]
+
+    @property
+    def proving(self) -> bool:
+        return self.precision.proving
+
+    def unproved(self) -> Maker:
+        """One that makes the same engines and runs none of them."""
+        return dataclasses.replace(self, precision=dataclasses.replace(self.precision, proving=False))
+
+    def fingerprint(self) -> str:
+        """Equal for makers that make the same engines of the same programs, and tell the same of them."""
+        unproved = "" if self.proving else " unproved"
+        return f"{type(self.backend).__module__} {self.precision.fingerprint()}{unproved}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """All engines of a bundle; `captured` has the statistics of the captured programs by name."""
+
+    engines: BuiltEngines
+    captured: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A captured program whose neurons are put in order when it is first needed."""
+
+    captured: CapturedProgram
+    ordering: Job
+    maker: Maker
+
+    @functools.cached_property
+    def ordered(self) -> Specialised:
+        return self.ordering.run(self.captured.program, proving=self.maker.proving)
+
+    def described(self) -> BuiltEngines:
+        """No engine yet: the statistics of the captured program, and what ordering did."""
+        program, (_, records) = self.captured.program, self.ordered
+        return BuiltEngines((), {program.name: program_statistics(program)}, records)
+
+    def engines(self, job: Job) -> BuiltEngines:
+        (program,), _ = self.ordered
+        self.maker.precision.weights.know(t for t in program.stored().values() if t.ndim == 2)
+        eager = self.captured.truth if self.maker.proving else {}
+        return _engines(program, eager, job, self.maker)
+
+
+def build_engines(
+    source: CapturedModel,
+    tasks: tuple[str, ...],
+    recipe: Recipe,
+    maker: Maker,
+    shelf: EngineShelf,
+    tell: Steps,
+) -> Built:
+    """Specialise every captured program of the tasks and emit what comes out; what is on `shelf` is taken from it."""
+    order = neuron_order(recipe, tasks, source.ordered_weights)
+    parts: list[BuiltEngines] = []
+    described: dict[str, Any] = {}
+    captured, start = source.of(tasks), tell.fraction
+    share = (_END - start) / len(captured)
+    for index, program in enumerate(captured.values()):
+        before, task = start + share * index, program.spec.task
+        made = _Source(program, order.job(program.spec), maker)
+        ordering = made.ordering.fingerprint()
+        about = shelf.fetch(program, f"captured {ordering} {maker.proving}", made.described)
+        described |= about.statistics
+        parts.append(dataclasses.replace(about, statistics={}))
+        todo = jobs(program.spec.name, order.recipe)
+        for number, job in enumerate(todo):
+            done = before + share * (_CAPTURE_SHARE + (1 - _CAPTURE_SHARE) * number / len(todo))
+
+            def make(
+                job: Job = job, done: float = done, task: str = task, made: _Source = made
+            ) -> BuiltEngines:
+                tell(f"{task}: building {job.name}", done)
+                return made.engines(job)
+
+            tell(f"{task}: looking for {job.name}", done)
+            parts.append(shelf.fetch(program, f"{maker.fingerprint()} {ordering} {job.fingerprint()}", make))
+    return Built(_joined(parts), described)
+
+
+def _joined(parts: list[BuiltEngines]) -> BuiltEngines:
+    return BuiltEngines(
+        engines=tuple(engine for part in parts for engine in part.engines),
+        statistics={name: made for part in parts for name, made in part.statistics.items()},
+        records=tuple(record for part in parts for record in part.records),
+    )
+
+
+def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Maker) -> BuiltEngines:
+    """`eager`: what the untraced model gives on the program's sample."""
+    programs, passes = job.run(program, proving=maker.proving)
+    changed = {record.program for record in passes if record.kind == "lossy" and record.changes}
+    builds, statistics, records = [], {}, list(passes)
+    for part in programs:
+        lossy = part.name in changed or job.name in changed
+        emitted = maker.backend.emit(part, maker.precision, maker.ranges)
+        records.extend(emitted.records)
+        inputs = dict(part.sample) if maker.proving else _first_of_batch(part)
+        exact = {} if lossy or emitted.program else eager
+        build = _engine(part, emitted, inputs, _truth(emitted.program or part, inputs, exact), programs)
+        builds.append(build)
+        statistics[part.name] = {**emitted.statistics, "captured": program.name}
+        if maker.proving:
+            errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
+            statistics[part.name]["errors"] = errors
+    return BuiltEngines(tuple(builds), statistics, tuple(records))
+
+
+def _first_of_batch(program: Program) -> dict[str, Tensor]:
+    """The program's sample cut to a batch of one."""
+    return {
+        given.role: program.sample[given.role].narrow(given.axes.index(BATCH), 0, 1)
+        if BATCH in given.axes
+        else program.sample[given.role]
+        for given in program.inputs
+    }
+
+
+def _truth(
+    program: Program, inputs: Mapping[str, Tensor], eager: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """What an engine must give: the eager model's outputs, and the graph's in PyTorch where that has none of the name.
+
+    So it is with all outputs after lossy passes, and with values that one engine hands to another.
+    """
+    if set(program.outputs) <= set(eager):
+        return eager
+    with torch.inference_mode(), one_thread():
+        return {**program.run(inputs), **eager}
+
+
+def _engine(
+    program: Program,
+    emitted: Emitted,
+    inputs: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    others: tuple[Program, ...],
+) -> EngineBuild:
+    made = {other.name for other in others}
+    prologue, schedule = prologue_of(program.name), schedule_of(program.name)
+    return EngineBuild(
+        name=program.name,
+        task=program.task,
+        model=emitted.model,
+        reference_inputs={str(role): inputs[role] for role in program.input_roles},
+        reference_outputs={str(role): truth[role] for role in program.outputs},
+        prologue=prologue if prologue in made else None,
+        schedule=schedule if schedule in made else None,
+    )

@@ -1,0 +1,79 @@
+"""What a bundle records about its model and build, besides engines."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from flashu_compile import __version__
+from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.bundle.profiles import Range, known_ranges
+from flashu_compile.exporters.bundle import BundleFacts
+from flashu_compile.models.loading import LoadedModel
+
+_MAX_NEW_TOKENS = 300
+_VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
+_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
+
+
+def bundle_facts(
+    loaded: LoadedModel, tasks: tuple[str, ...], backend: str, precision: str, recipe: str
+) -> BundleFacts:
+    return BundleFacts(
+        model=loaded.name,
+        tasks=tasks,
+        backend=backend,
+        precision=precision,
+        recipe=recipe,
+        generation=generation_facts(loaded) if "t2i" in tasks else None,
+        understanding=understanding_facts(loaded) if "mmu" in tasks else None,
+        versions=_versions(),
+    )
+
+
+def generation_facts(loaded: LoadedModel) -> GenerationFacts:
+    config = loaded.network.config
+    return GenerationFacts(
+        latent_shape=config.latent_shape,
+        sequence_length=config.sequence_length,
+        span_length=config.span_length,
+        max_prompt_tokens=config.max_prompt_tokens,
+        picture_size=_picture_size(loaded),
+    )
+
+
+def understanding_facts(loaded: LoadedModel) -> UnderstandingFacts:
+    return UnderstandingFacts(
+        picture_size=_picture_size(loaded),
+        max_question_tokens=loaded.network.config.sequence_length,
+        max_new_tokens=_MAX_NEW_TOKENS,
+    )
+
+
+def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]:
+    """The sizes that dynamic dimensions of the model's engines take, by name."""
+    generation = generation_facts(loaded) if "t2i" in tasks else None
+    understanding = understanding_facts(loaded) if "mmu" in tasks else None
+    # A picture's rows are its tokens, the time token before and the end token behind.
+    return known_ranges(generation, understanding, loaded.network.config.image_tokens + 2)
+
+
+def _versions() -> dict[str, str]:
+    installed = {
+        d.name: d.version for d in importlib.metadata.distributions(name=None) if d.name in _RUNTIMES
+    }
+    return {
+        "flashu-compile": __version__,
+        **installed,
+        **{n: importlib.metadata.version(n) for n in _VERSIONED},
+    }
+
+
+def checkpoint_bytes(loaded: LoadedModel) -> int:
+    """Bytes of the network's distinct tensors at the precision it is compiled in."""
+    tensors = {tensor.data_ptr(): tensor for tensor in loaded.network.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _picture_size(loaded: LoadedModel) -> int:
+    assert loaded.vae is not None
+    return loaded.network.config.latent_shape[1] * loaded.vae.spatial_factor

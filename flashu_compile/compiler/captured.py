@@ -1,0 +1,168 @@
+"""A model loaded and traced once, from which any number of recipes can be calibrated and bundles be built."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashu_compile.errors import CheckpointError, ConfigurationError, UnknownTaskError
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.models.loading import LoadedModel, load_model
+from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.passes.manager import PassRecord
+from flashu_compile.passes.order_neurons import OrderedWeights
+from flashu_compile.program.program import Program
+from flashu_compile.program.trace import Capture, capture
+from flashu_compile.recipe.recipe import TASKS
+
+Progress = Callable[[str, float], None]
+
+
+class Steps:
+    """Tells of progress, and remembers how far it is, for stages that come when they must and not in order."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.fraction = 0.0
+        # Not `progress or …`: something to call may well be empty.
+        self._progress = progress if progress is not None else lambda stage, fraction: None
+
+    def __call__(self, stage: str, fraction: float | None = None) -> None:
+        """`fraction` done in [0, 1]; as before if not given."""
+        self.fraction = self.fraction if fraction is None else fraction
+        self._progress(stage, self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class CapturedProgram:
+    """A program of a model, traced when it is first looked at: a build that finds all its engines never does.
+
+    `tell` hears that it is being traced.
+    """
+
+    spec: Capture
+    tell: Callable[[str], None] = dataclasses.field(default=lambda stage: None, repr=False)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """Raises `CaptureError` if torch.export cannot trace the model."""
+        self.tell(f"{self.spec.task}: capturing {self.spec.name}")
+        return capture(self.spec)
+
+    @functools.cached_property
+    def truth(self) -> Mapping[str, Tensor]:
+        """The outputs of the untraced module on the sample: what exact engines are held against."""
+        with torch.inference_mode(), one_thread():
+            results = self.spec.module(*(self.spec.sample[i.role] for i in self.spec.inputs))
+        return dict(zip(self.spec.outputs, results, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngines:
+    """What one job of the compiler gave: engines, the statistics of each by name, and what passes did."""
+
+    engines: tuple[EngineBuild, ...]
+    statistics: Mapping[str, Any]
+    records: tuple[PassRecord, ...]
+
+
+class CapturedModel:
+    """A model with its programs. `export` and `calibrate` take it in place of a model.
+
+    Engines that were built for one recipe are kept, in memory, and serve the next recipe that asks for the same; so are
+    weights whose neurons were put into another order.
+    """
+
+    def __init__(self, loaded: LoadedModel, programs: Mapping[str, CapturedProgram]) -> None:
+        self.loaded, self.programs = loaded, programs
+        self.built: dict[str, BuiltEngines] = {}
+        self.ordered_weights: OrderedWeights = {}
+
+    def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
+        """The programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""
+        missing = [t for t in tasks if all(c.spec.task != t for c in self.programs.values())]
+        if missing:
+            raise ConfigurationError(
+                f"Model {self.loaded.name!r} was not captured for {', '.join(missing)}; name every task that is to be "
+                "built when it is captured."
+            )
+        return {name: c for name, c in self.programs.items() if c.spec.task in tasks}
+
+
+def capture_model(
+    model: nn.Module | str | Path,
+    task: str | Sequence[str],
+    *,
+    vae: object = None,
+    tokenizer: object = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    progress: Progress | None = None,
+) -> CapturedModel:
+    """Load and trace `model` for a task or several, to build more than one bundle from.
+
+    Args:
+        model, vae, tokenizer, llm_config: as for `export`.
+        task: "t2i", "mmu", or a list of them.
+        progress: called with (what is being done, fraction done in [0, 1]).
+
+    Raises:
+        FlashuError: a subclass that says what is wrong and what to do.
+    """
+    tell = Steps(progress)
+    source = open_model(
+        model, named_tasks(task), vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell
+    )
+    for index, captured in enumerate(source.programs.values()):
+        tell.fraction = index / len(source.programs)
+        _ = captured.program, captured.truth
+    return source
+
+
+def open_model(
+    model: nn.Module | str | Path,
+    tasks: Sequence[str],
+    *,
+    vae: object,
+    tokenizer: object,
+    llm_config: Mapping[str, Any] | str | Path | None,
+    tell: Steps,
+) -> CapturedModel:
+    """As `capture_model`, but each program is traced when it is first looked at."""
+    tell("loading the model", 0.0)
+    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
+    return captured_model(loaded, tasks, tell)
+
+
+def captured_model(loaded: LoadedModel, tasks: Sequence[str], tell: Steps) -> CapturedModel:
+    """A loaded model with its programs, each of which is traced when it is first looked at."""
+    if loaded.vae is None:
+        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
+    specs = [spec for name in tasks for spec in captures(name, loaded.network, loaded.vae)]
+    return CapturedModel(loaded, {spec.name: CapturedProgram(spec, tell) for spec in specs})
+
+
+def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
+    """The tasks asked for, in our order. Raises `UnknownTaskError`."""
+    asked = (task,) if isinstance(task, str) else tuple(task)
+    unknown = [name for name in asked if name not in TASKS]
+    if unknown or not asked:
+        what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
+        raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
+    return tuple(name for name in TASKS if name in asked)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The last bits depend on how many threads there are, and a build's bytes must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

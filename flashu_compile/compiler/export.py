@@ -1,0 +1,343 @@
+"""export(): model and task in, bundle out. Capture → calibrate → passes → engines → bundle, nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flashu_compile.bundle.manifest import REPORT, Manifest
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.compiler.building import Built, Maker, build_engines
+from flashu_compile.compiler.bundle_facts import (
+    bundle_facts,
+    checkpoint_bytes,
+    generation_facts,
+    size_ranges,
+    understanding_facts,
+)
+from flashu_compile.compiler.cache import open_cache
+from flashu_compile.compiler.captured import (
+    CapturedModel,
+    Progress,
+    Steps,
+    captured_model,
+    named_tasks,
+    open_model,
+)
+from flashu_compile.compiler.inspection import Inspection
+from flashu_compile.compiler.kept_engines import EngineShelf
+from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy, proof_copy
+from flashu_compile.errors import ConfigurationError, RecipeError
+from flashu_compile.exporters.backends import check_precision, find_backend
+from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
+from flashu_compile.exporters.precision import Precision
+from flashu_compile.measure.calibration import calibrate_mmu, calibrate_t2i
+from flashu_compile.measure.cost import is_lossy
+from flashu_compile.measure.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
+from flashu_compile.measure.sensitivity import measured_precision
+from flashu_compile.models.loading import LoadedModel
+from flashu_compile.recipe.plan import compile_plan
+from flashu_compile.recipe.presets import find_recipe
+from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.report.work import engine_errors
+
+COST_SAMPLES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk, as `export` leaves it."""
+
+    path: Path
+    manifest: Manifest
+
+    def summary(self) -> dict[str, Any]:
+        """What was built: path, tasks, engines, sizes in bytes, and the error of every engine output."""
+        report = json.loads((self.path / REPORT).read_text(encoding="utf-8"))
+        return {
+            "path": str(self.path),
+            "tasks": list(self.manifest.tasks),
+            "engines": [engine.name for engine in self.manifest.engines],
+            "sizes": report["sizes"],
+            "errors": engine_errors(report),
+        }
+
+
+def export(
+    model: nn.Module | str | Path | CapturedModel,
+    task: str | Sequence[str],
+    *,
+    output: str | Path | None = None,
+    recipe: str | Path | Recipe = "exact",
+    calibration: object = None,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    cost_samples: int = COST_SAMPLES,
+    backend: str = "onnxruntime",
+    precision: str | Mapping[str, str] = "float32",
+    vae: object = None,
+    tokenizer: object = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    overwrite: bool = False,
+    cache: str | Path | bool = True,
+    proof: str = AUTO,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Compile `model` for a task or several, into a bundle directory that `flashu_compile.load` runs.
+
+    Args:
+        model: a Show-o2 network (ours, or the authors' class), the name of a bundled model ("showo2-shapes"), a
+            local checkpoint directory, a hub id, or what `capture_model` made of one of these.
+        task: "t2i", "mmu", or a list of them.
+        output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
+        recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
+            "balanced", "conservative" and "aggressive" do).
+        calibration: what a recipe's open decisions are measured on: prompts for t2i, (image, question) pairs for
+            mmu; see `calibrate`.
+        samples, seed: how many of them are used, and which; see `calibrate`.
+        cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
+            each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
+            0 measures nothing.
+        backend: what runs the engines: "onnxruntime", "torch", "aot_inductor" for the CPU, or "aot_inductor_cuda" or
+            "torch_tensorrt" for the NVIDIA GPU here. All but the first are code to whoever loads the bundle, which
+            takes `load(…, trust=True)`.
+        precision: "float32", or "float16", "bfloat16" or "int8" where the backend has it; or one for each part, such as
+            {"llm": "int8", "head": "float16"}. Parts are "llm", "semantic", "head" and "other"; those not named are
+            float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
+            and said in the report.
+        vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
+        tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
+        llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
+        overwrite: replace an existing bundle at `output`.
+        cache: the directory where finished engines are kept for later builds, which make only those whose inputs have
+            changed. True is the user's own: $FLASHU_CACHE ("off" for none), or where the system has such; False none.
+        proof: what every pass and engine is run on, to be held against what it was made from: the "whole" model, or a
+            small "copy" of it with fewer layers and a smaller picture. "auto": a copy above 2 GiB of weights.
+        progress: called with (what is being done, fraction done in [0, 1]).
+
+    Raises:
+        FlashuError: a subclass that says what is wrong and what to do; nothing is left behind.
+    """
+    tasks = named_tasks(task)
+    chosen, wanted = find_recipe(recipe), Precision.of(precision)
+    check_precision(backend, wanted)
+    find_backend(backend).check()
+    check_proof(proof)
+    if cost_samples < 0:
+        raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
+    given = _given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
+    tell, kept = Steps(progress), open_cache(cache)
+    if output is not None:
+        ensure_writable(Path(output), overwrite=overwrite)
+    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    loaded = source.loaded
+    directory = Path(output) if output is not None else Path(f"{loaded.name}-{'-'.join(tasks)}")
+    ensure_writable(directory, overwrite=overwrite)
+
+    decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
+    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    measured = given or _own_samples(loaded)
+    precise, losses = measured_precision(
+        wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
+    )
+    ranges = size_ranges(loaded, tasks)
+    maker = Maker(find_backend(backend), precise, directory.absolute().parent, ranges)
+    proved = {}
+    if needs_copy(proof, loaded):
+        proved = {"proof": _proved_on_copy(loaded, tasks, decided, maker, tell)}
+        maker = maker.unproved()
+    built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
+    inspection = Inspection(
+        loaded=loaded,
+        programs=source.of(tasks),
+        recipe=decided,
+        tasks=tasks,
+        samples=measured,
+        calibrated_on=samples,
+        measured_on=cost_samples,
+        seed=seed,
+        tell=lambda stage: tell(stage, 0.9),
+        exact_precision=precise.is_exact,
+    )
+    tell("writing the bundle", 0.88)
+    facts = bundle_facts(loaded, tasks, backend, str(precise), decided.name)
+    told = {"calibration": figures, **losses, **proved}
+    manifest = _write(directory, built, inspection, facts, told, overwrite=overwrite)
+    tell("done", 1.0)
+    return Bundle(directory, manifest)
+
+
+def _proved_on_copy(
+    loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe, maker: Maker, tell: Steps
+) -> dict[str, Any]:
+    """Build everything for a small copy of the model, where it is held against eager PyTorch; what the report says."""
+    copy = proof_copy(loaded, recipe)
+    tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
+    small = captured_model(copy.loaded, tasks, tell_of_copy)
+    maker = dataclasses.replace(
+        maker, precision=maker.precision.of_copy(copy.name), ranges=size_ranges(copy.loaded, tasks)
+    )
+    shelf = EngineShelf(small, maker.backend, None)
+    return copy.report(build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy), loaded)
+
+
+def _write(
+    directory: Path,
+    built: Built,
+    inspection: Inspection,
+    facts: BundleFacts,
+    told: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> Manifest:
+    loaded, recipe, engines = inspection.loaded, inspection.recipe, built.engines
+    return write_bundle(
+        directory,
+        engines=engines.engines,
+        facts=facts,
+        tokenizer=loaded.tokenizer,
+        recipe=recipe,
+        plan=compile_plan(recipe.t2i, recipe.decided("t2i")) if "t2i" in inspection.tasks else None,
+        report={
+            "engines": engines.statistics,
+            "captured": built.captured,
+            "published_points": loaded.network.config.steps,
+            "passes": [dataclasses.asdict(record) for record in engines.records],
+            **told,
+        },
+        measure=inspection.measure,
+        page=inspection.page,
+        checkpoint_bytes=checkpoint_bytes(loaded),
+        overwrite=overwrite,
+    )
+
+
+def calibrate(
+    model: nn.Module | str | Path | CapturedModel,
+    task: str | Sequence[str],
+    *,
+    recipe: str | Path | Recipe = "flashu",
+    calibration: object = None,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    vae: object = None,
+    tokenizer: object = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    progress: Progress | None = None,
+) -> Recipe:
+    """`recipe` with its open decisions taken for `model`: which FFN neurons stay, which layers are skipped when.
+
+    Save it, edit it, compare it, and give it to `export`, which then calibrates nothing.
+
+    Args:
+        model, vae, tokenizer, llm_config: as for `export`.
+        task: the tasks to decide for.
+        recipe: what is to be decided; a decision that is already there stays.
+        calibration: a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with "prompts" and
+            "questions", or the path of a JSON file with these; the model's own samples if it comes with some.
+        samples: at most so many are used.
+        seed: chooses among more samples than that, and seeds the initial noise of trajectories.
+        progress: called with (what is being done, fraction done in [0, 1]).
+
+    Raises:
+        FlashuError: a subclass that says what is wrong and what to do.
+    """
+    tasks = named_tasks(task)
+    chosen = find_recipe(recipe)
+    given = _given_samples(chosen, tasks, calibration)
+    tell = Steps(progress)
+    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    return _decide(chosen, source, tasks, given, samples, seed, tell)[0]
+
+
+def _captured(
+    model: nn.Module | str | Path | CapturedModel,
+    tasks: tuple[str, ...],
+    vae: object,
+    tokenizer: object,
+    llm_config: Any,
+    tell: Steps,
+) -> CapturedModel:
+    if not isinstance(model, CapturedModel):
+        return open_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell)
+    if any(given is not None for given in (vae, tokenizer, llm_config)):
+        raise ConfigurationError(
+            "A captured model has its VAE, tokenizer and configuration; leave these out."
+        )
+    return model
+
+
+def _given_samples(
+    recipe: Recipe,
+    tasks: tuple[str, ...],
+    calibration: object,
+    precision: Precision | None = None,
+    *,
+    measured: bool = False,
+) -> CalibrationSamples | None:
+    """`measured`: they also serve to measure what a lossy recipe costs, be there something to decide or not."""
+    if calibration is None:
+        return None
+    used = [t for t in tasks if recipe.needs_calibration(t) or (measured and is_lossy(recipe, t, None))]
+    if not used and (precision is None or precision.is_exact):
+        raise RecipeError(
+            f"Recipe {recipe.name!r} leaves nothing to decide for {', '.join(tasks)}; leave `calibration` out."
+        )
+    return calibration_samples(calibration)
+
+
+def _own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
+    return None if loaded.calibration is None else calibration_samples(loaded.calibration)
+
+
+def _decide(
+    recipe: Recipe,
+    source: CapturedModel,
+    tasks: tuple[str, ...],
+    given: CalibrationSamples | None,
+    count: int,
+    seed: int,
+    tell: Steps,
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with the model's own sampler settings and every decision taken, and the figures they rest on."""
+    loaded, captured = source.loaded, source.of(tasks)
+    own = loaded.network.config
+    recipe = recipe.resolved(points=own.steps, guidance_scale=own.guidance_scale, time_shift=own.time_shift)
+    undecided = [task for task in tasks if recipe.needs_calibration(task)]
+    if not undecided:
+        return recipe, {}
+    if given is None and loaded.calibration is None:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} must be calibrated for {', '.join(undecided)}; pass `calibration` "
+            "(prompts for t2i, image and question pairs for mmu) or a recipe with its decisions."
+        )
+    available = given or _own_samples(loaded)
+    assert available is not None
+    chosen = available.chosen(count, seed)
+    codec = PromptCodec(loaded.tokenizer)
+    decisions, figures = dict(recipe.decisions), {}
+    for index, task in enumerate(undecided):
+        start, share = 0.4 * index / len(undecided), 0.4 / len(undecided)
+
+        def report(
+            done: int, total: int, task: str = task, start: float = start, share: float = share
+        ) -> None:
+            tell(f"{task}: calibrated on {done} of {total} samples", start + share * done / total)
+
+        tell(f"{task}: calibrating", start)
+        if task == "t2i":
+            program, facts = captured["denoise"].program, generation_facts(loaded)
+            made = calibrate_t2i(
+                program, codec, facts, recipe.t2i, chosen.prompts, seed=seed, progress=report
+            )
+        else:
+            program, about = captured["understand"].program, understanding_facts(loaded)
+            made = calibrate_mmu(program, codec, about, recipe.mmu, chosen.questions, progress=report)
+        decisions[task] = decisions.get(task, Decisions()).completed(made.decisions)
+        figures[task] = made.figures
+    return dataclasses.replace(recipe, decisions=decisions), figures

@@ -1,0 +1,194 @@
+"""Finished engines, in memory and on disk, so that a build makes only those whose inputs are new.
+
+What is kept on disk is data alone: a graph, one eager run, statistics, and what passes did. Weights are kept as
+references to the model's own tensors (see weight_sources.py), which a build has loaded anyway; an entry's key holds the
+hash of every one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from flashu_compile.compiler.cache import EngineCache
+from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, CapturedProgram
+from flashu_compile.compiler.fingerprints import (
+    TensorHashes,
+    UnknownCodeError,
+    captured_fingerprint,
+    environment,
+)
+from flashu_compile.compiler.weight_sources import WeightSources
+from flashu_compile.exporters.backends import Backend, Packed
+from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.passes.manager import PassRecord
+
+FORMAT = 1
+#: An entry with more tensors of its own than this (such as weights in another precision) would fill the disk.
+OWN_BYTES = 256 << 20
+_FACTS = "facts"
+
+_log = logging.getLogger(__name__)
+
+
+class _TooLargeError(Exception):
+    """Engines hold too many bytes that are not the model's."""
+
+
+@dataclasses.dataclass
+class EngineShelf:
+    """What was built of `source` before: in this process, and, if there is a `cache`, in any."""
+
+    source: CapturedModel
+    backend: Backend
+    cache: EngineCache | None
+    _hashes: TensorHashes = dataclasses.field(default_factory=TensorHashes)
+    _fingerprints: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+    def fetch(self, captured: CapturedProgram, key: str, make: Callable[[], BuiltEngines]) -> BuiltEngines:
+        """The engines of `key`, which tells all but the captured program; made, and kept, if there are none."""
+        built = self.source.built
+        if key not in built:
+            built[key] = self._from_disk(captured, key) or self._made(captured, key, make)
+        return built[key]
+
+    def _made(self, captured: CapturedProgram, key: str, make: Callable[[], BuiltEngines]) -> BuiltEngines:
+        made, name = make(), self._name(captured, key)
+        if self.cache is not None and name is not None:
+            try:
+                content = _encode(made, self.backend, self._weights(captured))
+            except _TooLargeError as reason:
+                _log.info("Engines of %s are not kept for later builds: %s.", captured.spec.name, reason)
+            else:
+                if content is not None:
+                    self.cache.write(name, content)
+        return made
+
+    def _from_disk(self, captured: CapturedProgram, key: str) -> BuiltEngines | None:
+        name = self._name(captured, key)
+        content = None if self.cache is None or name is None else self.cache.read(name)
+        if self.cache is None or name is None or content is None:
+            return None
+        try:
+            return _decode(content, self.backend, self._weights(captured))
+        except Exception as problem:  # whatever was wrong with it when it was written
+            self.cache.refuse(name, f"{type(problem).__name__}: {problem}")
+            return None
+
+    def _weights(self, captured: CapturedProgram) -> WeightSources:
+        return WeightSources(captured.spec.module, self.source.ordered_weights)
+
+    def _name(self, captured: CapturedProgram, key: str) -> str | None:
+        """The entry's name: a hash of everything that its engines depend on; None if that cannot be told."""
+        if self.cache is None:
+            return None
+        known, spec = self._fingerprints, captured.spec
+        if spec.name not in known:
+            try:
+                known[spec.name] = captured_fingerprint(spec, self._hashes)
+            except UnknownCodeError as reason:
+                _log.info("Engines of %s are not kept for later builds, for %s.", spec.name, reason)
+                known[spec.name] = None
+        fingerprint = known[spec.name]
+        if fingerprint is None:
+            return None
+        return hashlib.sha256(json.dumps([FORMAT, environment(), fingerprint, key]).encode()).hexdigest()
+
+
+def _encode(built: BuiltEngines, backend: Backend, weights: WeightSources) -> bytes | None:
+    """None if the backend's engines cannot be kept. Raises `_TooLargeError`."""
+    tensors: dict[str, Tensor] = {}
+    engines = []
+    for number, engine in enumerate(built.engines):
+        packed = backend.pack(engine.model)
+        if packed is None:
+            return None
+        engines.append(_engine_facts(engine, packed, weights, tensors, f"{number}"))
+    facts = {
+        "engines": engines,
+        "orders": list(weights.orders),
+        "statistics": built.statistics,
+        "records": [dataclasses.asdict(record) for record in built.records],
+    }
+    tensors |= weights.orders
+    tensors[_FACTS] = _bytes(json.dumps(facts).encode())
+    return save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
+
+
+def _engine_facts(
+    engine: EngineBuild, packed: Packed, weights: WeightSources, tensors: dict[str, Tensor], prefix: str
+) -> dict[str, Any]:
+    """An engine as JSON values; what is no such thing is put into `tensors`."""
+    places: dict[str, Any] = {}
+    own = 0
+    for name, tensor in packed.tensors.items():
+        places[name] = weights.reference(tensor)
+        if places[name] is None:
+            tensors[f"{prefix}/own/{name}"] = tensor
+            own += tensor.nbytes
+    if own > OWN_BYTES:
+        raise _TooLargeError(f"{engine.name} has {own} bytes of tensors that are not the model's")
+    tensors[f"{prefix}/content"] = _bytes(packed.content)
+    for kind, run in (("input", engine.reference_inputs), ("output", engine.reference_outputs)):
+        tensors |= {f"{prefix}/{kind}/{role}": tensor for role, tensor in run.items()}
+    return {
+        "name": engine.name,
+        "task": engine.task,
+        "prologue": engine.prologue,
+        "schedule": engine.schedule,
+        "inputs": list(engine.reference_inputs),
+        "outputs": list(engine.reference_outputs),
+        "tensors": places,
+        "facts": packed.facts,
+    }
+
+
+def _decode(content: bytes, backend: Backend, weights: WeightSources) -> BuiltEngines:
+    tensors = load(content)
+    facts = json.loads(_content(tensors[_FACTS]))
+    weights.orders = {name: tensors[name] for name in facts["orders"]}
+    engines = [
+        _engine(told, backend, weights, tensors, f"{number}") for number, told in enumerate(facts["engines"])
+    ]
+    records = [PassRecord(**{**row, "changes": tuple(row["changes"])}) for row in facts["records"]]
+    return BuiltEngines(tuple(engines), facts["statistics"], tuple(records))
+
+
+def _engine(
+    told: Mapping[str, Any],
+    backend: Backend,
+    weights: WeightSources,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+) -> EngineBuild:
+    own = {
+        name: tensors[f"{prefix}/own/{name}"] if place is None else weights.tensor(place)
+        for name, place in told["tensors"].items()
+    }
+    packed = Packed(_content(tensors[f"{prefix}/content"]), own, told["facts"])
+    return EngineBuild(
+        name=told["name"],
+        task=told["task"],
+        model=backend.unpack(packed),
+        reference_inputs={role: tensors[f"{prefix}/input/{role}"] for role in told["inputs"]},
+        reference_outputs={role: tensors[f"{prefix}/output/{role}"] for role in told["outputs"]},
+        prologue=told["prologue"],
+        schedule=told["schedule"],
+    )
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
+
+
+def _content(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()

@@ -1,0 +1,123 @@
+"""What passes and engines are proved on: the model itself, or where that would take hours, a small copy of it.
+
+Passes find structure, not sizes. So what they do to a model of a hundred layers is proved on a copy with a few of
+them: the same widths and weights, the same techniques, every kind of engine. On the whole model the same passes then
+run unproved: its graphs are linted and shapes propagated, and each engine gets a reference that `verify` runs it on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flashu_compile.compiler.building import Built
+from flashu_compile.compiler.bundle_facts import checkpoint_bytes
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.models.loading import LoadedModel
+from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
+from flashu_compile.recipe.recipe import Decisions, KeptNeurons, Phase, Recipe
+
+WHOLE, COPY, AUTO = "whole", "copy", "auto"
+#: Weights of more bytes than this are proved on a copy, unless asked otherwise.
+LARGE = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class ProofCopy:
+    """`loaded` and `recipe`, with the `layers` of each stack that they have of the whole model."""
+
+    loaded: LoadedModel
+    recipe: Recipe
+    layers: Mapping[str, tuple[int, ...]]
+
+    def name(self, weight: str) -> str | None:
+        """What a weight of the model is called here; None if it is not here."""
+        return place_in_copy(weight, self.layers)
+
+    def report(self, built: Built, model: LoadedModel) -> dict[str, Any]:
+        """What was proved on the copy of `model`: the errors of its engines' outputs, and what passes did."""
+        total = depths(model.network.config)
+        return {
+            "layers": {stack: list(chosen) for stack, chosen in self.layers.items()},
+            "of_layers": total,
+            "engines": {name: told["errors"] for name, told in built.engines.statistics.items()},
+            "passes": [dataclasses.asdict(record) for record in built.engines.records],
+        }
+
+
+def check_proof(proof: str) -> None:
+    """Raises `ConfigurationError` on an unknown word."""
+    if proof not in (AUTO, WHOLE, COPY):
+        raise ConfigurationError(f"proof is one of {AUTO}, {WHOLE}, {COPY}, not {proof!r}.")
+
+
+def needs_copy(proof: str, loaded: LoadedModel) -> bool:
+    """Whether `proof` asks for a copy of this model."""
+    return proof == COPY or (proof == AUTO and checkpoint_bytes(loaded) > LARGE)
+
+
+def proof_copy(loaded: LoadedModel, recipe: Recipe) -> ProofCopy:
+    """A copy with few layers in which everything that `recipe`, all decided, does to the model happens too."""
+    config = loaded.network.config
+    total = depths(config)
+    layers = {stack: _ends(depth) for stack, depth in total.items()}
+    layers["llm"] = _llm_layers(total["llm"], recipe)
+    network = reduced(loaded.network, layers, _grid(recipe.mmu.token_pruning, config.position_grid))
+    small = dataclasses.replace(loaded, network=network, calibration=None)
+    return ProofCopy(small, _reduced_recipe(recipe, layers), layers)
+
+
+def _grid(token_pruning: float, largest: int) -> int:
+    """The side of a picture of which some token is dropped, if one is of the model's."""
+    return next((side for side in range(GRID, largest) if int(token_pruning * side**2)), GRID)
+
+
+def _ends(depth: int) -> tuple[int, ...]:
+    return tuple(sorted({0, depth - 1}))
+
+
+def _llm_layers(depth: int, recipe: Recipe) -> tuple[int, ...]:
+    """The ends, those around the dropping of tokens, and what keeps the sets of skipped layers what they are.
+
+    None becomes empty, none takes everything, and those that differ still do.
+    """
+    chosen = set(_ends(depth))
+    sets = [set(phase.skipped) for task in recipe.decisions for phase in recipe.decided(task).phases]
+    if recipe.mmu.token_pruning > 0:
+        skipped = {layer for phase in recipe.decided("mmu").phases for layer in phase.skipped}
+        running = [layer for layer in range(recipe.mmu.token_layer, depth) if layer not in skipped]
+        # The first of them decides, and the next has fewer rows.
+        chosen |= {*range(min(recipe.mmu.token_layer, depth)), *running[:2]}
+    for skipped in sets:
+        for group in (skipped, set(range(depth)) - skipped):
+            if group and not group & chosen:
+                chosen.add(min(group))
+    for first, second in itertools.combinations(sets, 2):
+        if first != second and first & chosen == second & chosen:
+            chosen.add(min(first ^ second))
+    return tuple(sorted(chosen))
+
+
+def _reduced_recipe(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> Recipe:
+    def places(stack: str, blocks: Iterable[int]) -> dict[int, int]:
+        chosen = list(layers[stack])
+        return {block: chosen.index(block) for block in blocks if block in chosen}
+
+    def neurons(kept: KeptNeurons) -> KeptNeurons:
+        return {
+            stack: {new: blocks[old] for old, new in places(stack, blocks).items()}
+            for stack, blocks in kept.items()
+        }
+
+    decisions = {
+        task: Decisions(
+            neurons(decided.kept_neurons),
+            tuple(
+                Phase(phase.start, tuple(places("llm", phase.skipped).values())) for phase in decided.phases
+            ),
+        )
+        for task, decided in recipe.decisions.items()
+    }
+    return dataclasses.replace(recipe, decisions=decisions)

@@ -1,0 +1,93 @@
+"""What differs between two bundles: facts, recipe, step plan, and engines with what they hold and do. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import PLAN, RECIPE, REPORT, Manifest, read_manifest
+from flashu_compile.recipe import view as recipe_view
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.recipe import Recipe
+
+_FACTS = ("model", "tasks", "backend", "precision")
+
+
+class OpenBundle:
+    """The parts of a bundle that tell what it is. Raises `BundleError` or `RecipeError` if one is damaged."""
+
+    def __init__(self, directory: Path) -> None:
+        self.manifest: Manifest = read_manifest(directory)
+        files = BundleFiles(directory, self.manifest)
+        for name in self.manifest.files:
+            if Path(name).stem == Path(RECIPE).stem:
+                files.path(name)  # its neurons lie in a file of their own
+        self.recipe = Recipe.load(directory / RECIPE)
+        self.report: dict[str, Any] = json.loads(files.text(REPORT))
+        made = self.manifest.generation is not None
+        self.plan = StepPlan.from_json(files.text(PLAN)) if made else None
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """Evaluations of a trajectory by engine."""
+        return dict(Counter(step.engine for step in self.plan.steps)) if self.plan else {}
+
+    def figures(self, engine: str) -> dict[str, int]:
+        """Nodes, parameters, FLOPs and bytes moved of an engine, and the bytes of its graph."""
+        counts: Mapping[str, Any] = self.report.get("engines", {}).get(engine, {})
+        sums = {name: sum(counts.get(name, {}).values()) for name in ("parameters", "flops", "bytes")}
+        graph = self.manifest.files.get(self.manifest.engine(engine).file)
+        return {"nodes": counts.get("nodes", 0), **sums, "graph_bytes": 0 if graph is None else graph.bytes}
+
+    def sizes(self) -> dict[str, int]:
+        total = sum(entry.bytes for entry in self.manifest.files.values())
+        return {**self.report.get("sizes", {}), "all_files_bytes": total}
+
+
+def diff(a: Path, b: Path) -> dict[str, Any]:
+    """By part, [in A, in B] of whatever differs; parts are empty where nothing does.
+
+    `facts`, `versions`, `plan` (evaluations by engine), `sizes`: by name. `recipe`: lines, as `recipe diff` prints.
+    `engines`: those of one side alone, and for those of both the figures that differ. `equal`: whether all files are.
+    """
+    one, two = OpenBundle(a), OpenBundle(b)
+    names = [{engine.name for engine in side.manifest.engines} for side in (one, two)]
+    return {
+        "equal": one.manifest == two.manifest,
+        "facts": _changed(*({name: getattr(s.manifest, name) for name in _FACTS} for s in (one, two))),
+        "versions": _changed(one.manifest.versions, two.manifest.versions),
+        "recipe": recipe_view.diff(one.recipe, two.recipe),
+        "plan": _changed(one.runs, two.runs),
+        "sizes": _changed(one.sizes(), two.sizes()),
+        "engines": {
+            "only_in_a": sorted(names[0] - names[1]),
+            "only_in_b": sorted(names[1] - names[0]),
+            "changed": dict(_changed_engines(one, two, sorted(names[0] & names[1]))),
+        },
+        "contents": sorted(_other_contents(one.manifest, two.manifest)),
+    }
+
+
+def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
+    names = dict.fromkeys([*a, *b])
+    return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
+
+
+def _changed_engines(
+    a: OpenBundle, b: OpenBundle, names: list[str]
+) -> Iterator[tuple[str, dict[str, list[int]]]]:
+    for name in names:
+        changes = _changed(a.figures(name), b.figures(name))
+        if changes:
+            yield name, changes
+
+
+def _other_contents(a: Manifest, b: Manifest) -> Iterator[str]:
+    """Files of both that hold something else."""
+    for name in a.files.keys() & b.files.keys():
+        if a.files[name] != b.files[name]:
+            yield name

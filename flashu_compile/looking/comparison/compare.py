@@ -1,0 +1,182 @@
+"""compare_layers(): every engine of a bundle against a reference, down to the first node that departs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from flashu_compile.bundle import precision
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import EngineSpec, Manifest, read_manifest
+from flashu_compile.errors import BundleError, ConfigurationError
+from flashu_compile.looking.comparison.differences import Difference, difference
+from flashu_compile.looking.comparison.search import Departure, LayerDifference, find_departure
+from flashu_compile.looking.comparison.sides import BundleSide, ModelSide, OnnxSide, Side
+from flashu_compile.runtime.backends import open_engines
+from flashu_compile.runtime.providers import ProviderOptions
+from flashu_compile.runtime.sessions import Engines
+
+EAGER, ONNX = "eager", "onnx"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineComparison:
+    """One engine. `outputs` are those of the engine as it runs in a pipeline, `layers` of it with values laid open.
+
+    ONNX Runtime does not fuse operators across values that are laid open. So the outputs may depart, while no value
+    does: then what it makes of the whole graph is wrong, and no node of it.
+    """
+
+    engine: str
+    tolerance: float
+    outputs: Mapping[str, Difference]
+    layers: tuple[LayerDifference, ...]
+    departure: Departure | None
+
+    @property
+    def ok(self) -> bool:
+        return self.departure is None and all(found.within(self.tolerance) for found in self.outputs.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerComparison:
+    """`against` is what the engines were held against."""
+
+    against: str
+    engines: tuple[EngineComparison, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(engine.ok for engine in self.engines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Comparing:
+    files: BundleFiles
+    engines: Engines
+    subject: Side
+    reference: Side
+    tolerance: float
+
+    def engine(self, spec: EngineSpec, tell: Callable[[str], None]) -> EngineComparison:
+        inputs = _recorded_inputs(self.files, spec)
+        subject, reference = self.subject.of(spec, inputs), self.reference.of(spec, inputs)
+        names = [name for name in (tensor.name for tensor in spec.outputs) if name in reference.naming.values]
+        missing = sorted({tensor.name for tensor in spec.outputs} - set(names))
+        if missing:
+            raise BundleError(
+                f"Engine {spec.name!r} gives {missing[0]!r}, which the reference does not give."
+            )
+        tell(f"{spec.name}: outputs")
+        given = self.engines.engine(spec.name).run(inputs)
+        places = {name: reference.naming.values[name] for name in names}
+        expected = reference.compute(list(places.values()))
+        outputs = {name: difference(given[name], expected[place]) for name, place in places.items()}
+        found = find_departure(subject, reference, self.tolerance, lambda what: tell(f"{spec.name}: {what}"))
+        return EngineComparison(spec.name, self.tolerance, outputs, found.layers, found.departure)
+
+
+def compare_layers(
+    bundle: str | os.PathLike[str],
+    against: str | os.PathLike[str] = EAGER,
+    *,
+    model: Any = None,
+    vae: object = None,
+    tokenizer: object = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    engines: Sequence[str] | None = None,
+    tolerance: float | None = None,
+    provider: str = "cpu",
+    provider_options: ProviderOptions | None = None,
+    threads: int | None = None,
+    memory: str = "fast",
+    trust: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> LayerComparison:
+    """Hold every engine of a bundle against a reference, on the inputs recorded when it was built.
+
+    Args:
+        bundle: the bundle's directory.
+        against: "eager" (the model's programs in PyTorch, made by the bundle's recipe), "onnx" (the same graphs by
+            onnx's reference evaluator), or the directory of another bundle.
+        model, vae, tokenizer, llm_config: with "eager", the model that the bundle was made of, as for `export`; the one
+            that the bundle names if not given.
+        engines: the engines to compare; all of them if not given.
+        tolerance: the largest relative L2 error that is agreement; by the precision of the bundles if not given.
+        provider, provider_options, threads, memory, trust: what the bundle's engines run on; see `load`. Another bundle
+            runs on the CPU.
+        progress: told what is being compared.
+
+    Raises:
+        FlashuError: a subclass that says why the comparison cannot be made. A departure is a result, no exception.
+
+    Example:
+        >>> found = compare_layers("build/shapes", "onnx")  # doctest: +SKIP
+        >>> [engine.departure.node.name for engine in found.engines if not engine.ok]  # doctest: +SKIP
+        []
+    """
+    path, tell = Path(bundle), progress or (lambda stage: None)
+    manifest = read_manifest(path)
+    chosen = [manifest.engine(name) for name in engines] if engines else list(manifest.engines)
+    parts = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config}
+    if against != EAGER and (model is not None or any(part is not None for part in parts.values())):
+        raise ConfigurationError("A model, or a part of one, is given for a comparison with 'eager' alone.")
+    settings = {"provider": provider, "provider_options": provider_options, "threads": threads}
+    subject = BundleSide(path, settings, trust=trust)
+    reference: Side
+    others = [manifest]
+    if against == EAGER:
+        tasks = tuple(task for task in manifest.tasks if any(spec.task == task for spec in chosen))
+        reference = ModelSide(path, tasks, model, parts, tell)
+    elif against == ONNX:
+        reference = OnnxSide(path)
+    else:
+        reference = BundleSide(Path(against), {"threads": threads}, trust=trust)
+        others.append(reference.files.manifest)
+        _check_engines(Path(against), reference.files.manifest, chosen)
+    files = subject.files
+    options = {"provider_options": provider_options} if provider_options else None
+    running = open_engines(
+        files, provider=provider, threads=threads, memory=memory, trust=trust, options=options
+    )
+    comparing = _Comparing(files, running, subject, reference, _tolerance(tolerance, others))
+    rows = [comparing.engine(spec, tell) for spec in chosen]
+    return LayerComparison(os.fspath(against), tuple(rows))
+
+
+def _tolerance(given: float | None, manifests: Sequence[Manifest]) -> float:
+    if given is None:
+        return max(precision.tolerance(manifest.precision) for manifest in manifests)
+    if not given >= 0:
+        raise ConfigurationError(f"tolerance must be at least 0, not {given}.")
+    return given
+
+
+def _check_engines(path: Path, manifest: Manifest, chosen: Sequence[EngineSpec]) -> None:
+    known = [engine.name for engine in manifest.engines]
+    missing = [spec.name for spec in chosen if spec.name not in known]
+    if missing:
+        raise BundleError(
+            f"{path} has no engine {missing[0]!r} to compare with; it has {', '.join(known)}. Name the engines to be "
+            "compared: engines=[…] (--engine)."
+        )
+
+
+def _recorded_inputs(files: BundleFiles, spec: EngineSpec) -> dict[str, NDArray[Any]]:
+    path = files.path(spec.reference)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} cannot be read: {error}; build the bundle again.") from error
+    found = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
+    missing = [tensor.name for tensor in spec.inputs if tensor.name not in found]
+    if missing:
+        raise BundleError(f"{path} holds no input {missing[0]!r}; build the bundle again.")
+    return found

@@ -1,0 +1,50 @@
+"""The programs that a bundle's engines were made from, made once more by the same passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import RECIPE
+from flashu_compile.compiler.captured import CapturedModel, capture_model
+from flashu_compile.compiler.specialise import jobs, neuron_order
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.program.program import Program
+from flashu_compile.recipe.recipe import Recipe
+
+
+def specialised_programs(
+    files: BundleFiles,
+    tasks: Sequence[str],
+    model: Any,
+    parts: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> dict[str, Program]:
+    """Those of some of the bundle's tasks, by the names of the engines.
+
+    Raises a `FlashuError` if the model cannot be had or does not fit the recipe.
+    """
+    if not isinstance(model, CapturedModel):
+        model = capture_model(model, tasks, **parts, progress=lambda stage, _: tell(stage))
+    elif any(part is not None for part in parts.values()):
+        raise ConfigurationError(
+            "A captured model has its VAE, tokenizer and configuration; leave these out."
+        )
+    # Where neurons lie follows from what all tasks of the bundle keep.
+    order = neuron_order(_recipe(files), files.manifest.tasks, model.ordered_weights)
+    programs: dict[str, Program] = {}
+    for captured in model.of(tasks).values():
+        (ordered,), _ = order.job(captured.spec).run(captured.program)
+        for job in jobs(captured.spec.name, order.recipe):
+            tell(f"{captured.spec.task}: making the programs of {job.name}")
+            programs |= {program.name: program for program in job.run(ordered)[0]}
+    return programs
+
+
+def _recipe(files: BundleFiles) -> Recipe:
+    for name in files.manifest.files:
+        if Path(name).stem == Path(RECIPE).stem:
+            files.path(name)  # its neurons lie in a file of their own
+    return Recipe.load(files.directory / RECIPE)

@@ -1,0 +1,181 @@
+"""An ONNX graph's values, by ONNX Runtime as it runs the engine, or by onnx's reference evaluator.
+
+A value is had by making it an output of a copy of the graph that computes nothing else. The copy never touches the
+disk: the weights stay in the bundle's store, and ONNX Runtime is told the folder.
+
+The evaluator is written in numpy by those who write the specification and shares no code with ONNX Runtime. ONNX
+Runtime without optimisations would be faster, but it is the same kernels: what they do wrong, it would not show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.looking.comparison.computation import Naming, Node
+from flashu_compile.runtime.providers import ProviderOptions
+from flashu_compile.runtime.sessions import create_session
+from flashu_compile.runtime.shared_weights import WeightsBeside
+
+#: Metadata keys of a node, written by exporters/onnx.py, which takes torch to import.
+MODULE, PASSES, VALUES = "flashu.module", "flashu.passes", "flashu.values"
+
+#: Operators that give what they take, in another shape.
+_RESHAPES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Placing:
+    """What ONNX Runtime computes on; see `flashu_compile.load`."""
+
+    provider: str = "cpu"
+    provider_options: ProviderOptions | None = None
+    threads: int | None = None
+
+
+class OnnxGraph:
+    """Nodes, names and weights of the graph at `path`, to be run on `inputs`."""
+
+    def __init__(self, path: Path, inputs: Mapping[str, NDArray[Any]]) -> None:
+        try:
+            self.model = onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf's exceptions have no public base
+            raise BundleError(f"{path} is not an ONNX model: {error}; build the bundle again.") from error
+        self.path, self.inputs = path, inputs
+        self.nodes = tuple(_node(node) for node in self.model.graph.node)
+        self.outputs = tuple(value.name for value in self.model.graph.output)
+        self.naming = _naming(self.model.graph.node)
+        self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    def weight(self, name: str) -> NDArray[Any] | None:
+        found = self._weights.get(name)
+        return None if found is None else numpy_helper.to_array(found, base_dir=str(self.path.parent))
+
+    def giving(self, names: Sequence[str]) -> onnx.ModelProto:
+        """A copy of the model with these values as its outputs, and what they follow from."""
+        nodes = _needed(self.model.graph.node, names)
+        read = {name for node in nodes for name in node.input}
+        known = {value.name: value for value in (*self.model.graph.value_info, *self.model.graph.output)}
+        graph = helper.make_graph(
+            nodes,
+            self.model.graph.name,
+            [value for value in self.model.graph.input if value.name in read],
+            [known.get(name, onnx.ValueInfoProto(name=name)) for name in names],
+            [tensor for tensor in self.model.graph.initializer if tensor.name in read],
+        )
+        made = helper.make_model(graph, opset_imports=self.model.opset_import)
+        made.ir_version = self.model.ir_version
+        made.functions.extend(self.model.functions)
+        return made
+
+
+class RuntimeValues(OnnxGraph):
+    """As ONNX Runtime computes them, with its optimisations, but for those across values that are asked for."""
+
+    def __init__(self, path: Path, inputs: Mapping[str, NDArray[Any]], placing: Placing) -> None:
+        super().__init__(path, inputs)
+        self._placing = placing
+
+    def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        model, placing = self.giving(names), self._placing
+        given = {value.name: self.inputs[value.name] for value in model.graph.input}
+        options = ort.RunOptions()
+        # It warns of every buffer that is not updated in place, as none is where inputs must stay what they are.
+        options.log_severity_level = 3
+        try:
+            session = create_session(
+                model.SerializeToString(),
+                placing.provider,
+                placing.threads,
+                placing.provider_options,
+                WeightsBeside(self.path.parent),
+            )
+            values = session.run(list(names), given, options)
+        except (BackendUnavailableError, ConfigurationError):
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+            raise BundleError(f"ONNX Runtime cannot run {self.path}: {error}") from error
+        return dict(zip(names, values, strict=True))
+
+
+class ReferenceValues(OnnxGraph):
+    """As onnx's reference evaluator computes them, a node at a time, so that no more is kept than will be read."""
+
+    def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        nodes = _needed(self.model.graph.node, names)
+        readers = Counter([*names, *(name for node in nodes for name in node.input)])
+        values = dict(self.inputs)
+        for node in nodes:
+            given = {name: self._value(name, values) for name in node.input if name}
+            values |= self._run(node, given)
+            readers.subtract(node.input)
+            for name in {*node.input, *node.output}:
+                if readers[name] <= 0:
+                    values.pop(name, None)
+        return {name: values[name] for name in names}
+
+    def _value(self, name: str, values: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        stored = self.weight(name)
+        return values[name] if stored is None else stored
+
+    def _run(self, node: onnx.NodeProto, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        names = [name for name in node.output if name]
+        graph = helper.make_graph(
+            [node],
+            "node",
+            [onnx.ValueInfoProto(name=name) for name in given],
+            [onnx.ValueInfoProto(name=name) for name in names],
+        )
+        model = helper.make_model(graph, opset_imports=self.model.opset_import)
+        try:
+            values = ReferenceEvaluator(model).run(names, dict(given))
+        except Exception as error:  # whatever an operator's implementation trips over
+            raise BundleError(
+                f"onnx {onnx.__version__} has no reference for node {node.name!r} ({node.op_type}) of {self.path}: "
+                f"{error}"
+            ) from error
+        return dict(zip(names, values, strict=True))
+
+
+def _node(node: onnx.NodeProto) -> Node:
+    about = {entry.key: entry.value for entry in node.metadata_props}
+    passes = tuple(name for name in about.get(PASSES, "").split(", ") if name)
+    name, module = node.name or node.output[0], about.get(MODULE, "")
+    return Node(name, node.op_type, module, passes, tuple(node.input), tuple(node.output))
+
+
+def _naming(nodes: Sequence[onnx.NodeProto]) -> Naming:
+    keys: dict[str, str] = {}
+    for node in nodes:
+        recorded = next((entry.value for entry in node.metadata_props if entry.key == VALUES), "")
+        keys |= {value: key for value, key in zip(node.output, recorded.split(","), strict=False) if key}
+    flat: dict[str, str] = {}
+    reshaping = [node for node in nodes if node.op_type in _RESHAPES]
+    pairs = [(node.output[0], node.input[0]) for node in reshaping]
+    # What is reshaped to a known value (from the last node back), and what a known value is reshaped to.
+    for known, other in (*reversed(pairs), *((taken, given) for given, taken in pairs)):
+        key = keys.get(known) or flat.get(known)
+        if key and other not in keys:
+            flat.setdefault(other, key)
+    values = {value: value for node in nodes for value in node.output}
+    return Naming(keys, flat, values | {key: value for value, key in keys.items()})
+
+
+def _needed(nodes: Iterable[onnx.NodeProto], names: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that these values follow from, in their order."""
+    wanted, found = set(names), []
+    for node in reversed(list(nodes)):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            found.append(node)
+    return found[::-1]

@@ -1,0 +1,133 @@
+"""The two sides of a comparison: the engines of a bundle, value by value, and what they are held against.
+
+Each library is imported where it is needed: onnx by what reads graphs, torch by what runs programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+import flashu_compile
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, read_manifest
+from flashu_compile.bundle.signatures import check_inputs
+from flashu_compile.errors import BundleError, CheckpointError, ConfigurationError, InputError
+from flashu_compile.looking.comparison.computation import Computation
+from flashu_compile.runtime.backends import DEFAULT, TORCH
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+class Side(Protocol):
+    def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
+        """What it computes where the bundle under test has engine `spec`. Raises a `FlashuError` if that cannot be."""
+        ...
+
+
+class BundleSide:
+    """Engines of a bundle, run as `settings` says (provider, provider_options and threads; see `load`)."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, trust: bool = False) -> None:
+        self.path, self.settings = path, settings
+        self.files = BundleFiles(path, read_manifest(path))
+        self.backend = self.files.manifest.backend
+        if self.backend not in (DEFAULT, TORCH):
+            raise ConfigurationError(
+                f"{path} was built for backend {self.backend!r}, whose engines do not give the values inside them; "
+                f"bundles of {DEFAULT!r} and {TORCH!r} can be compared layer by layer."
+            )
+        if self.backend == TORCH and not trust:
+            raise ConfigurationError(
+                f"{path} was built for backend {TORCH!r}, whose engines are code that loading runs; if you know who "
+                "built it, compare it with trust=True (--trust)."
+            )
+        if self.backend == TORCH and settings.get("provider", "cpu") != "cpu":
+            raise ConfigurationError(
+                f"The values inside engines of backend {TORCH!r} are computed on the CPU alone; leave the provider out."
+            )
+
+    def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
+        own = self.files.manifest.engine(spec.name)
+        try:
+            check_inputs(own, inputs)
+        except InputError as error:
+            raise BundleError(f"{self.path} takes other inputs: {error}") from error
+        if self.backend == TORCH:
+            with flashu_compile._naming_the_extra("Comparing layers"):
+                from flashu_compile.looking.comparison.traced_program import ProgramValues
+                from flashu_compile.looking.comparison.written_program import written_program
+            return ProgramValues(written_program(self.files, own), inputs)
+        with flashu_compile._naming_the_extra("Comparing layers"):
+            from flashu_compile.looking.comparison.onnx_graph import Placing, RuntimeValues
+        return RuntimeValues(_graph(self.files, own), inputs, Placing(**self.settings))
+
+
+class OnnxSide:
+    """The bundle's own graphs, by onnx's reference evaluator."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = BundleFiles(path, read_manifest(path))
+        backend = self.files.manifest.backend
+        if backend != DEFAULT:
+            raise ConfigurationError(f"{path} was built for backend {backend!r}, so it has no ONNX graphs.")
+
+    def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
+        with flashu_compile._naming_the_extra("Comparing layers"):
+            from flashu_compile.looking.comparison.onnx_graph import ReferenceValues
+        return ReferenceValues(_graph(self.files, spec), inputs)
+
+
+class ModelSide:
+    """The programs of some tasks that the recipe of a bundle makes of its model, in PyTorch.
+
+    `model` and `parts` (vae, tokenizer, llm_config) are as for `export`; without one, it is looked for by the name that
+    the bundle records.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tasks: Sequence[str],
+        model: Any,
+        parts: Mapping[str, Any],
+        tell: Callable[[str], None],
+    ) -> None:
+        with flashu_compile._naming_the_extra("Comparing against the model"):
+            from flashu_compile.looking.comparison.model_programs import specialised_programs
+        files = BundleFiles(path, read_manifest(path))
+        name = files.manifest.model
+        try:
+            self.programs = specialised_programs(files, tasks, name if model is None else model, parts, tell)
+        except CheckpointError as error:
+            if model is not None:
+                raise
+            raise ConfigurationError(
+                f"{path} was made of a model called {name!r}, which is not to be had by that name; say where it is: "
+                f"model=… (--model). {error}"
+            ) from error
+
+    def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
+        from flashu_compile.looking.comparison.traced_program import ProgramValues
+
+        program = self.programs.get(spec.name)
+        if program is None:
+            raise BundleError(
+                f"The bundle's recipe makes no engine {spec.name!r} of this model; it makes "
+                f"{', '.join(self.programs)}."
+            )
+        if set(program.input_roles) != set(inputs):
+            raise BundleError(
+                f"Engine {spec.name!r} takes {', '.join(inputs)}, but its program takes "
+                f"{', '.join(program.input_roles)}; is this the model that the bundle was made of?"
+            )
+        return ProgramValues(program, inputs)
+
+
+def _graph(files: BundleFiles, spec: EngineSpec) -> Path:
+    if WEIGHTS in files.manifest.files:
+        files.path(WEIGHTS)
+    return files.path(spec.file)

@@ -1,0 +1,90 @@
+"""The values of a traced program, computed by PyTorch node after node."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from flashu_compile.errors import InputError
+from flashu_compile.looking.comparison.computation import Naming, Node
+from flashu_compile.passes.editing import module_path
+from flashu_compile.passes.provenance import passes_of
+from flashu_compile.program.program import Program
+
+
+class ProgramValues:
+    """What a program computes on `inputs`, which are by role. Outputs are called by role, other values by node."""
+
+    def __init__(self, program: Program, inputs: Mapping[str, NDArray[Any]]) -> None:
+        self.program, self.inputs = program, inputs
+        graph, signature = program.exported.graph, program.exported.graph_signature
+        given = dict(zip(program.outputs, signature.user_outputs, strict=True))
+        self.outputs = tuple(given)
+        self._names = {node: role for role, node in reversed(given.items())}
+        self._names |= dict(zip(signature.user_inputs, program.input_roles, strict=True))
+        self._stored = {
+            str(spec.target): spec.arg.name for spec in signature.input_specs if spec.target is not None
+        }
+        self._names |= {node: target for target, node in self._stored.items()}
+        self._places = {role: str(node) for role, node in given.items()}
+        # Lists, as splitting gives, are no values: their elements are.
+        kinds = (Tensor, torch.SymInt, torch.SymBool, int)
+        traced = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), kinds)]
+        self._places |= {self._name(node): node.name for node in traced}
+        self.nodes = tuple(self._node(node) for node in traced)
+        own = {node.name: self._name(node) for node in traced}
+        keys = {name: node for node, name in own.items()}
+        self.naming = Naming(keys, {}, {**own, **{name: name for name in self._places}})
+
+    def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        recorder = _Recorder(self.program.exported.graph_module, {self._places[name] for name in names})
+        inputs = {name: torch.from_numpy(value) for name, value in self.inputs.items()}
+        try:
+            with torch.inference_mode():
+                self.program.run(inputs, recorder)
+        except (RuntimeError, ValueError) as error:  # what torch raises where sizes do not fit
+            raise InputError(
+                f"Program {self.program.name!r} does not run on the inputs that the bundle recorded: {error}; is this "
+                "the model that the bundle was made of?"
+            ) from error
+        return {name: _array(recorder.found[self._places[name]]) for name in names}
+
+    def weight(self, name: str) -> NDArray[Any] | None:
+        if name not in self._stored:
+            return None
+        exported = self.program.exported
+        value = exported.constants[name] if name in exported.constants else exported.state_dict[name]
+        return _array(value)
+
+    def _name(self, node: fx.Node) -> str:
+        return self._names.get(node.name, node.name)
+
+    def _node(self, node: fx.Node) -> Node:
+        inputs = tuple(self._name(source) for source in node.all_input_nodes)
+        name = self._name(node)
+        return Node(node.name, str(node.target), module_path(node), passes_of(node), inputs, (name,))
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps some of the values it computes."""
+
+    def __init__(self, module: fx.GraphModule, wanted: Collection[str]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.wanted:
+            self.found[n.name] = value
+        return value
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """Tensors, and sizes, as numpy has them; bfloat16, which it has not, as float32."""
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().contiguous().numpy()

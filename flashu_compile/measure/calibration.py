@@ -1,0 +1,400 @@
+"""Calibration: run Programs over samples, measure what techniques need to know, and decide.
+
+Statistics are sums over samples, so memory does not grow with their number; samples, noise and ties are all
+determined by the seed. What is measured, per task:
+
+- Wanda scores of FFN neurons (FlashU, technique 1): ||X_j||_2 * sum_i |W_down[i, j]|, X = the input of the down
+  projection on every row that is computed: for t2i along the sampling trajectory of the unpruned model, both
+  guidance branches, padding left out; for mmu over the picture, the question and the model's own answer.
+- Layer importance (technique 3): 1 - mean cosine between what enters a layer and what leaves it; for t2i per phase
+  of the trajectory over the same rows, for mmu over the rows that predict the answer's tokens.
+- Norms of value vectors (technique 6) of image and text rows, per layer, for the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from flashu_compile.bundle.images import Picture, engine_pixels
+from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.bundle.noise import initial_noise
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.errors import CalibrationError, FlashuError, RecipeError
+from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap
+from flashu_compile.passes.analysis.attention import attention_sites
+from flashu_compile.passes.analysis.blocks import residual_blocks
+from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
+from flashu_compile.passes.analysis.span import visual_span
+from flashu_compile.program.program import Program, Role
+from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.plan import compile_plan
+from flashu_compile.recipe.recipe import Decisions, Phase
+from flashu_compile.runtime.sampler import prompt_pair, sample
+
+LLM = "llm"
+ANSWER_TOKENS = 16
+_CURVE_POINTS = 41
+
+Progress = Callable[[int, int], None]
+Rows = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What calibration decided for a task, and the figures it decided on (plain JSON values, for the report)."""
+
+    decisions: Decisions
+    figures: dict[str, Any]
+    scores: dict[str, dict[int, NDArray[np.float64]]]
+
+
+def wanda_scores(squares: Tensor, down: Tensor) -> NDArray[np.float64]:
+    """||X_j||_2 * sum_i |W[i, j]| float64 [ffn] from sums of squares [ffn] and the down projection [out, ffn]."""
+    return (squares.double().sqrt() * down.detach().double().abs().sum(0)).numpy()
+
+
+def keep_neurons(scores: NDArray[np.float64], ratio: float, multiple: int, where: str) -> NDArray[np.int64]:
+    """The neurons that stay, in rising order: the best (1 - ratio), rounded down to a multiple; ties keep the lower.
+
+    Raises `RecipeError` if nothing would stay.
+    """
+    width = len(scores)
+    count = math.floor((1 - ratio) * width + 1e-9) // multiple * multiple
+    if count == 0:
+        raise RecipeError(
+            f"Pruning {ratio:g} of the {width} neurons of {where} leaves less than one multiple of {multiple}; "
+            "lower the ratio or width_multiple."
+        )
+    return np.sort(np.argsort(-scores, kind="stable")[:count]).astype(np.int64)
+
+
+def skip_layers(importance: Sequence[float], ratio: float) -> tuple[int, ...]:
+    """The floor(n * ratio) least important layers in rising order; of equals, the lower index goes first."""
+    count = math.floor(len(importance) * ratio + 1e-9)
+    return tuple(sorted(int(i) for i in np.argsort(np.asarray(importance), kind="stable")[:count]))
+
+
+def score_curves(
+    scores: Mapping[str, Mapping[int, NDArray[np.float64]]],
+    kept: Mapping[str, Mapping[int, NDArray[np.int64]]],
+) -> dict[str, list[dict[str, Any]]]:
+    """How the scores of an FFN's neurons fall, for the report: by stack, an entry for each block that is cut.
+
+    `curve` holds the scores at equal distances from the best neuron to the worst, as shares of the best (three
+    digits); `width` neurons there were, and `kept` stay.
+    """
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for stack, blocks in kept.items():
+        for block, neurons in blocks.items():
+            falling = np.sort(scores[stack][block])[::-1]
+            places = np.linspace(0, len(falling) - 1, _CURVE_POINTS).round().astype(int)
+            curve = [float(f"{value:.2e}") for value in falling[places] / (falling[0] or 1.0)]
+            entry = {"block": block, "width": len(falling), "kept": len(neurons), "curve": curve}
+            curves.setdefault(stack, []).append(entry)
+    return curves
+
+
+class Statistics:
+    """Running sums over what a Recorder sees. `rows` picks the rows to count out of a value; set it before each run."""
+
+    def __init__(self, program: Program, stacks: Sequence[str]) -> None:
+        self.feed_forwards: list[FeedForward] = [f for s in stacks for f in feed_forwards(program, s)]
+        self.squares = {
+            (f.stack, f.block): torch.zeros(f.width, dtype=torch.float64) for f in self.feed_forwards
+        }
+        self.blocks = residual_blocks(program, LLM)
+        self.rows: Rows = lambda value: value.flatten(0, -2)
+        self.last_rows: Rows = self.rows
+        self.where = ""
+        self.reset_cosines()
+        self._entering: Tensor | None = None
+        self._weights = program.stored()
+
+    def reset_cosines(self) -> None:
+        self.cosines = torch.zeros(len(self.blocks), dtype=torch.float64)
+        self.counted = 0
+
+    def taps(self) -> dict[fx.Node, Tap]:
+        taps: dict[fx.Node, Tap] = {f.hidden: self._square(f) for f in self.feed_forwards}
+        taps[self.blocks[0].entry] = self._enter
+        return taps | {block.exit: self._leave(number) for number, block in enumerate(self.blocks)}
+
+    def _square(self, group: FeedForward) -> Tap:
+        def tap(value: Tensor) -> None:
+            total = self.rows(value).double().square().sum(0)
+            if not total.isfinite().all():
+                raise CalibrationError(
+                    f"The activations of FFN {group.block} of stack {group.stack!r} are not finite on {self.where}."
+                )
+            self.squares[group.stack, group.block] += total
+
+        return tap
+
+    def _enter(self, value: Tensor) -> None:
+        self._entering = value
+
+    def _leave(self, number: int) -> Tap:
+        def tap(value: Tensor) -> None:
+            assert self._entering is not None
+            before, after = self.last_rows(self._entering).double(), self.last_rows(value).double()
+            cosine = torch.cosine_similarity(before, after, dim=-1)
+            if not cosine.isfinite().all():
+                raise CalibrationError(
+                    f"The rows that leave LLM layer {number} are not finite on {self.where}."
+                )
+            self.cosines[number] += cosine.sum()
+            self.counted += len(cosine) if number == 0 else 0
+            self._entering = value
+
+        return tap
+
+    def importance(self) -> list[float]:
+        return (1 - self.cosines / self.counted).tolist()
+
+    def scores(self) -> dict[str, dict[int, NDArray[np.float64]]]:
+        result: dict[str, dict[int, NDArray[np.float64]]] = {}
+        for group in self.feed_forwards:
+            down = self._weights[group.down.all_input_nodes[1]]
+            scores = wanda_scores(self.squares[group.stack, group.block], down)
+            result.setdefault(group.stack, {})[group.block] = scores
+        return result
+
+
+def calibrate_t2i(
+    program: Program,
+    codec: PromptCodec,
+    facts: GenerationFacts,
+    config: T2IConfig,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Decide for t2i, from the trajectories of `prompts` through the captured denoise `program`.
+
+    `config` must be resolved (points, guidance scale and time shift given). The trajectory follows its guidance and
+    solver with nothing pruned, skipped or cached. Noise of prompt i is that of seed `seed + i`.
+
+    Raises `CalibrationError` if there are no prompts, one of them fails, or activations are not finite.
+    """
+    if not prompts:
+        raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
+    plain = dataclasses.replace(
+        config, ffn_pruning=0, semantic_pruning=0, head_pruning=0, full_ffn=0, layer_skipping=0,
+        head_cache=1, head_extrapolation=False,
+    )  # fmt: skip
+    plan = compile_plan(plain, Decisions())
+    statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
+    phases = _PhaseCosines(statistics, len(plan.steps), config.skipping_interval)
+    engine = RecordingEngine(Recorder(program, statistics.taps()), phases.before)
+    for index, prompt in enumerate(prompts):
+        statistics.where = f"prompt {index} ({prompt!r})"
+        phases.evaluation = 0
+        try:
+            noise = initial_noise(seed + index, 0, (1, *facts.latent_shape))
+            sample(engine, plan, prompt_pair(codec, facts, prompt), noise)
+        except CalibrationError:
+            raise
+        except FlashuError as error:
+            raise CalibrationError(f"Calibration failed on {statistics.where}: {error}") from error
+        if progress is not None:
+            progress(index + 1, len(prompts))
+    phases.close()
+    scores = statistics.scores()
+    kept = _kept(scores, config.pruning, config.width_multiple)
+    decisions = Decisions(kept, phases.decide(config.layer_skipping) if config.layer_skipping else ())
+    figures = {
+        "samples": len(prompts),
+        "layer_importance": phases.figures(),
+        "neuron_scores": score_curves(scores, kept),
+    }
+    return Calibrated(decisions, figures, scores)
+
+
+class _PhaseCosines:
+    """Splits the cosines of a trajectory into phases of `interval` evaluations, and selects the live rows of each."""
+
+    def __init__(self, statistics: Statistics, evaluations: int, interval: int) -> None:
+        self.statistics, self.evaluations, self.interval = statistics, evaluations, interval
+        self.evaluation = 0
+        count = -(-evaluations // interval)
+        blocks = len(statistics.blocks)
+        self.sums = torch.zeros(count, blocks, dtype=torch.float64)
+        self.rows = torch.zeros(count, dtype=torch.int64)
+        self._phase: int | None = None
+
+    def before(self, inputs: Mapping[str, Tensor]) -> None:
+        self.close()
+        self._phase = self.evaluation // self.interval
+        self.evaluation += 1
+        self.statistics.rows = self.statistics.last_rows = _live_rows(inputs)
+
+    def close(self) -> None:
+        """Book what the last evaluation gave."""
+        if self._phase is not None:
+            self.sums[self._phase] += self.statistics.cosines
+            self.rows[self._phase] += self.statistics.counted
+        self._phase = None
+        self.statistics.reset_cosines()
+
+    def importance(self) -> list[list[float]]:
+        return (1 - self.sums / self.rows[:, None]).tolist()
+
+    def starts(self) -> list[float]:
+        return [p * self.interval / self.evaluations for p in range(len(self.sums))]
+
+    def decide(self, ratio: float) -> tuple[Phase, ...]:
+        lists = [skip_layers(importance, ratio) for importance in self.importance()]
+        phases = zip(self.starts(), lists, strict=True)
+        return tuple(Phase(start, skipped) for start, skipped in phases)
+
+    def figures(self) -> list[dict[str, Any]]:
+        pairs = zip(self.starts(), self.importance(), strict=True)
+        return [{"start": start, "importance": importance} for start, importance in pairs]
+
+
+def _live_rows(inputs: Mapping[str, Tensor]) -> Rows:
+    """Rows of the text and the image span; padding before and everything after the image left out.
+
+    Stacks over image tokens alone have another number of rows, all of them live.
+    """
+    mask, tail = inputs[Role.PROMPT_MASK], inputs[Role.TAIL_IDS].shape[1]
+
+    def rows(value: Tensor) -> Tensor:
+        span = value.shape[1] - mask.shape[1] - tail
+        if span <= 0:
+            return value.flatten(0, 1)
+        live = torch.zeros(value.shape[:2], dtype=torch.bool)
+        live[:, : mask.shape[1]] = mask
+        live[:, mask.shape[1] : mask.shape[1] + span] = True
+        return value[live]
+
+    return rows
+
+
+def calibrate_mmu(
+    program: Program,
+    codec: PromptCodec,
+    facts: UnderstandingFacts,
+    config: MMUConfig,
+    questions: Sequence[tuple[Picture, str]],
+    *,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Decide for mmu, from the model's answers to `questions` (image and text) through the `understand` program.
+
+    Raises `CalibrationError` if there are no questions, one of them fails, or activations are not finite.
+    """
+    if not questions:
+        raise CalibrationError(
+            "Calibrating mmu needs pairs of an image and a question; the samples hold none."
+        )
+    statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
+    norms = _ValueNorms(program)
+    recorder = Recorder(program, statistics.taps() | norms.taps())
+    for index, (image, question) in enumerate(questions):
+        statistics.where = f"question {index} ({question!r})"
+        try:
+            pixels = torch.from_numpy(engine_pixels(image, facts.picture_size))
+            prefix = torch.tensor([codec.question_prefix()])
+            suffix = codec.question_suffix(question, facts.max_question_tokens)
+        except FlashuError as error:
+            raise CalibrationError(f"Calibration failed on {statistics.where}: {error}") from error
+        inputs: dict[str, Tensor] = {Role.PIXELS: pixels, Role.PREFIX_IDS: prefix}
+        answer = _greedy(program, inputs, suffix, codec.eos)
+        statistics.last_rows = _last_rows(len(answer) + 1)
+        recorder.record({**inputs, Role.SUFFIX_IDS: torch.tensor([suffix + answer])})
+        if progress is not None:
+            progress(index + 1, len(questions))
+    importance = statistics.importance()
+    scores = statistics.scores()
+    phases = (Phase(0.0, skip_layers(importance, config.layer_skipping)),) if config.layer_skipping else ()
+    kept = _kept(scores, config.pruning, config.width_multiple)
+    decisions = Decisions(kept, phases)
+    figures = {
+        "samples": len(questions),
+        "layer_importance": importance,
+        "neuron_scores": score_curves(scores, kept),
+        "value_norms": norms.figures(),
+    }
+    return Calibrated(decisions, figures, scores)
+
+
+def _last_rows(count: int) -> Rows:
+    return lambda value: value[:, -count:].flatten(0, 1)
+
+
+@torch.inference_mode()
+def _greedy(program: Program, inputs: Mapping[str, Tensor], suffix: list[int], eos: int) -> list[int]:
+    recorder = Recorder(program, {})
+    answer: list[int] = []
+    while len(answer) < ANSWER_TOKENS:
+        row = {**inputs, Role.SUFFIX_IDS: torch.tensor([suffix + answer])}
+        token = int(recorder.record(row)[Role.LOGITS][0].argmax())
+        if token == eos:
+            break
+        answer.append(token)
+    return answer
+
+
+class _ValueNorms:
+    """Mean L2 norm of the value vectors (all kv heads together) of image and of text rows, per LLM layer."""
+
+    def __init__(self, program: Program) -> None:
+        self._sites = attention_sites(program, LLM)
+        self._span = visual_span(program)
+        self._before = dict.fromkeys(self._span.before, 0)
+        self._sums = {(site.block, kind): [0.0, 0] for site in self._sites for kind in ("image", "text")}
+
+    def taps(self) -> dict[fx.Node, Tap]:
+        taps: dict[fx.Node, Tap] = {site.value: self._norms(site.block) for site in self._sites}
+        return taps | {segment: self._measure(segment) for segment in self._before}
+
+    def _measure(self, segment: fx.Node) -> Tap:
+        def tap(value: Tensor) -> None:
+            self._before[segment] = value.shape[self._span.axis]
+
+        return tap
+
+    def _norms(self, block: int) -> Tap:
+        def tap(value: Tensor) -> None:
+            norms = value.double().square().sum((1, 3)).sqrt()[0]
+            start = sum(self._before.values())
+            image = slice(start, start + self._span.length)
+            parts = {"image": norms[image], "text": torch.cat([norms[: image.start], norms[image.stop :]])}
+            for kind, part in parts.items():
+                sums = self._sums[block, kind]
+                sums[0] += part.sum().item()
+                sums[1] += len(part)
+
+        return tap
+
+    def figures(self) -> list[dict[str, float]]:
+        return [
+            {
+                kind: self._sums[site.block, kind][0] / self._sums[site.block, kind][1]
+                for kind in ("image", "text")
+            }
+            for site in self._sites
+        ]
+
+
+def _kept(
+    scores: Mapping[str, Mapping[int, NDArray[np.float64]]], ratios: Mapping[str, float], multiple: int
+) -> dict[str, dict[int, NDArray[np.int64]]]:
+    return {
+        stack: {
+            block: keep_neurons(values, ratios[stack], multiple, f"FFN {block} of stack {stack!r}")
+            for block, values in blocks.items()
+        }
+        for stack, blocks in scores.items()
+        if ratios[stack] > 0
+    }

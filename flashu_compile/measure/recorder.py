@@ -1,0 +1,64 @@
+"""Running Programs in PyTorch while watching some of their values, for calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
+from flashu_compile.program.program import Program
+
+Tap = Callable[[Tensor], None]
+
+
+class Recorder(fx.Interpreter):
+    """Runs a program and hands the value of every node in `taps` to its tap, in graph order.
+
+    `overrides` replaces what a node computes by a given value, such as other embeddings for the rows of a stack.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        taps: Mapping[fx.Node, Tap],
+        overrides: Mapping[fx.Node, Tensor] | None = None,
+    ) -> None:
+        super().__init__(program.exported.graph_module)
+        self.program = program
+        self._taps = {node.name: tap for node, tap in taps.items()}
+        self._overrides = {node.name: value for node, value in (overrides or {}).items()}
+
+    @torch.inference_mode()
+    def record(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on inputs by role; outputs by role."""
+        return self.program.run(inputs, self)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self._overrides[n.name] if n.name in self._overrides else super().run_node(n)
+        tap = self._taps.get(n.name)
+        if tap is not None:
+            tap(value)
+        return value
+
+
+class RecordingEngine:
+    """A Recorder as the sampler's engine of every name. `before` is called ahead of each evaluation with its inputs."""
+
+    def __init__(self, recorder: Recorder, before: Callable[[Mapping[str, Tensor]], None]) -> None:
+        self._recorder, self._before = recorder, before
+        program = recorder.program
+        given = [TensorSpec(str(role), str(v.dtype), tuple(v.shape)) for role, v in program.sample.items()]
+        self.spec = EngineSpec(program.name, program.task, "", tuple(given), (), "")
+
+    def engine(self, name: str) -> RecordingEngine:
+        return self
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        values = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+        self._before(values)
+        return {role: value.numpy() for role, value in self._recorder.record(values).items()}

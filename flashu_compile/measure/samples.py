@@ -1,0 +1,107 @@
+"""CalibrationSamples: the prompts and questions from which calibration takes its statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashu_compile.bundle.images import Picture
+from flashu_compile.errors import CalibrationError
+
+DEFAULT_SAMPLES = 20
+_WAYS = (
+    "a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with 'prompts' and 'questions', "
+    "or the path of a JSON file with these"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSamples:
+    """`prompts` for t2i; `questions` for mmu, as (image, question) pairs; an image is whatever `ask` takes."""
+
+    prompts: tuple[str, ...] = ()
+    questions: tuple[tuple[Picture, str], ...] = ()
+
+    def chosen(self, count: int, seed: int) -> CalibrationSamples:
+        """At most `count` of each, in their order; which ones follows from `seed`."""
+        return CalibrationSamples(
+            tuple(_choose(self.prompts, count, seed)), tuple(_choose(self.questions, count, seed))
+        )
+
+    def held_out(self, count: int, seed: int) -> CalibrationSamples:
+        """Those that `chosen` leaves out."""
+        return CalibrationSamples(
+            tuple(_choose(self.prompts, count, seed, others=True)),
+            tuple(_choose(self.questions, count, seed, others=True)),
+        )
+
+
+def calibration_samples(value: object) -> CalibrationSamples:
+    """Whatever a user may give for `calibration`, as CalibrationSamples.
+
+    In a JSON file, `questions` is a list of {"image": path relative to the file, "question": text}.
+    Raises `CalibrationError` on anything else, and on an empty set.
+    """
+    if isinstance(value, CalibrationSamples):
+        samples = value
+    elif isinstance(value, str | Path):
+        samples = _from_file(Path(value))
+    elif isinstance(value, Mapping):
+        samples = _from_mapping(value, "calibration", None)
+    elif isinstance(value, Sequence):
+        texts = all(isinstance(item, str) for item in value)
+        samples = _from_mapping({"prompts" if texts else "questions": value}, "calibration", None)
+    else:
+        raise CalibrationError(f"calibration must be {_WAYS}, not {type(value).__name__}.")
+    if not samples.prompts and not samples.questions:
+        raise CalibrationError(f"The calibration set is empty; give {_WAYS}.")
+    return samples
+
+
+def _from_file(path: Path) -> CalibrationSamples:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"Calibration samples could not be read from {path}: {error}.") from error
+    if not isinstance(data, Mapping):
+        raise CalibrationError(f"{path} must hold a JSON object with 'prompts' and 'questions'.")
+    return _from_mapping(data, str(path), path.parent)
+
+
+def _from_mapping(data: Mapping[Any, Any], where: str, folder: Path | None) -> CalibrationSamples:
+    unknown = sorted(set(map(str, data)) - {"prompts", "questions"})
+    if unknown:
+        raise CalibrationError(f"{where} has no entry {unknown[0]!r}; it has 'prompts' and 'questions'.")
+    prompts = data.get("prompts", ())
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise CalibrationError(f"{where}: 'prompts' must be a list of strings.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise CalibrationError(f"{where}: prompt {index} is not a string but {type(prompt).__name__}.")
+    questions = data.get("questions", ())
+    if isinstance(questions, str) or not isinstance(questions, Sequence):
+        raise CalibrationError(f"{where}: 'questions' must be a list of (image, question) pairs.")
+    pairs = tuple(_pair(item, index, where, folder) for index, item in enumerate(questions))
+    return CalibrationSamples(tuple(prompts), pairs)
+
+
+def _pair(item: Any, index: int, where: str, folder: Path | None) -> tuple[Picture, str]:
+    if isinstance(item, Mapping):
+        item = (item.get("image"), item.get("question"))
+    if not isinstance(item, Sequence) or len(item) != 2 or item[0] is None or not isinstance(item[1], str):
+        raise CalibrationError(f"{where}: question {index} must be a pair of an image and a question.")
+    image, question = item
+    if folder is not None and isinstance(image, str):
+        image = folder / image
+    return image, question
+
+
+def _choose(items: Sequence[Any], count: int, seed: int, *, others: bool = False) -> list[Any]:
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    chosen = set(range(len(items)) if len(items) <= count else order[:count])
+    return [item for index, item in enumerate(items) if (index in chosen) is not others]

@@ -1,0 +1,190 @@
+"""How much each linear layer of a program loses in int8, measured on calibration data.
+
+Every layer is computed twice on the values that reach it in float32: in float32 and in int8. Its error is the
+relative L2 distance of the two over all rows of all samples, so that errors of earlier layers do not count. Layers
+whose error is above `LIMIT` stay in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from flashu_compile.bundle.images import Picture, engine_pixels
+from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.bundle.noise import initial_noise
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.compiler.bundle_facts import generation_facts, understanding_facts
+from flashu_compile.compiler.captured import CapturedModel, Steps
+from flashu_compile.exporters.precision import Precision
+from flashu_compile.measure.recorder import Recorder, RecordingEngine
+from flashu_compile.measure.samples import CalibrationSamples
+from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
+from flashu_compile.passes.editing import GraphEditor, stack_of
+from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
+from flashu_compile.program.program import Program, Role
+from flashu_compile.recipe.plan import compile_plan
+from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.runtime.sampler import prompt_pair, sample
+
+#: The largest relative error of a layer that is computed in int8.
+LIMIT = 0.05
+#: How many prompts and questions it is measured on; a layer sees hundreds of rows of each.
+SAMPLES = 3
+_POINTS = 8  # of the trajectory that is looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearError:
+    """`weight`: its name in the checkpoint. `part`: the stack it lies in, or "other". `error`: relative L2."""
+
+    weight: str
+    part: str
+    error: float
+
+    @property
+    def sensitive(self) -> bool:
+        # Not `error > LIMIT`: a NaN is sensitive too.
+        return not self.error <= LIMIT
+
+
+def generation_errors(
+    program: Program, codec: PromptCodec, facts: GenerationFacts, recipe: Recipe, prompts: Sequence[str]
+) -> tuple[LinearError, ...]:
+    """On trajectories of the captured generation step; on its own sample if there are no prompts.
+
+    `recipe` must be resolved; trajectories have its guidance, a few points, and nothing cut.
+    """
+    watch = _Watch(program)
+    if not prompts:
+        watch.record(program.sample)
+    config = recipe.t2i
+    plain = type(config)(points=_POINTS, guidance_scale=config.guidance_scale, time_shift=config.time_shift)
+    plan = compile_plan(plain, Decisions())
+    for index, prompt in enumerate(prompts):
+        noise = initial_noise(index, 0, (1, *facts.latent_shape))
+        sample(RecordingEngine(watch, lambda _: None), plan, prompt_pair(codec, facts, prompt), noise)
+    return watch.errors()
+
+
+def understanding_errors(
+    program: Program,
+    codec: PromptCodec,
+    facts: UnderstandingFacts,
+    questions: Sequence[tuple[Picture, str]],
+) -> tuple[LinearError, ...]:
+    """On pictures and questions through the captured understanding forward; on its own sample if there are none."""
+    watch = _Watch(program)
+    if not questions:
+        watch.record(program.sample)
+    for image, question in questions:
+        suffix = codec.question_suffix(question, facts.max_question_tokens)
+        watch.record(
+            {
+                Role.PIXELS: torch.from_numpy(engine_pixels(image, facts.picture_size)),
+                Role.PREFIX_IDS: torch.tensor([codec.question_prefix()]),
+                Role.SUFFIX_IDS: torch.tensor([suffix]),
+            }
+        )
+    return watch.errors()
+
+
+def measured_precision(
+    precision: Precision,
+    source: CapturedModel,
+    tasks: tuple[str, ...],
+    recipe: Recipe,
+    samples: CalibrationSamples | None,
+    tell: Steps,
+) -> tuple[Precision, dict[str, Any]]:
+    """The precision with the layers that stay in float32 where it has int8, and the report's entry `int8`, if any."""
+    if not precision.has_int8:
+        return precision, {}
+    loaded, captured = source.loaded, source.of(tasks)
+    codec, errors = PromptCodec(loaded.tokenizer), {}
+    prompts = samples.prompts[:SAMPLES] if samples else ()
+    questions = samples.questions[:SAMPLES] if samples else ()
+    tell("measuring what layers lose in int8")
+    if "t2i" in tasks:
+        program, facts = captured["denoise"].program, generation_facts(loaded)
+        errors["t2i"] = generation_errors(program, codec, facts, recipe, prompts)
+    if "mmu" in tasks:
+        understand = captured["understand"].program
+        errors["mmu"] = understanding_errors(understand, codec, understanding_facts(loaded), questions)
+    sensitive = {
+        task: frozenset(layer.weight for layer in layers if layer.sensitive)
+        for task, layers in errors.items()
+    }
+    on = {"t2i": len(prompts), "mmu": len(questions)}
+    told = report(errors, precision.parts, {task: on[task] for task in errors})
+    return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}
+
+
+class _Watch(Recorder):
+    """Runs a program and sums, for every layer that can be int8, the squares of its values and of their errors."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, {})
+        editor = GraphEditor(program)
+        linears = editor.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+        self._layers = {n.name: n for n in linears if is_quantizable(editor, n)}
+        self._names = {name: weight_name(editor, node) for name, node in self._layers.items()}
+        self._weights = {name: quantized_weight(_stored(editor, node)) for name, node in self._layers.items()}
+        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._layers:
+            (x, _, *rest), _ = self.fetch_args_kwargs_from_env(n)
+            bias = rest[0] if rest else None
+            short = INT8_LINEAR(*QUANTIZE(x), *self._weights[n.name], bias)
+            sums = self._sums[n.name]
+            sums[0] += (short - value).double().square().sum().item()
+            sums[1] += value.double().square().sum().item()
+        return value
+
+    def errors(self) -> tuple[LinearError, ...]:
+        """In graph order; of layers that share a weight, the largest."""
+        found: dict[str, LinearError] = {}
+        for name, node in self._layers.items():
+            off, size = self._sums[name]
+            error = float(f"{math.sqrt(off / size) if size else 0.0:.2e}")
+            weight = self._names[name]
+            if weight not in found or error > found[weight].error:
+                found[weight] = LinearError(weight, stack_of(self.program, node) or "other", error)
+        return tuple(found.values())
+
+
+def _stored(editor: GraphEditor, node: fx.Node) -> Tensor:
+    weight = editor.stored(node.args[1])  # type: ignore[arg-type]
+    assert weight is not None
+    return weight.detach()
+
+
+def report(
+    errors: Mapping[str, Sequence[LinearError]], parts: Mapping[str, str], samples: Mapping[str, int]
+) -> dict[str, Any]:
+    """The report's entry `int8`: the limit; by task the number of samples (0: random values), every part and layer."""
+    tasks = {}
+    for task, layers in errors.items():
+        meant = [layer for layer in layers if parts[layer.part] == "int8"]
+        tasks[task] = {
+            "samples": samples[task],
+            "parts": dict(_parts(meant)),
+            "layers": [{**dataclasses.asdict(layer), "sensitive": layer.sensitive} for layer in meant],
+        }
+    return {"limit": LIMIT, "tasks": tasks}
+
+
+def _parts(layers: Sequence[LinearError]) -> Iterator[tuple[str, dict[str, float]]]:
+    for part in dict.fromkeys(layer.part for layer in layers):
+        errors = [layer.error for layer in layers if layer.part == part]
+        sensitive = sum(layer.sensitive for layer in layers if layer.part == part)
+        mean = float(f"{math.sqrt(sum(e * e for e in errors) / len(errors)):.2e}")
+        yield part, {"layers": len(errors), "sensitive": sensitive, "mean": mean, "worst": max(errors)}

@@ -1,0 +1,67 @@
+"""torch.export front end: a module whose inputs and outputs have roles → a Program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from flashu_compile.errors import CaptureError
+from flashu_compile.program.program import BATCH, Input, Program
+
+#: Bounds of dynamic dimensions. One row of text or more; upper bounds only keep symbols finite.
+_BOUNDS = {BATCH: (1, 1024)}
+_DEFAULT_BOUNDS = (2, 65536)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """What to trace: a module taking `inputs` and returning a tuple of `outputs`, in these orders."""
+
+    name: str
+    task: str
+    module: nn.Module
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    stacks: Mapping[str, str]
+    sample: Mapping[str, Tensor]
+
+
+def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Tensor]) -> ExportedProgram:
+    """Export `module` with the dynamic dimensions of `inputs`, in the form analyses and passes read.
+
+    Decomposing with an empty table inlines what export wraps (autograd guards) and keeps `linear` and
+    `scaled_dot_product_attention` whole.
+    """
+    dims: dict[str, Dim] = {}
+    for axis in {axis for i in inputs for axis in i.axes if axis is not None}:
+        low, high = _BOUNDS.get(axis, _DEFAULT_BOUNDS)
+        dims[axis] = Dim(axis, min=low, max=high)
+    shapes = tuple(
+        {n: dims[axis] for n, axis in enumerate(i.axes) if axis is not None} or None for i in inputs
+    )
+    arguments = tuple(sample[i.role] for i in inputs)
+    # Guards on strides of grouped heads cannot be decided for a dynamic batch; deferring them keeps it dynamic.
+    with torch.no_grad():
+        exported = torch.export.export(
+            module,
+            arguments,
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        return exported.run_decompositions({})
+
+
+def capture(spec: Capture) -> Program:
+    """Trace a Capture. Raises `CaptureError` naming it when torch.export cannot."""
+    try:
+        exported = trace(spec.module, spec.inputs, spec.sample)
+    except Exception as error:  # torch.export raises many unrelated types
+        raise CaptureError(
+            f"torch.export could not capture {spec.task} program {spec.name!r}: {error}"
+        ) from error
+    return Program(spec.name, spec.task, exported, spec.inputs, spec.outputs, spec.stacks, spec.sample)

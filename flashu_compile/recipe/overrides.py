@@ -1,0 +1,127 @@
+"""Single parameters of a recipe given as texts, such as `t2i.head_cache=1` on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.recipe.config import T2IConfig, TaskConfig
+from flashu_compile.recipe.recipe import TASKS, Decisions, Recipe
+
+_KINDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number such as 0.3 or 10/34",
+    str: "a text",
+    tuple: "JSON such as [[0, 0.75], [0.7, 1]]",
+}
+
+
+def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """`recipe` with parameters set by texts `TASK.FIELD=VALUE`; of several for one field the last holds.
+
+    A value is read by its field's type: a number may be a fraction, `none` takes the model's own, lists are JSON.
+    What changed is added to the recipe's name. Decisions that rest on a changed parameter are left out, so that they
+    are taken anew: an old choice of neurons says nothing about another ratio.
+
+    Raises `ConfigurationError` that names the setting, and what its task has where it has no such field.
+    """
+    values: dict[str, dict[str, Any]] = {task: {} for task in TASKS}
+    for setting in settings:
+        task, field, value = _parse(recipe, setting)
+        values[task][field] = value
+    configs: dict[str, Any] = {task: _replaced(recipe.config(task), task, values[task]) for task in TASKS}
+    changes = [
+        f"{task}.{field}={_text(getattr(configs[task], field))}"
+        for task, fields in values.items()
+        for field in fields
+        if getattr(configs[task], field) != getattr(recipe.config(task), field)
+    ]
+    if not changes:
+        return recipe
+    decisions = {
+        task: _still_good(decided, recipe.config(task), configs[task])
+        for task, decided in recipe.decisions.items()
+    }
+    return dataclasses.replace(
+        recipe, name=f"{recipe.name} with {', '.join(changes)}", decisions=decisions, **configs
+    )
+
+
+def _parse(recipe: Recipe, setting: str) -> tuple[str, str, Any]:
+    """Task, field and value of a setting."""
+    target, equals, text = (part.strip() for part in setting.partition("="))
+    task, dot, field = target.partition(".")
+    if not equals or not dot or task not in TASKS:
+        raise ConfigurationError(
+            f"Setting {setting!r} must read TASK.FIELD=VALUE with a task of {', '.join(TASKS)}, "
+            "such as t2i.head_cache=1."
+        )
+    kinds = typing.get_type_hints(type(recipe.config(task)))
+    if field not in kinds:
+        known = ", ".join(f.name for f in dataclasses.fields(recipe.config(task)))
+        raise ConfigurationError(f"Setting {setting!r}: {task} has no field {field!r}; it has: {known}.")
+    return task, field, _value(text, kinds[field], setting)
+
+
+def _value(text: str, hint: Any, setting: str) -> Any:
+    """`text` as a value of type `hint`."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    optional = types.NoneType in choices
+    if optional and text.lower() == "none":
+        return None
+    kind = next(typing.get_origin(c) or c for c in choices if c is not types.NoneType)
+    try:
+        return _READERS[kind](text)
+    except (ValueError, ZeroDivisionError, RecursionError) as error:
+        expected = _KINDS[kind] + (" or none" if optional else "")
+        raise ConfigurationError(f"Setting {setting!r}: {text!r} is not {expected}.") from error
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _number(text: str) -> float:
+    numerator, slash, denominator = text.partition("/")
+    return float(numerator) / float(denominator) if slash else float(text)
+
+
+_READERS: dict[Any, Any] = {bool: _truth, int: int, float: _number, str: str, tuple: json.loads}
+
+
+def _replaced(config: TaskConfig, task: str, values: dict[str, Any]) -> TaskConfig:
+    """All at once, since some parameters are allowed only beside others."""
+    try:
+        return dataclasses.replace(config, **values)
+    except ConfigurationError as error:
+        given = ", ".join(f"{task}.{field}" for field in values)
+        raise ConfigurationError(f"Setting {given}: {error}") from error
+
+
+def _still_good(decided: Decisions, old: TaskConfig, new: TaskConfig) -> Decisions:
+    """The decisions that do not rest on what differs between two configurations."""
+    same = {
+        stack
+        for stack, share in new.pruning.items()
+        if share == old.pruning[stack] and new.width_multiple == old.width_multiple
+    }
+    same_skipping = new.layer_skipping == old.layer_skipping
+    if isinstance(old, T2IConfig) and isinstance(new, T2IConfig):
+        same_skipping = same_skipping and new.skipping_interval == old.skipping_interval
+    return Decisions(
+        {stack: blocks for stack, blocks in decided.kept_neurons.items() if stack in same},
+        decided.phases if same_skipping else (),
+        {stack: blocks for stack, blocks in decided.kept_widths.items() if stack in same},
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

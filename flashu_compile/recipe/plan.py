@@ -1,0 +1,198 @@
+"""The StepPlan of a text-to-image run: one row per network evaluation. Data only; the sampler follows it.
+
+`compile_plan` makes it from a recipe's parameters and decisions. The rules, for evaluation k = 0 … n − 1, which is
+step s = k + 1 in the published code's counting:
+
+- Full: `full_ffn` of the evaluations, at one end of the trajectory, run the engine `denoise`, which is the whole
+  network. There is no head cache on them, nor left from them.
+- Cache: otherwise, with `head_cache` T above 1, a step computes if T divides s or there is no cache it can use, and
+  stores the head's features only if T divides s. All other steps run the engine `reuse` on what was stored last.
+  What was stored from one guidance branch is of no use to a step that needs the other.
+- Layers: a step that computes skips the layers of the phase that holds at k / n.
+- Guidance: the scale is s0 times the factor that holds at k / n, or 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
+from flashu_compile.recipe.config import LARGEST_SCALE, T2IConfig
+from flashu_compile.recipe.recipe import Decisions
+
+DENOISE, REUSE = "denoise", "reuse"
+_TOLERANCE = 1e-9  # of k / n against a share of the trajectory that was computed as another quotient
+
+Value = TypeVar("Value")
+
+
+def time_grid(points: int, shift: float) -> list[float]:
+    """The sampler's times: `points` equal steps from 0 (noise) to 1 (data), warped by t / (t + shift - shift t)."""
+    uniform = (index / (points - 1) for index in range(points))
+    return [t / (t + shift - shift * t) for t in uniform]
+
+
+def branches(guidance_scale: float) -> tuple[int, ...]:
+    """The guidance branches that a scale needs: 0 the prompt, 1 the empty prompt. At 1 and at 0 one is enough."""
+    return {1.0: (0,), 0.0: (1,)}.get(guidance_scale, (0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One evaluation: at time `t` run `engine`, guide with `guidance_scale`, advance the latents by `dt`.
+
+    `store`: keep the head's features of this step for those that reuse them. `extrapolate`: on a step that reuses,
+    continue the line through the two features stored last to `t`, instead of taking the last as they are.
+    """
+
+    t: float
+    dt: float
+    guidance_scale: float
+    engine: str
+    store: bool = False
+    extrapolate: bool = False
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """The rows of the text that take part in this step."""
+        return branches(self.guidance_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """The whole trajectory. `points` counts time points: there are `points - 1` evaluations."""
+
+    points: int
+    time_shift: float
+    solver: str
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> StepPlan:
+        """Inverse of `to_json`. Raises `BundleError` on malformed text."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            return cls(**{**data, "steps": tuple(Step(**row) for row in data["steps"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"The step plan is damaged: {error!r}; build the bundle again.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A specialised denoise engine: whether its FFNs are pruned, and the LLM blocks it leaves out."""
+
+    pruned: bool = False
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        layers = f"_skip{'-'.join(map(str, self.skipped))}" if self.skipped else ""
+        return DENOISE + ("_pruned" if self.pruned else "") + layers
+
+
+def variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
+    """Every denoise engine that a plan of these parameters and decisions may run, whatever its number of points."""
+    decided = decisions.under(config)
+    specialised = [Variant(_pruned(decided), phase.skipped) for phase in decided.phases]
+    found = [Variant(), *(specialised or [Variant(_pruned(decided))])]
+    return tuple(dict.fromkeys(found))
+
+
+def engines_needed(plan: StepPlan) -> tuple[str, ...]:
+    """The engines the plan runs, in the order of their first use."""
+    return tuple(dict.fromkeys(step.engine for step in plan.steps))
+
+
+def compile_plan(
+    config: T2IConfig,
+    decisions: Decisions | None = None,
+    *,
+    points: int | None = None,
+    guidance_scale: float | None = None,
+) -> StepPlan:
+    """The plan that the rules above give. `points` and `guidance_scale` (s0) take the place of the config's.
+
+    Raises `RecipeError` if the config asks for something the decisions lack, `ConfigurationError` if points, scale
+    or time shift are neither in the config nor given, or out of range.
+    """
+    given: dict[str, Any] = {"points": points, "guidance_scale": guidance_scale}
+    config = dataclasses.replace(config, **{n: value for n, value in given.items() if value is not None})
+    if config.points is None or config.guidance_scale is None or config.time_shift is None:
+        raise ConfigurationError(
+            "A plan needs points, guidance_scale and time_shift; set them in the recipe, or resolve it for a model."
+        )
+    decided = (decisions or Decisions()).under(config)
+    undecided = decided.undecided(config)
+    if undecided:
+        raise RecipeError(
+            f"The recipe asks for {' and '.join(undecided)} but nothing is decided about it; calibrate it first."
+        )
+    times = time_grid(config.points, config.time_shift)
+    rows = zip(itertools.pairwise(times), _engines(config, decided, config.points - 1), strict=True)
+    steps = tuple(Step(t, following - t, **row) for (t, following), row in rows)
+    return StepPlan(config.points, config.time_shift, config.solver, steps)
+
+
+def uniform_plan(points: int, guidance_scale: float, time_shift: float, engine: str = DENOISE) -> StepPlan:
+    """Every step runs the same engine at the same guidance scale: the published sampler.
+
+    Raises `ConfigurationError` if `points` < 2, or a scale or shift is not a finite number of the right sign.
+    """
+    plan = compile_plan(T2IConfig(points, guidance_scale, time_shift))
+    return dataclasses.replace(
+        plan, steps=tuple(dataclasses.replace(step, engine=engine) for step in plan.steps)
+    )
+
+
+def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str, Any]]:
+    """What each of `count` evaluations runs: the fields of its `Step` but t and dt."""
+    length = round(config.full_ffn * count)
+    full = range(length) if config.full_ffn_at == "first" else range(count - length, count)
+    phases = [(phase.start, phase.skipped) for phase in decided.phases] or [(0.0, ())]
+    # The branches of each cache stored so far. Full evaluations, at either end, find none and leave none.
+    stored: list[frozenset[int]] = []
+    rows: list[dict[str, Any]] = []
+    for k in range(count):
+        scale = _scale(config, k, count)
+        row: dict[str, Any] = {"guidance_scale": scale, "engine": DENOISE}
+        rows.append(row)
+        if k in full:
+            continue
+        needed = frozenset(branches(scale))
+        due = config.head_cache > 1 and (k + 1) % config.head_cache == 0
+        if stored and needed <= stored[-1] and not due:
+            two = len(stored) > 1 and needed <= stored[-2]
+            row |= {"engine": REUSE, "extrapolate": config.head_extrapolation and two}
+        else:
+            skipped = _in_force(phases, k / count)
+            row |= {"engine": Variant(_pruned(decided), skipped).name, "store": due}
+            if due:
+                stored.append(needed)
+    return rows
+
+
+def _scale(config: T2IConfig, k: int, count: int) -> float:
+    assert config.guidance_scale is not None  # `compile_plan` has seen to it
+    factor = _in_force(config.guidance, k / count)
+    scale = 1.0 if factor is None else factor * config.guidance_scale
+    if scale > LARGEST_SCALE:
+        raise ConfigurationError(
+            f"The guidance scale of evaluation {k + 1} is {scale:g}; it must be at most {LARGEST_SCALE:g}."
+        )
+    return scale
+
+
+def _pruned(decided: Decisions) -> bool:
+    return any(decided.kept_widths.values())
+
+
+def _in_force(entries: Sequence[tuple[float, Value]], share: float) -> Value:
+    """The value of the last entry that has begun at `share` of the trajectory; the first begins at 0."""
+    return [value for start, value in entries if start <= share + _TOLERANCE][-1]

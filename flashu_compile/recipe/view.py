@@ -1,0 +1,137 @@
+"""Recipes for people: a table of one, and what differs between two."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from flashu_compile.recipe.config import Guidance, MMUConfig, T2IConfig, TaskConfig
+from flashu_compile.recipe.recipe import TASKS, Decisions, Phase, Recipe
+
+COLUMNS = ("technique", *TASKS)
+_NOT_THERE = "–"  # the technique does not exist for the task
+
+
+def recipe_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """One row a technique, in the order of `COLUMNS`."""
+    t2i, mmu = recipe.t2i, recipe.mmu
+    decided = {task: recipe.decided(task) for task in TASKS}
+    return [
+        ("time points", _own(t2i.points), _NOT_THERE),
+        ("guidance scale s0", _own(t2i.guidance_scale), _NOT_THERE),
+        ("guidance", _guidance(t2i.guidance), _NOT_THERE),
+        ("time shift", _own(t2i.time_shift), _NOT_THERE),
+        ("solver", t2i.solver, _NOT_THERE),
+        ("FFN pruning", _pruning(t2i, decided["t2i"]), _pruning(mmu, decided["mmu"])),
+        ("full evaluations", _full(t2i), _NOT_THERE),
+        ("layer skipping", _skipping(t2i, decided["t2i"]), _skipping(mmu, decided["mmu"])),
+        ("head cache", _cache(t2i), _NOT_THERE),
+        ("token pruning", _NOT_THERE, _tokens(mmu)),
+    ]
+
+
+def diff(a: Recipe, b: Recipe) -> list[str]:
+    """What changes from recipe `a` to `b`, a line each; none if they are equal."""
+    lines = [] if a.name == b.name else [f"name: {a.name} → {b.name}"]
+    for task in TASKS:
+        before, after = a.config(task), b.config(task)
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if old != new:
+                lines.append(f"{task}.{field.name}: {_value(old)} → {_value(new)}")
+        decisions = [recipe.decisions.get(task, Decisions()) for recipe in (a, b)]
+        lines.extend(f"{task}, {line}" for line in _changes(*decisions))
+    return lines
+
+
+def _changes(a: Decisions, b: Decisions) -> Iterator[str]:
+    for stack in sorted(a.kept_widths.keys() | b.kept_widths.keys()):
+        old, new = a.kept_widths.get(stack), b.kept_widths.get(stack)
+        if old is None or new is None:
+            yield f"stack {stack}: {_widths(old)} → {_widths(new)}"
+            continue
+        for block in sorted(old.keys() | new.keys()):
+            line = _block_change(a, b, stack, block)
+            if line:
+                yield f"stack {stack}, block {block}: {line}"
+    if a.phases != b.phases:
+        yield f"skipped layers: {_phases(a.phases)} → {_phases(b.phases)}"
+
+
+def _block_change(a: Decisions, b: Decisions, stack: str, block: int) -> str:
+    widths = [str(d.kept_widths[stack].get(block, "all")) for d in (a, b)]
+    before, after = (d.kept_neurons.get(stack, {}).get(block) for d in (a, b))
+    if before is None or after is None:
+        return "" if widths[0] == widths[1] else f"keeps {widths[0]} → {widths[1]} neurons"
+    if np.array_equal(before, after):
+        return ""
+    common = len(np.intersect1d(before, after))
+    return f"keeps {widths[0]} → {widths[1]} neurons, {common} of them the same"
+
+
+def _own(value: float | None) -> str:
+    return "the model's own" if value is None else f"{value:g}"
+
+
+def _value(value: object) -> str:
+    return "the model's own" if value is None else str(value)
+
+
+def _guidance(guidance: Guidance) -> str:
+    texts = []
+    for start, factor in guidance:
+        what = "off" if factor is None else "s0" if factor == 1 else f"{factor:g} s0"
+        texts.append(what if start == 0 else f"{what} from {start:.0%}")
+    return ", ".join(texts)
+
+
+def _pruning(config: TaskConfig, decided: Decisions) -> str:
+    texts = []
+    for stack, share in config.pruning.items():
+        if share > 0:
+            texts.append(f"{share:.0%} of {stack}: {_widths(decided.kept_widths.get(stack))}")
+    return "; ".join(texts) or "off"
+
+
+def _widths(widths: Mapping[int, int] | None) -> str:
+    if widths is None:
+        return "undecided"
+    if not widths:
+        return "nothing to prune"
+    low, high = min(widths.values()), max(widths.values())
+    kept = f"{low}" if low == high else f"{low} to {high}"
+    return f"{kept} neurons kept in {len(widths)} block{'s' * (len(widths) > 1)}"
+
+
+def _skipping(config: TaskConfig, decided: Decisions) -> str:
+    if config.layer_skipping == 0:
+        return "off"
+    return f"{config.layer_skipping:.0%}: {_phases(decided.phases)}"
+
+
+def _phases(phases: Sequence[Phase]) -> str:
+    if not phases:
+        return "undecided"
+    texts = []
+    for phase in phases:
+        layers = ", ".join(map(str, phase.skipped)) or "none"
+        texts.append(layers if phase.start == 0 else f"{layers} from {phase.start:.1%}")
+    return "; ".join(texts)
+
+
+def _full(config: T2IConfig) -> str:
+    return f"the {config.full_ffn_at} {config.full_ffn:.0%}" if config.full_ffn > 0 else "off"
+
+
+def _cache(config: T2IConfig) -> str:
+    if config.head_cache == 1:
+        return "off"
+    return f"every {config.head_cache}" + (", extrapolated" if config.head_extrapolation else "")
+
+
+def _tokens(config: MMUConfig) -> str:
+    if config.token_pruning == 0:
+        return "off"
+    return f"{config.token_pruning:.0%} after layer {config.token_layer}, by {config.token_scorer}"

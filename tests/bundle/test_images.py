@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashu_compile.bundle import images
+from flashu_compile.bundle.images import engine_pixels, read_picture, save_picture, to_picture
+from flashu_compile.errors import InputError
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+class TestPixels:
+    def test_picture_of_the_right_size_is_only_scaled(self) -> None:
+        array = noise(8, 8)
+        pixels = engine_pixels(array, 8)
+        assert pixels.shape == (1, 3, 8, 8)
+        assert pixels.dtype == np.float32
+        assert pixels.flags.c_contiguous
+        np.testing.assert_allclose(pixels[0].transpose(1, 2, 0), array / 127.5 - 1, atol=1e-6)
+
+    @pytest.mark.parametrize(("width", "height"), [(61, 40), (40, 61), (33, 32), (32, 33), (16, 90), (8, 8)])
+    def test_resize_and_crop_are_torchvisions(self, width: int, height: int) -> None:
+        """The published scripts' Resize(32, BICUBIC), CenterCrop(32): sizes by int(), offsets by round()."""
+        picture = Image.fromarray(noise(height, width))
+        if width <= height:
+            resized = picture.resize((32, int(32 * height / width)), Image.Resampling.BICUBIC)
+        else:
+            resized = picture.resize((int(32 * width / height), 32), Image.Resampling.BICUBIC)
+        left, top = round((resized.width - 32) / 2.0), round((resized.height - 32) / 2.0)
+        expected = np.asarray(resized)[top : top + 32, left : left + 32]
+        np.testing.assert_allclose(
+            engine_pixels(picture, 32)[0].transpose(1, 2, 0), (expected / 255 - 0.5) / 0.5, atol=1e-6
+        )
+
+    def test_pixels_out_are_clamped_and_truncated(self) -> None:
+        row = np.array([-9, -1, -0.999, 0, 0.5, 0.9999, 1, 9], np.float32)
+        picture = to_picture(np.broadcast_to(row, (3, 2, 8)))
+        assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 0, 127, 191, 254, 255, 255]
+        assert picture.size == (8, 2)
+
+    def test_pictures_survive_the_way_out_and_in(self) -> None:
+        array = noise(8, 8)
+        back = np.asarray(to_picture(engine_pixels(array, 8)[0])).astype(int)
+        assert np.abs(back - array).max() <= 1
+
+    def test_far_too_elongated(self) -> None:
+        with pytest.raises(InputError, match="too elongated"):
+            engine_pixels(np.zeros((1, 400_000, 3), np.uint8), 32)
+
+
+class TestModes:
+    def test_alpha_is_laid_on_white(self) -> None:
+        array = np.zeros((2, 2, 4), np.uint8)
+        array[0, :, 3] = 255
+        assert np.asarray(read_picture(array))[:, 0, 0].tolist() == [0, 255]
+        grey = Image.new("LA", (1, 1), (0, 0))
+        assert read_picture(grey).getpixel((0, 0)) == (255, 255, 255)
+
+    def test_palette_with_a_transparent_colour(self, tmp_path: Path) -> None:
+        picture = Image.new("P", (2, 1))
+        picture.putpalette([10, 20, 30, 40, 50, 60])
+        picture.putpixel((1, 0), 1)
+        picture.save(tmp_path / "p.png", transparency=0)
+        assert [read_picture(tmp_path / "p.png").getpixel((x, 0)) for x in (0, 1)] == [
+            (255,) * 3,
+            (40, 50, 60),
+        ]
+
+    def test_orientation_is_applied(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees to see it upright
+        Image.fromarray(noise(4, 9)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+        assert read_picture(tmp_path / "turned.jpg").size == (4, 9)
+
+    def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path: Path) -> None:
+        deep = np.array([[0, 257 * 100, 65535]], np.uint16)
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+        assert np.asarray(read_picture(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 100, 255]
+
+    @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV", "RGBA", "RGBX", "PA"])
+    def test_other_modes_become_rgb(self, mode: str) -> None:
+        assert read_picture(Image.new(mode, (3, 2))).mode == "RGB"
+
+    @pytest.mark.parametrize("mode", ["F", "I"])
+    def test_modes_without_a_range_are_refused(self, mode: str) -> None:
+        with pytest.raises(InputError, match=f"mode {mode}, whose range of values is unknown"):
+            read_picture(Image.new(mode, (3, 2)))
+
+    def test_animations_give_their_first_frame(self, tmp_path: Path) -> None:
+        frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+        frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+        assert read_picture(tmp_path / "two.gif").getpixel((0, 0)) == (255, 0, 0)
+
+    def test_the_given_picture_is_left_alone(self) -> None:
+        picture = Image.new("RGBA", (2, 2), (1, 2, 3, 4))
+        read_picture(picture)
+        assert picture.mode == "RGBA"
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "array",
+        [
+            np.zeros((2, 2, 3), np.float32),
+            np.zeros((2, 2, 2), np.uint8),
+            np.zeros((1, 2, 2, 3), np.uint8),
+            np.zeros((0, 2, 3), np.uint8),
+            np.zeros((2, 2, 3), np.int64),
+        ],
+    )
+    def test_arrays(self, array: np.ndarray) -> None:
+        with pytest.raises(InputError, match=r"must be uint8 .* of shape \[height, width, 3\], not"):
+            read_picture(array)
+
+    def test_other_objects(self) -> None:
+        with pytest.raises(InputError, match="not bytes"):
+            read_picture(b"GIF89a")  # type: ignore[arg-type]
+
+    def test_absent_and_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="does not exist"):
+            read_picture(tmp_path / "no.png")
+        with pytest.raises(InputError, match="is not a file"):
+            read_picture(tmp_path)
+
+    def test_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_text("hello")
+        with pytest.raises(InputError, match="not a picture in one of the formats PNG"):
+            read_picture(tmp_path / "a.png")
+
+    def test_postscript_is_never_interpreted(self, tmp_path: Path) -> None:
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+        with pytest.raises(InputError, match="not a picture in one of the formats"):
+            read_picture(tmp_path / "a.eps")
+
+    def test_unreadable_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.png"
+        Image.new("RGB", (4, 4)).save(path)
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("this user reads everything")
+        with pytest.raises(InputError, match="cannot be read"):
+            read_picture(path)
+
+    @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+    @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tiff", "webp", "ppm"])
+    def test_damaged_files_raise_nothing_else(self, tmp_path: Path, kind: str) -> None:
+        """Every prefix of a file and random damage: a picture or an `InputError`."""
+        whole, path = tmp_path / f"whole.{kind}", tmp_path / f"part.{kind}"
+        Image.fromarray(noise(24, 24)).save(whole)
+        data = whole.read_bytes()
+        random = np.random.default_rng(1)
+        broken = [data[:length] for length in range(0, len(data), max(1, len(data) // 40))]
+        for _ in range(60):
+            changed = bytearray(data)
+            for position in random.integers(0, len(data), 3):
+                changed[position] = int(random.integers(256))
+            broken.append(bytes(changed))
+        for content in broken:
+            path.write_bytes(content)
+            with contextlib.suppress(InputError):
+                assert read_picture(path).mode == "RGB"
+
+    def test_truncated(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.png"
+        Image.fromarray(noise(64, 64)).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+        with pytest.raises(InputError, match="cannot be read"):
+            read_picture(path)
+
+    def test_bombs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        Image.new("1", (9_000, 9_000)).save(tmp_path / "big.png")
+        with pytest.raises(InputError, match="the limit is 64,000,000 pixels"):
+            read_picture(tmp_path / "big.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+        with pytest.raises(InputError, match="decompression bomb"):
+            read_picture(tmp_path / "big.png")
+
+
+class TestSaving:
+    @pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
+    def test_formats(self, tmp_path: Path, suffix: str) -> None:
+        save_picture(Image.fromarray(noise(8, 8)), tmp_path / f"a{suffix}")
+        assert read_picture(tmp_path / f"a{suffix}").size == (8, 8)
+
+    @pytest.mark.parametrize("name", ["a", "a.gif", "a.png.exe", "a."])
+    def test_other_names(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(InputError, match=r"must end in \.png"):
+            save_picture(Image.new("RGB", (2, 2)), tmp_path / name)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_places_where_nothing_can_be_saved(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="does not exist"):
+            save_picture(Image.new("RGB", (2, 2)), tmp_path / "no" / "a.png")
+        (tmp_path / "a.png").mkdir()
+        with pytest.raises(InputError, match="is a folder"):
+            save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+
+    def test_a_failed_save_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "a.png"
+        path.write_text("old")
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(images.os, "replace", full)
+        with pytest.raises(InputError, match="No space left"):
+            save_picture(Image.new("RGB", (2, 2)), path)
+        assert path.read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+    def test_permissions_are_the_users(self, tmp_path: Path) -> None:
+        save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+        (tmp_path / "b").touch()
+        modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.png", "b")}
+        assert len(modes) == 1

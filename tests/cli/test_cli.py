@@ -1,0 +1,416 @@
+"""The command line: what it prints, what it leaves behind, and its exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import flashu_compile
+from flashu_compile import cli
+from flashu_compile.compiler.cache import EngineCache
+from flashu_compile.errors import CheckpointError
+from flashu_compile.recipe.presets import preset
+from flashu_compile.runtime import doctor
+from tests.runtime.tiny_bundle import POINTS, edit_json, flip_byte, write_bundle
+
+COMMANDS = (
+    "build",
+    "calibrate",
+    "tensorrt",
+    "recipe",
+    "generate",
+    "ask",
+    "inspect",
+    "verify",
+    "doctor",
+    "diff",
+    "cache",
+)
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def failed(result: Result) -> str:
+    """The one line on stderr of a command that failed."""
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.fromarray(np.full((9, 12, 3), 220, np.uint8)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+class TestHelp:
+    def test_version(self) -> None:
+        assert run("--version").stdout == f"flashu-compile {flashu_compile.__version__}\n"
+
+    def test_commands_are_listed(self) -> None:
+        result = run("--help")
+        assert result.exit_code == 0
+        assert all(f"│ {command} " in result.stdout for command in COMMANDS)
+        assert "flashu-compile[compile]" in result.stdout
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_has_an_example(self, command: str) -> None:
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert "Examples:" in result.stdout
+        assert f"flashu-compile {command}" in result.stdout
+
+    def test_the_package_runs_as_a_module(self) -> None:
+        command = [sys.executable, "-m", "flashu_compile", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "Usage: flashu-compile [OPTIONS] COMMAND" in done.stdout
+
+    def test_help_starts_nothing_heavy(self) -> None:
+        code = (
+            "import sys\n"
+            "from flashu_compile.cli import app\n"
+            "try:\n    app(['--help'])\n"
+            "except SystemExit: pass\n"
+            "print(sorted({'numpy', 'onnxruntime', 'PIL', 'tokenizers', 'torch'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip().splitlines()[-1] == "[]"
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["paint"],
+            ["generate"],
+            ["generate", "DIR", "a", "--steps", "1"],
+            ["generate", "DIR", "a", "--seed", "x"],
+            ["generate", "DIR", "a", "--seed", "-1"],
+            ["generate", "DIR", "a", "--guidance-scale", "-1"],
+            ["ask", "DIR", "photo.png"],
+            ["ask", "DIR", "photo.png", "a", "--max-new-tokens", "0"],
+            ["build", "model"],
+            ["build", "model", "--task", "t2i", "--samples", "0"],
+            ["calibrate", "model", "--task", "t2i"],
+            ["recipe"],
+            ["recipe", "diff", "exact"],
+            ["recipe", "merge", "exact", "flashu"],
+            ["inspect", "DIR", "--task", "t2i"],
+            ["inspect", "MODEL", "--structure", "--plan"],
+            ["verify", "DIR", "--fix"],
+        ],
+    )
+    def test_usage_errors(self, arguments: list[str]) -> None:
+        assert run(*arguments).exit_code == 2
+
+
+class TestGenerate:
+    def test_picture(self, bundle: Path, tmp_path: Path) -> None:
+        path = tmp_path / "out.png"
+        result = run("generate", bundle, "a star", "--seed", 3, "--output", path)
+        assert result.exit_code == 0
+        assert result.stdout == f"{path}\n"
+        assert result.stderr == ""
+        expected = flashu_compile.load(bundle).generate("a star", seed=3)
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+
+    def test_json(self, bundle: Path, tmp_path: Path) -> None:
+        path = tmp_path / "out.webp"
+        result = run("generate", bundle, "a", "-o", path, "--steps", 4, "--guidance-scale", 2, "--json")
+        facts = json.loads(result.stdout)
+        assert facts.pop("seconds") >= 0
+        assert facts == {
+            "output": str(path),
+            "prompt": "a",
+            "seed": 0,
+            "steps": 4,
+            "evaluations": 3,
+            "guidance_scales": [2.0],
+            "width": 8,
+            "height": 8,
+        }
+
+    @pytest.mark.parametrize("name", ["out.gif", "out", "no/out.png"])
+    def test_output_that_cannot_be(self, bundle: Path, tmp_path: Path, name: str) -> None:
+        line = failed(run("generate", tmp_path / "not even a bundle", "a", "--output", tmp_path / name))
+        assert "must end in .png" in line or "does not exist" in line
+        assert list(tmp_path.iterdir()) == []
+
+    def test_failure_leaves_nothing(self, bundle: Path, tmp_path: Path) -> None:
+        line = failed(run("generate", bundle, "x" * 100, "--output", tmp_path / "out.png"))
+        assert "100 tokens but this model reads at most 39" in line
+        assert list(tmp_path.iterdir()) == []
+
+    def test_no_bundle(self, tmp_path: Path) -> None:
+        line = failed(run("generate", tmp_path, "a", "--output", tmp_path / "out.png"))
+        assert "has no manifest.json; it is not a bundle" in line
+
+    def test_newer_bundle(self, own_bundle: Path, tmp_path: Path) -> None:
+        edit_json(own_bundle / "manifest.json", schema=99)
+        assert "upgrade flashu_compile" in failed(run("generate", own_bundle, "a", "-o", tmp_path / "a.png"))
+
+    def test_unknown_provider(self, bundle: Path, tmp_path: Path) -> None:
+        line = failed(run("generate", bundle, "a", "-o", tmp_path / "a.png", "--provider", "gpu"))
+        assert "Unknown provider 'gpu'" in line
+
+
+class TestAsk:
+    def test_answers(self, bundle: Path, photo: Path) -> None:
+        assert run("ask", bundle, photo, "is it?").stdout == "light\n"
+        assert (
+            run("ask", bundle, photo, "is it?", "none", "how?", "--max-new-tokens", 2).stdout == "li\n\nli\n"
+        )
+
+    def test_json(self, bundle: Path, photo: Path) -> None:
+        result = run("ask", bundle, photo, "is it?", "none", "--json")
+        assert json.loads(result.stdout) == [
+            {"question": "is it?", "answer": "light"},
+            {"question": "none", "answer": ""},
+        ]
+
+    def test_no_picture(self, bundle: Path, tmp_path: Path) -> None:
+        assert "no.png does not exist" in failed(run("ask", bundle, tmp_path / "no.png", "is it?"))
+
+    def test_bundle_for_another_task(self, tmp_path: Path, photo: Path) -> None:
+        only = write_bundle(tmp_path / "t2i", ("t2i",))
+        assert "built for t2i and cannot answer" in failed(run("ask", only, photo, "is it?"))
+
+
+class TestInspect:
+    def test_engines_and_counts(self, bundle: Path) -> None:
+        text = run("inspect", bundle).stdout
+        for expected in (
+            "denoise (t2i, denoise.onnx)",
+            "batch × 12 × 4 × 4",
+            "prompt_mask",
+            "7 nodes",
+            "1.54 k",
+            "2.50 M",
+            "RemoveDeadCode",
+            "weights bytes",
+        ):
+            assert expected in text
+
+    def test_plan(self, bundle: Path) -> None:
+        text = run("inspect", bundle, "--plan").stdout
+        assert f"{POINTS} time points, {POINTS - 1} evaluations, euler, shift 3" in text
+        assert f" 1–{POINTS - 1} " in text
+        plan = json.loads(run("inspect", bundle, "--plan", "--json").stdout)
+        assert len(plan["steps"]) == POINTS - 1
+        assert plan["steps"][0]["engine"] == "denoise"
+
+    def test_json(self, bundle: Path) -> None:
+        facts = json.loads(run("inspect", bundle, "--json").stdout)
+        assert facts["manifest"]["model"] == "tiny"
+        assert facts["report"]["engines"]["denoise"]["nodes"] == 7
+        assert facts["plan"]["points"] == POINTS
+
+    def test_bundle_without_pictures(self, tmp_path: Path) -> None:
+        only = write_bundle(tmp_path / "mmu", ("mmu",))
+        assert "vision (mmu, vision.onnx)" in run("inspect", only).stdout
+        assert "it has no step plan" in failed(run("inspect", only, "--plan"))
+
+    @pytest.mark.parametrize("name", ["report.json", "plan.json"])
+    def test_damaged_files(self, own_bundle: Path, name: str) -> None:
+        flip_byte(own_bundle / name, 9)
+        assert f"{name} is damaged" in failed(run("inspect", own_bundle))
+        (own_bundle / name).unlink()
+        assert f"{name} is missing" in failed(run("inspect", own_bundle))
+
+
+class TestVerify:
+    def test_whole(self, bundle: Path) -> None:
+        result = run("verify", bundle)
+        assert result.exit_code == 0
+        assert "files: 13 of 13 ok" in result.stdout
+        assert "velocity" in result.stdout
+        assert "FAILED" not in result.stdout
+
+    def test_damaged(self, own_bundle: Path) -> None:
+        flip_byte(own_bundle / "weights.bin")
+        result = run("verify", own_bundle)
+        assert result.exit_code == 1
+        assert "changed: weights.bin" in result.stdout
+        assert "FAILED" in result.stdout
+        assert "is not what was built" in result.stderr
+
+    def test_json(self, own_bundle: Path) -> None:
+        facts = json.loads(run("verify", own_bundle, "--json").stdout)
+        assert facts["ok"]
+        assert all(row["ok"] and row["error"] < 1e-6 for row in facts["outputs"])
+        (own_bundle / "vision.onnx").unlink()
+        result = run("verify", own_bundle, "--json")
+        facts = json.loads(result.stdout)
+        assert result.exit_code == 1
+        assert {"name": "vision.onnx", "status": "missing"} in facts["files"]
+        assert [row["error"] for row in facts["outputs"] if not row["ok"]] == [None]
+
+
+class TestDoctor:
+    def test_table_and_json(self) -> None:
+        result = run("doctor")
+        assert result.exit_code == 0
+        assert "onnxruntime: cpu" in result.stdout
+        findings = json.loads(run("doctor", "--json").stdout)
+        assert findings[0] == {
+            "name": "onnxruntime: cpu",
+            "status": "works",
+            "detail": "a session got CPUExecutionProvider",
+            "needed_for": "load(…, provider='cpu')",
+        }
+
+    def test_exit_code_where_nothing_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken = doctor.Finding("onnxruntime: cpu", "missing", "no", "all")
+        monkeypatch.setattr(doctor, "examine", lambda: [broken])
+        assert run("doctor", "--json").exit_code == 1
+
+
+class TestBuild:
+    @pytest.fixture
+    def exports(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+        """Calls of `flashu_compile.export`, whose own tests build real bundles."""
+        calls: list[dict[str, Any]] = []
+
+        def export(model: str, task: list[str], *, progress: Any, **options: Any) -> SimpleNamespace:
+            calls.append({"model": model, "task": task, **options})
+            progress("capturing", 0.5)
+            if model == "absent":
+                raise CheckpointError("No checkpoint\nat absent.")
+            summary = {
+                "path": "here",
+                "tasks": task,
+                "engines": ["denoise"],
+                "sizes": {"weights_bytes": 1_234_567},
+                "errors": {"denoise": {"velocity": 2e-7}},
+            }
+            row = {"program": "denoise", "kind": "exact", "changes": ["x"], "error": 0.0}
+            passes = [
+                row | {"name": "FoldConstants"},
+                row | {"name": "RemoveLayers", "kind": "lossy", "error": 0.25},
+                row | {"name": "RemoveLayers", "kind": "lossy", "error": 0.125, "program": "denoise_skip3"},
+                row | {"name": "CanonicalNames", "changes": []},
+            ]
+            report = {"calibration": {"t2i": {"samples": 4}}, "passes": passes, "cost": {}}
+            (tmp_path / "report.json").write_text(json.dumps(report))
+            return SimpleNamespace(path=tmp_path, summary=lambda: summary)
+
+        # Not setattr, which would look the name up first and so import the compiler.
+        monkeypatch.setitem(vars(flashu_compile), "export", export)
+        return calls
+
+    def test_options(self, exports: list[dict[str, Any]]) -> None:
+        result = run(
+            *("build", "m", "--task", "t2i", "--task", "mmu", "--output", "d", "--vae", "v", "--overwrite"),
+            *("--proof", "copy"),
+            *("--recipe", "flashu", "--calibration", "c.json", "--samples", "4", "--seed", "9"),
+        )
+        assert result.exit_code == 0
+        assert "1.23 MB" in result.stdout
+        assert "2.0e-07" in result.stdout
+        assert "t2i on 4 samples" in result.stdout
+        rows = [line.split() for line in result.stdout.splitlines()]
+        assert ["RemoveLayers", "lossy", "2", "2.5e-01"] in rows
+        assert ["FoldConstants", "exact", "1", "0.0e+00"] in rows
+        assert "CanonicalNames" not in result.stdout
+        assert exports == [
+            {
+                "model": "m",
+                "task": ["t2i", "mmu"],
+                "output": Path("d"),
+                "recipe": preset("flashu"),
+                "calibration": Path("c.json"),
+                "samples": 4,
+                "seed": 9,
+                "cost_samples": 3,
+                "backend": "onnxruntime",
+                "precision": "float32",
+                "vae": "v",
+                "tokenizer": None,
+                "overwrite": True,
+                "cache": True,
+                "proof": "copy",
+            }
+        ]
+
+    def test_json(self, exports: list[dict[str, Any]], tmp_path: Path) -> None:
+        facts = json.loads(run("build", "m", "--task", "t2i", "--json").stdout)
+        assert facts["path"] == str(tmp_path)
+        assert facts["recipe"] == "exact"
+        assert facts["errors"] == {"denoise": {"velocity": 2e-7}}
+        assert facts["calibration"] == {"t2i": {"samples": 4}}
+        assert [row["error"] for row in facts["passes"] if row["kind"] == "lossy"] == [0.25, 0.125]
+
+    def test_defaults_are_those_of_the_library(self, exports: list[dict[str, Any]]) -> None:
+        from flashu_compile.compiler.export import export
+
+        assert run("build", "m", "--task", "t2i").exit_code == 0
+        (given,) = exports
+        defaults = inspect.signature(export).parameters
+        given["recipe"] = given["recipe"].name
+        assert {name: given[name] for name in given.keys() - {"model", "task"}} == {
+            name: defaults[name].default for name in given.keys() - {"model", "task"}
+        }
+
+    def test_cache(self, exports: list[dict[str, Any]]) -> None:
+        build = ("build", "m", "--task", "t2i")
+        assert run(*build, "--cache", "kept").exit_code == 0
+        assert run(*build, "--no-cache").exit_code == 0
+        assert run(*build, "--cache", "kept", "--no-cache").exit_code == 2
+        assert [call["cache"] for call in exports] == [Path("kept"), False]
+
+    def test_settings(self, exports: list[dict[str, Any]]) -> None:
+        build = ("build", "m", "--task", "mmu", "--recipe", "conservative")
+        assert run(*build, "--set", "t2i.head_cache=1", "--set", "mmu.token_pruning=0.5").exit_code == 0
+        recipe = exports[0]["recipe"]
+        assert (recipe.t2i.head_cache, recipe.mmu.token_pruning) == (1, 0.5)
+        assert recipe.mmu.ffn_pruning == preset("conservative").mmu.ffn_pruning
+        assert "mmu has no field 'tokens'" in failed(run(*build, "--set", "mmu.tokens=1"))
+        assert len(exports) == 1
+
+    def test_unknown_recipe(self, exports: list[dict[str, Any]]) -> None:
+        assert "Unknown recipe 'fast'" in failed(run("build", "m", "--task", "t2i", "--recipe", "fast"))
+        assert exports == []
+
+    def test_failure_is_one_line(self, exports: list[dict[str, Any]]) -> None:
+        assert failed(run("build", "absent", "--task", "t2i")) == "error: No checkpoint at absent."
+
+
+class TestCache:
+    def test_show_and_clear(self, tmp_path: Path) -> None:
+        EngineCache(tmp_path).write("a", b"x" * 968)
+        assert "1.00 kB" in run("cache", "show", "--cache", tmp_path).stdout
+        facts = json.loads(run("cache", "show", "--cache", tmp_path, "--json").stdout)
+        assert (facts["entries"], facts["bytes"]) == (1, 1000)
+        assert "1.00 kB removed" in run("cache", "clear", "--cache", tmp_path).stdout
+        assert json.loads(run("cache", "show", "--cache", tmp_path, "--json").stdout)["entries"] == 0
+
+    def test_the_users_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert "off" in failed(run("cache", "show"))
+        monkeypatch.setenv("FLASHU_CACHE", str(tmp_path / "absent"))
+        assert json.loads(run("cache", "show", "--json").stdout)["entries"] == 0

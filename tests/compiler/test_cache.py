@@ -1,0 +1,104 @@
+"""The directory of finished work: whole entries or none, found out when damaged, within its limit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from flashu_compile.compiler.cache import EngineCache, default_directory, open_cache
+from flashu_compile.errors import CacheError
+from tests.runtime.tiny_bundle import flip_byte
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    assert cache.read("a") is None
+    cache.write("a", b"content")
+    assert cache.read("a") == b"content"
+    assert [file.bytes for file in cache.files()] == [32 + len(b"content")]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_a_damaged_entry_is_warned_of_and_not_used(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = EngineCache(tmp_path)
+    cache.write("a", b"content")
+    (file,) = cache.files()
+    if damage == "flipped":
+        flip_byte(file.path)
+    else:
+        file.path.write_bytes(file.path.read_bytes()[:-1] if damage == "truncated" else b"")
+    with caplog.at_level(logging.WARNING):
+        assert cache.read("a") is None
+    assert "damaged" in caplog.text
+    assert str(file.path) in caplog.text
+    cache.write("a", b"anew")
+    assert cache.read("a") == b"anew"
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path, limit=250)
+    for age, key in ((30, "a"), (20, "b")):
+        cache.write(key, bytes(68))
+        os.utime(tmp_path / f"{key}.engines", (1e9 - age, 1e9 - age))
+    assert cache.read("a") is not None
+    cache.write("c", bytes(68))
+    assert (cache.read("a"), cache.read("b"), cache.read("c")) == (bytes(68), None, bytes(68))
+
+
+def test_what_killed_builds_leave_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    old, new = tmp_path / "old.engines-partial", tmp_path / "new.engines-partial"
+    old.touch()
+    new.touch()
+    os.utime(old, (1e9, 1e9))
+    (tmp_path / "thesis.partial").touch()
+    cache.prune()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.engines-partial", "thesis.partial"]
+    cache.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.partial"]
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = EngineCache(tmp_path / "gone")
+    with caplog.at_level(logging.WARNING):
+        cache.write("a", b"content")
+    assert "could not be kept" in caplog.text
+    assert cache.read("a") is None
+
+
+def test_a_directory_that_was_named_must_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="file cannot hold a cache"):
+        open_cache(tmp_path / "file")
+    cache = open_cache(tmp_path / "a" / "b")
+    assert cache is not None
+    assert cache.directory.is_dir()
+
+
+def test_the_users_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_cache(False) is None
+    monkeypatch.setenv("FLASHU_CACHE", "off")
+    assert open_cache(True) is None
+    monkeypatch.setenv("FLASHU_CACHE", str(tmp_path / "named"))
+    assert default_directory() == tmp_path / "named"
+    monkeypatch.delenv("FLASHU_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert default_directory() == tmp_path / "flashu_compile"
+
+
+def test_the_users_own_directory_is_no_condition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHU_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        assert open_cache(True) is None
+    assert "not kept" in caplog.text

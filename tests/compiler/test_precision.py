@@ -1,0 +1,181 @@
+"""Bundles in int8 and float16 through ONNX Runtime: what they store, what they give, and what they say of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import flashu_compile
+from flashu_compile.bundle.precision import PARTS, TOLERANCES, by_part, tolerance
+from flashu_compile.compiler.export import Bundle
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.exporters.backends import check_precision
+from flashu_compile.exporters.precision import Precision
+from flashu_compile.models.loading import load_model
+from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig
+from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.passes.quantize_linears import MIN_WIDTH
+from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.runtime.verify import verify
+from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
+
+WIDE, FFN = MIN_WIDTH, 3 * MIN_WIDTH
+PROMPT = "a red circle left of a blue square"
+RECIPE = Recipe(
+    "pruned", T2IConfig(ffn_pruning=1 / 3, full_ffn=0.5), MMUConfig(),
+    {"t2i": Decisions({"llm": {block: np.arange(64, 64 + 2 * MIN_WIDTH) for block in range(2)}})},
+)  # fmt: skip
+
+
+def wide_model() -> Showo2:
+    """Wide enough for int8 to be used, with weights small enough that errors do not grow from layer to layer."""
+    sizes = {"hidden_size": WIDE, "intermediate_size": FFN}
+    model = tiny_model(
+        llm=LLMConfig(**{**vars(CONFIG.llm), **sizes}),
+        semantic=SemanticConfig(**{**vars(CONFIG.semantic), **sizes}),
+        head=HeadConfig(**{**vars(CONFIG.head), **sizes}),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.3)
+    return model
+
+
+class TestNames:
+    def test_of_parts(self) -> None:
+        assert by_part("int8") == dict.fromkeys(PARTS, "int8")
+        mixed = Precision.of("llm=int8,head=float16")
+        assert mixed == Precision.of({"llm": "int8", "head": "float16"}) == Precision.of(str(mixed))
+        assert mixed.parts == {"llm": "int8", "head": "float16", "semantic": "float32", "other": "float32"}
+        assert str(Precision.of("float16")) == "float16"
+        assert Precision.of({"llm": "float32"}).is_exact
+
+    def test_the_widest_tolerance_counts(self) -> None:
+        assert tolerance("float32") == TOLERANCES["float32"]
+        assert tolerance("head=float16") == TOLERANCES["float16"]
+
+    @pytest.mark.parametrize(
+        ("precision", "message"),
+        [
+            ("vision=int8", "Unknown part 'vision'; the parts of a model are llm, semantic, head, other"),
+            ("int8,head=float32", "names no part"),
+            ("int4", "Unknown precision 'int4' for backend 'onnxruntime'; there are onnxruntime: float32"),
+            ("bfloat16", r"Unknown precision 'bfloat16'.*torch: float32, float16, bfloat16"),
+        ],
+    )
+    def test_what_there_is_not_is_an_error(self, precision: str, message: str) -> None:
+        with pytest.raises(ConfigurationError, match=message):
+            check_precision("onnxruntime", Precision.of(precision))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    folder, tasks = tmp_path_factory.mktemp("precision"), ["t2i", "mmu"]
+    captured = flashu_compile.capture_model(wide_model(), tasks, vae=VAE, tokenizer=tokenizer())
+    return {
+        precision: flashu_compile.export(
+            captured, tasks, recipe=RECIPE, output=folder / precision, precision=precision
+        )
+        for precision in ("float32", "int8", "llm=int8,head=float16")
+    }
+
+
+def report(bundle: Bundle) -> dict[str, Any]:
+    return json.loads((bundle.path / "report.json").read_text())
+
+
+def operators(bundle: Bundle, engine: str) -> list[onnx.NodeProto]:
+    return list(onnx.load(bundle.path / f"{engine}.onnx", load_external_data=False).graph.node)
+
+
+@pytest.mark.slow
+class TestBundles:
+    def test_latents_are_near_the_eager_ones(self, built: dict[str, Bundle]) -> None:
+        exact = flashu_compile.load(built["float32"].path).latents(PROMPT, seed=1)
+        errors = {}
+        for name, bundle in built.items():
+            latents = np.asarray(flashu_compile.load(bundle.path).latents(PROMPT, seed=1))
+            errors[name] = float(np.linalg.norm(latents - exact) / np.linalg.norm(exact))
+        assert errors["float32"] == 0
+        assert 1e-4 < errors["int8"] < 0.1
+        assert 1e-4 < errors["llm=int8,head=float16"] < 0.1
+
+    def test_answers_come(self, built: dict[str, Bundle]) -> None:
+        photo = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        image = Image.fromarray(photo)
+        eager = EagerPipeline(load_model(wide_model(), vae=VAE, tokenizer=tokenizer()))
+        truth = eager.ask(image, "what color?", max_new_tokens=1)
+        assert flashu_compile.load(built["float32"].path).ask(image, "what color?", max_new_tokens=1) == truth
+        assert isinstance(flashu_compile.load(built["int8"].path).ask(image, "what color?"), str)
+
+    def test_every_engine_holds_against_its_reference(self, built: dict[str, Bundle]) -> None:
+        for bundle in built.values():
+            assert verify(bundle.path).ok
+
+    def test_linear_layers_are_integer_products(self, built: dict[str, Bundle]) -> None:
+        nodes = operators(built["int8"], "denoise")
+        kinds = [node.op_type for node in nodes]
+        assert kinds.count("MatMulInteger") > 15
+        wide = report(built["float32"])["engines"]["denoise"]["operators"]["Gemm"]
+        assert kinds.count("Gemm") + kinds.count("MatMulInteger") == wide
+        # Layers that read one value share its bytes.
+        assert kinds.count("DynamicQuantizeLinear") < kinds.count("MatMulInteger")
+
+    def test_parts_are_kept_apart(self, built: dict[str, Bundle]) -> None:
+        nodes = operators(built["llm=int8,head=float16"], "denoise")
+        modules = [
+            next(p.value for p in n.metadata_props if p.key == "flashu.module")
+            for n in nodes if n.op_type == "MatMulInteger"
+        ]  # fmt: skip
+        assert modules
+        assert all(module.startswith("model.showo.model.layers") for module in modules)
+        parts = report(built["llm=int8,head=float16"])["int8"]["tasks"]["t2i"]["parts"]
+        assert list(parts) == ["llm"]
+
+    def test_int8_weights_are_stored_once(self, built: dict[str, Bundle]) -> None:
+        full, short = (report(built[name])["sizes"]["weights_bytes"] for name in ("float32", "int8"))
+        assert short < 0.45 * full
+        places = {}
+        for engine in ("denoise", "denoise_pruned"):
+            graph = onnx.load(built["int8"].path / f"{engine}.onnx", load_external_data=False).graph
+            for tensor in graph.initializer:
+                if tensor.name.endswith("layers.0.mlp.down_proj.weight_int8"):
+                    entries = {e.key: e.value for e in tensor.external_data}
+                    places[engine] = int(entries["offset"]), int(entries["length"])
+        (start, length), (inner, kept) = places["denoise"], places["denoise_pruned"]
+        assert start <= inner < inner + kept <= start + length
+        assert kept * 3 == length * 2
+
+    def test_the_report_tells_what_each_layer_loses(self, built: dict[str, Bundle]) -> None:
+        told = report(built["int8"])["int8"]
+        for task in ("t2i", "mmu"):
+            facts = told["tasks"][task]
+            assert facts["samples"] == 0  # the model has none
+            assert facts["parts"]["llm"]["layers"] == 2 * 5  # keys and values are too narrow
+            for layer in facts["layers"]:
+                assert layer["error"] > 0
+                assert layer["sensitive"] == (layer["error"] > told["limit"])
+        assert "int8" not in report(built["float32"])
+        lossy = [
+            p for p in report(built["int8"])["passes"] if p["name"] == "QuantizeLinears" and p["changes"]
+        ]
+        assert all(0 < p["error"] < 0.1 for p in lossy)
+
+    def test_a_low_limit_keeps_layers_in_float32(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("flashu_compile.measure.sensitivity.LIMIT", 0.0)
+        bundle = flashu_compile.export(
+            wide_model(), "t2i", output=tmp_path / "b", precision="int8", vae=VAE, tokenizer=tokenizer()
+        )
+        assert not [n for n in operators(bundle, "denoise") if n.op_type == "MatMulInteger"]

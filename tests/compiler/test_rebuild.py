@@ -1,0 +1,231 @@
+"""Rebuilds: finished engines are used again, by whatever process, and the bundle has the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flashu_compile
+from flashu_compile.compiler.cache import EngineCache
+from flashu_compile.compiler.captured import CapturedModel, capture_model
+from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.recipe import Decisions, Recipe
+from tests.runtime.tiny_bundle import flip_byte
+from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
+
+ROOT = Path(__file__).parents[2]
+KEPT = {"llm": {0: np.arange(0, 64, 2)}}
+PRUNED = Recipe(
+    "pruned", T2IConfig(points=4, ffn_pruning=0.5, full_ffn=0.5), decisions={"t2i": Decisions(KEPT)}
+)
+
+
+def small_model() -> Showo2:
+    """One layer of each kind."""
+    parts = {name: getattr(CONFIG, name) for name in ("llm", "semantic", "head")}
+    return tiny_model(
+        **{name: dataclasses.replace(part, num_hidden_layers=1) for name, part in parts.items()}
+    )
+
+
+class Told(list[str]):
+    """Stages that a build told of."""
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        assert 0 <= fraction <= 1
+        self.append(stage)
+
+    def built(self) -> list[str]:
+        return [stage.split()[-1] for stage in self if " building " in stage]
+
+    def captured(self) -> list[str]:
+        return [stage.split()[-1] for stage in self if " capturing " in stage]
+
+
+def build(model: Showo2 | CapturedModel, output: Path, cache: Path | bool, **options: object) -> Told:
+    told = Told()
+    about = {} if isinstance(model, CapturedModel) else {"vae": VAE, "tokenizer": tokenizer()}
+    flashu_compile.export(
+        model, "t2i", output=output, cache=cache, progress=told, cost_samples=0, **about, **options
+    )
+    return told
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def forgetful(captured: CapturedModel) -> CapturedModel:
+    """As another process would have it: nothing built yet."""
+    return CapturedModel(captured.loaded, captured.programs)
+
+
+@pytest.fixture(scope="module")
+def captured() -> CapturedModel:
+    return capture_model(small_model(), "t2i", vae=VAE, tokenizer=tokenizer())
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def fresh(captured: CapturedModel, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of which nothing had been built before."""
+    output = tmp_path_factory.mktemp("bundles") / "fresh"
+    told = build(forgetful(captured), output, cache)
+    assert told.built() == ["denoise", "vae_decode"]
+    return output
+
+
+def test_nothing_is_made_twice_not_even_traced(fresh: Path, cache: Path, tmp_path: Path) -> None:
+    told = build(small_model(), tmp_path / "again", cache)
+    assert (told.built(), told.captured()) == ([], [])
+    assert contents(tmp_path / "again") == contents(fresh)
+
+
+@pytest.mark.slow
+def test_without_a_cache_everything_is_made(captured: CapturedModel, fresh: Path, tmp_path: Path) -> None:
+    told = build(forgetful(captured), tmp_path / "again", False)
+    assert told.built() == ["denoise", "vae_decode"]
+    assert contents(tmp_path / "again") == contents(fresh)
+
+
+def test_weights_are_not_kept_again(fresh: Path, cache: Path, captured: CapturedModel) -> None:
+    """The entries hold graphs and eager runs, but less than the smallest share of weights would take."""
+    weights = (fresh / "weights.bin").stat().st_size
+    others = sum(
+        len(content) for name, content in contents(fresh).items() if name.endswith((".onnx", ".safetensors"))
+    )
+    assert sum(file.bytes for file in EngineCache(cache).files()) < others + weights / 4
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    captured: CapturedModel, cache: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Another recipe misses what depends on it, and no more."""
+    output = tmp_path_factory.mktemp("bundles") / "pruned"
+    told = build(forgetful(captured), output, cache, recipe=PRUNED)
+    assert sorted(told.built()) == ["denoise", "denoise_pruned"]  # whose neurons are in another order
+    return output
+
+
+def test_ordered_weights_are_found_again(pruned: Path, cache: Path, tmp_path: Path) -> None:
+    told = build(small_model(), tmp_path / "again", cache, recipe=PRUNED)
+    assert (told.built(), told.captured()) == ([], [])
+    assert contents(tmp_path / "again") == contents(pruned)
+
+
+def test_some_engines_from_the_cache_and_some_made(
+    captured: CapturedModel, pruned: Path, cache: Path, tmp_path: Path
+) -> None:
+    """They share weights in the store as they would had all been made: the pruned engine's are ranges of the whole."""
+    own = tmp_path / "cache"
+    own.mkdir()
+    largest = max(EngineCache(cache).files(), key=lambda file: (file.used, file.bytes))
+    for file in EngineCache(cache).files():
+        if file.path != largest.path:
+            (own / file.path.name).write_bytes(file.path.read_bytes())
+    told = build(forgetful(captured), tmp_path / "again", own, recipe=PRUNED)
+    assert len(told.built()) == 1
+    assert contents(tmp_path / "again") == contents(pruned)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_damaged_entries_are_made_anew(
+    captured: CapturedModel, fresh: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the decoder alone, since its engine is quickly made."""
+    decoder = {"vae_decode": captured.programs["vae_decode"]}
+    build(CapturedModel(captured.loaded, decoder), tmp_path / "whole", tmp_path / "cache")
+    files = EngineCache(tmp_path / "cache").files()
+    assert len(files) == 2
+    for file in files:
+        if damage == "flipped":
+            flip_byte(file.path, 100)
+        else:
+            file.path.write_bytes(file.path.read_bytes()[:90])
+    with caplog.at_level(logging.WARNING):
+        told = build(CapturedModel(captured.loaded, decoder), tmp_path / "again", tmp_path / "cache")
+    assert caplog.text.count("Cached engines are damaged") == len(files)
+    assert told.built() == ["vae_decode"]
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    assert (
+        build(CapturedModel(captured.loaded, decoder), tmp_path / "third", tmp_path / "cache").built() == []
+    )
+
+
+def test_another_backend_or_precision_has_engines_of_its_own(captured: CapturedModel, tmp_path: Path) -> None:
+    decoder = {"vae_decode": captured.programs["vae_decode"]}
+    for number, options in enumerate(
+        [{}, {"backend": "torch"}, {"backend": "torch", "precision": "bfloat16"}]
+    ):
+        for again, built in (("", ["vae_decode"]), ("again", [])):
+            output = tmp_path / f"{number}{again}"
+            assert (
+                build(CapturedModel(captured.loaded, decoder), output, tmp_path / "cache", **options).built()
+                == built
+            )
+        assert contents(tmp_path / f"{number}again") == contents(tmp_path / f"{number}")
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.compiler.test_rebuild import build, small_model
+from flashu_compile.compiler.captured import Steps, open_model, CapturedModel
+from tests.support.tiny import VAE, tokenizer
+
+class Killer:
+    def __call__(self, stage, fraction):
+        if stage.endswith("capturing denoise"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+model = open_model(small_model(), ["t2i"], vae=VAE, tokenizer=tokenizer(), llm_config=None, tell=Steps(Killer()))
+build(CapturedModel(model.loaded, dict(reversed(model.programs.items()))), Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def run(code: str, *arguments: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=dict(os.environ)
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_build_is_resumed(captured: CapturedModel, fresh: Path, tmp_path: Path) -> None:
+    """Killed when its first engine was finished: that one is not made again."""
+    killed = run(_KILLED, tmp_path / "bundle", tmp_path / "cache")
+    assert killed.wait(timeout=300) == -signal.SIGKILL
+    assert not (tmp_path / "bundle").exists()
+    told = build(forgetful(captured), tmp_path / "bundle", tmp_path / "cache")
+    assert told.built() == ["denoise"]
+    assert contents(tmp_path / "bundle") == contents(fresh)
+
+
+_AT_ONCE = """
+import sys
+from pathlib import Path
+from tests.compiler.test_rebuild import build, small_model
+build(small_model(), Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_two_builds_at_once(fresh: Path, tmp_path: Path) -> None:
+    builds = [run(_AT_ONCE, tmp_path / name, tmp_path / "cache") for name in ("one", "two")]
+    assert [each.wait(timeout=600) for each in builds] == [0, 0]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(fresh)
+    assert not list((tmp_path / "cache").glob("*partial"))
+    assert build(small_model(), tmp_path / "three", tmp_path / "cache").built() == []

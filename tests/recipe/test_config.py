@@ -1,0 +1,100 @@
+"""T2IConfig and MMUConfig: what they refuse, and how they say so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.recipe.config import MMUConfig, T2IConfig, config_from_dict
+
+
+def test_defaults_switch_everything_off() -> None:
+    t2i, mmu = T2IConfig(), MMUConfig()
+    assert t2i.pruning == {"llm": 0, "semantic": 0, "head": 0}
+    assert mmu.pruning == {"llm": 0, "semantic": 0}
+    assert (t2i.layer_skipping, t2i.head_cache, t2i.full_ffn, t2i.guidance) == (0, 1, 0, ((0, 1),))
+    assert (mmu.layer_skipping, mmu.token_pruning) == (0, 0)
+
+
+def test_numbers_become_plain_ones() -> None:
+    """So that two configurations that are equal are also written in the same way."""
+    config = T2IConfig(points=np.int64(5), guidance_scale=3, guidance=[[0, 1], [np.float32(0.5), None]])  # type: ignore[arg-type]
+    assert config == T2IConfig(5, 3.0, guidance=((0.0, 1.0), (0.5, None)))
+    assert repr(config) == repr(T2IConfig(5, 3.0, guidance=((0.0, 1.0), (0.5, None))))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"points": 1}, "points must be an integer of at least 2, not 1"),
+        ({"points": 2.0}, "points must be an integer"),
+        ({"points": True}, "points must be an integer"),
+        ({"guidance_scale": -1}, "guidance_scale must be a number at least 0 and at most 10000, not -1"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a number .*, not nan"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a number"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a number .*, not '5'"),
+        ({"time_shift": 0}, "time_shift must be a number above 0"),
+        ({"solver": "heun"}, "solver must be one of euler, ab2, not 'heun'"),
+        ({"ffn_pruning": 1}, "ffn_pruning must be a number at least 0 and below 1, not 1"),
+        ({"semantic_pruning": -0.1}, "semantic_pruning must be a number"),
+        ({"head_pruning": None}, "head_pruning must be a number .*, not None"),
+        ({"head_pruning": False}, "head_pruning must be a number .*, not False"),
+        ({"layer_skipping": 1.5}, "layer_skipping must be a number"),
+        ({"full_ffn": 1.1}, "full_ffn must be a number at least 0 and at most 1"),
+        ({"full_ffn_at": "middle"}, "full_ffn_at must be one of first, last"),
+        ({"width_multiple": 0}, "width_multiple must be an integer of at least 1"),
+        ({"skipping_interval": 0}, "skipping_interval must be an integer of at least 1"),
+        ({"head_cache": 0}, "head_cache must be an integer of at least 1"),
+        ({"head_cache": 5, "head_extrapolation": 1}, "head_extrapolation must be true or false"),
+        ({"head_extrapolation": True}, "head_extrapolation needs a head cache"),
+        ({"guidance": 3}, "guidance must be a list of pairs .*, not 3"),
+        ({"guidance": ()}, "guidance must be a list of pairs"),
+        ({"guidance": (0, 1)}, "0 is not such a pair"),
+        ({"guidance": ((0, 1, 2),)}, "is not such a pair"),
+        ({"guidance": ((0.5, 1),)}, "guidance must start at 0"),
+        ({"guidance": ((0, 1), (0.5, 1), (0.5, 2))}, "in rising order, not at 0, 0.5, 0.5"),
+        ({"guidance": ((0, 1), (1, 1))}, "at least 0 and below 1"),
+        ({"guidance": ((0, -1),)}, "must have a factor of at least 0"),
+        ({"guidance": ((0, math.inf),)}, "must have a factor"),
+        ({"guidance": ((0, True),)}, "must have a factor"),
+    ],
+)
+def test_t2i_refuses(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        T2IConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ffn_pruning": 1}, "ffn_pruning must be a number"),
+        ({"semantic_pruning": "x"}, "semantic_pruning must be a number"),
+        ({"layer_skipping": -1}, "layer_skipping must be a number"),
+        ({"token_pruning": 1.0}, "token_pruning must be a number at least 0 and below 1"),
+        ({"token_layer": -1}, "token_layer must be an integer of at least 0"),
+        ({"token_layer": 1.5}, "token_layer must be an integer"),
+        ({"token_scorer": "attention"}, "token_scorer must be one of v_norm, random, duplication"),
+        ({"width_multiple": 0.5}, "width_multiple must be an integer"),
+    ],
+)
+def test_mmu_refuses(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        MMUConfig(**values)
+
+
+@pytest.mark.parametrize("zero", [0.0, 0.999])
+def test_the_ends_of_ranges_are_allowed(zero: float) -> None:
+    T2IConfig(2, 0, 1e4, full_ffn=1.0, ffn_pruning=zero, layer_skipping=zero)
+    MMUConfig(token_pruning=zero, token_layer=0)
+
+
+def test_from_a_dict() -> None:
+    assert config_from_dict(MMUConfig, {"token_layer": 3}, "'mmu'") == MMUConfig(token_layer=3)
+    with pytest.raises(ConfigurationError, match="'t2i' has no field 'tau'; it has: points, "):
+        config_from_dict(T2IConfig, {"tau": 11}, "'t2i'")
+    with pytest.raises(ConfigurationError, match="'t2i': points must be an integer"):
+        config_from_dict(T2IConfig, {"points": "35"}, "'t2i'")
