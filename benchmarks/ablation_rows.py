@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flashu_compile.recipe.config import TOKEN_SCORERS
+from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import REUSE, compile_plan
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.recipe import Recipe
 
 BASE, FULL, PRESETS = "exact", "flashu", ("balanced", "conservative", "aggressive")
 

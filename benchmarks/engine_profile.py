@@ -17,8 +17,8 @@ import onnxruntime as ort
 
 from benchmarks.measuring import Call, seconds
 from flashu_compile.bundle.manifest import EngineSpec, read_manifest
-from flashu_compile.runtime.sessions import Engine, Engines, OnnxRuntimeEngine
-from flashu_compile.runtime.state import update
+from flashu_compile.runtime.engine import Engine, Engines, update
+from flashu_compile.runtime.sessions import OnnxRuntimeEngine
 
 _BYTE_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", *_BYTE_PRODUCTS)

@@ -19,8 +19,9 @@ from flashu_compile.models.showo2.config import (
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import SpaceToDepth
 from flashu_compile.recipe.config import MMUConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.importing import published_decisions
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.recipe import Recipe
 
 SEED = 0
 VAE = SpaceToDepth(factor=2)

@@ -31,8 +31,8 @@ from benchmarks.geometries import GEOMETRIES, SEED, published_defaults, understa
 from benchmarks.measuring import engine_peak, machine, matmul_peak, parser, report
 from benchmarks.records import markdown_table, number
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.pipeline import Pipeline
-from flashu_compile.runtime.sessions import Engines
 
 TOP = 4
 RUNTIME = "onnxruntime"

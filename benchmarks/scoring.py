@@ -29,7 +29,8 @@ from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline
-from flashu_compile.runtime.sessions import Engine, OnnxRuntimeEngines, Tensors
+from flashu_compile.runtime.engine import Engine, Tensors
+from flashu_compile.runtime.sessions import OnnxRuntimeEngines
 
 CHUNK = 4  # prompts or pictures that a process takes at a time
 MAX_NEW_TOKENS = 8

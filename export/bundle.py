@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import (
@@ -34,28 +32,11 @@ from flashu_compile.bundle.manifest import (
 )
 from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
 from flashu_compile.exporters.backends import Written, find_backend
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.backends import open_engines
-from flashu_compile.runtime.sessions import Engines
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineBuild:
-    """An engine on its way into a bundle: what the backend emitted and one eager run of what it was made from.
-
-    `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from the
-    engine itself. `prologue` names the engine that gives what this one takes with every call, `schedule` the one that
-    gives what it takes at each time point.
-    """
-
-    name: str
-    task: str
-    model: Any
-    reference_inputs: Mapping[str, Tensor]
-    reference_outputs: Mapping[str, Tensor]
-    prologue: str | None = None
-    schedule: str | None = None
+from flashu_compile.runtime.engine import Engines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +136,6 @@ def ensure_writable(output: Path, *, overwrite: bool = False) -> None:
         raise OutputExistsError(
             f"{output} holds {foreign[0]}, which is not part of the bundle there, so it will not be overwritten."
         )
-
-
-def write_reference(engine: EngineBuild, directory: Path) -> str:
-    """Write the engine's eager run into `directory`; the file's name."""
-    tensors = {f"input.{role}": tensor for role, tensor in engine.reference_inputs.items()}
-    tensors |= {f"output.{role}": tensor for role, tensor in engine.reference_outputs.items()}
-    name = f"{engine.name}.reference.safetensors"
-    save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, directory / name)
-    return name
 
 
 def _sizes(directory: Path, written: Written, checkpoint_bytes: int | None) -> dict[str, int]:

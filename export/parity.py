@@ -17,7 +17,7 @@ from flashu_compile.bundle.manifest import WEIGHTS, Manifest, file_entry
 from flashu_compile.bundle.precision import tolerance
 from flashu_compile.errors import BundleError, EmissionError, InputError
 from flashu_compile.exporters.backends import Backend
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.weights import weight_store
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.sessions import create_session

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.exporters.backends import Packed, Written
-from flashu_compile.exporters.bundle import EngineBuild, write_reference
+from flashu_compile.exporters.engine_build import EngineBuild, write_reference
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program.program import Program

@@ -14,12 +14,12 @@ framework.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flashu_compile.errors import FlashuError, MissingDependencyError
+from flashu_compile.errors import FlashuError
+from flashu_compile.extras import naming_the_extra
+from flashu_compile.version import __version__
 
 if TYPE_CHECKING:
     from flashu_compile.compiler.captured import CapturedModel, capture_model
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from flashu_compile.recipe.config import MMUConfig, T2IConfig
     from flashu_compile.recipe.recipe import Recipe
     from flashu_compile.runtime import Pipeline, load
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CapturedModel",
@@ -59,28 +57,12 @@ _HOMES = {
     "load": "flashu_compile.runtime",
 }
 
-# What the extra `compile` installs, by import name.
-_COMPILE_MODULES = frozenset(
-    {
-        "huggingface_hub",
-        "jaxtyping",
-        "jinja2",
-        "matplotlib",
-        "networkx",
-        "onnx",
-        "onnx_ir",
-        "onnxscript",
-        "torch",
-        "transformers",
-    }
-)
-
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with _naming_the_extra(f"flashu_compile.{name}"):
+    with naming_the_extra(f"flashu_compile.{name}"):
         value = getattr(import_module(home), name)
     globals()[name] = value
     return value
@@ -88,18 +70,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
-
-
-@contextmanager
-def _naming_the_extra(what: str) -> Iterator[None]:
-    """Around an import: raises `MissingDependencyError` if `what` needs a library that the extra installs."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _COMPILE_MODULES:
-            raise
-        raise MissingDependencyError(
-            f"{what} needs {missing}, which is not installed. "
-            'Install what compiling takes with: pip install "flashu-compile[compile]"'
-        ) from error

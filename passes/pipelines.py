@@ -28,7 +28,7 @@ from flashu_compile.passes.split_at_output import SplitAtOutput
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Role
-from flashu_compile.recipe.recipe import KeptNeurons
+from flashu_compile.recipe.decisions import KeptNeurons
 
 LLM = "llm"
 _STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
+from flashu_compile.bundle.signatures import updated
 from flashu_compile.errors import StructureError
 from flashu_compile.operators.write_rows import WRITE_ROWS
 from flashu_compile.passes.analysis.attention import attention_mask
@@ -30,7 +31,6 @@ from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor, module_path
 from flashu_compile.passes.inlining import inline
 from flashu_compile.program.program import Input, Program
-from flashu_compile.runtime.state import updated
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import flashu_compile
+from flashu_compile.extras import COMPILE_MODULES
 from tests.runtime.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,7 @@ SOURCES = ("flashu_compile", "passes", "export", "tests", "benchmarks", "example
 
 # Whatever only the extras install. Serving a bundle must work without all of it.
 EXTRAS = (
-    *sorted(flashu_compile._COMPILE_MODULES),
+    *sorted(COMPILE_MODULES),
     *("diffusers", "scipy", "skimage", "tensorrt", "torch_tensorrt"),
 )
 
@@ -170,7 +171,7 @@ def test_known_compile_modules_are_those_of_the_extra() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     names = {re.match(r"[\w-]+", requirement).group().replace("-", "_") for requirement in extras["compile"]}
-    assert names == flashu_compile._COMPILE_MODULES
+    assert names == COMPILE_MODULES
 
 
 def test_public_names_resolve() -> None:

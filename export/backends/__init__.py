@@ -9,20 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends import DEFAULT, backend_names, find_file
-
-if TYPE_CHECKING:
-    from flashu_compile.exporters.bundle import EngineBuild
 
 __all__ = ["DEFAULT", "Backend", "Emitted", "Packed", "Written", "check_precision", "find_backend"]
 

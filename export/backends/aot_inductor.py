@@ -21,7 +21,7 @@ from torch.export.passes import move_to_device_pass
 from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import traced_statistics

@@ -13,8 +13,8 @@ from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, TensorSpec
 from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
-from flashu_compile.exporters.bundle import EngineBuild, write_reference
 from flashu_compile.exporters.descriptions import described
+from flashu_compile.exporters.engine_build import EngineBuild, write_reference
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.packed_onnx import pack_model, unpack_model
 from flashu_compile.exporters.parity import engine_errors

@@ -24,7 +24,7 @@ from flashu_compile.bundle.profiles import Range, engine_profile, evaluate, rang
 from flashu_compile.compiler.cache import default_directory
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.onnx import operator_name
 from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision

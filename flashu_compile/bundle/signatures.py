@@ -1,4 +1,4 @@
-"""Whether what an engine is given fits its signature."""
+"""What engines take and give: which inputs are state, and whether what one is given fits its signature."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ import numpy as np
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.errors import InputError
+
+
+def updated(name: str) -> str:
+    """The output that input `name` becomes."""
+    return f"{name}.updated"
+
+
+def state_of(spec: EngineSpec) -> list[str]:
+    """The inputs that are state."""
+    outputs = {tensor.name for tensor in spec.outputs}
+    return [tensor.name for tensor in spec.inputs if updated(tensor.name) in outputs]
 
 
 def check_inputs(spec: EngineSpec, inputs: Mapping[str, Any], kinds: Any = (np.ndarray,)) -> dict[str, int]:

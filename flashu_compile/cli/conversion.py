@@ -11,6 +11,7 @@ import typer
 from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Bundle, app, examples
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.extras import naming_the_extra
 
 TARGETS = ("tensorrt",)
 
@@ -19,9 +20,7 @@ def inspect_target(bundle: Path, target: str, *, as_json: bool) -> None:
     """Print what would not convert; the exit code is 1 if anything would not."""
     if target not in TARGETS:
         raise ConfigurationError(f"Unknown target {target!r}; known ones are: {', '.join(TARGETS)}.")
-    import flashu_compile
-
-    with flashu_compile._naming_the_extra("inspect --target"):
+    with naming_the_extra("inspect --target"):
         from flashu_compile.exporters.tensorrt_support import inspect_bundle
     results = inspect_bundle(bundle)
     if as_json:
@@ -88,9 +87,7 @@ def tensorrt(
     No GPU is needed for that. The script builds the engines elsewhere, with trtexec; --build does it here. With
     engines built or collected, the bundle runs on TensorRT; writing the plan anew takes it back to ONNX Runtime.
     """
-    import flashu_compile
-
-    with flashu_compile._naming_the_extra("tensorrt"):
+    with naming_the_extra("tensorrt"):
         from flashu_compile.exporters.tensorrt import build_engines, collect_engines
         from flashu_compile.exporters.tensorrt_plan import SCRIPT, BuildOptions, write_plan
     if collect is not None:

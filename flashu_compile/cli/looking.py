@@ -33,6 +33,7 @@ from flashu_compile.cli.base import (
 from flashu_compile.cli.conversion import inspect_target
 from flashu_compile.cli.layers import reference_named, verify_layers
 from flashu_compile.errors import InputError, UnknownTaskError
+from flashu_compile.extras import naming_the_extra
 
 
 @app.command(
@@ -123,7 +124,6 @@ def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
 def _inspect_model(
     model: str, tasks: Sequence[str], vae: str | None, tokenizer: str | None, *, as_json: bool
 ) -> None:
-    import flashu_compile
     from flashu_compile.bundle.manifest import MANIFEST
 
     if (Path(model) / MANIFEST).is_file():
@@ -135,7 +135,7 @@ def _inspect_model(
         raise UnknownTaskError(f"Unknown task {unknown[0]!r}; known tasks are: {', '.join(TASKS)}.")
     wanted = [task for task in TASKS if task in tasks]
     quiet_torch()
-    with flashu_compile._naming_the_extra("inspect --structure"):
+    with naming_the_extra("inspect --structure"):
         from flashu_compile.looking.structure import model_structure
     with display.progress_bar("Starting") as advance:
         programs = model_structure(model, wanted, vae=vae, tokenizer=tokenizer, progress=advance)

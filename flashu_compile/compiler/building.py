@@ -16,7 +16,7 @@ from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, Captur
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.specialise import Job, Specialised, jobs, neuron_order
 from flashu_compile.exporters.backends import Backend, Emitted
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.program.program import BATCH, Program, prologue_of, schedule_of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from flashu_compile import __version__
 from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
 from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.exporters.bundle import BundleFacts
 from flashu_compile.models.loading import LoadedModel
+from flashu_compile.version import __version__
 
 _MAX_NEW_TOKENS = 300
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnknownTaskError
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.manager import PassRecord

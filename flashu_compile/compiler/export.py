@@ -11,14 +11,11 @@ from typing import Any
 from torch import nn
 
 from flashu_compile.bundle.manifest import REPORT, Manifest
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.compiler.building import Built, Maker, build_engines
 from flashu_compile.compiler.bundle_facts import (
     bundle_facts,
     checkpoint_bytes,
-    generation_facts,
     size_ranges,
-    understanding_facts,
 )
 from flashu_compile.compiler.cache import open_cache
 from flashu_compile.compiler.captured import (
@@ -29,21 +26,19 @@ from flashu_compile.compiler.captured import (
     named_tasks,
     open_model,
 )
+from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
 from flashu_compile.compiler.inspection import Inspection
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy, proof_copy
-from flashu_compile.errors import ConfigurationError, RecipeError
+from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
-from flashu_compile.measure.calibration import calibrate_mmu, calibrate_t2i
-from flashu_compile.measure.cost import is_lossy
-from flashu_compile.measure.samples import DEFAULT_SAMPLES, CalibrationSamples, calibration_samples
-from flashu_compile.measure.sensitivity import measured_precision
+from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.presets import find_recipe
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.work import engine_errors
 
 COST_SAMPLES = 3
@@ -130,7 +125,7 @@ def export(
     check_proof(proof)
     if cost_samples < 0:
         raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
-    given = _given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
+    given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
     tell, kept = Steps(progress), open_cache(cache)
     if output is not None:
         ensure_writable(Path(output), overwrite=overwrite)
@@ -139,9 +134,9 @@ def export(
     directory = Path(output) if output is not None else Path(f"{loaded.name}-{'-'.join(tasks)}")
     ensure_writable(directory, overwrite=overwrite)
 
-    decided, figures = _decide(chosen, source, tasks, given, samples, seed, tell)
+    decided, figures = decide(chosen, source, tasks, given, samples, seed, tell)
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
-    measured = given or _own_samples(loaded)
+    measured = given or own_samples(loaded)
     precise, losses = measured_precision(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
     )
@@ -249,10 +244,10 @@ def calibrate(
     """
     tasks = named_tasks(task)
     chosen = find_recipe(recipe)
-    given = _given_samples(chosen, tasks, calibration)
+    given = given_samples(chosen, tasks, calibration)
     tell = Steps(progress)
     source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
-    return _decide(chosen, source, tasks, given, samples, seed, tell)[0]
+    return decide(chosen, source, tasks, given, samples, seed, tell)[0]
 
 
 def _captured(
@@ -270,74 +265,3 @@ def _captured(
             "A captured model has its VAE, tokenizer and configuration; leave these out."
         )
     return model
-
-
-def _given_samples(
-    recipe: Recipe,
-    tasks: tuple[str, ...],
-    calibration: object,
-    precision: Precision | None = None,
-    *,
-    measured: bool = False,
-) -> CalibrationSamples | None:
-    """`measured`: they also serve to measure what a lossy recipe costs, be there something to decide or not."""
-    if calibration is None:
-        return None
-    used = [t for t in tasks if recipe.needs_calibration(t) or (measured and is_lossy(recipe, t, None))]
-    if not used and (precision is None or precision.is_exact):
-        raise RecipeError(
-            f"Recipe {recipe.name!r} leaves nothing to decide for {', '.join(tasks)}; leave `calibration` out."
-        )
-    return calibration_samples(calibration)
-
-
-def _own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
-    return None if loaded.calibration is None else calibration_samples(loaded.calibration)
-
-
-def _decide(
-    recipe: Recipe,
-    source: CapturedModel,
-    tasks: tuple[str, ...],
-    given: CalibrationSamples | None,
-    count: int,
-    seed: int,
-    tell: Steps,
-) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with the model's own sampler settings and every decision taken, and the figures they rest on."""
-    loaded, captured = source.loaded, source.of(tasks)
-    own = loaded.network.config
-    recipe = recipe.resolved(points=own.steps, guidance_scale=own.guidance_scale, time_shift=own.time_shift)
-    undecided = [task for task in tasks if recipe.needs_calibration(task)]
-    if not undecided:
-        return recipe, {}
-    if given is None and loaded.calibration is None:
-        raise RecipeError(
-            f"Recipe {recipe.name!r} must be calibrated for {', '.join(undecided)}; pass `calibration` "
-            "(prompts for t2i, image and question pairs for mmu) or a recipe with its decisions."
-        )
-    available = given or _own_samples(loaded)
-    assert available is not None
-    chosen = available.chosen(count, seed)
-    codec = PromptCodec(loaded.tokenizer)
-    decisions, figures = dict(recipe.decisions), {}
-    for index, task in enumerate(undecided):
-        start, share = 0.4 * index / len(undecided), 0.4 / len(undecided)
-
-        def report(
-            done: int, total: int, task: str = task, start: float = start, share: float = share
-        ) -> None:
-            tell(f"{task}: calibrated on {done} of {total} samples", start + share * done / total)
-
-        tell(f"{task}: calibrating", start)
-        if task == "t2i":
-            program, facts = captured["denoise"].program, generation_facts(loaded)
-            made = calibrate_t2i(
-                program, codec, facts, recipe.t2i, chosen.prompts, seed=seed, progress=report
-            )
-        else:
-            program, about = captured["understand"].program, understanding_facts(loaded)
-            made = calibrate_mmu(program, codec, about, recipe.mmu, chosen.questions, progress=report)
-        decisions[task] = decisions.get(task, Decisions()).completed(made.decisions)
-        figures[task] = made.figures
-    return dataclasses.replace(recipe, decisions=decisions), figures

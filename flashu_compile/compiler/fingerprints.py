@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import flashu_compile
 from flashu_compile.program.trace import Capture
 
 _VERSIONED = (
@@ -39,7 +38,7 @@ def environment() -> str:
     """A hash of all that is the same for every engine of a process."""
     facts = {
         "versions": {name: _version(name) for name in _VERSIONED},
-        "source": _source(Path(flashu_compile.__file__).parent),
+        "source": _source(Path(__file__).parents[1]),
         "python": platform.python_version(),
         # The last bits of what eager PyTorch computes depend on it.
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],

@@ -10,13 +10,14 @@ from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.compiler.bundle_facts import generation_facts, understanding_facts
 from flashu_compile.compiler.captured import CapturedProgram
-from flashu_compile.measure.cost import Comparison, Cost, answer_cost, is_lossy, picture_cost
+from flashu_compile.measure.cost import Cost, answer_cost, is_lossy, picture_cost
 from flashu_compile.measure.samples import CalibrationSamples
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.page import render
-from flashu_compile.runtime.sessions import Engines
+from flashu_compile.report.pictures import Comparison
+from flashu_compile.runtime.engine import Engines
 
 
 @dataclasses.dataclass

@@ -29,7 +29,7 @@ from flashu_compile.compiler.fingerprints import (
 )
 from flashu_compile.compiler.weight_sources import WeightSources
 from flashu_compile.exporters.backends import Backend, Packed
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.passes.manager import PassRecord
 
 FORMAT = 1

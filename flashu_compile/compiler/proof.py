@@ -17,7 +17,8 @@ from flashu_compile.compiler.bundle_facts import checkpoint_bytes
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
-from flashu_compile.recipe.recipe import Decisions, KeptNeurons, Phase, Recipe
+from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
+from flashu_compile.recipe.recipe import Recipe
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"
 #: Weights of more bytes than this are proved on a copy, unless asked otherwise.

@@ -18,8 +18,9 @@ from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights, OrderNeurons, kept_ranges
 from flashu_compile.program.program import Program, schedule_of
 from flashu_compile.program.trace import Capture
+from flashu_compile.recipe.decisions import Decisions, KeptNeurons
 from flashu_compile.recipe.plan import REUSE, compile_plan, engines_needed, variants
-from flashu_compile.recipe.recipe import TASKS, Decisions, KeptNeurons, Recipe
+from flashu_compile.recipe.recipe import TASKS, Recipe
 
 Specialised = tuple[tuple[Program, ...], tuple[PassRecord, ...]]
 

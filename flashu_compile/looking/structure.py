@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from flashu_compile.errors import CheckpointError, StructureError
-from flashu_compile.models.loading import load_model
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.compiler.captured import Progress, Steps, open_model
+from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.attention import Attention, attention_sites
 from flashu_compile.passes.analysis.blocks import Block, residual_blocks
 from flashu_compile.passes.analysis.dependence import depends_on
@@ -23,9 +22,7 @@ from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.passes.cutting import outputs_after
 from flashu_compile.passes.reuse_features import ReuseFeatures
 from flashu_compile.program.program import Program, Role
-from flashu_compile.program.trace import capture
 
-Progress = Callable[[str, float], None]
 Shape = tuple[int | str, ...]
 _Found = TypeVar("_Found")
 
@@ -136,16 +133,13 @@ def model_structure(
 
     Raises `FlashuError` if the model cannot be loaded or captured; a structure that is not there is no error.
     """
-    tell = progress or (lambda stage, fraction: None)
-    tell("loading the model", 0.0)
-    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
-    if loaded.vae is None:
-        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
-    specs = [spec for task in tasks for spec in captures(task, loaded.network, loaded.vae) if spec.stacks]
+    tell = Steps(progress)
+    source = open_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell)
+    programs = [captured for captured in source.programs.values() if captured.spec.stacks]
     found = []
-    for index, spec in enumerate(specs):
-        tell(f"{spec.task}: capturing {spec.name}", (index + 0.1) / (len(specs) + 0.1))
-        found.append(program_structure(capture(spec)))
+    for index, captured in enumerate(programs):
+        tell.fraction = (index + 0.1) / (len(programs) + 0.1)
+        found.append(program_structure(captured.program))
     tell("done", 1.0)
     return tuple(found)
 

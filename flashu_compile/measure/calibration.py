@@ -35,8 +35,8 @@ from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwar
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
-from flashu_compile.recipe.recipe import Decisions, Phase
 from flashu_compile.runtime.sampler import prompt_pair, sample
 
 LLM = "llm"

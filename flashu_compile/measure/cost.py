@@ -29,22 +29,15 @@ from flashu_compile.measure.calibration import ANSWER_TOKENS
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import compile_plan
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime import decoding
+from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.runtime.sessions import Engines
 
 Tell = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """One sample seen both ways: pictures for t2i; for mmu the picture asked about and, by token, what is kept."""
-
-    text: str
-    pictures: tuple[Image.Image, ...]
-    kept: NDArray[np.bool_] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

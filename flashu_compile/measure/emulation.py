@@ -28,8 +28,9 @@ from flashu_compile.passes.pipelines import LLM
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig
+from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import REUSE, Variant, variants
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,17 +20,14 @@ from flashu_compile.bundle.images import Picture, engine_pixels
 from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.compiler.bundle_facts import generation_facts, understanding_facts
-from flashu_compile.compiler.captured import CapturedModel, Steps
-from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
-from flashu_compile.measure.samples import CalibrationSamples
 from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
 from flashu_compile.program.program import Program, Role
+from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import compile_plan
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.sampler import prompt_pair, sample
 
 #: The largest relative error of a layer that is computed in int8.
@@ -93,37 +90,6 @@ def understanding_errors(
             }
         )
     return watch.errors()
-
-
-def measured_precision(
-    precision: Precision,
-    source: CapturedModel,
-    tasks: tuple[str, ...],
-    recipe: Recipe,
-    samples: CalibrationSamples | None,
-    tell: Steps,
-) -> tuple[Precision, dict[str, Any]]:
-    """The precision with the layers that stay in float32 where it has int8, and the report's entry `int8`, if any."""
-    if not precision.has_int8:
-        return precision, {}
-    loaded, captured = source.loaded, source.of(tasks)
-    codec, errors = PromptCodec(loaded.tokenizer), {}
-    prompts = samples.prompts[:SAMPLES] if samples else ()
-    questions = samples.questions[:SAMPLES] if samples else ()
-    tell("measuring what layers lose in int8")
-    if "t2i" in tasks:
-        program, facts = captured["denoise"].program, generation_facts(loaded)
-        errors["t2i"] = generation_errors(program, codec, facts, recipe, prompts)
-    if "mmu" in tasks:
-        understand = captured["understand"].program
-        errors["mmu"] = understanding_errors(understand, codec, understanding_facts(loaded), questions)
-    sensitive = {
-        task: frozenset(layer.weight for layer in layers if layer.sensitive)
-        for task, layers in errors.items()
-    }
-    on = {"t2i": len(prompts), "mmu": len(questions)}
-    told = report(errors, precision.parts, {task: on[task] for task in errors})
-    return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}
 
 
 class _Watch(Recorder):

@@ -9,7 +9,8 @@ import numpy as np
 
 from flashu_compile.errors import RecipeError
 from flashu_compile.recipe.config import T2IConfig
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.recipe import Recipe
 
 
 def published_decisions(

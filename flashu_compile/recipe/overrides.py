@@ -11,7 +11,8 @@ from typing import Any
 
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.recipe.config import T2IConfig, TaskConfig
-from flashu_compile.recipe.recipe import TASKS, Decisions, Recipe
+from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.recipe import TASKS, Recipe
 
 _KINDS = {
     bool: "true or false",

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from flashu_compile.recipe.config import Guidance, MMUConfig, T2IConfig, TaskConfig
-from flashu_compile.recipe.recipe import TASKS, Decisions, Phase, Recipe
+from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.recipe import TASKS, Recipe
 
 COLUMNS = ("technique", *TASKS)
 _NOT_THERE = "–"  # the technique does not exist for the task

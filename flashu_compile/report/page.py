@@ -16,7 +16,7 @@ from flashu_compile.report.pictures import data_uri, keep_map
 from flashu_compile.report.work import engine_errors, largest_error, program_work, result_work
 
 if TYPE_CHECKING:
-    from flashu_compile.measure.cost import Comparison
+    from flashu_compile.report.pictures import Comparison
 
 _TASKS = {"t2i": "Pictures from text (t2i)", "mmu": "Questions about pictures (mmu)"}
 

@@ -1,8 +1,9 @@
-"""Pictures as data URIs, and what token pruning leaves of one."""
+"""The samples that a page shows: pictures as data URIs, and what token pruning leaves of one."""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import math
 
@@ -12,6 +13,15 @@ from PIL import Image
 
 _LARGEST = 320  # pixels on the page
 _DIMMED = 0.22
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One sample seen both ways: pictures for t2i; for mmu the picture asked about and, by token, what is kept."""
+
+    text: str
+    pictures: tuple[Image.Image, ...]
+    kept: NDArray[np.bool_] | None = None
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
-from flashu_compile.runtime.state import state_of, updated
+from flashu_compile.bundle.signatures import state_of, updated
 
 # Buffers and a graph stay for each set of shapes; decoding, whose cache grows with each token, must not pile them up.
 MAX_SHAPES = 16

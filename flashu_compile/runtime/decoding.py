@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.profiles import BATCH
+from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError
-from flashu_compile.runtime.keeping import keep, zeros_like
-from flashu_compile.runtime.sessions import Engine, Engines, Tensors
-from flashu_compile.runtime.state import State, state_of, update
+from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
 
 LANGUAGE = "language"
 ROWS_BEFORE = "rows_before"

@@ -36,9 +36,9 @@ from flashu_compile.recipe.plan import StepPlan, compile_plan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.backends import find_run_backend, open_engines
+from flashu_compile.runtime.engine import Engine, Engines
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
-from flashu_compile.runtime.sessions import Engine, Engines
 
 Progress = Callable[[int, int], None]
 

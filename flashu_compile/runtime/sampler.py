@@ -14,8 +14,7 @@ from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.recipe.config import SOLVERS
 from flashu_compile.recipe.plan import Step, StepPlan
-from flashu_compile.runtime.keeping import keep
-from flashu_compile.runtime.sessions import Engine, Engines, Tensors
+from flashu_compile.runtime.engine import Engine, Engines, Tensors, keep
 
 _FEATURES = "head_features"
 _POINTS_KEPT = 256  # of 0.4 MB each for the largest published model

@@ -1,4 +1,4 @@
-"""Engines that run: the protocol the pipeline uses, and its ONNX Runtime implementation.
+"""Engines of a bundle in ONNX Runtime sessions.
 
 A provider that was asked for is the provider that runs, or a `BackendUnavailableError` says what is missing;
 ONNX Runtime's own habit of falling back to the CPU is switched off and checked for, in the session and for each node.
@@ -14,9 +14,8 @@ import io
 import logging
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -26,9 +25,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.bundle.profiles import dimension_ranges, engine_profile
-from flashu_compile.bundle.signatures import check_inputs
+from flashu_compile.bundle.signatures import check_inputs, state_of, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.binding import BoundRuns, StateRuns
+from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
     TENSORRT,
@@ -43,9 +43,6 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, WeightsBeside, check_memory
-from flashu_compile.runtime.state import State, state_of, updated
-
-Tensors = Mapping[str, NDArray[Any]]
 
 # A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
 PROVIDERS: dict[str, tuple[str, ...]] = {
@@ -95,25 +92,6 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 _NOT_CAPTURED = "cannot use the graph capture feature"
 
 _log = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """One compiled program, ready to run from any thread."""
-
-    @property
-    def spec(self) -> EngineSpec: ...
-
-    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """Outputs by name. Raises `InputError` if an input is missing, unknown or of the wrong dtype or shape."""
-        ...
-
-
-class Engines(Protocol):
-    """The engines of one bundle on one backend, each made ready when it is first asked for."""
-
-    def engine(self, name: str) -> Engine:
-        """Raises `BundleError` if there is no such engine or its files are damaged."""
-        ...
 
 
 class OnnxRuntimeEngine:

@@ -25,7 +25,7 @@ from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, file_entry
 from flashu_compile.bundle.profiles import InputShapes, Profile
 from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
-from flashu_compile.runtime.sessions import Tensors
+from flashu_compile.runtime.engine import Tensors
 
 PLAN_FILE = "tensorrt.json"
 

@@ -19,8 +19,9 @@ from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_
 from flashu_compile.bundle.precision import TOLERANCES, tolerance
 from flashu_compile.errors import BackendUnavailableError, FlashuError
 from flashu_compile.runtime.backends import find_run_backend, open_engines
+from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.providers import Placement, ProviderOptions
-from flashu_compile.runtime.sessions import Engines, OnnxRuntimeEngine
+from flashu_compile.runtime.sessions import OnnxRuntimeEngine
 
 TOLERANCE = TOLERANCES["float32"]
 

@@ -18,8 +18,9 @@ from benchmarks.ablation_rows import (
     evaluations,
 )
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.presets import preset
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.recipe import Recipe
 
 KEPT = {"llm": {0: np.arange(64)}}
 

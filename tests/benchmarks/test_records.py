@@ -19,7 +19,8 @@ from benchmarks.records import (
     save_array,
 )
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.recipe import Recipe
 
 
 def test_records_are_read_back(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from flashu_compile.looking import structure
 from flashu_compile.looking.structure import NotFound, ProgramStructure
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.presets import PRESETS, preset
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.recipe.view import diff
 from tests.cli.test_cli import failed, run
 from tests.runtime.tiny_bundle import RECIPE, write_bundle

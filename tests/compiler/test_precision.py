@@ -24,7 +24,8 @@ from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.passes.quantize_linears import MIN_WIDTH
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.verify import verify
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 

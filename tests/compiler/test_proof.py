@@ -28,7 +28,8 @@ from flashu_compile.models.showo2.adapter import GenerationStep
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reduced import depths, reduced
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.verify import verify
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 

@@ -18,7 +18,8 @@ from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.compiler.captured import CapturedModel, capture_model
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.recipe.config import T2IConfig
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.recipe import Recipe
 from tests.runtime.tiny_bundle import flip_byte
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 

@@ -14,7 +14,8 @@ from flashu_compile.bundle.manifest import REPORT, WEIGHTS
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.recipe import Recipe
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
 Places = dict[str, tuple[int, int]]

@@ -23,7 +23,8 @@ from flashu_compile.bundle.manifest import Manifest, file_entry, read_manifest
 from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
 from flashu_compile.exporters import bundle
 from flashu_compile.exporters.backends import onnxruntime
-from flashu_compile.exporters.bundle import BundleFacts, EngineBuild, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.program.program import Program
 from flashu_compile.recipe.plan import uniform_plan

@@ -36,7 +36,8 @@ from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.program.program import Program, Role
 from flashu_compile.program.trace import capture
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
-from flashu_compile.recipe.recipe import Decisions, Recipe
+from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.recipe import Recipe
 from tests.support.oracle import ORACLES, load_oracle
 from tests.support.tiny import VAE, PaddedSpaceToDepth, tiny_model, tokenizer
 

@@ -11,8 +11,8 @@ from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.program.program import Program, Role
 from flashu_compile.program.trace import capture
 from flashu_compile.recipe.config import MMUConfig
+from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import compile_plan
-from flashu_compile.recipe.recipe import Decisions
 from flashu_compile.runtime.sampler import sample
 from tests.support.oracle import Oracle, load_oracle, relative_error
 from tests.support.published import published_recipe

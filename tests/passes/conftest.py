@@ -12,7 +12,8 @@ from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import capture
 from flashu_compile.recipe.config import MMUConfig
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.recipe import Recipe
 from tests.support.fused_lm import fused_capture, fused_model
 
 RECIPES = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashu_compile.bundle.signatures import updated
 from flashu_compile.errors import StructureError
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.operators.write_rows import WRITE_ROWS
@@ -15,7 +16,6 @@ from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.manager import relative_error
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Program, Role
-from flashu_compile.runtime.state import updated
 from tests.passes.conftest import Decoding
 from tests.support.row_programs import strided_inputs
 from tests.support.tiny import CONFIG

@@ -9,9 +9,9 @@ import pytest
 
 from flashu_compile.errors import FlashuError
 from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.decisions import Phase
 from flashu_compile.recipe.importing import published_decisions
 from flashu_compile.recipe.presets import preset
-from flashu_compile.recipe.recipe import Phase
 from tests.support.published import published_recipe
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.overrides import override
 from flashu_compile.recipe.presets import preset
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.recipe import Recipe
 
 KEPT = {"llm": {0: np.arange(4)}, "head": {0: np.arange(2)}}
 DECIDED = Recipe(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import (
     Step,
     StepPlan,
@@ -23,7 +24,6 @@ from flashu_compile.recipe.plan import (
     variants,
 )
 from flashu_compile.recipe.presets import preset
-from flashu_compile.recipe.recipe import Decisions, Phase
 from tests.support.published import published, published_recipe
 
 PRUNED = Decisions(kept_widths={"llm": {0: 64}})

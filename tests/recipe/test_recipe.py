@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from flashu_compile.errors import RecipeError
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.presets import PRESETS, find_recipe, preset
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe, merge
+from flashu_compile.recipe.recipe import Recipe, merge
 
 RECIPE = Recipe(
     "both",

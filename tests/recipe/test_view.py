@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.presets import PRESETS, preset
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.recipe.view import COLUMNS, diff, recipe_rows
 
 RECIPE = Recipe(

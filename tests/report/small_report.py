@@ -10,15 +10,16 @@ from PIL import Image
 
 from flashu_compile.bundle.manifest import EngineSpec, GenerationFacts, Manifest, UnderstandingFacts
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.recipe import Recipe
 
 LAYERS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """As `flashu_compile.measure.cost.Comparison`."""
+    """As `flashu_compile.report.pictures.Comparison`."""
 
     text: str
     pictures: tuple[Image.Image, ...]

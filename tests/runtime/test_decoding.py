@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
+from flashu_compile.bundle.signatures import state_of, updated
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.decoding import ROOM, Caches, Picture, tokens
+from flashu_compile.runtime.engine import Updating, update
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine, create_session
-from flashu_compile.runtime.state import Updating, state_of, update, updated
 
 SIZE = 23
 PREFIX, BEGIN = [3, 5, 7], 4

@@ -16,7 +16,6 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-import flashu_compile
 from flashu_compile.bundle import files
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
@@ -28,9 +27,11 @@ from flashu_compile.errors import (
     InputError,
     UnknownTaskError,
 )
+from flashu_compile.extras import COMPILE_MODULES
 from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
-from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline, load, sessions
 from flashu_compile.runtime.sampler import prompt_pair, sample
 from tests.runtime.tiny_bundle import (
@@ -268,7 +269,7 @@ def test_picture_is_encoded_once_for_many_questions(bundle: Path, monkeypatch: p
     ran: list[str] = []
     run = sessions.OnnxRuntimeEngine.run
 
-    def counted(self: sessions.OnnxRuntimeEngine, inputs: sessions.Tensors) -> dict:
+    def counted(self: sessions.OnnxRuntimeEngine, inputs: dict[str, Any]) -> dict:
         ran.append(self.spec.name)
         return run(self, inputs)
 
@@ -469,7 +470,7 @@ import importlib.abc, sys
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {set(flashu_compile._COMPILE_MODULES)!r}:
+        if name.partition(".")[0] in {set(COMPILE_MODULES)!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())

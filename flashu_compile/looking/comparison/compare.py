@@ -20,8 +20,8 @@ from flashu_compile.looking.comparison.differences import Difference, difference
 from flashu_compile.looking.comparison.search import Departure, LayerDifference, find_departure
 from flashu_compile.looking.comparison.sides import BundleSide, ModelSide, OnnxSide, Side
 from flashu_compile.runtime.backends import open_engines
+from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.providers import ProviderOptions
-from flashu_compile.runtime.sessions import Engines
 
 EAGER, ONNX = "eager", "onnx"
 

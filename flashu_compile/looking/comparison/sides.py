@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-import flashu_compile
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, read_manifest
 from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BundleError, CheckpointError, ConfigurationError, InputError
+from flashu_compile.extras import naming_the_extra
 from flashu_compile.looking.comparison.computation import Computation
 from flashu_compile.runtime.backends import DEFAULT, TORCH
 
@@ -57,11 +57,11 @@ class BundleSide:
         except InputError as error:
             raise BundleError(f"{self.path} takes other inputs: {error}") from error
         if self.backend == TORCH:
-            with flashu_compile._naming_the_extra("Comparing layers"):
+            with naming_the_extra("Comparing layers"):
                 from flashu_compile.looking.comparison.traced_program import ProgramValues
                 from flashu_compile.looking.comparison.written_program import written_program
             return ProgramValues(written_program(self.files, own), inputs)
-        with flashu_compile._naming_the_extra("Comparing layers"):
+        with naming_the_extra("Comparing layers"):
             from flashu_compile.looking.comparison.onnx_graph import Placing, RuntimeValues
         return RuntimeValues(_graph(self.files, own), inputs, Placing(**self.settings))
 
@@ -76,7 +76,7 @@ class OnnxSide:
             raise ConfigurationError(f"{path} was built for backend {backend!r}, so it has no ONNX graphs.")
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
-        with flashu_compile._naming_the_extra("Comparing layers"):
+        with naming_the_extra("Comparing layers"):
             from flashu_compile.looking.comparison.onnx_graph import ReferenceValues
         return ReferenceValues(_graph(self.files, spec), inputs)
 
@@ -96,7 +96,7 @@ class ModelSide:
         parts: Mapping[str, Any],
         tell: Callable[[str], None],
     ) -> None:
-        with flashu_compile._naming_the_extra("Comparing against the model"):
+        with naming_the_extra("Comparing against the model"):
             from flashu_compile.looking.comparison.model_programs import specialised_programs
         files = BundleFiles(path, read_manifest(path))
         name = files.manifest.model

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
+from flashu_compile.extras import naming_the_extra
+from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.findings import Finding
-from flashu_compile.runtime.sessions import Engines
 
 DEFAULT, TORCH = "onnxruntime", "torch"
 
@@ -55,9 +56,7 @@ def backend_names(path: Iterable[str] = __path__) -> list[str]:
 
 def find_file(package: str, name: str) -> Any:
     """The module of a backend. Raises `MissingDependencyError` if a library it needs is not installed."""
-    import flashu_compile
-
-    with flashu_compile._naming_the_extra(f"Backend {name!r}"):
+    with naming_the_extra(f"Backend {name!r}"):
         return import_module(f"{package}.{name}")
 
 

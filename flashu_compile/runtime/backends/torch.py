@@ -23,11 +23,10 @@ from torch.export import ExportedProgram
 import flashu_compile.operators.write_rows  # noqa: F401  # registers an operator that graphs may hold
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
-from flashu_compile.bundle.signatures import check_inputs
+from flashu_compile.bundle.signatures import check_inputs, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
-from flashu_compile.runtime.sessions import Tensors
-from flashu_compile.runtime.state import State, updated
 
 TENSORS = "weights.safetensors"
 

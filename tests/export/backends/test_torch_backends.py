@@ -18,13 +18,13 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import Manifest, file_entry
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.exporters.backends import find_backend
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends import open_engines
-from flashu_compile.runtime.keeping import keep
+from flashu_compile.runtime.engine import keep
 from flashu_compile.runtime.verify import relative_error, verify
 from tests.export.conftest import sample
 from tests.runtime.tiny_bundle import flip_byte

@@ -31,7 +31,7 @@ from flashu_compile.exporters.backends.torch_tensorrt import (
     compile_options,
     program_ranges,
 )
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.tensorrt_support import converts
 from flashu_compile.exporters.torch_programs import TorchModel, plain_copy

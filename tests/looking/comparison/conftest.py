@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from flashu_compile.bundle.manifest import Manifest, file_entry
 from flashu_compile.compiler.captured import CapturedModel, CapturedProgram
 from flashu_compile.exporters.backends import find_backend
-from flashu_compile.exporters.bundle import EngineBuild
+from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.pipelines import CLEAN

@@ -1,0 +1,84 @@
+"""What an engine is to the loops that run it, whatever the backend: `Engine`, and what one may offer besides.
+
+- `Updating`: state is an input `x` with an output `updated("x")` of the same shape. The caller holds it, and an engine
+  that offers `update` changes it in place; every other one runs, and what it gives is copied.
+- `Keeping`: values that one engine gives and others of its bundle take may stay on the device that computed them. Such
+  kept values have a shape and a dtype and are indexed and computed with as arrays are: they are PyTorch's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.signatures import updated
+
+Tensors = Mapping[str, NDArray[Any]]
+State = dict[str, Any]
+
+
+class Engine(Protocol):
+    """One compiled program, ready to run from any thread."""
+
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Outputs by name. Raises `InputError` if an input is missing, unknown or of the wrong dtype or shape."""
+        ...
+
+
+class Engines(Protocol):
+    """The engines of one bundle on one backend, each made ready when it is first asked for."""
+
+    def engine(self, name: str) -> Engine:
+        """Raises `BundleError` if there is no such engine or its files are damaged."""
+        ...
+
+
+@runtime_checkable
+class Updating(Protocol):
+    """What an engine may offer besides `Engine`."""
+
+    def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
+        """Run on `inputs` and `state`, whose arrays are contiguous.
+
+        `state` holds the new state afterwards: in the same arrays, or in others in the place of kept values.
+        The other outputs, by name. Raises as `Engine.run` does.
+        """
+        ...
+
+
+def update(engine: Engine, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
+    """`Updating.update` of an engine that offers it, or the same by `Engine.run` and a copy."""
+    if isinstance(engine, Updating):
+        return engine.update(inputs, state)
+    outputs = engine.run({**inputs, **state})
+    for name, array in state.items():
+        array[...] = outputs.pop(updated(name))
+    return outputs
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """What an engine may offer besides `Engine`."""
+
+    def keep(self, inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+        """Outputs by name, those in `names` where they are. Inputs may be arrays or kept values. Raises as `run`."""
+        ...
+
+
+def keep(engine: Engine, inputs: Mapping[str, Any], names: Container[str] | None = None) -> dict[str, Any]:
+    """`Keeping.keep` of an engine that offers it, of all outputs if no names are given, or the same by `Engine.run`."""
+    if not isinstance(engine, Keeping):
+        return engine.run(inputs)
+    return engine.keep(inputs, {tensor.name for tensor in engine.spec.outputs} if names is None else names)
+
+
+def zeros_like(value: Any, shape: tuple[int, ...]) -> Any:
+    """Zeros of another shape, of the dtype and in the place of an array or a kept value."""
+    return np.zeros(shape, value.dtype) if isinstance(value, np.ndarray) else value.new_zeros(shape)
