@@ -38,14 +38,14 @@ from benchmarks.scoring import MAX_NEW_TOKENS, Quiz, Workers, pipeline, row_flop
 from examples.showo2_shapes.evaluate import prompts, quizzes
 from examples.showo2_shapes.world.language import caption
 from examples.showo2_shapes.world.scorer import score_many
-from flashu_compile.compiler.captured import TASKS, CapturedModel, capture_model
-from flashu_compile.compiler.export import calibrate, export
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.export import calibrate, capture_model, export
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.program.program import prologue_of
 from flashu_compile.recipe.plan import StepPlan, compile_plan, engines_needed
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import TASKS, prologue_of
 
 # Until rows are finished, the estimate of time supposes these; they were taken on two CPU cores.
 _BUILD_SECONDS, _EVALUATION_SECONDS, _ANSWER_SECONDS = 40.0, 0.018, 0.05

@@ -13,8 +13,9 @@ from typing import Any
 
 from flashu_compile.recipe.config import TOKEN_SCORERS
 from flashu_compile.recipe.decisions import Decisions
-from flashu_compile.recipe.plan import REUSE, compile_plan
+from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import REUSE
 
 BASE, FULL, PRESETS = "exact", "flashu", ("balanced", "conservative", "aggressive")
 

@@ -11,8 +11,8 @@ from benchmarks.geometries import VAE, random_model, tokenizer
 from benchmarks.measuring import seconds
 from benchmarks.records import digest, recipe_digest, write_atomically
 from flashu_compile.bundle.manifest import MANIFEST
-from flashu_compile.compiler.captured import CapturedModel, capture_model
-from flashu_compile.compiler.export import export
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.export import capture_model, export
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import GenerationReference, place_span, time_grid
-from flashu_compile.recipe.plan import REUSE, StepPlan
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.tasks import REUSE
 
 
 class PublishedPatch:

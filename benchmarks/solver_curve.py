@@ -37,8 +37,9 @@ from examples.showo2_shapes.world.scorer import score_many
 from flashu_compile.compiler.export import export
 from flashu_compile.models.loading import load_model
 from flashu_compile.recipe.config import T2IConfig
-from flashu_compile.recipe.plan import REUSE, StepPlan, compile_plan
+from flashu_compile.recipe.plan import StepPlan, compile_plan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import REUSE
 
 POINTS = (5, 7, 9, 13, 19, 25, 35, 50)
 CACHES = (2, 3, 5)

@@ -22,8 +22,8 @@ from flashu_compile.extras import naming_the_extra
 from flashu_compile.version import __version__
 
 if TYPE_CHECKING:
-    from flashu_compile.compiler.captured import CapturedModel, capture_model
-    from flashu_compile.compiler.export import calibrate, export
+    from flashu_compile.compiler.captured import CapturedModel
+    from flashu_compile.compiler.export import calibrate, capture_model, export
     from flashu_compile.looking.comparison import compare_layers
     from flashu_compile.recipe.config import MMUConfig, T2IConfig
     from flashu_compile.recipe.recipe import Recipe
@@ -51,7 +51,7 @@ _HOMES = {
     "Recipe": "flashu_compile.recipe.recipe",
     "T2IConfig": "flashu_compile.recipe.config",
     "calibrate": "flashu_compile.compiler.export",
-    "capture_model": "flashu_compile.compiler.captured",
+    "capture_model": "flashu_compile.compiler.export",
     "compare_layers": "flashu_compile.looking.comparison",
     "export": "flashu_compile.compiler.export",
     "load": "flashu_compile.runtime",

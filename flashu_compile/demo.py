@@ -21,6 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 import flashu_compile
 from flashu_compile.errors import FlashuError
 from flashu_compile.runtime import Pipeline, load
+from flashu_compile.tasks import TASKS
 
 MODEL = "showo2-shapes"
 FOLDER = Path("showo2-shapes-demo")
@@ -68,7 +69,7 @@ def _build(bundle: Path, progress: Progress) -> None:
     row = progress.add_task(f"compiling {MODEL}", total=1.0)
     flashu_compile.export(
         MODEL,
-        ["t2i", "mmu"],
+        TASKS,
         output=bundle,
         overwrite=True,
         progress=lambda stage, done: progress.update(

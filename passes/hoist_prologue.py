@@ -19,7 +19,8 @@ from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import cut_at, new_roles
 from flashu_compile.passes.editing import module_path
-from flashu_compile.program.program import Program, prologue_of
+from flashu_compile.program.program import Program
+from flashu_compile.tasks import prologue_of
 
 _aten = torch.ops.aten
 #: Cheap to do again, and handing on what they are made from is smaller.

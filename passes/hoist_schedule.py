@@ -17,7 +17,8 @@ from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import cut_at, new_roles
 from flashu_compile.passes.editing import module_path
-from flashu_compile.program.program import Program, schedule_of
+from flashu_compile.program.program import Program
+from flashu_compile.tasks import schedule_of
 
 _LINEAR = torch.ops.aten.linear.default
 

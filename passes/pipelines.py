@@ -29,8 +29,8 @@ from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Role
 from flashu_compile.recipe.decisions import KeptNeurons
+from flashu_compile.tasks import DENOISE, LANGUAGE, LLM, UNDERSTAND, VAE_DECODE, VISION
 
-LLM = "llm"
 _STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation
 _PLAIN = (GroupHeads(), HalveRotary())
 _SCHEDULE = HoistSchedule(Role.TIMESTEP)
@@ -65,7 +65,7 @@ def understand(
     """The understanding forward, split into what runs once per picture and what runs once per token."""
     # Rotations first: where a table's halves are the same cannot be seen behind a gather.
     tokens = () if gather is None else (HalveRotary(), gather)
-    split = SplitAtOutput(Role.IMAGE_EMBEDS, ("vision", "language"), ("batch", None, None))
+    split = SplitAtOutput(Role.IMAGE_EMBEDS, (VISION, LANGUAGE), ("batch", None, None))
     return (*tokens, *_cut(kept, skipped), split, *CLEAN)
 
 
@@ -85,8 +85,8 @@ def _cut(kept: KeptNeurons | None, skipped: tuple[int, ...]) -> tuple[Pass, ...]
 
 
 EXACT: dict[str, tuple[Pass, ...]] = {
-    "denoise": denoise(),
-    "vae_decode": CLEAN,
-    "understand": understand(),
+    DENOISE: denoise(),
+    VAE_DECODE: CLEAN,
+    UNDERSTAND: understand(),
 }
 """What a faithful engine needs and no more, by captured program."""

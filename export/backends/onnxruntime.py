@@ -13,7 +13,6 @@ from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, TensorSpec
 from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
-from flashu_compile.exporters.descriptions import described
 from flashu_compile.exporters.engine_build import EngineBuild, write_reference
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.packed_onnx import pack_model, unpack_model
@@ -22,6 +21,7 @@ from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import graph_statistics
 from flashu_compile.exporters.weights import weight_store
 from flashu_compile.program.program import Program
+from flashu_compile.tasks import RECORDS
 
 
 class OnnxRuntime:
@@ -33,7 +33,7 @@ class OnnxRuntime:
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         lowered, records = precision.carry_out(program)
         model = emit_onnx(lowered)
-        model.graph.doc_string = f"{described(program.name)} {model.graph.doc_string}"
+        model.graph.doc_string = f"{RECORDS[program.task].describe(program.name)} {model.graph.doc_string}"
         held_against = lowered if precision.has_int8 else None
         return Emitted(model, graph_statistics(program, model), records, held_against)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from flashu_compile.tasks import HEAD, LLM, SEMANTIC
+
 #: The stacks of a model, and whatever belongs to none of them.
-PARTS = ("llm", "semantic", "head", "other")
+PARTS = (LLM, SEMANTIC, HEAD, "other")
 
 #: Relative L2 from the reference that is recorded with an engine. 16-bit engines are held against float32, and errors
 #: of layers add up (float16 has eleven bits, bfloat16 eight); int8 engines against the same int8 program in PyTorch,

@@ -47,7 +47,7 @@ app = typer.Typer(
     epilog="Each command has its own help with examples: [bold]flashu-compile generate --help[/]",
 )
 
-TASKS = ("t2i", "mmu")
+
 # The panels of the help, in order.
 COMPILING, USING, LOOKING = "Compile a model", "Use a bundle", "Look and check"
 

@@ -121,7 +121,11 @@ def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
             rows.append((task, "not measured", cost["not_measured"]))
             continue
         rows.extend((task, row["name"], f"{row['error']:.1e}") for row in cost["techniques"])
-        same = f", {cost['same_tokens']} of {cost['tokens']} next tokens the same" if task == "mmu" else ""
+        same = (
+            f", {cost['same_tokens']} of {cost['tokens']} next tokens the same"
+            if "same_tokens" in cost
+            else ""
+        )
         rows.append((task, "everything together", f"{cost['error']:.1e}{same}"))
     if rows:
         print_table(("task", "technique", "relative error of final latents or next-token logits"), rows)

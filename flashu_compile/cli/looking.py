@@ -14,7 +14,6 @@ import typer
 from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     LOOKING,
-    TASKS,
     Bundle,
     Json,
     Memory,
@@ -34,6 +33,7 @@ from flashu_compile.cli.conversion import inspect_target
 from flashu_compile.cli.layers import reference_named, verify_layers
 from flashu_compile.errors import InputError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
+from flashu_compile.tasks import TASKS
 
 
 @app.command(

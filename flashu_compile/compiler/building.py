@@ -14,13 +14,15 @@ from torch import Tensor
 from flashu_compile.bundle.profiles import Range
 from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, CapturedProgram, Steps, one_thread
 from flashu_compile.compiler.kept_engines import EngineShelf
-from flashu_compile.compiler.specialise import Job, Specialised, jobs, neuron_order
+from flashu_compile.compiler.specialise import Job, Specialised, neuron_order
+from flashu_compile.compiler.tasks import jobs
 from flashu_compile.exporters.backends import Backend, Emitted
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import program_statistics
-from flashu_compile.program.program import BATCH, Program, prologue_of, schedule_of
+from flashu_compile.program.program import BATCH, Program
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import prologue_of, schedule_of
 
 _CAPTURE_SHARE, _END = 0.4, 0.88
 
@@ -107,7 +109,7 @@ def build_engines(
         about = shelf.fetch(program, f"captured {ordering} {maker.proving}", made.described)
         described |= about.statistics
         parts.append(dataclasses.replace(about, statistics={}))
-        todo = jobs(program.spec.name, order.recipe)
+        todo = jobs(task, program.spec.name, order.recipe)
         for number, job in enumerate(todo):
             done = before + share * (_CAPTURE_SHARE + (1 - _CAPTURE_SHARE) * number / len(todo))
 

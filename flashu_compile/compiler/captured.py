@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.errors import CheckpointError, ConfigurationError, UnknownTaskError
+from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import captures
@@ -20,7 +20,6 @@ from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import Capture, capture
-from flashu_compile.recipe.recipe import TASKS
 
 Progress = Callable[[str, float], None]
 
@@ -95,35 +94,6 @@ class CapturedModel:
         return {name: c for name, c in self.programs.items() if c.spec.task in tasks}
 
 
-def capture_model(
-    model: nn.Module | str | Path,
-    task: str | Sequence[str],
-    *,
-    vae: object = None,
-    tokenizer: object = None,
-    llm_config: Mapping[str, Any] | str | Path | None = None,
-    progress: Progress | None = None,
-) -> CapturedModel:
-    """Load and trace `model` for a task or several, to build more than one bundle from.
-
-    Args:
-        model, vae, tokenizer, llm_config: as for `export`.
-        task: "t2i", "mmu", or a list of them.
-        progress: called with (what is being done, fraction done in [0, 1]).
-
-    Raises:
-        FlashuError: a subclass that says what is wrong and what to do.
-    """
-    tell = Steps(progress)
-    source = open_model(
-        model, named_tasks(task), vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell
-    )
-    for index, captured in enumerate(source.programs.values()):
-        tell.fraction = index / len(source.programs)
-        _ = captured.program, captured.truth
-    return source
-
-
 def open_model(
     model: nn.Module | str | Path,
     tasks: Sequence[str],
@@ -145,16 +115,6 @@ def captured_model(loaded: LoadedModel, tasks: Sequence[str], tell: Steps) -> Ca
         raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
     specs = [spec for name in tasks for spec in captures(name, loaded.network, loaded.vae)]
     return CapturedModel(loaded, {spec.name: CapturedProgram(spec, tell) for spec in specs})
-
-
-def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
-    """The tasks asked for, in our order. Raises `UnknownTaskError`."""
-    asked = (task,) if isinstance(task, str) else tuple(task)
-    unknown = [name for name in asked if name not in TASKS]
-    if unknown or not asked:
-        what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
-        raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
-    return tuple(name for name in TASKS if name in asked)
 
 
 @contextmanager

@@ -12,31 +12,20 @@ from torch import nn
 
 from flashu_compile.bundle.manifest import REPORT, Manifest
 from flashu_compile.compiler.building import Built, Maker, build_engines
-from flashu_compile.compiler.bundle_facts import (
-    bundle_facts,
-    checkpoint_bytes,
-    size_ranges,
-)
 from flashu_compile.compiler.cache import open_cache
-from flashu_compile.compiler.captured import (
-    CapturedModel,
-    Progress,
-    Steps,
-    captured_model,
-    named_tasks,
-    open_model,
-)
+from flashu_compile.compiler.captured import CapturedModel, Progress, Steps, captured_model, open_model
 from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
 from flashu_compile.compiler.inspection import Inspection
 from flashu_compile.compiler.kept_engines import EngineShelf
+from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
 from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy, proof_copy
+from flashu_compile.compiler.tasks import named_tasks
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.models.loading import LoadedModel
-from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.work import engine_errors
@@ -148,8 +137,7 @@ def export(
         maker = maker.unproved()
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     inspection = Inspection(
-        loaded=loaded,
-        programs=source.of(tasks),
+        source=source,
         recipe=decided,
         tasks=tasks,
         samples=measured,
@@ -160,7 +148,7 @@ def export(
         exact_precision=precise.is_exact,
     )
     tell("writing the bundle", 0.88)
-    facts = bundle_facts(loaded, tasks, backend, str(precise), decided.name)
+    facts = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
     told = {"calibration": figures, **losses, **proved}
     manifest = _write(directory, built, inspection, facts, told, overwrite=overwrite)
     tell("done", 1.0)
@@ -190,14 +178,14 @@ def _write(
     *,
     overwrite: bool,
 ) -> Manifest:
-    loaded, recipe, engines = inspection.loaded, inspection.recipe, built.engines
+    loaded, engines = inspection.source.loaded, built.engines
     return write_bundle(
         directory,
         engines=engines.engines,
         facts=facts,
         tokenizer=loaded.tokenizer,
-        recipe=recipe,
-        plan=compile_plan(recipe.t2i, recipe.decided("t2i")) if "t2i" in inspection.tasks else None,
+        recipe=inspection.recipe,
+        plan=inspection.plan,
         report={
             "engines": engines.statistics,
             "captured": built.captured,
@@ -265,3 +253,32 @@ def _captured(
             "A captured model has its VAE, tokenizer and configuration; leave these out."
         )
     return model
+
+
+def capture_model(
+    model: nn.Module | str | Path,
+    task: str | Sequence[str],
+    *,
+    vae: object = None,
+    tokenizer: object = None,
+    llm_config: Mapping[str, Any] | str | Path | None = None,
+    progress: Progress | None = None,
+) -> CapturedModel:
+    """Load and trace `model` for a task or several, to build more than one bundle from.
+
+    Args:
+        model, vae, tokenizer, llm_config: as for `export`.
+        task: "t2i", "mmu", or a list of them.
+        progress: called with (what is being done, fraction done in [0, 1]).
+
+    Raises:
+        FlashuError: a subclass that says what is wrong and what to do.
+    """
+    tell = Steps(progress)
+    source = open_model(
+        model, named_tasks(task), vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell
+    )
+    for index, captured in enumerate(source.programs.values()):
+        tell.fraction = index / len(source.programs)
+        _ = captured.program, captured.truth
+    return source

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flashu_compile.compiler.building import Built
-from flashu_compile.compiler.bundle_facts import checkpoint_bytes
+from flashu_compile.compiler.metadata import checkpoint_bytes
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import LLM, MMU
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"
 #: Weights of more bytes than this are proved on a copy, unless asked otherwise.
@@ -64,7 +65,7 @@ def proof_copy(loaded: LoadedModel, recipe: Recipe) -> ProofCopy:
     config = loaded.network.config
     total = depths(config)
     layers = {stack: _ends(depth) for stack, depth in total.items()}
-    layers["llm"] = _llm_layers(total["llm"], recipe)
+    layers[LLM] = _llm_layers(total[LLM], recipe)
     network = reduced(loaded.network, layers, _grid(recipe.mmu.token_pruning, config.position_grid))
     small = dataclasses.replace(loaded, network=network, calibration=None)
     return ProofCopy(small, _reduced_recipe(recipe, layers), layers)
@@ -87,7 +88,7 @@ def _llm_layers(depth: int, recipe: Recipe) -> tuple[int, ...]:
     chosen = set(_ends(depth))
     sets = [set(phase.skipped) for task in recipe.decisions for phase in recipe.decided(task).phases]
     if recipe.mmu.token_pruning > 0:
-        skipped = {layer for phase in recipe.decided("mmu").phases for layer in phase.skipped}
+        skipped = {layer for phase in recipe.decided(MMU.name).phases for layer in phase.skipped}
         running = [layer for layer in range(recipe.mmu.token_layer, depth) if layer not in skipped]
         # The first of them decides, and the next has fewer rows.
         chosen |= {*range(min(recipe.mmu.token_layer, depth)), *running[:2]}
@@ -115,9 +116,7 @@ def _reduced_recipe(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> Reci
     decisions = {
         task: Decisions(
             neurons(decided.kept_neurons),
-            tuple(
-                Phase(phase.start, tuple(places("llm", phase.skipped).values())) for phase in decided.phases
-            ),
+            tuple(Phase(phase.start, tuple(places(LLM, phase.skipped).values())) for phase in decided.phases),
         )
         for task, decided in recipe.decisions.items()
     }

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashu_compile.passes import pipelines
 from flashu_compile.passes.base import Pass
-from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights, OrderNeurons, kept_ranges
-from flashu_compile.program.program import Program, schedule_of
+from flashu_compile.program.program import Program
 from flashu_compile.program.trace import Capture
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons
-from flashu_compile.recipe.plan import REUSE, compile_plan, engines_needed, variants
-from flashu_compile.recipe.recipe import TASKS, Recipe
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import TASKS
 
 Specialised = tuple[tuple[Program, ...], tuple[PassRecord, ...]]
 
@@ -104,56 +102,6 @@ def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) ->
         return np.array(found, dtype=np.int64)
 
     return {stack: {block: place(passes[stack], block) for block in blocks} for stack, blocks in kept.items()}
-
-
-def jobs(name: str, recipe: Recipe) -> tuple[Job, ...]:
-    """What `recipe` makes of the captured program `name`. Raises `RecipeError` if the recipe lacks a decision."""
-    if name == "denoise":
-        return _denoise(recipe)
-    if name == "understand":
-        return (_understand(recipe),)
-    return (Job(name, pipelines.CLEAN),)
-
-
-def _denoise(recipe: Recipe) -> tuple[Job, ...]:
-    """One engine for each variant that the recipe's plan runs, and the one that reuses head features."""
-    config, decided = recipe.t2i, recipe.decided("t2i")
-    names = engines_needed(compile_plan(config, decided))
-    cached = config.head_cache > 1
-    found = [
-        Job(
-            variant.name,
-            pipelines.denoise(
-                kept=decided.kept_neurons if variant.pruned else {},
-                skipped=variant.skipped,
-                features=cached,
-            ),
-        )
-        for variant in variants(config, decided)
-        if variant.name in names
-    ]
-    if REUSE in names:
-        found.append(
-            Job(
-                "denoise",
-                pipelines.reuse(),
-                then={REUSE: pipelines.reused()},
-                only=(schedule_of(REUSE), REUSE),
-            )
-        )
-    return tuple(found)
-
-
-def _understand(recipe: Recipe) -> Job:
-    config, decided = recipe.mmu, recipe.decided("mmu")
-    skipped = decided.phases[0].skipped if decided.phases else ()
-    gather = None
-    if config.token_pruning > 0:
-        gather = GatherTokens(
-            pipelines.LLM, config.token_layer, config.token_pruning, config.token_scorer, skipped
-        )
-    passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
-    return Job("understand", passes, then={"language": pipelines.decode()})
 
 
 def _plain(value: Any) -> Any:

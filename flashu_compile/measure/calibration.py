@@ -38,8 +38,8 @@ from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.runtime.sampler import prompt_pair, sample
+from flashu_compile.tasks import LLM
 
-LLM = "llm"
 ANSWER_TOKENS = 16
 _CURVE_POINTS = 41
 
@@ -187,11 +187,7 @@ def calibrate_t2i(
     """
     if not prompts:
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
-    plain = dataclasses.replace(
-        config, ffn_pruning=0, semantic_pruning=0, head_pruning=0, full_ffn=0, layer_skipping=0,
-        head_cache=1, head_extrapolation=False,
-    )  # fmt: skip
-    plan = compile_plan(plain, Decisions())
+    plan = compile_plan(config.without_techniques())
     statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
     phases = _PhaseCosines(statistics, len(plan.steps), config.skipping_interval)
     engine = RecordingEngine(Recorder(program, statistics.taps()), phases.before)

@@ -28,14 +28,14 @@ from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.measure.calibration import ANSWER_TOKENS
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
 from flashu_compile.program.program import Program, Role
-from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions
-from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.sampler import prompt_pair, sample
+from flashu_compile.tasks import MMU, VISION
 
 Tell = Callable[[str], None]
 
@@ -46,13 +46,6 @@ class Cost:
 
     figures: dict[str, Any]
     comparisons: tuple[Comparison, ...]
-
-
-def is_lossy(recipe: Recipe, task: str, points: int | None) -> bool:
-    """Whether the recipe changes what `task` gives. `points`: the model's own number of time points, if known."""
-    if task == "mmu":
-        return recipe.mmu != MMUConfig()
-    return _plain(recipe.t2i, recipe.t2i.points) != recipe.t2i or recipe.t2i.points != points
 
 
 # --- t2i --------------------------------------------------------------------------------------------------------------
@@ -74,13 +67,14 @@ def picture_cost(
     """`program` is the captured generation step, `points` the model's own; noise of prompt i is that of `seed + i`."""
     texts = [prompt_pair(codec, facts, prompt) for prompt in prompts]
     noises = [initial_noise(seed + i, 0, (1, *facts.latent_shape)) for i in range(len(prompts))]
-    exact = dataclasses.replace(recipe, t2i=_plain(recipe.t2i, points))
+    exact = dataclasses.replace(
+        recipe, t2i=dataclasses.replace(recipe.t2i.published_sampler(), points=points)
+    )
 
     def emulated(changed: Recipe, number: int) -> NDArray[np.float32]:
-        plan = compile_plan(changed.t2i, changed.decided("t2i"))
-        return sample(EmulatedEngines(program, changed), plan, texts[number], noises[number])
+        return sample(EmulatedEngines(program, changed), changed.plan(), texts[number], noises[number])
 
-    plan = compile_plan(recipe.t2i, recipe.decided("t2i"))
+    plan = recipe.plan()
     rows: list[dict[str, Any]] = []
     comparisons, truths = [], []
     for number, prompt in enumerate(prompts):
@@ -102,12 +96,6 @@ def picture_cost(
         "evaluations": {"exact": points - 1, "recipe": len(plan.steps)},
     }
     return Cost(figures, tuple(comparisons))
-
-
-def _plain(config: T2IConfig, points: int | None) -> T2IConfig:
-    """The published sampler at `points`, with the guidance scale and time shift of `config`."""
-    return T2IConfig(points=points, guidance_scale=config.guidance_scale, time_shift=config.time_shift,
-                     width_multiple=config.width_multiple, skipping_interval=config.skipping_interval)  # fmt: skip
 
 
 def _picture_techniques(recipe: Recipe, exact: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -203,7 +191,7 @@ def _answer_techniques(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def _emulator(program: Program, recipe: Recipe) -> Emulator:
-    decided = recipe.decided("mmu")
+    decided = recipe.decided(MMU.name)
     skipped = decided.phases[0].skipped if decided.phases else ()
     return Emulator(program, (Role.LOGITS,), edits(program, decided, skipped, recipe.mmu))
 
@@ -243,7 +231,7 @@ class _Question:
         return np.stack([self._next(emulator, answer[:count]) for count in range(len(answer) + 1)])
 
     def logits_of_engines(self, engines: Engines, answer: Sequence[int]) -> NDArray[np.float32]:
-        embeds = engines.engine("vision").run({"pixels": self._pixels})["image_embeds"]
+        embeds = engines.engine(VISION).run({"pixels": self._pixels})["image_embeds"]
         going = decoding.Picture(engines, self._prefix, embeds).answers([self._suffix])
         return np.concatenate([going.first(), *(going.after([token]) for token in answer)])
 

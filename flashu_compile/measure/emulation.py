@@ -24,13 +24,13 @@ from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
 from flashu_compile.passes.analysis.span import visual_span
-from flashu_compile.passes.pipelines import LLM
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions
-from flashu_compile.recipe.plan import REUSE, Variant, variants
+from flashu_compile.recipe.plan import Variant, variants
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import LLM, REUSE, T2I
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ class EmulatedEngines:
     """The engines of `recipe`'s step plan, for the sampler, on the captured generation step."""
 
     def __init__(self, program: Program, recipe: Recipe) -> None:
-        self._program, self._decided = program, recipe.decided("t2i")
+        self._program, self._decided = program, recipe.decided(T2I.name)
         self._variants = {v.name: v for v in variants(recipe.t2i, self._decided)}
         self._features = recipe.t2i.head_cache > 1
         self._made: dict[str, EmulatedEngine] = {}

@@ -12,6 +12,7 @@ import numpy as np
 
 from flashu_compile.bundle.images import Picture
 from flashu_compile.errors import CalibrationError
+from flashu_compile.tasks import RECORDS
 
 DEFAULT_SAMPLES = 20
 _WAYS = (
@@ -26,6 +27,10 @@ class CalibrationSamples:
 
     prompts: tuple[str, ...] = ()
     questions: tuple[tuple[Picture, str], ...] = ()
+
+    def of(self, task: str) -> tuple[Any, ...]:
+        """Return the samples of one task."""
+        return tuple(getattr(self, RECORDS[task].sample_field))
 
     def chosen(self, count: int, seed: int) -> CalibrationSamples:
         """At most `count` of each, in their order; which ones follows from `seed`."""

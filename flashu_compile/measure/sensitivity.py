@@ -25,7 +25,6 @@ from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weigh
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
 from flashu_compile.program.program import Program, Role
-from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.sampler import prompt_pair, sample
@@ -61,9 +60,7 @@ def generation_errors(
     watch = _Watch(program)
     if not prompts:
         watch.record(program.sample)
-    config = recipe.t2i
-    plain = type(config)(points=_POINTS, guidance_scale=config.guidance_scale, time_shift=config.time_shift)
-    plan = compile_plan(plain, Decisions())
+    plan = compile_plan(recipe.t2i.published_sampler(), points=_POINTS)
     for index, prompt in enumerate(prompts):
         noise = initial_noise(index, 0, (1, *facts.latent_shape))
         sample(RecordingEngine(watch, lambda _: None), plan, prompt_pair(codec, facts, prompt), noise)

@@ -106,16 +106,6 @@ class Program:
         return dict(zip(self.outputs, results, strict=True))
 
 
-def prologue_of(name: str) -> str:
-    """What the program is called that computes, once, what program `name` takes with every call."""
-    return f"{name}_prologue"
-
-
-def schedule_of(name: str) -> str:
-    """What the program is called that computes, once for each time point, what program `name` takes there."""
-    return f"{name}_schedule"
-
-
 def run_chain(programs: tuple[Program, ...], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run programs in order, each reading the inputs and the outputs of those before it, by role."""
     values = dict(inputs)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.tasks import HEAD, LLM, MMU, SEMANTIC, T2I
 
 SOLVERS = ("euler", "ab2")
 FULL_FFN_AT = ("first", "last")
@@ -21,6 +22,10 @@ TOKEN_SCORERS = ("v_norm", "random", "duplication")
 LARGEST_SCALE = 1e4
 
 Guidance = tuple[tuple[float, float | None], ...]
+
+#: The fields of `T2IConfig` that are the sampler's, and those that say how a technique works and do nothing alone.
+_SAMPLER = ("points", "guidance_scale", "time_shift")
+_IDLE = ("width_multiple", "skipping_interval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,22 @@ class T2IConfig:
     @property
     def pruning(self) -> dict[str, float]:
         """The share of FFN neurons removed, by stack."""
-        return {"llm": self.ffn_pruning, "semantic": self.semantic_pruning, "head": self.head_pruning}
+        return {LLM: self.ffn_pruning, SEMANTIC: self.semantic_pruning, HEAD: self.head_pruning}
+
+    def without_techniques(self) -> T2IConfig:
+        """Return the same trajectory (points, scale, shift, guidance, solver) with every technique off.
+
+        Every field is reset but those of the trajectory, so a technique that is added later is off here by itself.
+        """
+        return _only(self, (*_SAMPLER, "guidance", "solver", *_IDLE))
+
+    def published_sampler(self) -> T2IConfig:
+        """Return Euler steps at a constant guidance scale with every technique off; points, scale and shift stay."""
+        return _only(self, (*_SAMPLER, *_IDLE))
+
+    def is_lossy(self, points: int | None) -> bool:
+        """Tell whether this changes what t2i gives. `points`: the model's own number of time points, if known."""
+        return self.published_sampler() != self or self.points != points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +147,16 @@ class MMUConfig:
     @property
     def pruning(self) -> dict[str, float]:
         """The share of FFN neurons removed, by stack."""
-        return {"llm": self.ffn_pruning, "semantic": self.semantic_pruning}
+        return {LLM: self.ffn_pruning, SEMANTIC: self.semantic_pruning}
+
+    def is_lossy(self, points: int | None) -> bool:
+        """Tell whether this changes what mmu gives; `points`, of t2i, do not matter."""
+        return self != MMUConfig()
 
 
 TaskConfig = T2IConfig | MMUConfig
+#: The kind of configuration that each task has.
+CONFIGS: Mapping[str, type[T2IConfig] | type[MMUConfig]] = {T2I.name: T2IConfig, MMU.name: MMUConfig}
 
 
 def config_from_dict(kind: type[T2IConfig] | type[MMUConfig], data: Mapping[str, Any], where: str) -> Any:
@@ -157,6 +183,11 @@ def is_number(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Whether `value` is an integer; a bool is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _only(config: T2IConfig, names: tuple[str, ...]) -> T2IConfig:
+    """Return the defaults with the fields `names` of `config`."""
+    return T2IConfig(**{name: getattr(config, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)

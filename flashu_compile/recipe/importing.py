@@ -11,6 +11,7 @@ from flashu_compile.errors import RecipeError
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import LLM, T2I
 
 
 def published_decisions(
@@ -26,7 +27,7 @@ def published_decisions(
     T_LS: int = 10,
     T_cache: int = 5,
     time_shift: float | None = None,
-    stack: str = "llm",
+    stack: str = LLM,
     name: str = "published",
 ) -> Recipe:
     """A t2i recipe that does what one run of the published code did.
@@ -72,7 +73,7 @@ def published_decisions(
         head_cache=T_cache,
     )
     kept = {int(layer): np.sort(np.asarray(neurons)) for layer, neurons in kept_neurons.items()}
-    return Recipe(name, t2i=config, decisions={"t2i": Decisions({stack: kept}, phases)})
+    return Recipe(name, t2i=config, decisions={T2I.name: Decisions({stack: kept}, phases)})
 
 
 def _factors(

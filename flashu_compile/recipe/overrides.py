@@ -12,7 +12,8 @@ from typing import Any
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.recipe.config import T2IConfig, TaskConfig
 from flashu_compile.recipe.decisions import Decisions
-from flashu_compile.recipe.recipe import TASKS, Recipe
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import TASKS
 
 _KINDS = {
     bool: "true or false",

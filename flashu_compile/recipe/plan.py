@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.config import LARGEST_SCALE, T2IConfig
 from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.tasks import DENOISE, REUSE
 
-DENOISE, REUSE = "denoise", "reuse"
 _TOLERANCE = 1e-9  # of k / n against a share of the trajectory that was computed as another quotient
 
 Value = TypeVar("Value")

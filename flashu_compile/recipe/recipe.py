@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.errors import ConfigurationError, RecipeError
-from flashu_compile.recipe.config import MMUConfig, T2IConfig, TaskConfig, config_from_dict
+from flashu_compile.recipe.config import CONFIGS, MMUConfig, T2IConfig, TaskConfig, config_from_dict
 from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.plan import StepPlan, compile_plan
+from flashu_compile.tasks import MMU, T2I, TASKS
 
 SCHEMA = 2
 FILE = "recipe.json"
-TASKS = ("t2i", "mmu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Recipe:
                 raise RecipeError(
                     f"The decisions of {task} prune stack {unknown[0]!r}; those it can prune are {', '.join(known)}."
                 )
-        if len(self.decisions.get("mmu", Decisions()).phases) > 1:
+        if len(self.decisions.get(MMU.name, Decisions()).phases) > 1:
             raise RecipeError(
                 "The decisions of mmu have several phases; there is one trajectory only in t2i."
             )
@@ -59,12 +60,17 @@ class Recipe:
         """The parameters of `task`. Raises `RecipeError` on an unknown task."""
         if task not in TASKS:
             raise RecipeError(f"A recipe knows the tasks {', '.join(TASKS)}, not {task!r}.")
-        return self.t2i if task == "t2i" else self.mmu
+        config: TaskConfig = getattr(self, task)
+        return config
 
     def decided(self, task: str) -> Decisions:
         """What was decided for `task`, without what its parameters switch off."""
         config = self.config(task)
         return self.decisions.get(task, Decisions()).under(config)
+
+    def plan(self, *, points: int | None = None, guidance_scale: float | None = None) -> StepPlan:
+        """Return the trajectory of t2i that this recipe's rules give; see `compile_plan`."""
+        return compile_plan(self.t2i, self.decided(T2I.name), points=points, guidance_scale=guidance_scale)
 
     def needs_calibration(self, task: str) -> bool:
         """Whether the parameters of `task` ask for decisions that are not here."""
@@ -84,8 +90,7 @@ class Recipe:
         data = {
             "schema": SCHEMA,
             "name": self.name,
-            "t2i": dataclasses.asdict(self.t2i),
-            "mmu": dataclasses.asdict(self.mmu),
+            **{task: dataclasses.asdict(self.config(task)) for task in TASKS},
             "decisions": {
                 task: {
                     "kept_widths": decisions.kept_widths,
@@ -107,17 +112,17 @@ class Recipe:
         if schema != SCHEMA or isinstance(schema, bool):
             found = "no schema" if schema is None else f"schema {schema!r}"
             raise RecipeError(f"The recipe has {found}; this version reads {SCHEMA}.")
-        _known(data, ("name", "t2i", "mmu", "decisions"), "The recipe")
+        _known(data, ("name", *TASKS, "decisions"), "The recipe")
         if "name" not in data:
             raise RecipeError("The recipe has no name; add the field 'name'.")
         decisions = _object(data.get("decisions", {}), "'decisions'")
         try:
-            return cls(
-                data["name"],
-                config_from_dict(T2IConfig, _object(data.get("t2i", {}), "'t2i'"), "'t2i'"),
-                config_from_dict(MMUConfig, _object(data.get("mmu", {}), "'mmu'"), "'mmu'"),
-                {task: _decisions(value, f"'decisions', {task!r}") for task, value in decisions.items()},
-            )
+            configs: dict[str, Any] = {
+                task: config_from_dict(kind, _object(data.get(task, {}), repr(task)), repr(task))
+                for task, kind in CONFIGS.items()
+            }
+            taken = {task: _decisions(value, f"'decisions', {task!r}") for task, value in decisions.items()}
+            return cls(name=data["name"], decisions=taken, **configs)
         except ConfigurationError as error:
             raise RecipeError(f"The recipe is not valid: {error}") from error
 
@@ -189,7 +194,7 @@ def recipe_path(path: str | os.PathLike[str]) -> Path:
 def merge(t2i: Recipe, mmu: Recipe, name: str | None = None) -> Recipe:
     """What `t2i` says about pictures and `mmu` about questions; named after both unless `name` is given."""
     own = t2i.name if t2i.name == mmu.name else f"{t2i.name}+{mmu.name}"
-    sources = {"t2i": t2i, "mmu": mmu}
+    sources = {T2I.name: t2i, MMU.name: mmu}
     decisions = {task: r.decisions[task] for task, r in sources.items() if task in r.decisions}
     return Recipe(own if name is None else name, t2i.t2i, mmu.mmu, decisions)
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from flashu_compile.recipe.config import Guidance, MMUConfig, T2IConfig, TaskConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
-from flashu_compile.recipe.recipe import TASKS, Recipe
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import MMU, T2I, TASKS
 
 COLUMNS = ("technique", *TASKS)
 _NOT_THERE = "–"  # the technique does not exist for the task
@@ -25,9 +26,9 @@ def recipe_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
         ("guidance", _guidance(t2i.guidance), _NOT_THERE),
         ("time shift", _own(t2i.time_shift), _NOT_THERE),
         ("solver", t2i.solver, _NOT_THERE),
-        ("FFN pruning", _pruning(t2i, decided["t2i"]), _pruning(mmu, decided["mmu"])),
+        ("FFN pruning", _pruning(t2i, decided[T2I.name]), _pruning(mmu, decided[MMU.name])),
         ("full evaluations", _full(t2i), _NOT_THERE),
-        ("layer skipping", _skipping(t2i, decided["t2i"]), _skipping(mmu, decided["mmu"])),
+        ("layer skipping", _skipping(t2i, decided[T2I.name]), _skipping(mmu, decided[MMU.name])),
         ("head cache", _cache(t2i), _NOT_THERE),
         ("token pruning", _NOT_THERE, _tokens(mmu)),
     ]

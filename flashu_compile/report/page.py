@@ -14,11 +14,10 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.recipe.view import recipe_rows
 from flashu_compile.report.pictures import data_uri, keep_map
 from flashu_compile.report.work import engine_errors, largest_error, program_work, result_work
+from flashu_compile.tasks import MMU, RECORDS, T2I
 
 if TYPE_CHECKING:
     from flashu_compile.report.pictures import Comparison
-
-_TASKS = {"t2i": "Pictures from text (t2i)", "mmu": "Questions about pictures (mmu)"}
 
 
 def render(
@@ -43,7 +42,7 @@ def render(
     return template.render(
         manifest=manifest,
         report=report,
-        tasks={task: _TASKS[task] for task in manifest.tasks},
+        tasks={task: RECORDS[task].title for task in manifest.tasks},
         recipe_rows=[(name, t2i, mmu) for name, t2i, mmu in recipe_rows(recipe)],
         costs={task: _cost(report.get("cost", {}).get(task)) for task in manifest.tasks},
         comparisons={task: list(_shown(comparisons.get(task, ()))) for task in manifest.tasks},
@@ -120,14 +119,14 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
         if scores:
             made[f"{task}_scores"] = plots.score_curves(scores)
         skipped = [phase.skipped for phase in recipe.decided(task).phases]
-        if task == "t2i":
+        if task == T2I.name:
             made["t2i_importance"] = plots.importance_map(measured["layer_importance"], skipped)
         else:
             layers = skipped[0] if skipped else ()
             made["mmu_importance"] = plots.importance_bars(measured["layer_importance"], layers)
-    if "mmu" in figures:
+    if MMU.name in figures:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
-        made["value_norms"] = plots.value_norms(figures["mmu"]["value_norms"], layer)
+        made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)
     return made
 
 

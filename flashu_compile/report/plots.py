@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.tasks import DENOISE, REUSE
 
 INK, MUTED, LINE, FIRST, SECOND, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 _VARIABLES = {
@@ -91,7 +92,7 @@ def timeline(plan: StepPlan) -> Markup:
         lanes, scales = figure.subplots(2, 1, sharex=True, height_ratios=heights)
         for number, step in enumerate(plan.steps, start=1):
             lane = engines.index(step.engine)
-            colour = SECOND if step.engine == "reuse" else THIRD if step.engine == "denoise" else FIRST
+            colour = SECOND if step.engine == REUSE else THIRD if step.engine == DENOISE else FIRST
             lanes.add_patch(
                 Rectangle((number - 0.46, lane - 0.36), 0.92, 0.72, facecolor=colour, linewidth=0)
             )

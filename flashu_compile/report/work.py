@@ -9,6 +9,7 @@ from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.tasks import DENOISE, LLM, MMU, UNDERSTAND, VAE_DECODE, VISION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ def program_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan |
 def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
     """How often an engine runs, in words."""
     readers = [e.name for e in manifest.engines if e.prologue == name]
-    if manifest.engine(name).task == "mmu":
-        once = name == "vision" or readers
+    if manifest.engine(name).task == MMU.name:
+        once = name == VISION or readers
         return "once a picture" if once else "once a question, then once a token"
     steps = Counter(step.engine for step in plan.steps) if plan else Counter()
     if name in steps:
@@ -69,10 +70,10 @@ def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
 
 
 def _published_runs(name: str, report: Mapping[str, Any]) -> str:
-    if name == "understand":
+    if name == UNDERSTAND:
         return "once a token"
     points = report.get("published_points")
-    return f"{points - 1} evaluations" if name == "denoise" and points else "once"
+    return f"{points - 1} evaluations" if name == DENOISE and points else "once"
 
 
 def _row(name: str, task: str, counts: Mapping[str, Any], runs: str, *, captured: bool) -> ProgramWork:
@@ -87,7 +88,7 @@ def _row(name: str, task: str, counts: Mapping[str, Any], runs: str, *, captured
         parameters=sum(counts.get("parameters", {}).values()),
         flops=sum(counts.get("flops", {}).values()),
         bytes=None if moved is None else sum(moved.values()),
-        rows=rows_text(counts.get("rows", {}).get("llm", ())),
+        rows=rows_text(counts.get("rows", {}).get(LLM, ())),
     )
 
 
@@ -110,9 +111,9 @@ def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
     """What a first picture takes, and the first token of an answer; nothing where the report lacks the counts."""
     captured, engines = report.get("captured", {}), report.get("engines", {})
     found: list[ResultWork] = []
-    if plan is not None and {"denoise", "vae_decode"} <= captured.keys():
+    if plan is not None and {DENOISE, VAE_DECODE} <= captured.keys():
         evaluations = report["published_points"] - 1
-        before = {"denoise": float(evaluations), "vae_decode": 1 / captured["vae_decode"]["batch"]}
+        before = {DENOISE: float(evaluations), VAE_DECODE: 1 / captured[VAE_DECODE]["batch"]}
         after: dict[str, float] = {}
         for step in plan.steps:
             after[step.engine] = after.get(step.engine, 0) + len(step.branches) / 2
@@ -121,13 +122,13 @@ def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
                 after[engine.prologue] = 1
             if engine.schedule is not None:
                 after[engine.schedule] = after.get(engine.schedule, 0) + 1
-        after["vae_decode"] = before["vae_decode"]
+        after[VAE_DECODE] = before[VAE_DECODE]
         found.append(_result("one picture", captured, before, engines, after))
-    if manifest.understanding is not None and "understand" in captured:
-        share = 1 / captured["understand"]["batch"]
-        names = [e.name for e in manifest.engines if e.task == "mmu"]
+    if manifest.understanding is not None and UNDERSTAND in captured:
+        share = 1 / captured[UNDERSTAND]["batch"]
+        names = [e.name for e in manifest.engines if e.task == MMU.name]
         what = "one answer, to its first token"
-        found.append(_result(what, captured, {"understand": share}, engines, dict.fromkeys(names, share)))
+        found.append(_result(what, captured, {UNDERSTAND: share}, engines, dict.fromkeys(names, share)))
     return found
 
 

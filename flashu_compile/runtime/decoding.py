@@ -18,8 +18,8 @@ from flashu_compile.bundle.profiles import BATCH
 from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
+from flashu_compile.tasks import LANGUAGE
 
-LANGUAGE = "language"
 ROWS_BEFORE = "rows_before"
 #: Rows that a cache gains when it is full. Attention takes time for all of them, full or not, and a cache that grows is
 #: copied: at 1024 rows that costs as much as one token.

@@ -32,13 +32,14 @@ from flashu_compile.errors import (
     RecipeError,
     UnknownTaskError,
 )
-from flashu_compile.recipe.plan import StepPlan, compile_plan, engines_needed
+from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engine, Engines
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
+from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
 
 Progress = Callable[[int, int], None]
 
@@ -94,7 +95,7 @@ def _read_recipe(files: BundleFiles) -> Recipe:
     """The bundle's recipe, whose rules give plans. Raises `BundleError` if they do not."""
     try:
         recipe = Recipe.from_json(files.text(RECIPE))
-        compile_plan(recipe.t2i, recipe.decided("t2i"))
+        recipe.plan()
     except (RecipeError, ConfigurationError) as error:
         raise BundleError(
             f"{files.directory / RECIPE} is not the recipe of a bundle: {error} Build the bundle again."
@@ -107,11 +108,11 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
     needed: list[tuple[str, str]] = []
     if manifest.generation is not None:
         steps = plan.steps if plan else ()
-        needed.append(("vae_decode", "pixels"))
+        needed.extend(T2I.outputs.items())
         needed.extend((step.engine, "velocity") for step in steps)
         needed.extend((step.engine, "head_features") for step in steps if step.store)
     if manifest.understanding is not None:
-        needed.extend((("vision", "image_embeds"), ("language", "logits")))
+        needed.extend(MMU.outputs.items())
     for engine in manifest.engines:
         for before in filter(None, (engine.prologue, engine.schedule)):
             manifest.engine(before)
@@ -189,7 +190,7 @@ class Pipeline:
         decoder: Engine | None = None
         pictures = []
         for latents in self._sample(prompt, seed, steps, guidance_scale, progress):
-            decoder = decoder or self._engines.engine("vae_decode")
+            decoder = decoder or self._engines.engine(VAE_DECODE)
             pictures.append(to_picture(decoder.run({"latents": latents})["pixels"][0]))
         return pictures[0] if isinstance(prompt, str) else pictures
 
@@ -226,9 +227,7 @@ class Pipeline:
         if guidance_scale is not None and all(factor is None for _, factor in self.recipe.t2i.guidance):
             raise InputError("This bundle's recipe switches guidance off; leave guidance_scale out.")
         try:
-            plan = compile_plan(
-                self.recipe.t2i, self.recipe.decided("t2i"), points=points, guidance_scale=guidance_scale
-            )
+            plan = self.recipe.plan(points=points, guidance_scale=guidance_scale)
         except ConfigurationError as error:
             raise InputError(str(error)) from error
         present = [engine.name for engine in self.manifest.engines]
@@ -330,23 +329,23 @@ class Pipeline:
 
     def _picture(self, image: Picture) -> decoding.Picture:
         pixels = engine_pixels(image, self._understanding().picture_size)
-        embeds = self._engines.engine("vision").run({"pixels": pixels})["image_embeds"]
+        embeds = self._engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
         return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
 
     def _generation(self) -> GenerationFacts:
         if self.manifest.generation is None:
-            raise self._lacks("t2i", "generate pictures")
+            raise self._lacks(T2I)
         return self.manifest.generation
 
     def _understanding(self) -> UnderstandingFacts:
         if self.manifest.understanding is None:
-            raise self._lacks("mmu", "answer questions")
+            raise self._lacks(MMU)
         return self.manifest.understanding
 
-    def _lacks(self, task: str, purpose: str) -> UnknownTaskError:
+    def _lacks(self, task: TaskRecord) -> UnknownTaskError:
         return UnknownTaskError(
-            f"This bundle was built for {', '.join(self.manifest.tasks)} and cannot {purpose}: "
-            f"build one with task {task!r}."
+            f"This bundle was built for {', '.join(self.manifest.tasks)} and cannot {task.purpose}: "
+            f"build one with task {task.name!r}."
         )
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 import flashu_compile
 from flashu_compile.bundle.precision import TOLERANCES
-from flashu_compile.compiler.captured import CapturedModel, capture_model
-from flashu_compile.compiler.export import Bundle
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.export import Bundle, capture_model
 from flashu_compile.errors import (
     ConfigurationError,
     EmissionError,

@@ -15,7 +15,8 @@ import pytest
 
 import flashu_compile
 from flashu_compile.compiler.cache import EngineCache
-from flashu_compile.compiler.captured import CapturedModel, capture_model
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.export import capture_model
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions

@@ -18,14 +18,14 @@ import flashu_compile
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.errors import PassError, RecipeError
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.program.program import prologue_of, schedule_of
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
-from flashu_compile.recipe.plan import REUSE, engines_needed
+from flashu_compile.recipe.plan import engines_needed
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.decoding import Picture
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import sample
+from flashu_compile.tasks import REUSE, prologue_of, schedule_of
 from tests.support.flashu_twin import FlashuTwin
 from tests.support.oracle import ORACLES, Oracle, load_oracle
 from tests.support.published import published_recipe

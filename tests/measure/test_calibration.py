@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.compiler.bundle_facts import generation_facts, understanding_facts
 from flashu_compile.compiler.export import calibrate
+from flashu_compile.compiler.metadata import generation, understanding
 from flashu_compile.errors import CalibrationError, RecipeError
 from flashu_compile.measure.calibration import (
     Statistics,
@@ -108,9 +108,7 @@ def test_scores_of_the_published_calibration(name: str) -> None:
 
 def test_generation_statistics_equal_eager_hooks(loaded: LoadedModel, denoise: Program) -> None:
     """FFN scores of all stacks and layer importance by phase, over the live rows of both branches."""
-    made = calibrate_t2i(
-        denoise, PromptCodec(loaded.tokenizer), generation_facts(loaded), CONFIG, PROMPTS, seed=4
-    )
+    made = calibrate_t2i(denoise, PromptCodec(loaded.tokenizer), generation(loaded), CONFIG, PROMPTS, seed=4)
     model = loaded.network
     stacks = {
         "llm": [layer.mlp.down_proj for layer in model.showo.model.layers],
@@ -166,7 +164,7 @@ def test_understanding_statistics_equal_eager_hooks(loaded: LoadedModel, underst
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8))
     config = MMUConfig(ffn_pruning=0.5, width_multiple=8, layer_skipping=0.5)
-    codec, facts = PromptCodec(loaded.tokenizer), understanding_facts(loaded)
+    codec, facts = PromptCodec(loaded.tokenizer), understanding(loaded)
     questions = [(picture, "what color is it?"), (picture, "how many?")]
     made = calibrate_mmu(understand, codec, facts, config, questions)
 
@@ -220,7 +218,7 @@ def _greedy(eager: EagerPipeline, image: Image.Image, question: str) -> list[int
 
 
 def test_the_same_samples_give_the_same_decisions(loaded: LoadedModel, denoise: Program) -> None:
-    codec, facts = PromptCodec(loaded.tokenizer), generation_facts(loaded)
+    codec, facts = PromptCodec(loaded.tokenizer), generation(loaded)
     first, second = (calibrate_t2i(denoise, codec, facts, CONFIG, PROMPTS[:1], seed=1) for _ in range(2))
     assert first.decisions == second.decisions
     assert first.figures == second.figures
@@ -232,17 +230,17 @@ def test_activations_that_are_not_finite_are_an_error(loaded: LoadedModel) -> No
         model.showo.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
     program = capture(captures("t2i", model, VAE)[0])
     with pytest.raises(CalibrationError, match=r"FFN 1 of stack 'llm' are not finite on prompt 0 \('a red"):
-        calibrate_t2i(program, PromptCodec(loaded.tokenizer), generation_facts(loaded), CONFIG, PROMPTS)
+        calibrate_t2i(program, PromptCodec(loaded.tokenizer), generation(loaded), CONFIG, PROMPTS)
 
 
 def test_a_sample_that_fails_is_an_error(loaded: LoadedModel, denoise: Program) -> None:
-    codec, facts = PromptCodec(loaded.tokenizer), generation_facts(loaded)
+    codec, facts = PromptCodec(loaded.tokenizer), generation(loaded)
     with pytest.raises(CalibrationError, match=r"failed on prompt 1 .*too long|prompt 1 .*tokens"):
         calibrate_t2i(denoise, codec, facts, CONFIG, ("a circle", "very " * 100))
 
 
 def test_a_question_that_fails_is_an_error(loaded: LoadedModel, understand: Program) -> None:
-    codec, facts = PromptCodec(loaded.tokenizer), understanding_facts(loaded)
+    codec, facts = PromptCodec(loaded.tokenizer), understanding(loaded)
     with pytest.raises(CalibrationError, match="failed on question 0"):
         calibrate_mmu(understand, codec, facts, MMUConfig(), [("no-such.png", "what?")])
 
@@ -250,9 +248,9 @@ def test_a_question_that_fails_is_an_error(loaded: LoadedModel, understand: Prog
 def test_no_samples_are_an_error(loaded: LoadedModel, denoise: Program, understand: Program) -> None:
     codec = PromptCodec(loaded.tokenizer)
     with pytest.raises(CalibrationError, match="needs prompts"):
-        calibrate_t2i(denoise, codec, generation_facts(loaded), CONFIG, ())
+        calibrate_t2i(denoise, codec, generation(loaded), CONFIG, ())
     with pytest.raises(CalibrationError, match="needs pairs"):
-        calibrate_mmu(understand, codec, understanding_facts(loaded), MMUConfig(), ())
+        calibrate_mmu(understand, codec, understanding(loaded), MMUConfig(), ())
 
 
 @given(

@@ -10,7 +10,6 @@ import pytest
 
 import flashu_compile
 from flashu_compile.compiler.export import Bundle
-from flashu_compile.measure.cost import is_lossy
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
@@ -83,4 +82,4 @@ def test_the_page_is_part_of_what_is_verified(bundle: Bundle, tmp_path: Path) ->
     ],
 )
 def test_what_is_lossy(recipe: Recipe, task: str, lossy: bool) -> None:
-    assert is_lossy(recipe, task, 50) is lossy
+    assert recipe.config(task).is_lossy(50) is lossy

@@ -7,7 +7,8 @@ import torch
 
 from flashu_compile.passes.cache_rows import CacheRows, new_rows
 from flashu_compile.passes.manager import relative_error
-from flashu_compile.program.program import Program, Role, prologue_of
+from flashu_compile.program.program import Program, Role
+from flashu_compile.tasks import prologue_of
 from tests.passes.conftest import Decoding
 from tests.support.tiny import CONFIG
 

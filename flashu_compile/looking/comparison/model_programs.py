@@ -8,8 +8,10 @@ from typing import Any
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import RECIPE
-from flashu_compile.compiler.captured import CapturedModel, capture_model
-from flashu_compile.compiler.specialise import jobs, neuron_order
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.export import capture_model
+from flashu_compile.compiler.specialise import neuron_order
+from flashu_compile.compiler.tasks import jobs
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.program.program import Program
 from flashu_compile.recipe.recipe import Recipe
@@ -37,7 +39,7 @@ def specialised_programs(
     programs: dict[str, Program] = {}
     for captured in model.of(tasks).values():
         (ordered,), _ = order.job(captured.spec).run(captured.program)
-        for job in jobs(captured.spec.name, order.recipe):
+        for job in jobs(captured.spec.task, captured.spec.name, order.recipe):
             tell(f"{captured.spec.task}: making the programs of {job.name}")
             programs |= {program.name: program for program in job.run(ordered)[0]}
     return programs

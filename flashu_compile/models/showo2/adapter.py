@@ -18,11 +18,12 @@ from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec
 from flashu_compile.program.program import Input, Role
 from flashu_compile.program.trace import Capture
+from flashu_compile.tasks import DENOISE, HEAD, LLM, MMU, SEMANTIC, T2I, UNDERSTAND, VAE_DECODE
 
 _STACKS = {
-    "llm": "model.showo.model.layers",
-    "semantic": "model.und_trans.layers",
-    "head": "model.diffusion_head_a",
+    LLM: "model.showo.model.layers",
+    SEMANTIC: "model.und_trans.layers",
+    HEAD: "model.diffusion_head_a",
 }
 _SAMPLE_PROMPT = 6
 _SEED = 0
@@ -108,7 +109,7 @@ def captures(task: str, model: Showo2, vae: LatentCodec) -> tuple[Capture, ...]:
     Raises `ConfigurationError` for understanding at another resolution than the model's own: it is published for
     that one alone.
     """
-    if task == "t2i":
+    if task == T2I.name:
         return _generation(model), _decoder(model, vae)
     return (_understanding(model, vae),)
 
@@ -124,8 +125,8 @@ def _generation(model: Showo2) -> Capture:
     mask[1, : length // 2] = False
     tail = torch.randint(config.llm.vocab_size, (2, text_rows - length), generator=generator)
     return Capture(
-        name="denoise",
-        task="t2i",
+        name=DENOISE,
+        task=T2I.name,
         module=GenerationStep(model),
         inputs=(
             Input(Role.PROMPT_IDS, ("batch", "prompt")),
@@ -150,8 +151,8 @@ def _decoder(model: Showo2, vae: LatentCodec) -> Capture:
     generator = torch.Generator().manual_seed(_SEED)
     latents = torch.randn(2, *model.config.latent_shape, generator=generator, dtype=model.dtype)
     return Capture(
-        name="vae_decode",
-        task="t2i",
+        name=VAE_DECODE,
+        task=T2I.name,
         module=LatentDecoder(vae),
         inputs=(Input(Role.LATENTS, ("batch", None, None, None)),),
         outputs=(Role.PIXELS,),
@@ -171,8 +172,8 @@ def _understanding(model: Showo2, vae: LatentCodec) -> Capture:
     side = config.latent_shape[1] * vae.spatial_factor
     ids = torch.randint(config.llm.vocab_size, (2, 20), generator=generator)
     return Capture(
-        name="understand",
-        task="mmu",
+        name=UNDERSTAND,
+        task=MMU.name,
         module=UnderstandingForward(model, vae),
         inputs=(
             Input(Role.PIXELS, ("batch", None, None, None)),

@@ -8,6 +8,7 @@ from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
 from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.exporters.bundle import BundleFacts
 from flashu_compile.models.loading import LoadedModel
+from flashu_compile.tasks import MMU, T2I
 from flashu_compile.version import __version__
 
 _MAX_NEW_TOKENS = 300
@@ -15,22 +16,24 @@ _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
 
-def bundle_facts(
+def bundle_metadata(
     loaded: LoadedModel, tasks: tuple[str, ...], backend: str, precision: str, recipe: str
 ) -> BundleFacts:
+    """Return what the manifest says of a bundle besides its engines."""
     return BundleFacts(
         model=loaded.name,
         tasks=tasks,
         backend=backend,
         precision=precision,
         recipe=recipe,
-        generation=generation_facts(loaded) if "t2i" in tasks else None,
-        understanding=understanding_facts(loaded) if "mmu" in tasks else None,
+        generation=generation(loaded) if T2I.name in tasks else None,
+        understanding=understanding(loaded) if MMU.name in tasks else None,
         versions=_versions(),
     )
 
 
-def generation_facts(loaded: LoadedModel) -> GenerationFacts:
+def generation(loaded: LoadedModel) -> GenerationFacts:
+    """Return what the t2i pipeline must know of the model."""
     config = loaded.network.config
     return GenerationFacts(
         latent_shape=config.latent_shape,
@@ -41,7 +44,8 @@ def generation_facts(loaded: LoadedModel) -> GenerationFacts:
     )
 
 
-def understanding_facts(loaded: LoadedModel) -> UnderstandingFacts:
+def understanding(loaded: LoadedModel) -> UnderstandingFacts:
+    """Return what the mmu pipeline must know of the model."""
     return UnderstandingFacts(
         picture_size=_picture_size(loaded),
         max_question_tokens=loaded.network.config.sequence_length,
@@ -51,10 +55,10 @@ def understanding_facts(loaded: LoadedModel) -> UnderstandingFacts:
 
 def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]:
     """The sizes that dynamic dimensions of the model's engines take, by name."""
-    generation = generation_facts(loaded) if "t2i" in tasks else None
-    understanding = understanding_facts(loaded) if "mmu" in tasks else None
+    made = generation(loaded) if T2I.name in tasks else None
+    asked = understanding(loaded) if MMU.name in tasks else None
     # A picture's rows are its tokens, the time token before and the end token behind.
-    return known_ranges(generation, understanding, loaded.network.config.image_tokens + 2)
+    return known_ranges(made, asked, loaded.network.config.image_tokens + 2)
 
 
 def _versions() -> dict[str, str]:

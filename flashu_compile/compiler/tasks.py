@@ -1,0 +1,230 @@
+"""What the compiler does for each task: one class a task, found by the task's name.
+
+To add a task, write a class with the members of `CompiledTask` beside the two here, a record in
+`flashu_compile/tasks.py`, and its parameters in `recipe/config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.compiler import metadata
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.specialise import Job
+from flashu_compile.errors import UnknownTaskError
+from flashu_compile.measure.calibration import Calibrated, calibrate_mmu, calibrate_t2i
+from flashu_compile.measure.cost import Cost, answer_cost, picture_cost
+from flashu_compile.measure.samples import CalibrationSamples
+from flashu_compile.measure.sensitivity import LinearError, generation_errors, understanding_errors
+from flashu_compile.passes import pipelines
+from flashu_compile.passes.gather_tokens import GatherTokens
+from flashu_compile.recipe.plan import engines_needed, variants
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime.engine import Engines
+from flashu_compile.tasks import (
+    DENOISE,
+    LANGUAGE,
+    LLM,
+    MMU,
+    REUSE,
+    T2I,
+    TASKS,
+    UNDERSTAND,
+    VAE_DECODE,
+    TaskRecord,
+    schedule_of,
+)
+
+
+class CompiledTask(Protocol):
+    """The compiler's side of a task. `recipe` is resolved for the model wherever one is given."""
+
+    @property
+    def record(self) -> TaskRecord:
+        """The task's record."""
+        ...
+
+    def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
+        """Return what `recipe` makes of the program that techniques change.
+
+        Raises `RecipeError` if the recipe lacks a decision.
+        """
+        ...
+
+    def calibrate(
+        self,
+        source: CapturedModel,
+        recipe: Recipe,
+        samples: CalibrationSamples,
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> Calibrated:
+        """Take the recipe's open decisions from `samples`. Raises `CalibrationError` as measure/calibration.py does."""
+        ...
+
+    def linear_errors(
+        self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
+    ) -> tuple[LinearError, ...]:
+        """Measure what each linear layer loses in int8; on the program's own sample if there are no `samples`."""
+        ...
+
+    def cost(
+        self,
+        source: CapturedModel,
+        engines: Engines,
+        recipe: Recipe,
+        samples: tuple[Any, ...],
+        seed: int,
+        tell: Callable[[str], None],
+    ) -> Cost:
+        """Measure what a lossy recipe costs, the engines against the program as captured."""
+        ...
+
+
+class TextToImage:
+    """Pictures from text: variants of `denoise` by phase of the trajectory, and the engine that reuses features."""
+
+    record = T2I
+
+    def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
+        """Return a job for each variant that the recipe's plan runs, and one for the engine that reuses features."""
+        config, decided = recipe.t2i, recipe.decided(T2I.name)
+        names = engines_needed(recipe.plan())
+        found = [
+            Job(
+                variant.name,
+                pipelines.denoise(
+                    kept=decided.kept_neurons if variant.pruned else {},
+                    skipped=variant.skipped,
+                    features=config.head_cache > 1,
+                ),
+            )
+            for variant in variants(config, decided)
+            if variant.name in names
+        ]
+        if REUSE in names:
+            only = (schedule_of(REUSE), REUSE)
+            found.append(Job(DENOISE, pipelines.reuse(), then={REUSE: pipelines.reused()}, only=only))
+        return tuple(found)
+
+    def calibrate(
+        self,
+        source: CapturedModel,
+        recipe: Recipe,
+        samples: CalibrationSamples,
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> Calibrated:
+        """Calibrate on sampling trajectories of the prompts."""
+        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
+        program = source.programs[DENOISE].program
+        return calibrate_t2i(program, codec, facts, recipe.t2i, samples.prompts, seed=seed, progress=progress)
+
+    def linear_errors(
+        self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
+    ) -> tuple[LinearError, ...]:
+        """Measure on trajectories of the prompts."""
+        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
+        return generation_errors(source.programs[DENOISE].program, codec, facts, recipe, samples)
+
+    def cost(
+        self,
+        source: CapturedModel,
+        engines: Engines,
+        recipe: Recipe,
+        samples: tuple[Any, ...],
+        seed: int,
+        tell: Callable[[str], None],
+    ) -> Cost:
+        """Measure final latents at equal seed against the published sampler."""
+        loaded = source.loaded
+        return picture_cost(
+            source.programs[DENOISE].program,
+            source.programs[VAE_DECODE].program,
+            engines,
+            PromptCodec(loaded.tokenizer),
+            metadata.generation(loaded),
+            recipe,
+            loaded.network.config.steps,
+            samples,
+            seed=seed,
+            tell=tell,
+        )
+
+
+class Understanding:
+    """Answers about pictures: the picture once, the question once, then token by token."""
+
+    record = MMU
+
+    def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
+        """Return the one job that makes the vision engine, the prologue and the language engine."""
+        config, decided = recipe.mmu, recipe.decided(MMU.name)
+        skipped = decided.phases[0].skipped if decided.phases else ()
+        gather = None
+        if config.token_pruning > 0:
+            gather = GatherTokens(LLM, config.token_layer, config.token_pruning, config.token_scorer, skipped)
+        passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
+        return (Job(UNDERSTAND, passes, then={LANGUAGE: pipelines.decode()}),)
+
+    def calibrate(
+        self,
+        source: CapturedModel,
+        recipe: Recipe,
+        samples: CalibrationSamples,
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> Calibrated:
+        """Calibrate on the model's answers to the questions; `seed` does not matter."""
+        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
+        program = source.programs[UNDERSTAND].program
+        return calibrate_mmu(program, codec, facts, recipe.mmu, samples.questions, progress=progress)
+
+    def linear_errors(
+        self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
+    ) -> tuple[LinearError, ...]:
+        """Measure on the questions and their pictures."""
+        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
+        return understanding_errors(source.programs[UNDERSTAND].program, codec, facts, samples)
+
+    def cost(
+        self,
+        source: CapturedModel,
+        engines: Engines,
+        recipe: Recipe,
+        samples: tuple[Any, ...],
+        seed: int,
+        tell: Callable[[str], None],
+    ) -> Cost:
+        """Measure logits of the next token on teacher-forced answers."""
+        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
+        program = source.programs[UNDERSTAND].program
+        return answer_cost(program, engines, codec, facts, recipe, samples, tell=tell)
+
+
+COMPILED_TASKS: Mapping[str, CompiledTask] = {
+    task.record.name: task for task in (TextToImage(), Understanding())
+}
+
+
+def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
+    """Return what `recipe` makes of the captured program called `program`.
+
+    Programs that no technique changes are only cleaned. Raises `RecipeError` if the recipe lacks a decision.
+    """
+    compiled = COMPILED_TASKS[task]
+    if program == compiled.record.program:
+        return compiled.jobs(recipe)
+    return (Job(program, pipelines.CLEAN),)
+
+
+def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the tasks asked for, in our order. Raises `UnknownTaskError`."""
+    asked = (task,) if isinstance(task, str) else tuple(task)
+    unknown = [name for name in asked if name not in TASKS]
+    if unknown or not asked:
+        what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
+        raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
+    return tuple(name for name in TASKS if name in asked)

@@ -1,0 +1,118 @@
+"""The record of each task: what it is called, what it is captured as, and which engines its loop runs.
+
+A record holds for every model; what a model's adapter says of a task is in `models/`. What the compiler does for a
+task (jobs, calibration, cost) is in `compiler/tasks.py`. Nothing else names a task by a literal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+#: Captured programs, and the engines of the same names.
+DENOISE, VAE_DECODE, UNDERSTAND = "denoise", "vae_decode", "understand"
+#: Engines that passes make of these.
+REUSE, VISION, LANGUAGE = "reuse", "vision", "language"
+#: The stacks of a model. `LLM` is the one whose layers are skipped and whose rows are counted.
+LLM, SEMANTIC, HEAD = "llm", "semantic", "head"
+
+
+def prologue_of(name: str) -> str:
+    """Name the program that computes, once, what program `name` takes with every call."""
+    return f"{name}_prologue"
+
+
+def schedule_of(name: str) -> str:
+    """Name the program that computes, once for each time point, what program `name` takes there."""
+    return f"{name}_schedule"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRecord:
+    """What is known of a task, whichever model has it.
+
+    Attributes:
+        name: what users call it; also the name of the recipe's field with its parameters.
+        title: the heading of its part of a page.
+        purpose: what it does, as the end of "this bundle cannot …".
+        program: the captured program that techniques change.
+        sample_field: the field of `CalibrationSamples` that it is calibrated on.
+        sample_kind: what these samples are, in words.
+        outputs: the engines that its loop asks for by name, and the output that it reads of each.
+        describe: a sentence on an engine of this task, for whoever opens its graph; empty for an unknown name.
+    """
+
+    name: str
+    title: str
+    purpose: str
+    program: str
+    sample_field: str
+    sample_kind: str
+    outputs: Mapping[str, str]
+    describe: Callable[[str], str]
+
+
+_SCHEDULE = (
+    "What follows from the time point alone, such as its embedding and the modulation of each block; runs once for "
+    "each point of a plan."
+)
+_SENTENCES = {
+    REUSE: "The diffusion head's final layer on features that an earlier step stored; runs on steps that reuse them.",
+    schedule_of(REUSE): _SCHEDULE,
+    VAE_DECODE: "The VAE's decoder, from latents to pixels; runs once a picture.",
+    VISION: "The image encoder, from pixels to the embeddings the language model reads; runs once a picture.",
+    prologue_of(
+        LANGUAGE
+    ): "The language model on the rows of the picture and what precedes it, to their keys and values; runs once a "
+    "picture.",
+    LANGUAGE: "The language model on new rows, by the keys and values of the rows before; runs once a question, then "
+    "once a token.",
+}
+_VARIANT = re.compile(rf"{DENOISE}(_pruned)?(?:_skip([\d-]+))?(_prologue|_schedule)?")
+
+
+def _describe_generation(name: str) -> str:
+    """Describe an engine of t2i: one of fixed name, or a variant of `denoise`, its prologue or its schedule."""
+    found = _VARIANT.fullmatch(name)
+    if found is None:
+        return _SENTENCES.get(name, "")
+    pruned, layers, part = found.groups()
+    how = ["with pruned FFNs"] * bool(pruned)
+    if layers:
+        how.append(f"without layers {layers.replace('-', ', ')} of the language model")
+    suffix = f", {' and '.join(how)}" if how else ""
+    if part == "_schedule":
+        return _SCHEDULE
+    if part == "_prologue":
+        return f"What does not change from step to step, of the prompt's rows{suffix}; runs once a prompt."
+    return f"One evaluation of the velocity of the latents{suffix}; runs on the steps that the plan names it for."
+
+
+def _describe_understanding(name: str) -> str:
+    return _SENTENCES.get(name, "")
+
+
+T2I = TaskRecord(
+    name="t2i",
+    title="Pictures from text (t2i)",
+    purpose="generate pictures",
+    program=DENOISE,
+    sample_field="prompts",
+    sample_kind="prompts",
+    outputs={VAE_DECODE: "pixels"},
+    describe=_describe_generation,
+)
+MMU = TaskRecord(
+    name="mmu",
+    title="Questions about pictures (mmu)",
+    purpose="answer questions",
+    program=UNDERSTAND,
+    sample_field="questions",
+    sample_kind="image and question pairs",
+    outputs={VISION: "image_embeds", LANGUAGE: "logits"},
+    describe=_describe_understanding,
+)
+RECORDS = {record.name: record for record in (T2I, MMU)}
+#: The names of all tasks, in the order in which bundles and pages have them.
+TASKS = tuple(RECORDS)
