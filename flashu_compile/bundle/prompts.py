@@ -19,23 +19,30 @@ _ASSISTANT = "\n<|im_start|>assistant\n"
 
 
 class PromptCodec:
-    """Builds the token sequences of both tasks. Each piece is tokenised on its own, as published."""
+    """Builds the token sequences of both tasks. Each piece is tokenised on its own, as published.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    A user's text that spells a token of the added vocabulary (`<|im_end|>`, `<image>`) is plain text, encoded like any
+    other; with `allow_control_tokens` it becomes that token, as in the published scripts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, allow_control_tokens: bool = False) -> None:
         # Settings saved with a tokenizer must not shorten or pad prompts behind our back.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
+        self._texts = tokenizer if allow_control_tokens else _without_added_tokens(tokenizer)
+        self._refused = {} if allow_control_tokens else tokenizer.get_added_tokens_decoder()
         self.bos, self.eos = self._special(BOS), self._special(EOS)
         self.boi, self.eoi = self._special(BOI), self._special(EOI)
         self.image_pad, self.pad = self._special(IMAGE_PAD), self._special(PAD)
 
     @classmethod
-    def from_file(cls, path: Path) -> PromptCodec:
+    def from_file(cls, path: Path, *, allow_control_tokens: bool = False) -> PromptCodec:
+        """The codec of a `tokenizer.json`. Raises `BundleError` if that is missing or damaged."""
         if not path.is_file():
             raise BundleError(f"Tokenizer file {path} does not exist.")
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(Tokenizer.from_file(str(path)), allow_control_tokens=allow_control_tokens)
         except Exception as error:  # the tokenizers library raises bare Exception
             raise BundleError(f"{path} is not a tokenizer in the tokenizers format: {error}") from error
 
@@ -46,6 +53,24 @@ class PromptCodec:
         return identifier
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a user's text, none of which is of the added vocabulary unless control tokens are allowed.
+
+        Decoding them gives the text as the tokenizer normalises it (Qwen2.5's: Unicode's form NFC). Raises `InputError`
+        if the tokenizer has no other ids for the text.
+        """
+        try:
+            ids = self._texts.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise InputError(f"The tokenizer cannot encode the text {_start(text)}: {error}") from error
+        for token in map(self._refused.get, ids):
+            if token is not None:
+                raise InputError(
+                    f"The tokenizer makes its control token {token.content!r} of a part of {_start(text)} that it "
+                    "cannot encode otherwise; change the text, or load the bundle with allow_control_tokens=True."
+                )
+        return ids
+
+    def _template(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -56,7 +81,7 @@ class PromptCodec:
         ids = self.encode(prompt)
         if len(ids) > limit:
             raise InputError(
-                f"The prompt has {len(ids)} tokens but this model reads at most {limit}; shorten it: {prompt[:60]!r}…"
+                f"The prompt has {len(ids)} tokens but this model reads at most {limit}; shorten it: {_start(prompt)}"
             )
         return [self.bos, *ids, self.boi]
 
@@ -66,7 +91,7 @@ class PromptCodec:
 
     def question_prefix(self) -> list[int]:
         """Everything before the image of an understanding sequence, up to boi."""
-        return [self.bos, *self.encode(_SYSTEM), *self.encode(_USER), self.boi]
+        return [self.bos, *self._template(_SYSTEM), *self._template(_USER), self.boi]
 
     def question_suffix(self, question: str, limit: int | None = None) -> list[int]:
         """Everything after the image: eoi, the question, and the start of the assistant's turn.
@@ -78,4 +103,18 @@ class PromptCodec:
             raise InputError(
                 f"The question has {len(ids)} tokens but this bundle takes at most {limit}; shorten it."
             )
-        return [self.eoi, *ids, *self.encode(_ASSISTANT)]
+        return [self.eoi, *ids, *self._template(_ASSISTANT)]
+
+
+def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` without its added vocabulary; the same ids for every text that spells nothing of that.
+
+    `Tokenizer.encode_special_tokens` would leave added tokens whole that are not special, such as `<image>`.
+    """
+    plain = Tokenizer(tokenizer.model)
+    plain.normalizer, plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    return plain
+
+
+def _start(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:60]!r}…"

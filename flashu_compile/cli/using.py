@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,14 @@ from flashu_compile.cli.base import (
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline
+
+AllowControlTokens = Annotated[
+    bool,
+    typer.Option(
+        "--allow-control-tokens",
+        help="Take what spells a control token of the model, such as <image>, as that token and not as text.",
+    ),
+]
 
 
 @app.command(
@@ -62,13 +70,22 @@ def generate(
     threads: Threads = None,
     memory: Memory = "fast",
     trust: Trust = False,
+    allow_control_tokens: AllowControlTokens = False,
     as_json: Json = False,
 ) -> None:
     """Make a picture of PROMPT."""
     from flashu_compile.bundle.images import check_picture_path, save_picture
 
     check_picture_path(output)
-    pipeline = _load(bundle, provider, provider_option, threads, memory, trust)
+    pipeline = _load(
+        bundle,
+        provider=provider,
+        provider_options=provider_options(provider_option),
+        threads=threads,
+        memory=memory,
+        trust=trust,
+        allow_control_tokens=allow_control_tokens,
+    )
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -120,10 +137,19 @@ def ask(
     threads: Threads = None,
     memory: Memory = "fast",
     trust: Trust = False,
+    allow_control_tokens: AllowControlTokens = False,
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
-    pipeline = _load(bundle, provider, provider_option, threads, memory, trust)
+    pipeline = _load(
+        bundle,
+        provider=provider,
+        provider_options=provider_options(provider_option),
+        threads=threads,
+        memory=memory,
+        trust=trust,
+        allow_control_tokens=allow_control_tokens,
+    )
     answers = pipeline.ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
@@ -132,17 +158,8 @@ def ask(
         typer.echo(" ".join(answer.split()))
 
 
-def _load(
-    bundle: Path, provider: str, options: list[str] | None, threads: int | None, memory: str, trust: bool
-) -> Pipeline:
+def _load(bundle: Path, **options: Any) -> Pipeline:
     quiet_onnxruntime()
     import flashu_compile
 
-    return flashu_compile.load(
-        bundle,
-        provider=provider,
-        provider_options=provider_options(options),
-        threads=threads,
-        memory=memory,
-        trust=trust,
-    )
+    return flashu_compile.load(bundle, **options)

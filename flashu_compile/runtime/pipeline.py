@@ -53,6 +53,7 @@ def load(
     memory: str = "fast",
     verify_hashes: bool = True,
     trust: bool = False,
+    allow_control_tokens: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
@@ -63,8 +64,9 @@ def load(
     one per core). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
     `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
     `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use. `trust=True` lets a
-    backend run whose engines are code: give it only for bundles whose builder you know. `options` are the backend's
-    own, by name.
+    backend run whose engines are code: give it only for bundles whose builder you know. A prompt or question is text
+    and nothing else, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens in it
+    (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own, by name.
 
     Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
@@ -78,7 +80,7 @@ def load(
             "their hashes are always checked; leave verify_hashes out."
         )
     files = BundleFiles(directory, manifest, verify_hashes=verify_hashes)
-    codec = PromptCodec.from_file(files.path(TOKENIZER))
+    codec = PromptCodec.from_file(files.path(TOKENIZER), allow_control_tokens=allow_control_tokens)
     plan, recipe = None, None
     if manifest.generation is not None:
         plan = StepPlan.from_json(files.text(PLAN))

@@ -179,6 +179,16 @@ class TestGenerate:
         line = failed(run("generate", bundle, "a", "-o", tmp_path / "a.png", "--provider", "gpu"))
         assert "Unknown provider 'gpu'" in line
 
+    def test_control_tokens_are_text_unless_allowed(self, bundle: Path, tmp_path: Path) -> None:
+        path, prompt = tmp_path / "out.png", "<|im_end|>"
+        made = []
+        for flags, allowed in (((), False), (("--allow-control-tokens",), True)):
+            assert run("generate", bundle, prompt, "-o", path, *flags).exit_code == 0
+            made.append(np.asarray(Image.open(path)))
+            expected = flashu_compile.load(bundle, allow_control_tokens=allowed).generate(prompt)
+            np.testing.assert_array_equal(made[-1], np.asarray(expected))
+        assert not np.array_equal(*made)
+
 
 class TestAsk:
     def test_answers(self, bundle: Path, photo: Path) -> None:
