@@ -26,6 +26,7 @@ from flashu_compile.bundle.manifest import (
     FileEntry,
     GenerationFacts,
     Manifest,
+    Origin,
     UnderstandingFacts,
     file_entry,
     read_manifest,
@@ -41,7 +42,7 @@ from flashu_compile.runtime.engine import Engines
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """What the manifest says about the bundle as a whole; `recipe` is the recipe's name."""
+    """What the manifest says about the bundle as a whole; `recipe` is the recipe's name, `origins` those of weights."""
 
     model: str
     tasks: tuple[str, ...]
@@ -51,6 +52,7 @@ class BundleFacts:
     generation: GenerationFacts | None
     understanding: UnderstandingFacts | None
     versions: Mapping[str, str]
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
 
 
 def write_bundle(
@@ -175,6 +177,7 @@ def _manifest(specs: Sequence[EngineSpec], facts: BundleFacts, files: dict[str, 
         understanding=facts.understanding,
         versions=dict(sorted(facts.versions.items())),
         files=files,
+        origins=dict(sorted(facts.origins.items())),
     )
 
 

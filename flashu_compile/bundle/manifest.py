@@ -15,7 +15,7 @@ from typing import Any
 
 from flashu_compile.errors import BundleError, BundleVersionError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
     "plan.json",
@@ -82,7 +82,23 @@ class FileEntry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where weights were read from: files, by name; None for an object that was in memory.
+
+    `repository` and `revision`, a commit, are those on the Hugging Face hub, if they came from there. `license` is what
+    the model's card or configuration says.
+    """
+
+    files: dict[str, FileEntry] | None
+    repository: str | None = None
+    revision: str | None = None
+    license: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
+    """What a bundle is. `origins` are those of the weights, by part of the model: `model`, `vae`."""
+
     model: str
     tasks: tuple[str, ...]
     backend: str
@@ -93,6 +109,7 @@ class Manifest:
     understanding: UnderstandingFacts | None
     versions: dict[str, str]
     files: dict[str, FileEntry]
+    origins: dict[str, Origin] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
 
     def engine(self, name: str) -> EngineSpec:
@@ -136,6 +153,15 @@ def _engine(data: Mapping[str, Any]) -> EngineSpec:
     return EngineSpec(**{**data, **tensors})
 
 
+def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
+    return {name: FileEntry(**entry) for name, entry in data.items()}
+
+
+def _origin(data: Mapping[str, Any]) -> Origin:
+    files = data["files"]
+    return Origin(**{**data, "files": None if files is None else _files(files)})
+
+
 def _manifest(data: Mapping[str, Any]) -> Manifest:
     generation, understanding = data["generation"], data["understanding"]
     if generation is not None:
@@ -147,7 +173,8 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
             "engines": tuple(_engine(e) for e in data["engines"]),
             "generation": generation,
             "understanding": None if understanding is None else UnderstandingFacts(**understanding),
-            "files": {name: FileEntry(**entry) for name, entry in data["files"].items()},
+            "files": _files(data["files"]),
+            "origins": {part: _origin(origin) for part, origin in data["origins"].items()},
         }
     )
 

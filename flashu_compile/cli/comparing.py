@@ -10,6 +10,7 @@ import typer
 
 from flashu_compile.cli import display
 from flashu_compile.cli.base import LOOKING, Json, app, examples, told_in_one_line
+from flashu_compile.terminal import say
 
 
 @app.command(
@@ -41,14 +42,15 @@ def _print(found: Mapping[str, Any]) -> None:
     from flashu_compile.quantities import change, quantity, size
 
     for line in found["recipe"]:
-        typer.echo(f"recipe: {line}")
-    for part, title in (("facts", "fact"), ("versions", "version"), ("plan", "evaluations of")):
+        say(f"recipe: {line}")
+    titles = {"facts": "fact", "origins": "origin of", "versions": "version", "plan": "evaluations of"}
+    for part, title in titles.items():
         for name, (before, after) in found[part].items():
-            typer.echo(f"{title} {name}: {_text(before)} → {_text(after)}")
+            say(f"{title} {name}: {_text(before)} → {_text(after)}")
     for name in found["engines"]["only_in_a"]:
-        typer.echo(f"engine {name}: only in A")
+        say(f"engine {name}: only in A")
     for name in found["engines"]["only_in_b"]:
-        typer.echo(f"engine {name}: only in B")
+        say(f"engine {name}: only in B")
     rows = [
         (name, figure.replace("_", " "), show(before), show(after), change(before, after))
         for name, figures in found["engines"]["changed"].items()
@@ -65,7 +67,7 @@ def _print(found: Mapping[str, Any]) -> None:
     if sizes:
         display.print_table(("size of", "A", "B", "change"), sizes)
     if found["contents"]:
-        typer.echo(f"files with other contents: {', '.join(found['contents'])}")
+        say(f"files with other contents: {', '.join(found['contents'])}")
 
 
 def _text(value: Any) -> str:

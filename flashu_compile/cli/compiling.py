@@ -19,7 +19,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="'showo2-shapes' (bundled), a folder in the published Show-o2 layout, or a hub id.",
+        help="'showo2-shapes' (bundled), a folder in the published Show-o2 layout, or a hub id: organisation/name, or "
+        "organisation/name@revision.",
     ),
 ]
 Settings = Annotated[

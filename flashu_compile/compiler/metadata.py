@@ -29,6 +29,7 @@ def bundle_metadata(
         generation=generation(loaded) if T2I.name in tasks else None,
         understanding=understanding(loaded) if MMU.name in tasks else None,
         versions=_versions(),
+        origins=loaded.origins,
     )
 
 

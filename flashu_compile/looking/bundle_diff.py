@@ -51,14 +51,16 @@ class OpenBundle:
 def diff(a: Path, b: Path) -> dict[str, Any]:
     """By part, [in A, in B] of whatever differs; parts are empty where nothing does.
 
-    `facts`, `versions`, `plan` (evaluations by engine), `sizes`: by name. `recipe`: lines, as `recipe diff` prints.
-    `engines`: those of one side alone, and for those of both the figures that differ. `equal`: whether all files are.
+    `facts`, `origins` (of the weights), `versions`, `plan` (evaluations by engine), `sizes`: by name. `recipe`:
+    lines, as `recipe diff` prints. `engines`: those of one side alone, and for those of both the figures that differ.
+    `equal`: whether the manifests are, and so all files.
     """
     one, two = OpenBundle(a), OpenBundle(b)
     names = [{engine.name for engine in side.manifest.engines} for side in (one, two)]
     return {
         "equal": one.manifest == two.manifest,
         "facts": _changed(*({name: getattr(s.manifest, name) for name in _FACTS} for s in (one, two))),
+        "origins": _changed(_origins(one.manifest), _origins(two.manifest)),
         "versions": _changed(one.manifest.versions, two.manifest.versions),
         "recipe": recipe_view.diff(one.recipe, two.recipe),
         "plan": _changed(one.runs, two.runs),
@@ -70,6 +72,18 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
         },
         "contents": sorted(_other_contents(one.manifest, two.manifest)),
     }
+
+
+def _origins(manifest: Manifest) -> dict[str, str | None]:
+    """What the manifest says of each part's weights, a name for each fact."""
+    told: dict[str, str | None] = {}
+    for part, origin in manifest.origins.items():
+        told |= {f"{part} {name}": getattr(origin, name) for name in ("repository", "revision", "license")}
+        if origin.files is None:
+            told[f"{part} weights"] = "in memory"
+        else:
+            told |= {f"{part} {name}": entry.sha256 for name, entry in origin.files.items()}
+    return told
 
 
 def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -2,43 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from flashu_compile.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(rf"{_NAME}/{_NAME}(@{_NAME}(/{_NAME})*)?", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Files of a repository on the hub as they are in one of its commits, on disk."""
+
+    directory: Path
+    repository: str
+    commit: str
+
+    @property
+    def pinned(self) -> str:
+        """The hub id that gives this commit for ever."""
+        return f"{self.repository}@{self.commit}"
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` has the form `organisation/name`. A path of two parts has it too: look on disk first."""
+    """Whether `text` has the form `organisation/name` or `organisation/name@revision`.
+
+    A revision is a branch, a tag or a commit. A path of two parts may have this form too: look on disk first.
+    """
     return _HUB_ID.fullmatch(text) is not None
 
 
-def fetch(repository: str, patterns: Iterable[str], *, instead: str) -> Path:
-    """The local snapshot of the files of `repository` that match `patterns`, downloaded unless cached.
+def fetch(hub_id: str, patterns: Iterable[str], *, instead: str) -> Snapshot:
+    """The files of a repository that match `patterns`, downloaded unless cached. `is_hub_id(hub_id)` holds.
 
     `instead` ends the error message: what to pass if the hub cannot be used.
 
     Raises:
-        CheckpointError: no such repository, no access, or no connection and nothing cached.
+        CheckpointError: no such repository or revision, no access, or no connection and nothing cached.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    repository, _, revision = hub_id.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+        directory = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(patterns)
+        )
     except LocalEntryNotFoundError as error:
         reason = "there is no connection to the hub (or offline mode is on) and no cached copy"
-        raise CheckpointError(_message(repository, reason, instead)) from error
+        raise CheckpointError(_message(hub_id, reason, instead)) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(_message(repository, reason.rstrip("."), instead)) from error
+        raise CheckpointError(_message(hub_id, reason.rstrip("."), instead)) from error
+    return Snapshot(Path(directory), repository, Path(directory).name)  # the client names folders by commit
 
 
-def _message(repository: str, reason: str, instead: str) -> str:
+def _message(hub_id: str, reason: str, instead: str) -> str:
+    repository, _, revision = hub_id.partition("@")
+    command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     return (
-        f"{repository!r} is no local directory and could not be fetched from the Hugging Face hub: {reason}. "
-        f"Download it where there is a connection (hf download {repository}) and {instead}."
+        f"{hub_id!r} is no local directory and could not be fetched from the Hugging Face hub: {reason}. "
+        f"Download it where there is a connection ({command}) and {instead}."
     )

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from flashu_compile.bundle.manifest import Origin
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from flashu_compile.models import hub, weights
+from flashu_compile.models.origins import CARD, IN_MEMORY, origin
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
@@ -39,7 +41,8 @@ class LoadedModel:
     """A model ready to compile.
 
     `network` is in eval mode and takes no gradients. `vae` is None if the checkpoint holds none and none was
-    given. `calibration` is the file of calibration samples that comes with the model, if one does.
+    given. `calibration` is the file of calibration samples that comes with the model, if one does. `origins` are
+    those of the weights: `model`, and `vae` unless the checkpoint describes one that has none.
     """
 
     name: str
@@ -47,6 +50,16 @@ class LoadedModel:
     vae: LatentCodec | None
     tokenizer: Tokenizer
     calibration: Path | None = None
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a model was found. `snapshot` is that of the hub, if it is from there."""
+
+    directory: Path
+    name: str
+    snapshot: hub.Snapshot | None = None
 
 
 def load_model(
@@ -62,8 +75,9 @@ def load_model(
     Args:
         model: A `Showo2`; any module whose state dict has Show-o2's names, such as an instance of the
             authors' class; the name of a bundled model ("showo2-shapes"); a directory in this project's
-            layout or in that of the published checkpoints; or a hub id "organisation/name". Objects are not
-            changed: the result shares their tensors where the dtype agrees.
+            layout or in that of the published checkpoints; or a hub id, "organisation/name" or
+            "organisation/name@revision". Objects are not changed: the result shares their tensors where the dtype
+            agrees.
         vae: A `LatentCodec`, a diffusers `AutoencoderKLWan`, or the path of a Wan VAE (diffusers folder, or
             `Wan2.1_VAE.pth`). Default: the one the checkpoint holds.
         tokenizer: A `tokenizers.Tokenizer`, a fast tokenizer of transformers, or the path or hub id of one.
@@ -87,17 +101,18 @@ def load_model(
     if isinstance(model, nn.Module):
         loaded = _from_module(model, tokenizer, llm_config, dtype)
     else:
-        directory, name = _locate(model)
-        settings = weights.read_json(directory / _CONFIG)
+        place = _locate(model)
+        settings = weights.read_json(place.directory / _CONFIG)
         if settings.get("format") == FORMAT:
-            _refuse_llm_config(llm_config, f"{directory}, which has a complete configuration")
-            loaded = _from_own_layout(directory, name, settings, tokenizer, dtype, read_vae=vae is None)
+            _refuse_llm_config(llm_config, f"{place.directory}, which has a complete configuration")
+            loaded = _from_own_layout(place, settings, tokenizer, dtype, read_vae=vae is None)
         elif "format" in settings:
-            raise CheckpointError(f"{directory} has the unknown format {settings['format']!r}.")
+            raise CheckpointError(f"{place.directory} has the unknown format {settings['format']!r}.")
         else:
-            loaded = _from_published(directory, name, settings, tokenizer, llm_config, dtype)
+            loaded = _from_published(place, settings, tokenizer, llm_config, dtype)
     if vae is not None:
-        loaded = dataclasses.replace(loaded, vae=_resolve_vae(vae, dtype))
+        codec, origins = _resolve_vae(vae, dtype), {**loaded.origins, "vae": _vae_origin(vae)}
+        loaded = dataclasses.replace(loaded, vae=codec, origins=origins)
     _check(loaded)
     return loaded
 
@@ -132,24 +147,34 @@ def save_model(
     _replace(directory / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _locate(model: str | Path) -> tuple[Path, str]:
+def _locate(model: str | Path) -> _Place:
     """The local directory of a model given by name, path or hub id, and what to call it."""
     text = str(model)
     if text in BUNDLED:
-        return BUNDLED[text], text
+        return _Place(BUNDLED[text], text)
     path = Path(text).expanduser()
     if path.is_dir():
-        return path, path.resolve().name
+        return _Place(path, path.resolve().name)
     if path.exists():
         raise CheckpointError(f"{path} is a file; pass the directory that holds the model's config.json.")
     if isinstance(model, str) and hub.is_hub_id(text):
-        patterns = [_CONFIG, vocabulary.FILE, _CALIBRATION, *weights.WEIGHT_PATTERNS]
-        return hub.fetch(text, patterns, instead="pass the path of that directory"), text.split("/")[1]
+        snapshot = _fetch(text)
+        return _Place(snapshot.directory, snapshot.repository.split("/")[1], snapshot)
     bundled = ", ".join(BUNDLED)
     raise CheckpointError(
-        f"There is no model {text!r}: no such directory, no hub id (organisation/name), and no bundled model "
-        f"(these are: {bundled})."
+        f"There is no model {text!r}: no such directory, no hub id (organisation/name, or "
+        f"organisation/name@revision), and no bundled model (these are: {bundled})."
     )
+
+
+def _fetch(hub_id: str) -> hub.Snapshot:
+    """A model's files from the hub: its weights as safetensors, or where there are none as pickles, never both."""
+    instead = "pass the path of that directory"
+    others = [_CONFIG, vocabulary.FILE, _CALIBRATION, CARD]
+    snapshot = hub.fetch(hub_id, [*others, *weights.weight_patterns(".safetensors")], instead=instead)
+    if weights.find_weights(snapshot.directory, ".safetensors"):
+        return snapshot
+    return hub.fetch(snapshot.pinned, [*others, *weights.weight_patterns(".bin")], instead=instead)
 
 
 def _from_module(
@@ -183,18 +208,18 @@ def _from_module(
             declared = declared._replace(llm=_read_llm_config(llm_config))
         config, found = checkpoint.infer_config(state, declared), vocabulary.extend(found)
     network = checkpoint.build(config, weights.convert(dict(state), dtype))
-    return LoadedModel(_OBJECT_NAME, network, None, found)
+    return LoadedModel(_OBJECT_NAME, network, None, found, origins={"model": IN_MEMORY})
 
 
 def _from_own_layout(
-    directory: Path,
-    name: str,
+    place: _Place,
     settings: Mapping[str, Any],
     tokenizer: Any,
     dtype: torch.dtype | None,
     *,
     read_vae: bool,
 ) -> LoadedModel:
+    directory = place.directory
     try:
         config = Showo2Config.from_dict(settings.get("config") or {})
     except ConfigurationError as error:
@@ -202,19 +227,23 @@ def _from_own_layout(
     found = vocabulary.resolve(directory if tokenizer is None else tokenizer)
     state = weights.read_weight_file(directory / _WEIGHTS, dtype)
     vae = _described_vae(directory, settings.get("vae"), dtype) if read_vae else None
-    return LoadedModel(name, checkpoint.build(config, state), vae, found, _calibration(directory))
+    origins = {"model": origin([directory / _WEIGHTS], directory, settings, place.snapshot)}
+    if isinstance(vae, WanVAE):
+        files = weights.weight_files(directory / _WAN_FOLDER)
+        origins["vae"] = origin(files, directory, settings, place.snapshot)
+    network = checkpoint.build(config, state)
+    return LoadedModel(place.name, network, vae, found, _calibration(directory), origins)
 
 
 def _from_published(
-    directory: Path,
-    name: str,
+    place: _Place,
     settings: Mapping[str, Any],
     tokenizer: Any,
     llm_config: Mapping[str, Any] | str | Path | None,
     dtype: torch.dtype | None,
 ) -> LoadedModel:
     """The layout of the published checkpoints. Tokenizer and LLM settings are those of `llm_model_path`."""
-    source = settings.get("llm_model_path")
+    directory, source = place.directory, settings.get("llm_model_path")
     if tokenizer is None and (directory / vocabulary.FILE).is_file():
         tokenizer = directory
     found = vocabulary.resolve(tokenizer) if tokenizer is not None else _llm_tokenizer(directory, source)
@@ -227,7 +256,8 @@ def _from_published(
         llm = _llm_config_of(source, needed=not checkpoint.knows_llm(state))
     config = checkpoint.infer_config(state, checkpoint.Declared(settings, llm))
     network = checkpoint.build(config, state)
-    return LoadedModel(name, network, None, vocabulary.extend(found), _calibration(directory))
+    origins = {"model": origin(weights.weight_files(directory), directory, settings, place.snapshot)}
+    return LoadedModel(place.name, network, None, vocabulary.extend(found), _calibration(directory), origins)
 
 
 def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:
@@ -238,7 +268,7 @@ def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:
     if Path(source).is_dir():
         return vocabulary.read(Path(source))
     if hub.is_hub_id(source):
-        return vocabulary.read(hub.fetch(source, [vocabulary.FILE], instead=advice))
+        return vocabulary.read(hub.fetch(source, [vocabulary.FILE], instead=advice).directory)
     raise CheckpointError(f"{directory} names {source!r} as its language model, which is not here; {advice}.")
 
 
@@ -249,8 +279,8 @@ def _llm_config_of(source: Any, *, needed: bool) -> dict[str, Any] | None:
     if (Path(source) / _CONFIG).is_file():
         return weights.read_json(Path(source) / _CONFIG)
     if needed and hub.is_hub_id(source):
-        folder = hub.fetch(source, [_CONFIG], instead="pass llm_config, the path of its config.json")
-        return weights.read_json(folder / _CONFIG)
+        snapshot = hub.fetch(source, [_CONFIG], instead="pass llm_config, the path of its config.json")
+        return weights.read_json(snapshot.directory / _CONFIG)
     return None
 
 
@@ -279,6 +309,15 @@ def _resolve_vae(vae: Any, dtype: torch.dtype | None) -> LatentCodec:
         f"A {type(vae).__name__} is no VAE this project knows; pass a LatentCodec, an AutoencoderKLWan of "
         "diffusers, or the path of a Wan VAE."
     )
+
+
+def _vae_origin(vae: Any) -> Origin:
+    if not isinstance(vae, (str, Path)):
+        return IN_MEMORY
+    path = Path(vae)
+    if path.is_dir():
+        return origin(weights.weight_files(path), path, weights.read_json(path / _CONFIG))
+    return origin([path], path.parent, {})
 
 
 def _check_dtype(vae: Any, dtype: torch.dtype | None) -> None:

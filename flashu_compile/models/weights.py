@@ -28,36 +28,61 @@ _SINGLE_FILES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_SUFFIXES = (".safetensors", ".bin")
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.index.json")
-"""Names of weight files as a hub client's `allow_patterns`."""
+
+def weight_patterns(suffix: str) -> list[str]:
+    """Names of weight files of a format (".safetensors" or ".bin") as a hub client's `allow_patterns`."""
+    return [f"*{suffix}", f"*{suffix}.index.json"]
+
+
+def find_weights(directory: Path, suffix: str) -> list[Path]:
+    """The one file of weights in a format (".safetensors" or ".bin"), or its shards; none if there are none.
+
+    Raises:
+        CheckpointError: there are several indices of shards, or one that is damaged.
+    """
+    for name in _SINGLE_FILES:
+        if name.endswith(suffix) and (directory / name).is_file():
+            return [directory / name]
+    indices = sorted(directory.glob(f"*{suffix}.index.json"))
+    if len(indices) > 1:
+        names = ", ".join(path.name for path in indices)
+        raise CheckpointError(f"{directory} has several weight indices ({names}); keep the right one.")
+    return _shards(indices[0]) if indices else []
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the checkpoint in `directory`: safetensors sooner than pickles, one file sooner than shards.
+
+    Raises:
+        CheckpointError: there are none, or `find_weights` raises it.
+    """
+    for suffix in _SUFFIXES:
+        if found := find_weights(directory, suffix):
+            return found
+    names = ", ".join(_SINGLE_FILES)
+    indices = " or ".join(f"*{suffix}.index.json" for suffix in _SUFFIXES)
+    raise CheckpointError(
+        f"{directory} holds no weights: expected one of {names}, or shards with an index ({indices})."
+    )
 
 
 def read_weights(directory: Path, dtype: torch.dtype | None = None) -> StateDict:
     """All tensors of the checkpoint in `directory`, floating ones converted to `dtype` (None: as stored).
 
-    Safetensors are preferred to pickles, and one file to shards. Tensors may be views of memory-mapped files:
-    do not change the files while they are in use.
+    Tensors may be views of memory-mapped files: do not change the files while they are in use.
 
     Raises:
         CheckpointError: no weights there, a shard is missing, or a file is damaged or more than tensors.
     """
-    for suffix in (".safetensors", ".bin"):
-        for name in _SINGLE_FILES:
-            if name.endswith(suffix) and (directory / name).is_file():
-                return read_weight_file(directory / name, dtype)
-        indices = sorted(directory.glob(f"*{suffix}.index.json"))
-        if len(indices) > 1:
-            names = ", ".join(path.name for path in indices)
-            raise CheckpointError(f"{directory} has several weight indices ({names}); keep the right one.")
-        if indices:
-            return _read_shards(indices[0], dtype)
-    expected = ", ".join(_SINGLE_FILES)
-    raise CheckpointError(
-        f"{directory} holds no weights: expected one of {expected}, or shards with an index "
-        f"(*{_INDEX_SUFFIXES[0]} or *{_INDEX_SUFFIXES[1]})."
-    )
+    state: StateDict = {}
+    for path in weight_files(directory):
+        part = read_weight_file(path, dtype)
+        if twice := sorted(state.keys() & part.keys()):
+            raise CheckpointError(f"{directory} stores {twice[0]} in two shards; it is damaged.")
+        state |= part
+    return state
 
 
 def read_weight_file(path: Path, dtype: torch.dtype | None = None) -> StateDict:
@@ -103,20 +128,16 @@ def convert(state: StateDict, dtype: torch.dtype | None) -> StateDict:
     return converted
 
 
-def _read_shards(index: Path, dtype: torch.dtype | None) -> StateDict:
+def _shards(index: Path) -> list[Path]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index} has no weight_map; it is not an index of weight shards.")
-    state: StateDict = {}
-    for name in sorted({str(shard) for shard in placed.values()}):
+    names = sorted({str(shard) for shard in placed.values()})
+    for name in names:
         # An index is input like any other: its entries must not lead out of the directory.
         if Path(name).name != name or name in {".", ".."}:
             raise CheckpointError(f"{index} names the shard {name!r}, which is not a file beside it.")
-        shard = read_weight_file(index.parent / name, dtype)
-        if twice := sorted(state.keys() & shard.keys()):
-            raise CheckpointError(f"{index.parent} stores {twice[0]} in two shards; it is damaged.")
-        state |= shard
-    return state
+    return [index.parent / name for name in names]
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from flashu_compile.bundle.manifest import Manifest, file_entry, read_manifest
+from flashu_compile.bundle.manifest import FileEntry, Manifest, Origin, file_entry, read_manifest
 from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
 from flashu_compile.exporters import bundle
 from flashu_compile.exporters.backends import onnxruntime
@@ -96,6 +97,26 @@ def test_a_bundle_has_all_its_files_and_their_hashes(tmp_path: Path, write: Writ
     }
     assert all(file_entry(output / name) == entry for name, entry in manifest.files.items())
     assert names(output.parent) == {"bundle"}
+
+
+def test_the_origin_of_weights_is_in_the_manifest(tmp_path: Path, write: Write) -> None:
+    read = Origin(
+        {"b.bin": FileEntry("b" * 64, 2), "a.bin": FileEntry("a" * 64, 1)}, "some/body", "c" * 40, "mit"
+    )
+    origins = {"vae": Origin(None), "model": read}
+    manifest = write(tmp_path / "one", facts=dataclasses.replace(FACTS, origins=origins))
+    assert read_manifest(tmp_path / "one").origins == manifest.origins == origins
+    told = json.loads((tmp_path / "one" / "manifest.json").read_text())["origins"]
+    assert told["vae"] == {"files": None, "repository": None, "revision": None, "license": None}
+    assert told["model"]["files"]["a.bin"] == {"sha256": "a" * 64, "bytes": 1}
+    turned = {
+        "model": dataclasses.replace(read, files=dict(reversed((read.files or {}).items()))),
+        "vae": Origin(None),
+    }
+    write(tmp_path / "two", facts=dataclasses.replace(FACTS, origins=turned))
+    assert (tmp_path / "one" / "manifest.json").read_bytes() == (
+        tmp_path / "two" / "manifest.json"
+    ).read_bytes()
 
 
 def test_signatures_are_in_the_manifest(tmp_path: Path, write: Write) -> None:

@@ -64,6 +64,26 @@ def test_what_differs_is_named(bundle: Path, other: Path) -> None:
     assert json.loads(run("diff", bundle, other, "--json").stdout) == found
 
 
+def test_weights_of_another_origin_are_named(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["origins"]["model"] |= {
+        "revision": "b" * 40,
+        "files": {"new.bin": {"sha256": "d" * 64, "bytes": 1}},
+    }
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    assert diff(bundle, copy)["origins"] == {
+        "model revision": ["a" * 40, "b" * 40],
+        "model model.safetensors": ["c" * 64, None],
+        "model new.bin": [None, "d" * 64],
+    }
+    lines = run("diff", bundle, copy).stdout.splitlines()
+    assert f"origin of model revision: {'a' * 40} → {'b' * 40}" in lines
+    del manifest["origins"]["model"]
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    assert diff(bundle, copy)["origins"]["model repository"] == ["somebody/tiny", None]
+
+
 def test_a_folder_that_is_no_bundle(bundle: Path, tmp_path: Path) -> None:
     result = run("diff", bundle, tmp_path)
     assert result.exit_code == 2

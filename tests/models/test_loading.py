@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
+from flashu_compile.bundle.manifest import Origin, file_entry
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from flashu_compile.models import loading, weights
+from flashu_compile.models import hub, loading, weights
 from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import (
@@ -603,29 +606,240 @@ class TestNames:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
         with pytest.raises(CheckpointError, match=r"hub: 401 for this repository\. Download"):
             load_model("someone/private")
+        with pytest.raises(
+            CheckpointError, match=r"'someone/private@v1' .* \(hf download someone/private --revision v1\)"
+        ):
+            load_model("someone/private@v1")
 
-    def test_hub_snapshot(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: Path, network: Showo2
+    @pytest.mark.parametrize(
+        "text", ["a/b", "a/b@main", "a/b@0123abc", "Qwen/Qwen2.5-1.5B@refs/pr/1", "a/b@v1.0-rc_2"]
+    )
+    def test_hub_ids(self, text: str) -> None:
+        assert hub.is_hub_id(text)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "a",
+            "a/b/c",
+            "a/b@",
+            "@main",
+            "a@main",
+            "a/b@../c",
+            "a/b@x/../../c",
+            "a/b@/x",
+            "a/b@-x",
+            "a/b@x@y",
+            "a/b@x ",
+        ],
+    )
+    def test_what_is_no_hub_id(self, text: str) -> None:
+        assert not hub.is_hub_id(text)
+        with pytest.raises(CheckpointError, match="no model"):
+            load_model(text)
+
+
+class _Hub:
+    """In place of the hub client's download: repositories with commits, and what was asked for and fetched."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.commits: dict[tuple[str, str], Path] = {}
+        self.branches: dict[tuple[str, str], str] = {}
+        self.asked: list[tuple[str, str | None]] = []
+        self.fetched: list[str] = []
+
+    def publish(self, repository: str, commit: str, folder: Path, *branches: str) -> None:
+        self.commits[repository, commit] = folder
+        for branch in branches:
+            self.branches[repository, branch] = commit
+
+    def snapshot_download(
+        self, repository: str, *, revision: str | None = None, allow_patterns: list[str]
+    ) -> str:
+        self.asked.append((repository, revision))
+        named = revision or "main"
+        commit = self.branches.get((repository, named), named)
+        source, target = self.commits[repository, commit], self.cache / repository / "snapshots" / commit
+        target.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in source.iterdir())
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copyfile(source / name, target / name)
+            self.fetched.append(name)
+        return str(target)
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Hub:
+    made = _Hub(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    return made
+
+
+COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
+
+
+class TestHub:
+    def test_a_model_and_its_language_model_s_small_files(
+        self, tmp_path: Path, fake_hub: _Hub, llm: Path, network: Showo2
     ) -> None:
-        folders = {
-            "showlab/show-o2-tiny": _publish(tmp_path / "abc123", network, "Qwen/Qwen2.5-tiny"),
-            "Qwen/Qwen2.5-tiny": llm,
-        }
-        asked = []
-
-        def fetch(repository: str, *, allow_patterns: list[str]) -> str:
-            asked.append((repository, tuple(allow_patterns)))
-            return str(folders[repository])
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+        published = _publish(tmp_path / "m", network, "Qwen/Qwen2.5-tiny", _safetensors)
+        (llm / "model.safetensors").write_bytes(b"never fetched")
+        fake_hub.publish("showlab/show-o2-tiny", COMMIT, published, "main")
+        fake_hub.publish("Qwen/Qwen2.5-tiny", OTHER_COMMIT, llm, "main")
         loaded = load_model("showlab/show-o2-tiny")
         assert loaded.name == "show-o2-tiny"
         assert _same_weights(loaded.network, network)
-        # Of the language model its two small files, never its weights.
-        assert asked[1:] == [
-            ("Qwen/Qwen2.5-tiny", ("tokenizer.json",)),
-            ("Qwen/Qwen2.5-tiny", ("config.json",)),
+        assert fake_hub.fetched == [
+            "config.json",
+            "diffusion_pytorch_model.safetensors",
+            "tokenizer.json",
+            "config.json",
         ]
+        origin = loaded.origins["model"]
+        assert (origin.repository, origin.revision) == ("showlab/show-o2-tiny", COMMIT)
+
+    @pytest.mark.parametrize("revision", ["v2", OTHER_COMMIT])
+    def test_a_revision_is_what_is_loaded_and_recorded(
+        self, tmp_path: Path, fake_hub: _Hub, llm: Path, network: Showo2, revision: str
+    ) -> None:
+        other = _network(_config())
+        with torch.no_grad():
+            other.showo.model.norm.weight += 1
+        fake_hub.publish("showlab/tiny", COMMIT, _publish(tmp_path / "one", network, llm), "main")
+        fake_hub.publish("showlab/tiny", OTHER_COMMIT, _publish(tmp_path / "two", other, llm), "v2")
+        for hub_id, expected, commit in (
+            ("showlab/tiny", network, COMMIT),
+            (f"showlab/tiny@{revision}", other, OTHER_COMMIT),
+        ):
+            loaded = load_model(hub_id)
+            assert loaded.name == "tiny"
+            assert _same_weights(loaded.network, expected)
+            assert loaded.origins["model"].revision == commit
+
+    @pytest.mark.parametrize(
+        ("layouts", "fetched"),
+        [
+            (["one bin", "one safetensors"], {"diffusion_pytorch_model.safetensors"}),
+            (
+                ["bin shards, transformers index", "safetensors shards"],
+                {"model.safetensors.index.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))},
+            ),
+            (["one bin"], {"pytorch_model.bin"}),
+            (
+                ["bin shards, diffusers index"],
+                {
+                    "diffusion_pytorch_model.bin.index.json",
+                    *(f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3)),
+                },
+            ),
+        ],
+    )
+    def test_weights_come_in_one_format(
+        self,
+        tmp_path: Path,
+        fake_hub: _Hub,
+        llm: Path,
+        network: Showo2,
+        layouts: list[str],
+        fetched: set[str],
+    ) -> None:
+        folder = _publish(tmp_path / "m", network, llm, LAYOUTS[layouts[0]])
+        for layout in layouts[1:]:
+            LAYOUTS[layout](folder, dict(network.state_dict()))
+        fake_hub.publish("showlab/tiny", COMMIT, folder, "main")
+        loaded = load_model("showlab/tiny")
+        assert _same_weights(loaded.network, network)
+        assert set(fake_hub.fetched) == {"config.json"} | fetched
+        # A branch may move between two downloads: the second one is of the first one's commit.
+        assert [revision for _, revision in fake_hub.asked] in ([None], [None, COMMIT])
+        files = loaded.origins["model"].files
+        assert files is not None
+        assert files.keys() == {name for name in fetched if not name.endswith(".json")}
+
+    def test_safetensors_of_something_else_do_not_hide_the_pickles(
+        self, tmp_path: Path, fake_hub: _Hub, llm: Path, network: Showo2
+    ) -> None:
+        folder = _publish(tmp_path / "m", network, llm)
+        save_file({"a": torch.ones(1)}, folder / "adapter.safetensors")
+        fake_hub.publish("showlab/tiny", COMMIT, folder, "main")
+        assert _same_weights(load_model("showlab/tiny").network, network)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class TestOrigins:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_every_weight_file_with_its_hash(
+        self, tmp_path: Path, llm: Path, network: Showo2, layout: str
+    ) -> None:
+        folder = _publish(tmp_path / "m", network, llm, LAYOUTS[layout])
+        (folder / "training_args.bin").write_bytes(b"not read")
+        origin = load_model(folder).origins["model"]
+        read = [p for p in folder.iterdir() if p.suffix in (".bin", ".safetensors")]
+        expected = {p.name: _sha256(p) for p in read if p.name != "training_args.bin"}
+        assert origin.files is not None
+        assert {name: entry.sha256 for name, entry in origin.files.items()} == expected
+        assert (origin.repository, origin.revision, origin.license) == (None, None, None)
+
+    def test_own_layout_and_objects(self, tmp_path: Path) -> None:
+        network, tokenizer = _network(_config(latent_channels=48)), vocabulary.extend(_base_tokenizer())
+        save_model(tmp_path, network, tokenizer, SpaceToDepth(4))
+        loaded = load_model(tmp_path)
+        weights_file = file_entry(tmp_path / "model.safetensors")
+        assert loaded.origins == {"model": Origin({"model.safetensors": weights_file})}
+        given = load_model(network, tokenizer=tokenizer, vae=SpaceToDepth(4))
+        assert given.origins == {"model": Origin(None), "vae": Origin(None)}
+
+    @pytest.mark.parametrize(
+        ("card", "settings", "license"),
+        [
+            ("---\nlanguage: en\nlicense: mit\n---\n# A model\n", {}, "mit"),
+            ("\ufeff---\r\nlicense: apache-2.0\r\n---\r\n", {"license": "mit"}, "apache-2.0"),
+            ("---\nlicense: other\nlicense_name: qwen-research\n---\n", {}, "qwen-research"),
+            ("---\nlicense: other\n---\n", {}, "other"),
+            ("---\nlicense:\n- mit\n- cc-by-4.0\n---\n", {}, "mit, cc-by-4.0"),
+            ("---\ntags: []\n---\n", {"license": "mit"}, "mit"),
+            ("# license: mit\n", {}, None),
+            ("---\nlicense: 5\n---\n", {"license": {}}, None),
+            (None, {"license": "mit"}, "mit"),
+            (None, {}, None),
+        ],
+    )
+    def test_license(
+        self,
+        tmp_path: Path,
+        llm: Path,
+        network: Showo2,
+        card: str | None,
+        settings: dict[str, Any],
+        license: str | None,
+    ) -> None:
+        folder = _publish(tmp_path / "m", network, llm, **settings)
+        if card is not None:
+            (folder / "README.md").write_bytes(card.encode())
+        assert load_model(folder).origins["model"].license == license
+
+    @pytest.mark.parametrize(
+        "card",
+        [
+            b"---\nlicense: [\n---\n",
+            b"---\n- a list\n---\n",
+            b"---\nlicense: \xff\n---\n",
+            b"---\nlicense: " + b"[" * 5000 + b"\n---\n",
+            b"---\nlicense: mit\n---\n" + bytes(1 << 21),
+        ],
+        ids=["broken", "list", "not UTF-8", "deep", "large"],
+    )
+    def test_a_card_that_cannot_be_read_is_logged(
+        self, tmp_path: Path, llm: Path, network: Showo2, card: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = _publish(tmp_path / "m", network, llm)
+        (folder / "README.md").write_bytes(card)
+        assert load_model(folder).origins["model"].license is None
+        assert "No licence is recorded" in caplog.text
 
 
 def _hollow(config: Showo2Config, settings: dict[str, Any]) -> Showo2Config:

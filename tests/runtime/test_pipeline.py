@@ -334,6 +334,22 @@ class TestLoading:
         with pytest.raises(BundleVersionError, match=r"schema 99; this version reads \d+: upgrade"):
             load(own_bundle)
 
+    def test_older_schema(self, own_bundle: Path) -> None:
+        edit_json(own_bundle / "manifest.json", schema=2)
+        with pytest.raises(
+            BundleVersionError, match=r"schema 2; this version reads 3: build the bundle again"
+        ):
+            load(own_bundle)
+
+    @pytest.mark.parametrize(
+        "origins",
+        [None, 5, {"model": 5}, {"model": {}}, {"model": {"files": 5}}, {"model": {"files": {"a": 5}}}],
+    )
+    def test_malformed_origins(self, own_bundle: Path, origins: object) -> None:
+        edit_json(own_bundle / "manifest.json", origins=origins)
+        with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
+            load(own_bundle)
+
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', "\x00"])
     def test_malformed_manifest(self, own_bundle: Path, text: str) -> None:
         (own_bundle / "manifest.json").write_text(text)

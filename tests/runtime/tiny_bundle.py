@@ -25,6 +25,7 @@ from flashu_compile.bundle.manifest import (
     FileEntry,
     GenerationFacts,
     Manifest,
+    Origin,
     TensorSpec,
     UnderstandingFacts,
     file_entry,
@@ -43,6 +44,7 @@ FACTS = GenerationFacts(
 POINTS, GUIDANCE, SHIFT = 6, 3.0, 3.0
 RECIPE = Recipe("exact", T2IConfig(POINTS, GUIDANCE, SHIFT))
 MAX_NEW_TOKENS = 12
+ORIGIN = Origin({"model.safetensors": FileEntry("c" * 64, 1000)}, "somebody/tiny", "a" * 40, "mit")
 MAX_QUESTION_TOKENS = 200
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.BOOL: "bool"}
@@ -287,6 +289,7 @@ def write_manifest(directory: Path, specs: tuple[EngineSpec, ...], tasks: tuple[
         else None,
         versions={"flashu-compile": "0"},
         files={p.relative_to(directory).as_posix(): file_entry(p) for p in files},
+        origins={"model": ORIGIN, "vae": Origin(None)},
     )
     (directory / "manifest.json").write_text(manifest.to_json())
 

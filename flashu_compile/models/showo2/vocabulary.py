@@ -53,7 +53,7 @@ def resolve(tokenizer: Any) -> Tokenizer:
     if isinstance(tokenizer, (str, Path)):
         path = Path(tokenizer)
         if not path.exists() and hub.is_hub_id(str(tokenizer)):
-            path = hub.fetch(str(tokenizer), [FILE], instead="pass the path of its tokenizer.json")
+            path = hub.fetch(str(tokenizer), [FILE], instead="pass the path of its tokenizer.json").directory
         return read(path)
     backend = getattr(tokenizer, "backend_tokenizer", None)  # a "fast" tokenizer of transformers
     if isinstance(backend, Tokenizer):

@@ -1,0 +1,58 @@
+"""Where a model's weights come from, as the manifest of a bundle says it: files and hashes, hub commit, licence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashu_compile.bundle.manifest import Origin, file_entry
+from flashu_compile.models.hub import Snapshot
+
+CARD = "README.md"
+IN_MEMORY = Origin(None)
+
+_LONGEST_CARD = 1 << 20  # bytes
+
+_logger = logging.getLogger(__name__)
+
+
+def origin(
+    files: Sequence[Path], directory: Path, settings: Mapping[str, Any], snapshot: Snapshot | None = None
+) -> Origin:
+    """The origin of weights that were read from `files`, whose model's card lies in `directory`.
+
+    `settings` are the model's `config.json`; `snapshot` is given if all that came from the hub.
+    """
+    return Origin(
+        files={path.name: file_entry(path) for path in files},
+        repository=None if snapshot is None else snapshot.repository,
+        revision=None if snapshot is None else snapshot.commit,
+        license=_license(_card(directory / CARD)) or _license(settings),
+    )
+
+
+def _license(facts: Mapping[str, Any]) -> str | None:
+    """The licence that metadata names. Those the hub has no name for are `other`, with `license_name` beside it."""
+    named = facts.get("license")
+    if named == "other":
+        named = facts.get("license_name") or named
+    if isinstance(named, list):
+        named = ", ".join(map(str, named))
+    return named if isinstance(named, str) and named else None
+
+
+def _card(path: Path) -> Mapping[str, Any]:
+    """The metadata at the head of a model's card; none if there is no card, or none that can be read."""
+    import huggingface_hub
+
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _LONGEST_CARD:
+            raise ValueError(f"it has more than {_LONGEST_CARD} bytes")
+        return huggingface_hub.metadata_load(path) or {}
+    except Exception as error:  # besides ValueError and OSError those of the YAML library, and RecursionError
+        _logger.warning("No licence is recorded: the model card %s cannot be read: %s", path, error)
+        return {}
