@@ -15,13 +15,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 import flashu_compile
 from flashu_compile.errors import FlashuError
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.tasks import TASKS
+from flashu_compile.terminal import visible
 
 MODEL = "showo2-shapes"
 FOLDER = Path("showo2-shapes-demo")
@@ -46,10 +47,10 @@ _SCALE, _MARGIN, _CAPTION, _COLUMNS = 6, 12, 22, 3
 def main(folder: Path = FOLDER) -> None:
     # What PyTorch, when it traces, says of its own code is nothing a user could act on.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     started = time.perf_counter()
     bundle, pictures = folder / "bundle", folder / "pictures"
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         _build(bundle, progress)
         pipe = load(bundle)
@@ -59,9 +60,19 @@ def main(folder: Path = FOLDER) -> None:
     contact_sheet(drawn).save(sheet)
     (folder / "answers.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
     for row in answers:
-        words = {key: escape(text) for key, text in row.items()}
-        console.print(f"[dim]{words['picture']}:[/] {words['question']} [bold]{words['answer']}[/]")
-    console.print(f"Done in {time.perf_counter() - started:.0f} s. Results are in [bold]{folder}/[/]:")
+        words = {key: visible(text) for key, text in row.items()}
+        console.print(
+            Text.assemble(
+                (f"{words['picture']}:", "dim"), f" {words['question']} ", (words["answer"], "bold")
+            )
+        )
+    console.print(
+        Text.assemble(
+            f"Done in {time.perf_counter() - started:.0f} s. Results are in ",
+            (f"{visible(folder)}/", "bold"),
+            ":",
+        )
+    )
     console.print(f"  {sheet.name}, answers.json, pictures/ and the compiled bundle/")
 
 
@@ -73,7 +84,7 @@ def _build(bundle: Path, progress: Progress) -> None:
         output=bundle,
         overwrite=True,
         progress=lambda stage, done: progress.update(
-            row, description=f"compiling {MODEL}: {stage}", completed=done
+            row, description=visible(f"compiling {MODEL}: {stage}"), completed=done
         ),
     )
     progress.update(row, description=f"compiled {MODEL} for t2i and mmu")
@@ -123,5 +134,7 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
     except FlashuError as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}")
+        Console(stderr=True).print(
+            Text.assemble(("error:", "red"), f" {visible(' '.join(str(error).split()))}")
+        )
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from flashu_compile.errors import FlashuError
+from flashu_compile.terminal import say, visible
 
 
 @contextmanager
@@ -28,13 +30,40 @@ def told_in_one_line(exit_code: int) -> Iterator[None]:
         message = str(error)
     else:
         return
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    say(f"error: {' '.join(message.split())}", err=True)
     raise typer.Exit(exit_code)
 
 
+class _LogLine(logging.Formatter):
+    """What libraries log reaches the terminal, too, where no one has set up logging."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+# Click's, which Typer keeps where its version pleases.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+@contextmanager
+def _visible_usage_errors() -> Iterator[None]:
+    """Usage errors quote arguments, which may be names of files."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = "\n".join(map(visible, error.message.split("\n")))
+        raise
+
+
 class _Commands(TyperGroup):
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _visible_usage_errors():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        with told_in_one_line(1):
+        if logging.lastResort is not None:
+            logging.lastResort.setFormatter(_LogLine())
+        with told_in_one_line(1), _visible_usage_errors():
             return super().invoke(ctx)
 
 
@@ -111,7 +140,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         import flashu_compile
 
-        typer.echo(f"flashu-compile {flashu_compile.__version__}")
+        say(f"flashu-compile {flashu_compile.__version__}")
         raise typer.Exit
 
 

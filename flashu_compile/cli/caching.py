@@ -13,6 +13,7 @@ from flashu_compile.cli.base import LOOKING, Json, app, examples
 from flashu_compile.compiler.cache import EngineCache, default_directory
 from flashu_compile.errors import CacheError
 from flashu_compile.quantities import size
+from flashu_compile.terminal import say
 
 cache_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
@@ -59,7 +60,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
 def clear(directory: Directory = None) -> None:
     """Remove everything that builds have kept. Bundles are not touched."""
     found = _cache(directory)
-    typer.echo(f"{size(found.clear())} removed from {found.directory}")
+    say(f"{size(found.clear())} removed from {found.directory}")
 
 
 def _cache(directory: Path | None) -> EngineCache:

@@ -12,6 +12,7 @@ from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Bundle, app, examples
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.extras import naming_the_extra
+from flashu_compile.terminal import say
 
 TARGETS = ("tensorrt",)
 
@@ -35,14 +36,14 @@ def inspect_target(bundle: Path, target: str, *, as_json: bool) -> None:
         )
         for result in results:
             for objection in result.objections:
-                typer.echo(
+                say(
                     f"{result.engine}: {objection.node} ({objection.operator}): "
                     f"{objection.reason}, says {objection.library}"
                 )
         for source in dict.fromkeys(source for result in results for source in result.sources):
-            typer.echo(f"held against {source}")
+            say(f"held against {source}")
     if not all(result.clean for result in results):
-        typer.echo(f"error: engines of {bundle} would not convert.", err=True)
+        say(f"error: engines of {bundle} would not convert.", err=True)
         raise typer.Exit(1)
 
 
@@ -91,10 +92,10 @@ def tensorrt(
         from flashu_compile.exporters.tensorrt import build_engines, collect_engines
         from flashu_compile.exporters.tensorrt_plan import SCRIPT, BuildOptions, write_plan
     if collect is not None:
-        typer.echo(f"{len(collect_engines(bundle, collect).engines)} engines collected")
+        say(f"{len(collect_engines(bundle, collect).engines)} engines collected")
         return
     options = BuildOptions(version_compatible, exclude_lean_runtime, strip_weights, refit, workspace, level)
     plan = write_plan(bundle, options)
-    typer.echo(f"{len(plan.engines)} engines planned: {bundle / SCRIPT}")
+    say(f"{len(plan.engines)} engines planned: {bundle / SCRIPT}")
     if build:
-        typer.echo(f"{len(build_engines(bundle).engines)} engines built")
+        say(f"{len(build_engines(bundle).engines)} engines built")

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashu_compile.quantities import change, quantity, size
+from flashu_compile.terminal import say, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flashu_compile.bundle.manifest import Manifest
+    from flashu_compile.bundle.manifest import Manifest, Origin
     from flashu_compile.looking.structure import BlockFacts, ProgramStructure, StackFacts
     from flashu_compile.recipe.plan import StepPlan
     from flashu_compile.recipe.recipe import Recipe
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    typer.echo(json.dumps(value, indent=2, default=str))  # in ASCII, so that no string steers a terminal
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
@@ -33,12 +34,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     from rich.table import Table
 
     if title is not None:
-        typer.echo(title)  # as a table's own title it would be broken at the table's width
+        say(title)  # as a table's own title it would be broken at the table's width
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     _console().print(table)
 
 
@@ -48,7 +49,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), str(value))
+        table.add_row(visible(name.replace("_", " ")), visible(value))
     _console().print(table)
 
 
@@ -161,6 +162,7 @@ def print_bundle(
         "files": f"{len(manifest.files)}, {size(total)}",
     }
     print_facts(facts | {name: size(value) for name, value in report.get("sizes", {}).items()})
+    _print_origins(manifest.origins)
     _print_work(manifest, report, plan)
     for engine in manifest.engines:
         sides = (("in", engine.inputs), ("out", engine.outputs))
@@ -192,6 +194,18 @@ def print_bundle(
             ],
             title="passes",
         )
+
+
+def _print_origins(origins: Mapping[str, Origin]) -> None:
+    """A row for each file that weights were read from, under what is known of them all."""
+    for part, origin in sorted(origins.items()):
+        hub = "" if origin.repository is None else f" from {origin.repository} at {origin.revision}"
+        title = f"weights of the {part}{hub}, licence {origin.license or 'not declared'}"
+        if origin.files is None:
+            say(f"{title}: an object in memory")
+        else:
+            rows = [(name, size(entry.bytes), entry.sha256) for name, entry in sorted(origin.files.items())]
+            print_table(("file", "size", "SHA-256"), rows, title=title)
 
 
 def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> None:
@@ -229,7 +243,7 @@ def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
     )
     for result in result_work(manifest, report, plan):
         before, after = result.flops
-        typer.echo(
+        say(
             f"FLOPs of {result.what}: {quantity(before)} → {quantity(after)} {change(before, after)}".rstrip()
         )
 
@@ -298,7 +312,7 @@ def print_structure(program: ProgramStructure) -> None:
     print_facts(facts)
     if program.not_found:
         print_table(("not found", "why"), [(row.what, row.why) for row in program.not_found])
-    typer.echo()
+    say()
 
 
 def _stack_rows(stack: StackFacts) -> Iterator[tuple[str, str, str, str]]:
@@ -344,7 +358,7 @@ def progress_bar(stage: str) -> Iterator[Callable[[str, float | None], None]]:
 
         def advance(stage: str, fraction: float | None) -> None:
             total = None if fraction is None else 1.0
-            progress.update(row, description=stage, completed=fraction or 0.0, total=total)
+            progress.update(row, description=visible(stage), completed=fraction or 0.0, total=total)
 
         yield advance
 
@@ -352,5 +366,5 @@ def progress_bar(stage: str) -> Iterator[Callable[[str, float | None], None]]:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    # Names of files and engines are not markup.
-    return Console(stderr=stderr, markup=False, highlight=False)
+    # Names of files and engines are not markup, and hold no emoji by their names.
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

@@ -11,6 +11,7 @@ import typer
 
 from flashu_compile.cli import display
 from flashu_compile.cli.base import quiet_torch
+from flashu_compile.terminal import say
 
 if TYPE_CHECKING:
     from flashu_compile.looking.comparison.compare import EngineComparison, LayerComparison
@@ -52,7 +53,7 @@ def verify_layers(bundle: Path, reference: str | Path, *, as_json: bool, **optio
             _print_engine(engine)
     if not found.ok:
         wrong = ", ".join(engine.engine for engine in found.engines if not engine.ok)
-        typer.echo(f"error: {bundle} departs from {found.against} in {wrong}.", err=True)
+        say(f"error: {bundle} departs from {found.against} in {wrong}.", err=True)
         raise typer.Exit(1)
 
 
@@ -79,10 +80,11 @@ def _print_engine(engine: EngineComparison) -> None:
     if engine.departure is not None:
         _print_departure(engine.engine, engine.departure)
     elif not engine.ok:
-        typer.echo(
+        say(
             f"{engine.engine}: outputs depart, but no value does once it is laid open: what is wrong is what the "
-            "backend makes of the whole graph, and no node of it.\n"
+            "backend makes of the whole graph, and no node of it."
         )
+        say()
 
 
 def _print_departure(engine: str, found: Departure) -> None:
@@ -111,7 +113,8 @@ def _print_departure(engine: str, found: Departure) -> None:
         ],
     )
     if found.unseen:
-        typer.echo(f"or a node before it, of which the reference has no value: {', '.join(found.unseen)}\n")
+        say(f"or a node before it, of which the reference has no value: {', '.join(found.unseen)}")
+        say()
 
 
 def _operand(operand: Operand) -> tuple[str, str, str]:

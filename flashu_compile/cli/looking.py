@@ -34,6 +34,7 @@ from flashu_compile.cli.layers import reference_named, verify_layers
 from flashu_compile.errors import InputError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.tasks import TASKS
+from flashu_compile.terminal import say
 
 
 @app.command(
@@ -255,11 +256,11 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
         )
     else:
         wrong = [row for row in result.files if not row.ok]
-        typer.echo(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
+        say(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
         for row in wrong:
-            typer.echo(f"  {row.status}: {row.name}")
+            say(f"  {row.status}: {row.name}")
         for engine, rows in result.placements.items():
-            typer.echo(f"{engine}: {', '.join(map(str, rows))}")
+            say(f"{engine}: {', '.join(map(str, rows))}")
         display.print_table(
             ("engine", "output", "relative error", "tolerance", ""),
             [
@@ -274,7 +275,7 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
             ],
         )
     if not result.ok:
-        typer.echo(f"error: {bundle} is not what was built; copy or build it again.", err=True)
+        say(f"error: {bundle} is not what was built; copy or build it again.", err=True)
         raise typer.Exit(1)
 
 

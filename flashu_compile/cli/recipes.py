@@ -11,6 +11,7 @@ import typer
 from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Json, app, examples, told_in_one_line
 from flashu_compile.errors import RecipeError
+from flashu_compile.terminal import say
 
 if TYPE_CHECKING:
     from flashu_compile.recipe.recipe import Recipe
@@ -88,7 +89,7 @@ def diff(
         display.print_json({"equal": not changes, "changes": changes})
     else:
         for change in changes:
-            typer.echo(change)
+            say(change)
     if changes:
         raise typer.Exit(1)
 
@@ -139,7 +140,7 @@ def tell_saved(recipe: Recipe, path: Path, *, as_json: bool) -> None:
         display.print_json({"path": str(path), "recipe": _plain(recipe)})
     else:
         display.print_recipe(recipe)
-        typer.echo(str(path))
+        say(str(path))
 
 
 def _find(source: str) -> Recipe:

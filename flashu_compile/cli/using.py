@@ -23,6 +23,7 @@ from flashu_compile.cli.base import (
     provider_options,
     quiet_onnxruntime,
 )
+from flashu_compile.terminal import say
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline
@@ -98,7 +99,7 @@ def generate(
     seconds = time.perf_counter() - started
     save_picture(picture, output)
     if not as_json:
-        typer.echo(str(output))
+        say(str(output))
         return
     plan = pipeline.plan_for(steps, guidance_scale)
     display.print_json(
@@ -155,7 +156,7 @@ def ask(
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
     for answer in answers:
-        typer.echo(" ".join(answer.split()))
+        say(" ".join(answer.split()))
 
 
 def _load(bundle: Path, **options: Any) -> Pipeline:

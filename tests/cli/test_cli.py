@@ -224,6 +224,9 @@ class TestInspect:
             "2.50 M",
             "RemoveDeadCode",
             "weights bytes",
+            f"weights of the model from somebody/tiny at {'a' * 40}, licence mit",
+            "c" * 64,
+            "weights of the vae, licence not declared: an object in memory",
         ):
             assert expected in text
 

@@ -1,0 +1,28 @@
+"""Text on its way to a terminal, which must not be steered by what a file or a model says."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import typer
+
+# Controls (C0, DEL, C1), formats (bidirectional overrides, tags), lone surrogates, line and paragraph separators.
+_HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+_JOINERS = "\u200c\u200d"  # formats, too, but of ordinary text in Persian or Hindi, and of emoji
+
+
+def visible(text: object) -> str:
+    """`text` on one line, in which characters that are no text are written as escapes: ESC as \\x1b."""
+    line = str(text)
+    return line if line.isprintable() else "".join(map(_written, line))
+
+
+def say(text: object = "", *, err: bool = False) -> None:
+    """Print `text` as one line, made `visible`, on stdout or stderr."""
+    typer.echo(visible(text), err=err)
+
+
+def _written(character: str) -> str:
+    if unicodedata.category(character) not in _HIDDEN or character in _JOINERS:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
