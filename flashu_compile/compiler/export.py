@@ -76,7 +76,8 @@ def export(
 
     Args:
         model: a Show-o2 network (ours, or the authors' class), the name of a bundled model ("showo2-shapes"), a
-            local checkpoint directory, a hub id, or what `capture_model` made of one of these.
+            local checkpoint directory, a hub id ("organisation/name", or "organisation/name@revision"), or what
+            `capture_model` made of one of these.
         task: "t2i", "mmu", or a list of them.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",

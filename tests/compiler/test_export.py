@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import flashu_compile
+from flashu_compile.bundle.manifest import Origin
 from flashu_compile.bundle.precision import TOLERANCES
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import Bundle, capture_model
@@ -27,7 +29,7 @@ from flashu_compile.errors import (
     UnknownTaskError,
     UnsupportedModelError,
 )
-from flashu_compile.models.loading import load_model
+from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.recipe.plan import uniform_plan
 from flashu_compile.runtime.decoding import Picture
@@ -191,6 +193,38 @@ def test_two_builds_give_the_same_bytes(bundle: Bundle, tmp_path: Path) -> None:
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir())}
 
     assert hashes(output) == hashes(bundle.path)
+
+
+@pytest.mark.slow
+def test_the_manifest_says_where_weights_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same bytes each time, from wherever the hub's client keeps its snapshot."""
+    commit, asked, made = "c" * 40, [], []
+    for cache in ("one", "two"):
+        snapshot = tmp_path / cache / commit
+        save_model(snapshot, tiny_model(), tokenizer(), VAE)
+        (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+
+        def download(
+            repository: str, *, revision: str, allow_patterns: list[str], at: Path = snapshot
+        ) -> str:
+            asked.append((repository, revision))
+            return str(at)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        output = tmp_path / f"bundle-{cache}"
+        bundle = flashu_compile.export("somebody/tiny@v1", "mmu", output=output, cache=tmp_path / "cache")
+        made.append((output / "manifest.json").read_bytes())
+        sha256 = hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+        (origin,) = bundle.manifest.origins.values()
+        assert (origin.repository, origin.revision, origin.license) == ("somebody/tiny", commit, "mit")
+        assert origin.files is not None
+        assert {name: entry.sha256 for name, entry in origin.files.items()} == {"model.safetensors": sha256}
+    assert made[0] == made[1]
+    assert set(asked) == {("somebody/tiny", "v1")}
+
+
+def test_an_object_in_memory_has_no_files(bundle: Bundle) -> None:
+    assert bundle.manifest.origins == {"model": Origin(None), "vae": Origin(None)}
 
 
 @pytest.mark.parametrize(
