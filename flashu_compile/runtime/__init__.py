@@ -1,8 +1,8 @@
 """Loading and running bundles: numpy, ONNX Runtime, tokenizers and Pillow, no framework.
 
-Front door: `load`, which returns a `Pipeline` (pipeline.py); both are imported when first used. Imports bundle and recipe
-alone; torch only in the files of backends that run in it. For a new backend copy backends/torch.py, and its other half
-in `export/backends/`.
+Front door: `load`, which returns a `Pipeline` (pipeline.py); both are imported when first used. Imports bundle and
+recipe alone; torch only in the files of backends that run in it. For a new backend copy backends/torch.py, and its
+other half in `export/backends/`.
 """
 
 from __future__ import annotations
