@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EngineBuild:
     """An engine on its way into a bundle: what the backend emitted and one eager run of what it was made from.
 

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from flashu_compile.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, Manifest, file_entry
 from flashu_compile.bundle.precision import tolerance
@@ -21,7 +22,6 @@ from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.weights import weight_store
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.sessions import create_session
-from flashu_compile.runtime.verify import relative_error
 
 
 def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
@@ -29,7 +29,7 @@ def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> d
 
     The engine is written, with its weights, to a temporary directory in `scratch_parent`. One thread, so that the
     figures do not depend on the machine's cores. Raises `EmissionError` if ONNX Runtime cannot run the engine, or if
-    an output is off by more than its precision allows (relative L2) or not a number.
+    an output is off by more than its precision allows (relative L2, `agreement`) or not a number.
     """
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
         path = Path(scratch) / "engine.onnx"
@@ -70,16 +70,21 @@ def written_errors(
 
 
 def output_errors(build: EngineBuild, values: Mapping[str, NDArray[Any]], allowed: float) -> dict[str, float]:
-    """Relative L2 error of every output. Raises `EmissionError` if one is above `allowed`, or not a number."""
+    """Relative L2 error of every output.
+
+    Raises `EmissionError` if one is above `allowed` or not a number, or the best logits are in another order.
+    """
     errors = {}
     for name, truth in build.reference_outputs.items():
-        off = relative_error(values[name], truth.numpy())
+        found = output_difference(name, values[name], truth.numpy(), allowed)
         # Three digits: the last bits of a norm depend on where in memory its operands lie.
-        errors[name] = float(f"{off:.2e}")
+        errors[name] = float(f"{found.relative:.2e}")
         # Not `error > tolerance`: a NaN must fail too.
         if not errors[name] <= allowed:
             raise EmissionError(
                 f"Engine {build.name!r} differs from PyTorch in {name!r}: "
                 f"relative L2 error {errors[name]:.2e}, allowed {allowed:.0e}."
             )
+        if found.reordered:
+            raise EmissionError(f"Engine {build.name!r} differs from PyTorch in {name!r}: {REORDERED}.")
     return errors

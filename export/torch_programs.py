@@ -25,7 +25,7 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 TENSORS = "weights.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TorchModel:
     """An engine of these backends: what is written to its file, and the tensors that this refers to by name."""
 

@@ -29,6 +29,10 @@ class RecipeError(FlashuError):
     """A recipe is malformed, unknown, or needs calibration data that was not given."""
 
 
+class DeclinedError(RecipeError):
+    """A recipe asks for a technique that does nothing to the model; the message says why."""
+
+
 class CalibrationError(FlashuError):
     """Calibration samples are missing or unusable, or a model's activations on one are not finite."""
 

@@ -29,20 +29,23 @@ class FoldConstants(Pass):
         known: dict[fx.Node, Tensor] = {}
         inputs = {n for n in editor.graph.find_nodes(op="placeholder") if editor.stored(n) is None}
         constant = _input_free(editor.graph, inputs)
-        changes = []
+        changes, large = [], []
         for node in [n for n in editor.graph.nodes if n in constant and n.op == "call_function"]:
-            if all(user in constant for user in node.users) or not self._worthwhile(node, editor):
+            if all(user in constant for user in node.users):
+                continue
+            if not self._worthwhile(node, editor):
+                large.append(node)
                 continue
             value = _evaluate(node, editor, known)
             replacement = editor.add_constant(f"folded.{node.name}", value, node)
             node.replace_all_uses_with(replacement)
-            changes.append(
-                f"folded {node.name} {tuple(value.shape)} of {module_path(node) or 'the top module'}"
-            )
+            changes.append(f"folded {node.name} {tuple(value.shape)} of {_module(node)}")
         if not changes:
-            return PassResult.unchanged(program)
+            return PassResult.declined(program, *map(_why_left, large))
         editor.remove_unused()
-        return PassResult((editor.finish(),), tuple(changes))
+        left = set(editor.graph.nodes)  # without those that only folded values were computed from
+        reasons = tuple(_why_left(node) for node in large if node in left)
+        return PassResult((editor.finish(),), tuple(changes), reasons=reasons)
 
     def _worthwhile(self, node: fx.Node, editor: GraphEditor) -> bool:
         size = value_bytes(node.meta.get("val"))
@@ -51,6 +54,14 @@ class FoldConstants(Pass):
         sources = {s for s in _ancestors(node) if editor.stored(s) is not None}
         source_bytes = sum(value_bytes(s.meta["val"]) or 0 for s in sources)
         return size <= max(self.max_bytes, source_bytes)
+
+
+def _why_left(node: fx.Node) -> str:
+    return f"{node.name} of {_module(node)} is larger than what it is computed from"
+
+
+def _module(node: fx.Node) -> str:
+    return module_path(node) or "the top module"
 
 
 def _input_free(graph: fx.Graph, inputs: set[fx.Node]) -> set[fx.Node]:

@@ -43,11 +43,13 @@ _ROUNDING = 1e-9
 class GatherTokens(Pass):
     """Drop ⌊ratio · length⌋ tokens of the visual span after block `layer` of `stack`, the worst by `scorer`.
 
-    The layer itself runs on all rows. If it is in `skipped`, the next layer that runs decides. `ratio` is in [0, 1); a
-    ratio that drops nothing leaves the program as it is. Raises `ConfigurationError` on a value out of range.
+    The layer itself runs on all rows. If it is in `skipped`, the next layer that runs decides. `ratio` is in [0, 1); 0
+    leaves the program as it is, and so does, declining, a ratio of less than one token. Raises `ConfigurationError` on
+    a value out of range.
     """
 
     kind: ClassVar[Kind] = "lossy"
+    technique: ClassVar[str | None] = "token pruning"
 
     stack: str
     layer: int
@@ -83,7 +85,7 @@ class GatherTokens(Pass):
         dropped = math.floor(self.ratio * span.length + _ROUNDING)
         if not dropped:
             nothing = f"dropped no token: {self.ratio} of {span.length} visual tokens is less than one"
-            return PassResult((program,), (nothing,))
+            return PassResult.declined(program, nothing)
         editor = GraphEditor(program)
         editor.remove_unused()
         copies = {node.name: node for node in editor.graph.nodes}

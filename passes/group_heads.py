@@ -27,22 +27,27 @@ _INTERLEAVE = torch.ops.aten.repeat_interleave.self_int
 class GroupHeads(Pass):
     def call(self, program: Program) -> PassResult:
         editor = GraphEditor(program)
-        grouped = 0
+        grouped, reasons = 0, []
         for node in [n for n in editor.graph.nodes if n.target is _ATTENTION]:
             query, key, value = cast("list[fx.Node]", node.args[:3])
             shared = [before_repetition(source, query) for source in (key, value)]
-            if shared[0] is key or shared[1] is value or size(shared[0], 1) != size(shared[1], 1):
+            if shared[0] is key or shared[1] is value:
+                continue
+            if size(shared[0], 1) != size(shared[1], 1):
+                reasons.append(f"attention at {node.name} has keys and values of different numbers of heads")
                 continue
             if not (_in_place(key, shared[0]) and _in_place(value, shared[1])):
+                reasons.append(f"attention at {node.name} has repeated heads that are not beside one another")
                 continue
             node.update_arg(1, shared[0])
             node.update_arg(2, shared[1])
             node.update_kwarg("enable_gqa", True)
             grouped += 1
         if not grouped:
-            return PassResult.unchanged(program)
+            return PassResult.declined(program, *reasons)
         editor.remove_unused()
-        return PassResult((editor.finish(),), (f"keys and values of {grouped} attentions are not repeated",))
+        change = f"keys and values of {grouped} attentions are not repeated"
+        return PassResult((editor.finish(),), (change,), reasons=tuple(reasons))
 
 
 def _in_place(node: fx.Node, source: fx.Node) -> bool:

@@ -38,6 +38,7 @@ class HalveRotary(Pass):
         editor = GraphEditor(program)
         tables = _HalfTables(editor)
         rotated: list[fx.Node] = []
+        reasons = []
         for node in list(editor.graph.nodes):
             found = _rotation(node)
             if found is None:
@@ -45,11 +46,17 @@ class HalveRotary(Pass):
             cos, sin = tables.half(found.cos), tables.half(found.sin)
             if cos is not None and sin is not None:
                 rotated.append(_rotate(editor, node, found.x, cos, sin))
+            else:
+                table = found.cos if cos is None else found.sin
+                reasons.append(
+                    f"the rotation at {node.name} has a table, {table.name}, whose halves may differ"
+                )
         if not rotated:
-            return PassResult.unchanged(program)
+            return PassResult.declined(program, *reasons)
         editor.remove_unused()
         editor.settle(rotated)
-        return PassResult((editor.finish(),), (f"{len(rotated)} rotations take tables of half the width",))
+        change = f"{len(rotated)} rotations take tables of half the width"
+        return PassResult((editor.finish(),), (change,), reasons=tuple(reasons))
 
 
 def _rotation(node: fx.Node) -> _Rotation | None:

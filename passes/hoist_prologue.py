@@ -43,10 +43,10 @@ class HoistPrologue(Pass):
                 reason = (
                     f"attention lets rows of {module_path(node) or 'the top module'} see rows that change"
                 )
-                return PassResult((program,), (f"left alone: {reason}",))
+                return PassResult.declined(program, reason)
         if not any(_is_past(node) for node in carried):
             reason = f"no keys or values are independent of {', '.join(sorted(self.changing))}"
-            return PassResult((program,), (f"left alone: {reason}",))
+            return PassResult.declined(program, reason)
         roles, called = _roles(program, carried), prologue_of(program.name)
         prologue, step = cut_at(program, roles, called)
         count = len(prologue.exported.graph.find_nodes(op="call_function", target=_aten.linear.default))

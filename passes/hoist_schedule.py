@@ -34,19 +34,21 @@ class HoistSchedule(Pass):
 
     def call(self, program: Program) -> PassResult:
         dependence = depends_on(program)
-        layers = [
-            node
-            for node in dependence
-            if node.target is _LINEAR and self._alone(dependence[node]) and _is_static(node)
-        ]
+        alone = [node for node in dependence if node.target is _LINEAR and self._alone(dependence[node])]
+        layers = [node for node in alone if _is_static(node)]
+        reasons = tuple(
+            f"the linear layer at {node.name} has the size of another input"
+            for node in alone
+            if node not in layers
+        )
         carried = [node for node in layers if self._leads_on(node, dependence)]
         if not carried:
-            return PassResult.unchanged(program)
+            return PassResult.declined(program, *reasons)
         names = [module_path(node) or "top.linear" for node in carried]
         called = schedule_of(program.name)
         schedule, step = cut_at(program, new_roles(program, names, carried), called)
         change = f"{called}: {len(carried)} values of {len(layers)} linear layers that follow from '{self.point}' alone"
-        return PassResult((schedule, step), (change,))
+        return PassResult((schedule, step), (change,), reasons=reasons)
 
     def _alone(self, inputs: frozenset[str]) -> bool:
         return inputs == {self.point}

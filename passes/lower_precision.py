@@ -59,7 +59,7 @@ class LowerPrecision(Pass):
         editor = GraphEditor(program)
         casts = _Casts(editor, getattr(torch, self.dtype))
         kept = _kept(editor, self.keep)
-        lowered = 0
+        lowered = left = 0
         for node in list(editor.graph.nodes):
             if node.op == "output":
                 casts.raise_(node)
@@ -67,17 +67,21 @@ class LowerPrecision(Pass):
                 continue
             kind = getattr(node.target, "overloadpacket", None)
             meant = self.stacks is None or stack_of(program, node) in self.stacks
-            if kind in _HEAVY and meant and node not in kept:
+            heavy = kind in _HEAVY and meant
+            left += heavy and node in kept
+            if heavy and node not in kept:
                 casts.lower(node)
                 lowered += 1
             elif kind not in _LIGHT:
                 casts.raise_(node)
             editor.propagate([node])
+        alone = " and ".join((*self.keep, "weights"))
+        reasons = (f"{left} that follow from {alone} alone stay in their own type",) if left else ()
         if not lowered:
-            return PassResult.unchanged(program)
+            return PassResult.declined(program, *reasons)
         editor.remove_unused()
         change = f"computes {lowered} of {_heavy(program)} products, convolutions and tables in {self.dtype}"
-        return PassResult((editor.finish(),), (change,))
+        return PassResult((editor.finish(),), (change,), reasons=reasons)
 
 
 class _Casts:

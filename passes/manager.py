@@ -18,10 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from flashu_compile import agreement
+from flashu_compile.agreement import REORDERED, Difference, output_difference
 from flashu_compile.errors import FlashuError, PassError
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.provenance import note
@@ -33,9 +36,10 @@ _HALF_TOLERANCE = 2e-2
 
 @dataclasses.dataclass(frozen=True)
 class PassRecord:
-    """What one pass did to one program. `error` is the largest relative L2 error over the outputs it kept.
+    """What one pass did to one program, and in `declined` why it left alone what it was to change.
 
-    It is None if the pass changed nothing, or was not proved on this program.
+    `error` is the largest relative L2 error (`agreement`) over the outputs it kept; None if the pass changed nothing,
+    or was not proved on this program. `technique` is what a recipe calls what the pass carries out, if it does.
     """
 
     program: str
@@ -43,6 +47,13 @@ class PassRecord:
     kind: Kind
     changes: tuple[str, ...]
     error: float | None
+    declined: tuple[str, ...] = ()
+    technique: str | None = None
+
+    @property
+    def undone(self) -> bool:
+        """Whether it is of a technique that a recipe asks for, of which nothing was done."""
+        return self.technique is not None and bool(self.declined) and not self.changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +103,18 @@ def _run_one(step: Pass, before: _Checked, *, proving: bool) -> tuple[list[_Chec
     if reason is not None:
         raise PassError(f"its requirement does not hold: {reason}")
     result = step.call(program)
+    if (result.programs == (program,)) != (not result.changes):
+        raise PassError(
+            f"it returns {'the program it got' if result.changes else 'another program'} "
+            f"and tells of {'changes' if result.changes else 'none'}: {'; '.join(result.changes)}"
+        )
     if result.programs == (program,):
-        return [before], PassRecord(program.name, step.name, step.kind, result.changes, None)
+        return [before], _record(step, program, result, None)
     note(step.name, program, result.programs)
     if not proving:
         for made in result.programs:
             made.exported.graph.lint()
-        unproved = PassRecord(program.name, step.name, step.kind, result.changes, None)
-        return [_Checked(made) for made in result.programs], unproved
+        return [_Checked(made) for made in result.programs], _record(step, program, result, None)
     # A pass may take an input apart: then what it made of the sample counts.
     values = {**program.sample, **result.programs[0].sample}
     after = []
@@ -107,19 +122,29 @@ def _run_one(step: Pass, before: _Checked, *, proving: bool) -> tuple[list[_Chec
         outputs = _run_checked(made, values)
         values |= outputs
         after.append(_Checked(made, outputs if len(result.programs) == 1 else None))
-    error = _judged(step, _errors(before.outputs(), values, result.dropped), _dtype(program))
-    return after, PassRecord(program.name, step.name, step.kind, result.changes, error)
+    tolerance = _TOLERANCE.get(_dtype(program), _HALF_TOLERANCE)
+    error = _judged(step, _differences(before.outputs(), values, result.dropped, tolerance), tolerance)
+    return after, _record(step, program, result, error)
 
 
-def _judged(step: Pass, errors: dict[str, float], dtype: torch.dtype) -> float:
-    """The largest of the errors. Raises `PassError` if `step` may not cause it."""
-    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE) if step.kind == "exact" else math.inf
+def _record(step: Pass, program: Program, result: PassResult, error: float | None) -> PassRecord:
+    return PassRecord(
+        program.name, step.name, step.kind, result.changes, error, result.reasons, step.technique
+    )
+
+
+def _judged(step: Pass, found: Mapping[str, Difference], tolerance: float) -> float:
+    """Return the largest relative error. Raises `PassError` if `step` may not cause it.
+
+    An exact pass keeps to `tolerance`, and the order of the best logits; a lossy one only has to give numbers.
+    """
+    errors = {role: difference.relative for role, difference in found.items()}
     # Not `error > tolerance`: a NaN must fail too.
-    if not all(error <= tolerance for error in errors.values()):
-        what = (
-            "is declared exact but changed the outputs" if step.kind == "exact" else "gives no finite outputs"
-        )
-        raise PassError(f"it {what} (relative L2 error {errors})")
+    if step.kind == "lossy" and not all(math.isfinite(error) for error in errors.values()):
+        raise PassError(f"it gives no finite outputs (relative L2 error {errors})")
+    if step.kind == "exact" and not all(difference.within(tolerance) for difference in found.values()):
+        order = f", and {REORDERED}" if any(difference.reordered for difference in found.values()) else ""
+        raise PassError(f"it is declared exact but changed the outputs (relative L2 error {errors}{order})")
     # Three digits: the last bits of a norm depend on where in memory its operands lie.
     return float(f"{max(errors.values(), default=0.0):.2e}")
 
@@ -195,21 +220,29 @@ def _same_shape(first: Tensor, second: Tensor) -> bool:
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """‖value - truth‖ / ‖truth‖ in float64 (the norm of the difference where truth is zero)."""
-    value, truth = value.double(), truth.double()
-    scale = truth.norm().item()
-    return (value - truth).norm().item() / (scale or 1.0)
+    """Measure as `agreement.relative_error` does."""
+    return agreement.relative_error(_array(value), _array(truth))
 
 
 def compare(before: Program, after: PassResult) -> dict[str, float]:
-    """Relative L2 error of every output the pass kept, on the sample inputs."""
+    """Measure the relative L2 error of every output the pass kept, on the sample inputs."""
     with torch.no_grad():
         truth = before.run(before.sample)
         values = run_chain(after.programs, {**before.sample, **after.programs[0].sample})
-    return _errors(truth, values, after.dropped)
+    found = _differences(truth, values, after.dropped, _TOLERANCE.get(_dtype(before), _HALF_TOLERANCE))
+    return {role: difference.relative for role, difference in found.items()}
 
 
-def _errors(
-    truth: Mapping[str, Tensor], values: Mapping[str, Tensor], dropped: tuple[str, ...]
-) -> dict[str, float]:
-    return {role: relative_error(values[role], truth[role]) for role in truth if role not in dropped}
+def _differences(
+    truth: Mapping[str, Tensor], values: Mapping[str, Tensor], dropped: tuple[str, ...], tolerance: float
+) -> dict[str, Difference]:
+    return {
+        role: output_difference(role, _array(values[role]), _array(expected), tolerance)
+        for role, expected in truth.items()
+        if role not in dropped
+    }
+
+
+def _array(value: Tensor) -> NDArray[Any]:
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

@@ -33,7 +33,7 @@ from flashu_compile.program.program import Program
 Kept = Mapping[int, Neurons]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class OrderedWeight:
     """`weight`, and its rows (or columns) in another `order`."""
 
@@ -46,7 +46,7 @@ class OrderedWeight:
 OrderedWeights = dict[Hashable, OrderedWeight]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class OrderNeurons(Pass):
     """`first`, `second`: for each block index, the neurons that a task keeps, sorted; a block not named stays whole.
 
@@ -68,7 +68,7 @@ class OrderNeurons(Pass):
         try:
             groups = chosen_groups(program, self.stack, blocks)
         except StructureError as reason:  # such as a stack that this program does not run
-            return PassResult((program,), (f"left alone: {reason}",))
+            return PassResult.declined(program, str(reason))
         editor = GraphEditor(program)
         copies = {node.name: node for node in editor.graph.nodes}
         changes = []

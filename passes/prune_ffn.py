@@ -30,11 +30,15 @@ from flashu_compile.passes.neurons import (
 from flashu_compile.program.program import Program
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PruneFFN(Pass):
-    """`kept`: for each block index, the hidden neurons that stay, sorted. A block that is not named stays whole."""
+    """`kept`: for each block index, the hidden neurons that stay, sorted. A block that is not named stays whole.
+
+    It declines if every block that is named keeps all its neurons; that some do is normal.
+    """
 
     kind: ClassVar[Kind] = "lossy"
+    technique: ClassVar[str | None] = "FFN pruning"
 
     stack: str
     kept: Mapping[int, Neurons]
@@ -46,7 +50,9 @@ class PruneFFN(Pass):
         chosen = {index: chosen_neurons(self.kept[index], group) for index, group in groups.items()}
         chosen = {index: kept for index, kept in chosen.items() if len(kept) < groups[index].width}
         if not chosen:
-            return PassResult.unchanged(program)
+            return PassResult.declined(
+                program, f"all neurons are kept in every block of stack {self.stack} that is to be pruned"
+            )
         editor = GraphEditor(program)
         copies = {node.name: node for node in editor.graph.nodes}
         for index, kept in chosen.items():

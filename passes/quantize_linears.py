@@ -99,12 +99,14 @@ class QuantizeLinears(Pass):
                 kept += 1
             else:
                 self._replace(editor, node, inputs)
+        sensitive = (
+            (f"{kept} of {len(linears)} linear layers are sensitive and stay in float32",) if kept else ()
+        )
         if len(chosen) == kept:
-            return PassResult.unchanged(program)
+            return PassResult.declined(program, *sensitive)
         editor.remove_unused()
-        sensitive = f"; {kept} sensitive ones stay in float32" if kept else ""
-        change = f"computes {len(chosen) - kept} of {len(linears)} linear layers in int8{sensitive}"
-        return PassResult((editor.finish(),), (change,))
+        change = f"computes {len(chosen) - kept} of {len(linears)} linear layers in int8"
+        return PassResult((editor.finish(),), (change,), reasons=sensitive)
 
     def _is_meant(self, program: Program, editor: GraphEditor, node: fx.Node) -> bool:
         return is_quantizable(editor, node) and (

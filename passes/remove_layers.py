@@ -26,6 +26,7 @@ class RemoveLayers(Pass):
     """
 
     kind: ClassVar[Kind] = "lossy"
+    technique: ClassVar[str | None] = "layer skipping"
 
     stack: str
     layers: tuple[int, ...]

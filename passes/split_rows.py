@@ -46,7 +46,7 @@ class SplitRows(Pass):
             space = row_segments(program, self.changing, sizes)
             split = by_segments(program, space, sizes)
         except StructureError as reason:
-            return PassResult((program,), (f"left alone: {reason}",))
+            return PassResult.declined(program, str(reason))
         return PassResult((split,), _changes(program, split, space))
 
 

@@ -25,7 +25,7 @@ from flashu_compile.runtime.backends import DEFAULT, backend_names, find_file
 __all__ = ["DEFAULT", "Backend", "Emitted", "Packed", "Written", "check_precision", "find_backend"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Emitted:
     """An engine before it is written. `model` is the backend's own affair.
 
@@ -41,7 +41,7 @@ class Emitted:
     program: Program | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
     """An engine before it is written, as data to keep: bytes, and the tensors these refer to by name.
 

@@ -127,6 +127,13 @@ def build(
             "copy of it with fewer layers; auto: a copy above 2 GiB of weights."
         ),
     ] = "auto",
+    allow_declined: Annotated[
+        bool,
+        typer.Option(
+            "--allow-declined",
+            help="Build even if a technique that the recipe asks for does nothing to the model; the report says so.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a bundle of engines. The folder appears complete, or not at all.
@@ -156,6 +163,7 @@ def build(
             overwrite=overwrite,
             cache=not no_cache if cache is None else cache,
             proof=proof,
+            allow_declined=allow_declined,
             progress=advance,
         )
     summary = {**bundle.summary(), "path": str(bundle.path), "recipe": chosen.name, **_measured(bundle.path)}

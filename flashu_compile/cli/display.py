@@ -99,6 +99,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
     )
     proof = summary["proof"]
     _print_pass_totals(summary["passes"], proof["passes"] if proof else ())
+    _print_declined(summary, undone_alone=True)
     _print_costs(summary["cost"])
     print_table(
         (
@@ -194,6 +195,20 @@ def print_bundle(
             ],
             title="passes",
         )
+    _print_declined(report)
+
+
+def _print_declined(report: Mapping[str, Any], *, undone_alone: bool = False) -> None:
+    """Print why passes left something as it is; or only which techniques were asked for and not done."""
+    from flashu_compile.report.work import declined
+
+    rows = [
+        (row.program, row.name, f"asked, not done: {row.undone}" if row.undone else "declined", row.why)
+        for row in declined(report)
+        if row.undone or not undone_alone
+    ]
+    if rows:
+        print_table(("program", "pass", "", "why"), rows)
 
 
 def _print_origins(origins: Mapping[str, Origin]) -> None:

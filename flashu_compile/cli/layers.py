@@ -14,8 +14,8 @@ from flashu_compile.cli.base import quiet_torch
 from flashu_compile.terminal import say
 
 if TYPE_CHECKING:
+    from flashu_compile.agreement import Difference
     from flashu_compile.looking.comparison.compare import EngineComparison, LayerComparison
-    from flashu_compile.looking.comparison.differences import Difference
     from flashu_compile.looking.comparison.search import Departure, Operand
 
 EAGER, ONNX, BUNDLE = "eager", "onnx", "bundle"
@@ -128,6 +128,8 @@ def _errors(found: Difference) -> tuple[str, str]:
         return "NaN", "NaN"
     if found.shape != found.expected_shape:
         return "other shape", ""
+    if found.reordered:
+        return "other order", f"{found.absolute:.1e}"
     return f"{found.relative:.1e}", f"{found.absolute:.1e}"
 
 

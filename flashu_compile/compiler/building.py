@@ -15,7 +15,8 @@ from flashu_compile.bundle.profiles import Range
 from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, CapturedProgram, Steps, one_thread
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.specialise import Job, Specialised, neuron_order
-from flashu_compile.compiler.tasks import jobs
+from flashu_compile.compiler.tasks import jobs, undone
+from flashu_compile.errors import DeclinedError
 from flashu_compile.exporters.backends import Backend, Emitted
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
@@ -31,7 +32,8 @@ _CAPTURE_SHARE, _END = 0.4, 0.88
 class Maker:
     """What engines are made by; they are tried in temporary directories in `scratch_parent`.
 
-    `ranges` are the sizes of the model's dynamic dimensions.
+    `ranges` are the sizes of the model's dynamic dimensions. With `allow_declined` engines are made even if they lack a
+    technique that the recipe asks for.
 
     Where its precision is `proving`, passes and engines are run on samples and held against what they were made from.
     Without it, engines get a reference all the same: what their program gives in PyTorch for a batch of one.
@@ -41,6 +43,7 @@ class Maker:
     precision: Precision
     scratch_parent: Path
     ranges: Mapping[str, Range]
+    allow_declined: bool = False
 
     @property
     def proving(self) -> bool:
@@ -56,7 +59,7 @@ class Maker:
         return f"{type(self.backend).__module__} {self.precision.fingerprint()}{unproved}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Built:
     """All engines of a bundle; `captured` has the statistics of the captured programs by name."""
 
@@ -96,7 +99,10 @@ def build_engines(
     shelf: EngineShelf,
     tell: Steps,
 ) -> Built:
-    """Specialise every captured program of the tasks and emit what comes out; what is on `shelf` is taken from it."""
+    """Specialise every captured program of the tasks and emit what comes out; what is on `shelf` is taken from it.
+
+    Raises `DeclinedError` where nothing comes of a technique that the recipe asks for, unless `maker` allows it.
+    """
     order = neuron_order(recipe, tasks, source.ordered_weights)
     parts: list[BuiltEngines] = []
     described: dict[str, Any] = {}
@@ -110,6 +116,8 @@ def build_engines(
         described |= about.statistics
         parts.append(dataclasses.replace(about, statistics={}))
         todo = jobs(task, program.spec.name, order.recipe)
+        absent = BuiltEngines((), {}, undone(task, program.spec.name, order.recipe, todo))
+        parts.append(_accepted(absent, maker))
         for number, job in enumerate(todo):
             done = before + share * (_CAPTURE_SHARE + (1 - _CAPTURE_SHARE) * number / len(todo))
 
@@ -120,8 +128,24 @@ def build_engines(
                 return made.engines(job)
 
             tell(f"{task}: looking for {job.name}", done)
-            parts.append(shelf.fetch(program, f"{maker.fingerprint()} {ordering} {job.fingerprint()}", make))
+            made_of_job = shelf.fetch(program, f"{maker.fingerprint()} {ordering} {job.fingerprint()}", make)
+            parts.append(_accepted(made_of_job, maker))
     return Built(_joined(parts), described)
+
+
+def _accepted(built: BuiltEngines, maker: Maker) -> BuiltEngines:
+    """Return `built` as it is. Raises `DeclinedError` if it lacks a technique that was asked for.
+
+    Asked here, not where engines are made: those that were made where it was allowed may lie on the shelf.
+    """
+    for record in () if maker.allow_declined else built.records:
+        if record.undone:
+            raise DeclinedError(
+                f"The recipe asks for {record.technique}, and pass {record.name} did nothing to program "
+                f"{record.program!r}: {'; '.join(record.declined)}. Change the recipe or leave the technique out "
+                "of it, or build without it: allow_declined=True (--allow-declined)."
+            )
+    return built
 
 
 def _joined(parts: list[BuiltEngines]) -> BuiltEngines:

@@ -62,7 +62,7 @@ class CapturedProgram:
         return dict(zip(self.spec.outputs, results, strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BuiltEngines:
     """What one job of the compiler gave: engines, the statistics of each by name, and what passes did."""
 

@@ -70,6 +70,7 @@ def export(
     overwrite: bool = False,
     cache: str | Path | bool = True,
     proof: str = AUTO,
+    allow_declined: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Compile `model` for a task or several, into a bundle directory that `flashu_compile.load` runs.
@@ -103,10 +104,13 @@ def export(
             changed. True is the user's own: $FLASHU_CACHE ("off" for none), or where the system has such; False none.
         proof: what every pass and engine is run on, to be held against what it was made from: the "whole" model, or a
             small "copy" of it with fewer layers and a smaller picture. "auto": a copy above 2 GiB of weights.
+        allow_declined: build even if a technique that the recipe asks for does nothing, such as token pruning of less
+            than one token; the report then says that it was asked for and not done.
         progress: called with (what is being done, fraction done in [0, 1]).
 
     Raises:
-        FlashuError: a subclass that says what is wrong and what to do; nothing is left behind.
+        DeclinedError: a technique that the recipe asks for does nothing, and `allow_declined` is not given.
+        FlashuError: its base, by a subclass that says what is wrong and what to do; nothing is left behind.
     """
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
@@ -131,7 +135,7 @@ def export(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
     )
     ranges = size_ranges(loaded, tasks)
-    maker = Maker(find_backend(backend), precise, directory.absolute().parent, ranges)
+    maker = Maker(find_backend(backend), precise, directory.absolute().parent, ranges, allow_declined)
     proved = {}
     if needs_copy(proof, loaded):
         proved = {"proof": _proved_on_copy(loaded, tasks, decided, maker, tell)}
@@ -163,8 +167,12 @@ def _proved_on_copy(
     copy = proof_copy(loaded, recipe)
     tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
     small = captured_model(copy.loaded, tasks, tell_of_copy)
+    # What a copy is too small for may well be done to the model, whose own build decides.
     maker = dataclasses.replace(
-        maker, precision=maker.precision.of_copy(copy.name), ranges=size_ranges(copy.loaded, tasks)
+        maker,
+        precision=maker.precision.of_copy(copy.name),
+        ranges=size_ranges(copy.loaded, tasks),
+        allow_declined=True,
     )
     shelf = EngineShelf(small, maker.backend, None)
     return copy.report(build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy), loaded)

@@ -32,7 +32,7 @@ from flashu_compile.exporters.backends import Backend, Packed
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.passes.manager import PassRecord
 
-FORMAT = 1
+FORMAT = 2
 #: An entry with more tensors of its own than this (such as weights in another precision) would fill the disk.
 OWN_BYTES = 256 << 20
 _FACTS = "facts"
@@ -159,7 +159,10 @@ def _decode(content: bytes, backend: Backend, weights: WeightSources) -> BuiltEn
     engines = [
         _engine(told, backend, weights, tensors, f"{number}") for number, told in enumerate(facts["engines"])
     ]
-    records = [PassRecord(**{**row, "changes": tuple(row["changes"])}) for row in facts["records"]]
+    records = [
+        PassRecord(**{**row, "changes": tuple(row["changes"]), "declined": tuple(row["declined"])})
+        for row in facts["records"]
+    ]
     return BuiltEngines(tuple(engines), facts["statistics"], tuple(records))
 
 

@@ -19,7 +19,11 @@ from flashu_compile.measure.cost import Cost, answer_cost, picture_cost
 from flashu_compile.measure.samples import CalibrationSamples
 from flashu_compile.measure.sensitivity import LinearError, generation_errors, understanding_errors
 from flashu_compile.passes import pipelines
+from flashu_compile.passes.base import Pass
 from flashu_compile.passes.gather_tokens import GatherTokens
+from flashu_compile.passes.manager import PassRecord
+from flashu_compile.passes.prune_ffn import PruneFFN
+from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.recipe.plan import engines_needed, variants
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.engine import Engines
@@ -28,6 +32,7 @@ from flashu_compile.tasks import (
     LANGUAGE,
     LLM,
     MMU,
+    RECORDS,
     REUSE,
     T2I,
     TASKS,
@@ -218,6 +223,30 @@ def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
     if program == compiled.record.program:
         return compiled.jobs(recipe)
     return (Job(program, pipelines.CLEAN),)
+
+
+def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tuple[PassRecord, ...]:
+    """Return a record for each technique that `recipe` asks for and no job of captured program `program` has a pass for.
+
+    Such as decisions that skip no layer, or a plan whose evaluations are all full. What passes themselves decline is in
+    their own records. A technique that is done in part is done: some blocks may keep all their neurons, some engines
+    be whole and some phases skip nothing.
+    """
+    if program != RECORDS[task].program:
+        return ()
+    config, passes = recipe.config(task), [step for job in made for step in job.passes]
+    pruned = {step.stack for step in passes if isinstance(step, PruneFFN) and step.kept}
+    reasons: list[tuple[type[Pass], str]] = [
+        (PruneFFN, f"no engine that runs has fewer neurons in stack {stack}")
+        for stack, share in config.pruning.items()
+        if share > 0 and stack not in pruned
+    ]
+    if config.layer_skipping > 0 and not any(isinstance(step, RemoveLayers) for step in passes):
+        reasons.append((RemoveLayers, "no engine that runs skips a layer"))
+    return tuple(
+        PassRecord(program, step.__name__, step.kind, (), None, (reason,), step.technique)
+        for step, reason in reasons
+    )
 
 
 def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 Rows = Callable[[Tensor], Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Calibrated:
     """What calibration decided for a task, and the figures it decided on (plain JSON values, for the report)."""
 

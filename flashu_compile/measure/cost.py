@@ -6,7 +6,7 @@
   same.
 
 Every technique is also measured alone, on the first sample, by emulation (`emulation.py`), so that one can see what
-the cost is made of. Errors are relative L2, ‖x - exact‖ / ‖exact‖, to three digits.
+the cost is made of. Errors are relative L2, ‖x - exact‖ / ‖exact‖ over what is not masked, to three digits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from flashu_compile.agreement import relative_error
 from flashu_compile.bundle.images import Picture as Given
 from flashu_compile.bundle.images import engine_pixels, to_picture
 from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
@@ -244,8 +245,7 @@ class _Question:
 
 
 def _error(value: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-    value, truth = value.astype(np.float64), truth.astype(np.float64)
-    return _rounded(float(np.linalg.norm(value - truth) / np.linalg.norm(truth)))
+    return _rounded(relative_error(value, truth))
 
 
 def _mean(values: Iterator[float]) -> float:

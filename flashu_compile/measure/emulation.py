@@ -33,7 +33,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import LLM, REUSE, T2I
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Edits:
     """What differs from the program as captured. `kept`: masks [width] of neurons, by the name of the hidden value."""
 

@@ -21,7 +21,7 @@ _WAYS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CalibrationSamples:
     """`prompts` for t2i; `questions` for mmu, as (image, question) pairs; an image is whatever `ask` takes."""
 

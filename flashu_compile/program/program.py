@@ -43,13 +43,15 @@ class Input:
     axes: tuple[str | None, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """A torch.export graph in its analysable form, with the roles of its inputs and outputs.
 
     `exported` takes `inputs` and gives `outputs`, in these orders, as flat positional tensors. `stacks` names the
     roots of the repeated structures by module path (such as `{"llm": "model.showo.model.layers"}`). `sample` is
     one set of inputs by role, for checks. A program never changes; passes make new ones.
+
+    A program holds tensors, so it is equal to itself alone, as every dataclass here that holds tensors or arrays is.
     """
 
     name: str

@@ -17,7 +17,7 @@ _BOUNDS = {BATCH: (1, 1024)}
 _DEFAULT_BOUNDS = (2, 65536)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Capture:
     """What to trace: a module taking `inputs` and returning a tuple of `outputs`, in these orders."""
 

@@ -15,7 +15,7 @@ _LARGEST = 320  # pixels on the page
 _DIMMED = 0.22
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
     """One sample seen both ways: pictures for t2i; for mmu the picture asked about and, by token, what is kept."""
 

@@ -155,6 +155,26 @@ def engine_errors(report: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     return {name: told["errors"] for name, told in report.get("engines", {}).items() if "errors" in told}
 
 
+@dataclasses.dataclass(frozen=True)
+class Declined:
+    """What a pass left as it is, and why. `undone`: the technique, if it was asked for and nothing of it was done."""
+
+    program: str
+    name: str
+    why: str
+    undone: str | None
+
+
+def declined(report: Mapping[str, Any]) -> list[Declined]:
+    """Return a row for each reason, those of techniques that were asked for and not done first."""
+    rows = [
+        Declined(row["program"], row["name"], why, None if row["changes"] else row.get("technique"))
+        for row in report.get("passes", [])
+        for why in row.get("declined", ())
+    ]
+    return sorted(rows, key=lambda row: row.undone is None)
+
+
 def largest_error(records: Sequence[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]]) -> float | None:
     """Of the records of one pass; and of those in `proved`, what passes did to a copy, that are of this pass too."""
     alike = (*records, *(record for record in proved if record["name"] == records[0]["name"]))

@@ -28,7 +28,7 @@ _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Buffers:
     binding: Any
     options: ort.RunOptions
@@ -86,7 +86,7 @@ class BoundRuns:
         return ort.OrtValue.ortvalue_from_numpy(copy, self._device, self._device_id)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _StateBinding:
     """A binding, and the arrays that it was made for; they are their owner's."""
 

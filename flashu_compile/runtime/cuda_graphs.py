@@ -22,7 +22,7 @@ _capturing = threading.Lock()
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from flashu_compile.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES, tolerance
@@ -42,7 +41,8 @@ class FileCheck:
 class OutputCheck:
     """One output of one engine: the relative L2 distance from its reference (infinite where it has no number).
 
-    `note` says why an engine was not run; its row then has no output name.
+    `note` says why there is no distance: why an engine was not run (its row then has no output name), or what is
+    wrong in another way.
     """
 
     engine: str
@@ -146,19 +146,7 @@ def _check_engine(spec: EngineSpec, files: BundleFiles, engines: Engines) -> Ite
         if expected is None:
             yield OutputCheck(spec.name, output.name, math.inf, note=f"{spec.reference} has no such output")
         else:
-            error = relative_error(given[output.name], expected)
-            yield OutputCheck(spec.name, output.name, error, tolerance(files.manifest.precision))
-
-
-def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
-    """‖given − expected‖₂ / ‖expected‖₂ in float64; infinite on unequal shapes or anything not finite.
-
-    Where `expected` is zero, the absolute distance.
-    """
-    if given.shape != expected.shape:
-        return math.inf
-    truth = expected.astype(np.float64)
-    difference = float(np.linalg.norm(given.astype(np.float64) - truth))
-    scale = float(np.linalg.norm(truth))
-    error = difference / scale if scale > 0 else difference
-    return error if math.isfinite(error) else math.inf
+            allowed = tolerance(files.manifest.precision)
+            found = output_difference(output.name, given[output.name], expected, allowed)
+            error, note = (math.inf, REORDERED) if found.reordered else (found.relative, "")
+            yield OutputCheck(spec.name, output.name, error, allowed, note)

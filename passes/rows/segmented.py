@@ -28,7 +28,7 @@ class Space:
         return sympy.expand(sum(self.lengths[:segment], sympy.Integer(0)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """The rows of one segment. Where all of them are equal, the tensor may have one row (`thin`)."""
 
@@ -36,7 +36,7 @@ class Part:
     fact: Fact = UNKNOWN
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Segmented:
     """A tensor by segments. `spaces`: its row dimensions, in order; none for a tensor without rows.
 

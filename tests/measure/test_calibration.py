@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -303,10 +302,10 @@ class TestSamples:
     def test_choice_follows_from_the_seed(self) -> None:
         samples = CalibrationSamples(tuple(f"p{i}" for i in range(50)))
         first, again, other = samples.chosen(5, 0), samples.chosen(5, 0), samples.chosen(5, 1)
-        assert first == again != other
+        assert first.prompts == again.prompts != other.prompts
         assert len(first.prompts) == 5
         assert list(first.prompts) == sorted(first.prompts, key=lambda p: int(p[1:]))
-        assert dataclasses.replace(samples).chosen(100, 3) == samples
+        assert samples.chosen(100, 3).prompts == samples.prompts
 
 
 def test_decisions_that_are_there_stay(loaded: LoadedModel) -> None:

@@ -33,3 +33,7 @@ def test_folding_never_inflates(understand: Program) -> None:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     assert stored(only(result)) <= stored(understand)
+    assert result.reasons
+    assert all(reason.endswith("is larger than what it is computed from") for reason in result.reasons)
+    left = {reason.split()[0] for reason in result.reasons}
+    assert left <= {node.name for node in only(result).exported.graph.nodes}

@@ -23,6 +23,7 @@ from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.span import visual_span
+from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
@@ -182,8 +183,11 @@ def test_dropping_nothing_gives_the_same_program(language: Program, ratio: float
     assert only(GatherTokens("llm", 0, ratio, "v_norm").call(language)) is language
 
 
-def test_a_ratio_that_drops_nothing_is_reported(language: Program) -> None:
-    (line,) = GatherTokens("llm", 0, 0.1, "v_norm").call(language).changes
+def test_a_ratio_that_drops_nothing_is_declined(language: Program) -> None:
+    assert GatherTokens("llm", 0, 0).call(language) == PassResult.unchanged(language)
+    _, (record,) = PassManager((GatherTokens("llm", 0, 0.1, "v_norm"),)).run(language)
+    assert (record.changes, record.technique, record.undone) == ((), "token pruning", True)
+    (line,) = record.declined
     assert line == "dropped no token: 0.1 of 9 visual tokens is less than one"
 
 

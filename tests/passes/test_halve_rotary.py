@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.halve_rotary import HalveRotary
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.pipelines import denoise
@@ -91,11 +92,16 @@ class OneTable(Rotating):
 def test_what_only_looks_like_it_is_left_alone(module: nn.Module) -> None:
     """Such as tables whose halves differ."""
     before = program(module)
-    assert HalveRotary().call(before).programs == (before,)
+    result = HalveRotary().call(before)
+    assert result.programs == (before,)
+    assert result.changes == ()
+    if isinstance(module, OneTable):
+        (reason,) = result.reasons
+        assert reason.endswith("whose halves may differ")
 
 
 def test_rotations_of_pairs_are_left_alone(fused: Program) -> None:
-    assert HalveRotary().call(fused).programs == (fused,)
+    assert HalveRotary().call(fused) == PassResult.unchanged(fused)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,10 @@ def test_the_step_computes_nothing_of_time(parts: tuple[Program, ...]) -> None:
 
 def test_steps_that_reuse_features_have_a_schedule_too(whole: Program) -> None:
     (_, alone), _ = PassManager(reuse()).run(whole)
-    assert SCHEDULE.call(alone).programs == (alone,), "its time has the size of the batch"
+    declined = SCHEDULE.call(alone)
+    assert declined.programs == (alone,)
+    assert len(declined.reasons) == 3, "of the embedding two, and the modulation"
+    assert all(reason.endswith("has the size of another input") for reason in declined.reasons)
     (schedule, step), _ = PassManager(reused()).run(alone)
     assert (schedule.name, step.name) == ("reuse_schedule", "reuse")
     assert schedule.input_roles == (Role.TIMESTEP,)

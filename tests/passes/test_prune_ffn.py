@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flashu_compile.errors import PassError
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
+from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.prune_ffn import PruneFFN
@@ -112,8 +113,14 @@ def test_any_kept_neurons(
 
 
 def test_keeping_all_is_no_change(denoise: Program) -> None:
-    assert only(PruneFFN("llm", {0: range(64), 1: np.arange(64)}).call(denoise)) is denoise
-    assert only(PruneFFN("llm", {}).call(denoise)) is denoise
+    """That some blocks keep all is normal; that all of them do is not what was asked for."""
+    _, (record,) = PassManager((PruneFFN("llm", {0: range(64), 1: np.arange(64)}),)).run(denoise)
+    assert record.declined == ("all neurons are kept in every block of stack llm that is to be pruned",)
+    assert record.undone
+    _, (record,) = PassManager((PruneFFN("llm", {0: range(64), 1: np.arange(32)}),)).run(denoise)
+    assert len(record.changes) == 1
+    assert not record.declined
+    assert PruneFFN("llm", {}).call(denoise) == PassResult.unchanged(denoise)
 
 
 def test_pruning_leaves_its_program_and_dtype_as_they_are() -> None:

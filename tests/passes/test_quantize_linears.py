@@ -109,10 +109,13 @@ def test_sensitive_layers_and_other_stacks_stay_as_they_are(block: Program) -> N
     assert count(after, INT8_LINEAR) == 2
     assert "mlp.down.weight" in after.exported.state_dict
     result = QuantizeLinears(frozenset({"mlp.down.weight"})).call(block)
-    assert "1 sensitive" in result.changes[0]
+    assert result.changes == ("computes 2 of 4 linear layers in int8",)
+    assert result.reasons == ("1 of 4 linear layers are sensitive and stay in float32",)
     assert QuantizeLinears(stacks=frozenset({"head"})).call(block).programs == (block,)
     everything = frozenset({f"mlp.{name}.weight" for name in ("gate", "up", "down")})
-    assert QuantizeLinears(everything).call(block).programs == (block,)
+    _, (record,) = PassManager((QuantizeLinears(everything),)).run(block)
+    assert record.declined == ("3 of 4 linear layers are sensitive and stay in float32",)
+    assert not record.undone, "no recipe asks for a precision"
 
 
 def test_what_a_choice_of_rows_follows_from_stays_in_float32() -> None:

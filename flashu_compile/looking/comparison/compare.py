@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from flashu_compile.agreement import Difference, output_difference
 from flashu_compile.bundle import precision
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec, Manifest, read_manifest
 from flashu_compile.errors import BundleError, ConfigurationError
-from flashu_compile.looking.comparison.differences import Difference, difference
 from flashu_compile.looking.comparison.search import Departure, LayerDifference, find_departure
 from flashu_compile.looking.comparison.sides import BundleSide, ModelSide, OnnxSide, Side
 from flashu_compile.runtime.backends import open_engines
@@ -78,7 +78,10 @@ class _Comparing:
         given = self.engines.engine(spec.name).run(inputs)
         places = {name: reference.naming.values[name] for name in names}
         expected = reference.compute(list(places.values()))
-        outputs = {name: difference(given[name], expected[place]) for name, place in places.items()}
+        outputs = {
+            name: output_difference(name, given[name], expected[place], self.tolerance)
+            for name, place in places.items()
+        }
         found = find_departure(subject, reference, self.tolerance, lambda what: tell(f"{spec.name}: {what}"))
         return EngineComparison(spec.name, self.tolerance, outputs, found.layers, found.departure)
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from flashu_compile.agreement import Difference, difference
 from flashu_compile.looking.comparison.computation import Computation, Match, Node, match
-from flashu_compile.looking.comparison.differences import Difference, difference
 
 AT_ONCE = 32
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import flashu_compile
+from flashu_compile.agreement import relative_error
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import Manifest, file_entry
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
@@ -25,7 +26,7 @@ from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.engine import keep
-from flashu_compile.runtime.verify import relative_error, verify
+from flashu_compile.runtime.verify import verify
 from tests.export.conftest import sample
 from tests.runtime.tiny_bundle import flip_byte
 from tests.support.tiny import VAE, tiny_model, tokenizer

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import flashu_compile
+from flashu_compile.agreement import relative_error
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec, Manifest, TensorSpec, file_entry
 from flashu_compile.bundle.profiles import InputShapes, Range
@@ -47,7 +48,6 @@ from flashu_compile.runtime.backends.torch_tensorrt import (
     import_torch_tensorrt,
     read_built,
 )
-from flashu_compile.runtime.verify import relative_error
 from tests.export.conftest import program, sample, unary
 from tests.runtime.tiny_bundle import flip_byte
 
