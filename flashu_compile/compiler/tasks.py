@@ -226,7 +226,7 @@ def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
 
 
 def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tuple[PassRecord, ...]:
-    """Return a record for each technique that `recipe` asks for and no job of captured program `program` has a pass for.
+    """Return a record for each technique that `recipe` asks for and no job of `program` has a pass for.
 
     Such as decisions that skip no layer, or a plan whose evaluations are all full. What passes themselves decline is in
     their own records. A technique that is done in part is done: some blocks may keep all their neurons, some engines

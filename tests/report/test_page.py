@@ -215,3 +215,40 @@ def test_what_layers_lose_in_int8_is_told_where_they_are_int8(page: str) -> None
     )
     section = shown[shown.index(title) : shown.index("What was cut, and why")]
     assert [cell for cell in ("14", "3", "2.1 %", "9.09 %") if f">{cell}</td>" not in section] == []
+
+
+def test_what_was_declined_is_apart_from_what_was_done() -> None:
+    recipe = small_report.recipe()
+    report = small_report.report(recipe, lossy=True)
+    rows = {
+        "GatherTokens": ("lossy", "token pruning", "less than one <token>"),
+        "ShareBatch": ("exact", None, "no input has the size s0"),
+    }
+    for name, (kind, technique, why) in rows.items():
+        report["passes"].append(
+            {
+                "program": "understand",
+                "name": name,
+                "kind": kind,
+                "changes": [],
+                "error": None,
+                "declined": [why],
+                "technique": technique,
+            }
+        )
+    page = render(
+        small_report.manifest(recipe), report, recipe, small_report.plan(recipe), small_report.comparisons()
+    )
+    undone, left = (
+        page[start : page.index("</table>", start)]
+        for start in (page.index("Asked, not done"), page.index("What passes left as it is"))
+    )
+    assert "token pruning" in undone
+    assert "less than one &lt;token&gt;" in undone
+    assert "ShareBatch" not in undone
+    assert "no input has the size s0" in left
+    assert "GatherTokens" not in left
+    for caption in ("What each lossy pass changes", "Passes that changed something"):
+        start = page.index(caption)
+        assert "GatherTokens" not in page[start : page.index("</table>", start)]
+    assert "Asked, not done" not in lossy_page()

@@ -380,14 +380,15 @@ def _whole() -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(spec, create_session(model.SerializeToString(), "cpu", 1))
 
 
+@pytest.fixture(scope="module")
+def engine() -> OnnxRuntimeEngine:
+    return _whole()
+
+
 class TestFullForward:
     """Answers of an engine that is given the whole sequence for every token."""
 
     EMBEDS = np.array([[[2.0], [4.0]]], np.float32)
-
-    @pytest.fixture(scope="class")
-    def engine(self) -> OnnxRuntimeEngine:
-        return _whole()
 
     def going(self, engine: OnnxRuntimeEngine, suffixes: list[list[int]]) -> decoding.Answers:
         return Picture(_Engines(engine), PREFIX, self.EMBEDS).answers(suffixes)
