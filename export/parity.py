@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from flashu_compile.agreement import REORDERED, output_difference
+from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, Manifest, file_entry
 from flashu_compile.bundle.precision import tolerance

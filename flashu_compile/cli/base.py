@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flashu_compile.cli.terminal import say, visible
 from flashu_compile.errors import FlashuError
-from flashu_compile.terminal import say, visible
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import typer
 
 from flashu_compile.cli import display
 from flashu_compile.cli.base import LOOKING, Json, app, examples
+from flashu_compile.cli.terminal import say
 from flashu_compile.compiler.cache import EngineCache, default_directory
 from flashu_compile.errors import CacheError
 from flashu_compile.quantities import size
-from flashu_compile.terminal import say
 
 cache_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}

@@ -10,7 +10,7 @@ import typer
 
 from flashu_compile.cli import display
 from flashu_compile.cli.base import LOOKING, Json, app, examples, told_in_one_line
-from flashu_compile.terminal import say
+from flashu_compile.cli.terminal import say
 
 
 @app.command(

@@ -10,9 +10,9 @@ import typer
 
 from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Bundle, app, examples
+from flashu_compile.cli.terminal import say
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.extras import naming_the_extra
-from flashu_compile.terminal import say
 
 TARGETS = ("tensorrt",)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashu_compile.cli.terminal import say, visible
 from flashu_compile.quantities import change, quantity, size
-from flashu_compile.terminal import say, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

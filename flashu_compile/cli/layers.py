@@ -11,10 +11,10 @@ import typer
 
 from flashu_compile.cli import display
 from flashu_compile.cli.base import quiet_torch
-from flashu_compile.terminal import say
+from flashu_compile.cli.terminal import say
 
 if TYPE_CHECKING:
-    from flashu_compile.agreement import Difference
+    from flashu_compile.bundle.agreement import Difference
     from flashu_compile.looking.comparison.compare import EngineComparison, LayerComparison
     from flashu_compile.looking.comparison.search import Departure, Operand
 

@@ -31,10 +31,10 @@ from flashu_compile.cli.base import (
 )
 from flashu_compile.cli.conversion import inspect_target
 from flashu_compile.cli.layers import reference_named, verify_layers
+from flashu_compile.cli.terminal import say
 from flashu_compile.errors import InputError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.tasks import TASKS
-from flashu_compile.terminal import say
 
 
 @app.command(

@@ -10,8 +10,8 @@ import typer
 
 from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Json, app, examples, told_in_one_line
+from flashu_compile.cli.terminal import say
 from flashu_compile.errors import RecipeError
-from flashu_compile.terminal import say
 
 if TYPE_CHECKING:
     from flashu_compile.recipe.recipe import Recipe

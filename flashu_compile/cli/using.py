@@ -23,7 +23,7 @@ from flashu_compile.cli.base import (
     provider_options,
     quiet_onnxruntime,
 )
-from flashu_compile.terminal import say
+from flashu_compile.cli.terminal import say
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from flashu_compile.agreement import relative_error
+from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.images import Picture as Given
 from flashu_compile.bundle.images import engine_pixels, to_picture
 from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from flashu_compile.agreement import REORDERED, output_difference
+from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES, tolerance

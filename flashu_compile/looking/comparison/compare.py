@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from flashu_compile.agreement import Difference, output_difference
 from flashu_compile.bundle import precision
+from flashu_compile.bundle.agreement import Difference, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec, Manifest, read_manifest
 from flashu_compile.errors import BundleError, ConfigurationError

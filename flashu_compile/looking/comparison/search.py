@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from flashu_compile.agreement import Difference, difference
+from flashu_compile.bundle.agreement import Difference, difference
 from flashu_compile.looking.comparison.computation import Computation, Match, Node, match
 
 AT_ONCE = 32

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import flashu_compile
-from flashu_compile.agreement import relative_error
+from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import Manifest, file_entry
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import flashu_compile
-from flashu_compile.agreement import relative_error
+from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec, Manifest, TensorSpec, file_entry
 from flashu_compile.bundle.profiles import InputShapes, Range

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import flashu_compile
-from flashu_compile.agreement import relative_error
+from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import app
 from flashu_compile.compiler.captured import CapturedModel, capture_model

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from flashu_compile.agreement import difference, keeps_best, output_difference, relative_error
+from flashu_compile.bundle.agreement import difference, keeps_best, output_difference, relative_error
 
 
 def test_relative_and_absolute() -> None:

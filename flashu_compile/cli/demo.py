@@ -1,6 +1,6 @@
 """The whole way on the bundled model: compile it, draw pictures, ask about them.
 
-    python -m flashu_compile.demo [FOLDER]
+    python -m flashu_compile.cli.demo [FOLDER]
 
 Leaves the bundle, the pictures, a contact sheet and the answers in FOLDER (default: showo2-shapes-demo).
 """
@@ -19,10 +19,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import flashu_compile
+from flashu_compile.cli.terminal import visible
 from flashu_compile.errors import FlashuError
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.tasks import TASKS
-from flashu_compile.terminal import visible
 
 MODEL = "showo2-shapes"
 FOLDER = Path("showo2-shapes-demo")

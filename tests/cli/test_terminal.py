@@ -24,10 +24,10 @@ from typer.testing import CliRunner, Result
 import flashu_compile
 from flashu_compile import cli, demo
 from flashu_compile.cli import display
+from flashu_compile.cli.terminal import visible
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import doctor
 from flashu_compile.runtime.findings import Finding
-from flashu_compile.terminal import visible
 from tests.runtime.tiny_bundle import RECIPE, accept_changes, write_bundle
 
 # A colour, a window title, a C1 control sequence, an override of direction, a line break, Rich's markup and an emoji.
