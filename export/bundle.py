@@ -34,6 +34,7 @@ from flashu_compile.bundle.manifest import (
 from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
 from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.exporters.engine_build import EngineBuild
+from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.backends import open_engines
@@ -81,6 +82,7 @@ def write_bundle(
         EmissionError: an engine does not pass its backend's checks.
         BundleError: the directory cannot be written.
     """
+    output = absolute(output)
     ensure_writable(output, overwrite=overwrite)
     output = output.resolve()  # of a symbolic link, what it points to is replaced
     names = [engine.name for engine in engines]

@@ -15,6 +15,7 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, read_manifest
 from flashu_compile.errors import BundleError, EmissionError
 from flashu_compile.exporters.tensorrt_plan import TIMING_CACHE, BuildOptions, update_manifest
+from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import (
     PLAN_FILE,
     Built,
@@ -34,6 +35,7 @@ def build_engines(bundle: Path) -> TensorRTPlan:
     Raises `BackendUnavailableError` if TensorRT or a GPU is missing, `BundleError` without a plan, `EmissionError`
     if TensorRT does not build a graph, with its reason; then the bundle is as it was.
     """
+    bundle = absolute(bundle)
     manifest = read_manifest(bundle)
     files = BundleFiles(bundle, manifest)
     plan = read_plan(files)
@@ -110,6 +112,7 @@ def collect_engines(bundle: Path, tensorrt: str) -> TensorRTPlan:
 
     `tensorrt` is the version that built them. Raises `BundleError` if an engine or the device's name is missing.
     """
+    bundle = absolute(bundle)
     plan = read_plan(BundleFiles(bundle, read_manifest(bundle)))
     missing = [name for name in plan.engines if not (bundle / f"{name}.engine").is_file()]
     if missing:

@@ -20,6 +20,7 @@ from flashu_compile.bundle.profiles import dimension_ranges, engine_profile, sha
 from flashu_compile.errors import BundleError, ConfigurationError, EmissionError
 from flashu_compile.exporters.tensorrt_support import objections
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
+from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, PlannedEngine, TensorRTPlan
 
 SCRIPT = "build_engines.sh"
@@ -75,7 +76,7 @@ def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPla
     Raises `BundleError` if there is no bundle or it cannot be written, `EmissionError` if a graph holds what TensorRT
     does not take, `ConfigurationError` if a dimension has no known range; then the bundle is as it was.
     """
-    options = options or BuildOptions()
+    bundle, options = absolute(bundle), options or BuildOptions()
     manifest = read_manifest(bundle)
     if manifest.backend not in ("onnxruntime", "tensorrt"):
         raise BundleError(f"{bundle} holds engines for {manifest.backend!r}; plans are made of ONNX graphs.")

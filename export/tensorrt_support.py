@@ -24,6 +24,7 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.exporters.onnx import OPERATOR
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
+from flashu_compile.paths import absolute
 
 ONNX_PARSER, TORCH_TENSORRT = "tensorrt_onnx.json", "torch_tensorrt.json"
 
@@ -81,6 +82,7 @@ class Conversion:
 
 def inspect_bundle(bundle: Path) -> list[Conversion]:
     """Hold the TensorRT variant of every engine against the lists. Raises `BundleError` on a damaged bundle."""
+    bundle = absolute(bundle)
     manifest = read_manifest(bundle)
     files = BundleFiles(bundle, manifest)
     sources = [

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashu_compile.errors import FlashuError
 from flashu_compile.extras import naming_the_extra
+from flashu_compile.libraries import switch_telemetry_off
 from flashu_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from flashu_compile.recipe.config import MMUConfig, T2IConfig
     from flashu_compile.recipe.recipe import Recipe
     from flashu_compile.runtime import Pipeline, load
+
+switch_telemetry_off()  # before anything imports ONNX Runtime
 
 __all__ = [
     "CapturedModel",

@@ -69,8 +69,12 @@ class BackendUnavailableError(FlashuError):
     """A backend or execution provider cannot be used on this machine; the message says what is missing."""
 
 
+class PathError(FlashuError):
+    """No file can have a path that was given; the message says why."""
+
+
 class CacheError(FlashuError):
-    """A directory cannot serve as the cache of finished engines."""
+    """A directory cannot serve as the cache, or none is known."""
 
 
 class InputError(FlashuError):

@@ -26,6 +26,7 @@ from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import TorchModel, plain_copy, write_engines
+from flashu_compile.libraries import place_inductor
 from flashu_compile.program.program import Program
 
 _HALF = "bfloat16"
@@ -87,6 +88,7 @@ def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchMod
     """A package of machine code for `device`. Raises `EmissionError` if AOTInductor cannot make it."""
     exported = _with_named_constants(plain_copy(program))
     tensors = {} if holds_weights else dict(exported.state_dict)
+    place_inductor()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "engine.pt2"
         try:

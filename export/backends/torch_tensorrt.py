@@ -21,7 +21,6 @@ from torch.export.passes import move_to_device_pass
 
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.profiles import Range, engine_profile, evaluate, ranges_of
-from flashu_compile.compiler.cache import default_directory
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -38,6 +37,7 @@ from flashu_compile.exporters.tensorrt_support import (
 from flashu_compile.exporters.torch_programs import PRECISIONS, TorchModel, plain_copy, write_engines
 from flashu_compile.operators.write_rows import WRITE_ROWS, scatter_rows
 from flashu_compile.passes.editing import module_path
+from flashu_compile.paths import cache_folder
 from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends.torch_tensorrt import (
     BUILT_FILE,
@@ -103,7 +103,7 @@ BACKEND = TorchTensorRT()
 
 def compile_options(graph: fx.Graph, precision: Precision, target: Target) -> dict[str, Any]:
     """What `torch_tensorrt.dynamo.compile` is told, besides the program, where its defaults will not do."""
-    kept = default_directory()
+    kept = cache_folder("torch_tensorrt")
     options = {
         "disable_tf32": True,  # an engine called float32 computes in float32
         "require_full_compilation": True,  # what does not convert would be left to PyTorch
@@ -114,9 +114,7 @@ def compile_options(graph: fx.Graph, precision: Precision, target: Target) -> di
         ),
         "use_fp32_acc": "float16" in precision.names,  # sums of products, as in PyTorch
     }
-    return (
-        options if kept is None else options | {_TIMINGS: str(kept / "torch_tensorrt" / _file_name(target))}
-    )
+    return options if kept is None else options | {_TIMINGS: str(kept / _file_name(target))}
 
 
 def check_operators(program: str, graph: fx.Graph) -> None:

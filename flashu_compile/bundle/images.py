@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flashu_compile.errors import InputError
+from flashu_compile.paths import absolute
 
 # What a picture can be saved as: Pillow's name and options that lose as little as the format allows.
 _SAVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +61,7 @@ def read_picture(source: Picture) -> Image.Image:
         return _upright_rgb(_from_array(source), "The array")
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"A picture is a path, a PIL image or a uint8 array, not {type(source).__name__}.")
-    path = Path(source)
+    path = absolute(source)
     if not path.exists():
         raise InputError(f"Picture {path} does not exist.")
     if not path.is_file():

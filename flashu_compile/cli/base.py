@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.errors import FlashuError
 
@@ -56,6 +57,10 @@ def _visible_usage_errors() -> Iterator[None]:
 
 
 class _Commands(TyperGroup):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        accept_any_text()
+        return super().main(*args, **kwargs)
+
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _visible_usage_errors():
             return super().make_context(*arguments, **options)

@@ -11,8 +11,9 @@ import typer
 from flashu_compile.cli import display
 from flashu_compile.cli.base import LOOKING, Json, app, examples
 from flashu_compile.cli.terminal import say
-from flashu_compile.compiler.cache import EngineCache, default_directory
+from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.errors import CacheError
+from flashu_compile.paths import absolute, cache_directory
 from flashu_compile.quantities import size
 
 cache_app = typer.Typer(
@@ -64,7 +65,7 @@ def clear(directory: Directory = None) -> None:
 
 
 def _cache(directory: Path | None) -> EngineCache:
-    found = default_directory() if directory is None else directory
+    found = cache_directory() if directory is None else absolute(directory)
     if found is None:
         raise CacheError("The cache is off, by $FLASHU_CACHE; name a directory with --cache.")
     return EngineCache(found)

@@ -19,8 +19,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import flashu_compile
+from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import visible
 from flashu_compile.errors import FlashuError
+from flashu_compile.paths import absolute
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.tasks import TASKS
 
@@ -47,10 +49,11 @@ _SCALE, _MARGIN, _CAPTION, _COLUMNS = 6, 12, 22, 3
 def main(folder: Path = FOLDER) -> None:
     # What PyTorch, when it traces, says of its own code is nothing a user could act on.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+    folder = absolute(folder)
     console = Console(markup=False, emoji=False)
     started = time.perf_counter()
     bundle, pictures = folder / "bundle", folder / "pictures"
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         _build(bundle, progress)
         pipe = load(bundle)
@@ -131,6 +134,7 @@ def contact_sheet(drawn: dict[str, Image.Image]) -> Image.Image:
 
 
 if __name__ == "__main__":
+    accept_any_text()
     try:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
     except FlashuError as error:

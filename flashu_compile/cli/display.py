@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashu_compile.cli.streams import encodable
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.quantities import change, quantity, size
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))  # in ASCII, so that no string steers a terminal
+    """Print one JSON document, in ASCII: no string steers a terminal, and any stream can encode it."""
+    typer.echo(json.dumps(value, indent=2, default=str), file=sys.stdout)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
@@ -37,9 +40,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
         say(title)  # as a table's own title it would be broken at the table's width
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(encodable(column, sys.stdout), overflow="fold")
     for row in rows:
-        table.add_row(*map(visible, row))
+        table.add_row(*(encodable(visible(cell), sys.stdout) for cell in row))
     _console().print(table)
 
 
@@ -49,7 +52,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(visible(name.replace("_", " ")), visible(value))
+        table.add_row(visible(name.replace("_", " ")), encodable(visible(value), sys.stdout))
     _console().print(table)
 
 

@@ -12,6 +12,7 @@ import typer
 from flashu_compile.cli import display
 from flashu_compile.cli.base import quiet_torch
 from flashu_compile.cli.terminal import say
+from flashu_compile.paths import absolute
 
 if TYPE_CHECKING:
     from flashu_compile.bundle.agreement import Difference
@@ -34,7 +35,7 @@ def reference_named(against: str, other: Path | None, model_given: bool) -> str 
     if model_given and against != EAGER:
         raise typer.BadParameter(f"--model, --vae and --tokenizer go with --against {EAGER}.")
     # A name is no path here: a folder may be called like it.
-    return against if other is None else other.absolute()
+    return against if other is None else absolute(other)
 
 
 def verify_layers(bundle: Path, reference: str | Path, *, as_json: bool, **options: Any) -> None:

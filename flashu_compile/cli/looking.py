@@ -34,6 +34,7 @@ from flashu_compile.cli.layers import reference_named, verify_layers
 from flashu_compile.cli.terminal import say
 from flashu_compile.errors import InputError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
+from flashu_compile.paths import absolute
 from flashu_compile.tasks import TASKS
 
 
@@ -96,9 +97,9 @@ def inspect(
     elif task or vae or tokenizer:
         raise typer.BadParameter("--task, --vae and --tokenizer go with --structure.")
     elif conversion is not None:
-        inspect_target(Path(target), conversion, as_json=as_json)
+        inspect_target(absolute(target), conversion, as_json=as_json)
     else:
-        _inspect_bundle(Path(target), plan=plan, as_json=as_json)
+        _inspect_bundle(absolute(target), plan=plan, as_json=as_json)
 
 
 def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
@@ -127,7 +128,7 @@ def _inspect_model(
 ) -> None:
     from flashu_compile.bundle.manifest import MANIFEST
 
-    if (Path(model) / MANIFEST).is_file():
+    if (absolute(model) / MANIFEST).is_file():
         raise InputError(
             f"{model} is a bundle, whose engines are made; --structure looks at the model they are made from."
         )

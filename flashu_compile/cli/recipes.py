@@ -129,7 +129,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     for taken in (path, path.with_suffix(".safetensors")):
         if taken.exists() and not overwrite:
             raise RecipeError(f"{taken} exists; choose another output, or pass --overwrite.")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir():
         raise RecipeError(f"{above} is a file, so {path} cannot be written; choose another output.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 import typer
@@ -18,8 +19,11 @@ def visible(text: object) -> str:
 
 
 def say(text: object = "", *, err: bool = False) -> None:
-    """Print `text` as one line, made `visible`, on stdout or stderr."""
-    typer.echo(visible(text), err=err)
+    """Print `text` as one line, made `visible`, on stdout or stderr.
+
+    The stream is named, since Typer would open ASCII ones anew, as UTF-8 or as strict ones.
+    """
+    typer.echo(visible(text), file=sys.stderr if err else sys.stdout)
 
 
 def _written(character: str) -> str:

@@ -24,6 +24,7 @@ from flashu_compile.cli.base import (
     quiet_onnxruntime,
 )
 from flashu_compile.cli.terminal import say
+from flashu_compile.paths import absolute
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline
@@ -77,7 +78,8 @@ def generate(
     """Make a picture of PROMPT."""
     from flashu_compile.bundle.images import check_picture_path, save_picture
 
-    check_picture_path(output)
+    target = absolute(output)
+    check_picture_path(target)
     pipeline = _load(
         bundle,
         provider=provider,
@@ -97,7 +99,7 @@ def generate(
             progress=lambda done, total: advance("Generating", done / total),
         )
     seconds = time.perf_counter() - started
-    save_picture(picture, output)
+    save_picture(picture, target)
     if not as_json:
         say(str(output))
         return

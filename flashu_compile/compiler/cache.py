@@ -11,16 +11,13 @@ import dataclasses
 import hashlib
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from flashu_compile.errors import CacheError
-
-VARIABLE, OFF = "FLASHU_CACHE", "off"
-"""The environment variable that names the user's cache, and its value for none."""
+from flashu_compile.paths import absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
 _SUFFIX, _PARTIAL = ".engines", ".engines-partial"
@@ -134,7 +131,13 @@ def open_cache(cache: str | Path | bool) -> EngineCache | None:
 
     Raises `CacheError` if a directory that was named cannot be used. For the user's own that is a warning.
     """
-    directory = default_directory() if cache is True else None if cache is False else Path(cache)
+    if cache is False:
+        return None
+    try:
+        directory = cache_directory() if cache is True else absolute(cache)
+    except CacheError as error:
+        _log.warning("Engines are not kept for later builds: %s", error)
+        return None
     if directory is None:
         return None
     try:
@@ -145,17 +148,3 @@ def open_cache(cache: str | Path | bool) -> EngineCache | None:
         _log.warning("Engines are not kept for later builds: %s.", error)
         return None
     return EngineCache(directory)
-
-
-def default_directory() -> Path | None:
-    """$FLASHU_CACHE, or a directory where the system keeps caches of the user; None if the variable says "off"."""
-    named = os.environ.get(VARIABLE)
-    if named:
-        return None if named == OFF else Path(named).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "flashu_compile"

@@ -26,6 +26,7 @@ from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.models.loading import LoadedModel
+from flashu_compile.paths import absolute
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.work import engine_errors
@@ -121,21 +122,22 @@ def export(
         raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
     given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
     tell, kept = Steps(progress), open_cache(cache)
+    named = absolute("." if output is None else output)
     if output is not None:
-        ensure_writable(Path(output), overwrite=overwrite)
+        ensure_writable(named, overwrite=overwrite)
     source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
     loaded = source.loaded
-    directory = Path(output) if output is not None else Path(f"{loaded.name}-{'-'.join(tasks)}")
+    directory = named if output is not None else named / f"{loaded.name}-{'-'.join(tasks)}"
     ensure_writable(directory, overwrite=overwrite)
 
     decided, figures = decide(chosen, source, tasks, given, samples, seed, tell)
-    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     measured = given or own_samples(loaded)
     precise, losses = measured_precision(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
     )
     ranges = size_ranges(loaded, tasks)
-    maker = Maker(find_backend(backend), precise, directory.absolute().parent, ranges, allow_declined)
+    maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
     proved = {}
     if needs_copy(proof, loaded):
         proved = {"proof": _proved_on_copy(loaded, tasks, decided, maker, tell)}

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import PLAN, RECIPE, REPORT, Manifest, read_manifest
+from flashu_compile.paths import absolute
 from flashu_compile.recipe import view as recipe_view
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
@@ -21,6 +22,7 @@ class OpenBundle:
     """The parts of a bundle that tell what it is. Raises `BundleError` or `RecipeError` if one is damaged."""
 
     def __init__(self, directory: Path) -> None:
+        directory = absolute(directory)
         self.manifest: Manifest = read_manifest(directory)
         files = BundleFiles(directory, self.manifest)
         for name in self.manifest.files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from flashu_compile.bundle.images import Picture
 from flashu_compile.errors import CalibrationError
+from flashu_compile.paths import absolute
 from flashu_compile.tasks import RECORDS
 
 DEFAULT_SAMPLES = 20
@@ -55,7 +57,7 @@ def calibration_samples(value: object) -> CalibrationSamples:
     if isinstance(value, CalibrationSamples):
         samples = value
     elif isinstance(value, str | Path):
-        samples = _from_file(Path(value))
+        samples = _from_file(absolute(value))
     elif isinstance(value, Mapping):
         samples = _from_mapping(value, "calibration", None)
     elif isinstance(value, Sequence):
@@ -101,8 +103,8 @@ def _pair(item: Any, index: int, where: str, folder: Path | None) -> tuple[Pictu
     if not isinstance(item, Sequence) or len(item) != 2 or item[0] is None or not isinstance(item[1], str):
         raise CalibrationError(f"{where}: question {index} must be a pair of an image and a question.")
     image, question = item
-    if folder is not None and isinstance(image, str):
-        image = folder / image
+    if isinstance(image, str | os.PathLike):
+        image = absolute(image if folder is None else folder / image)
     return image, question
 
 

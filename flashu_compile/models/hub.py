@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flashu_compile.errors import CheckpointError
+from flashu_compile.paths import absolute
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_NAME}/{_NAME}(@{_NAME}(/{_NAME})*)?", re.ASCII)
@@ -47,9 +48,14 @@ def fetch(hub_id: str, patterns: Iterable[str], *, instead: str) -> Snapshot:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = hub_id.partition("@")
+    if huggingface_hub.constants.HF_HUB_CACHE.startswith("~"):
+        reason = "no home directory is known to keep it in (set HF_HOME to a folder, or HOME)"
+        raise CheckpointError(_message(hub_id, reason, instead))
     try:
-        directory = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(patterns)
+        directory = absolute(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(patterns)
+            )
         )
     except LocalEntryNotFoundError as error:
         reason = "there is no connection to the hub (or offline mode is on) and no cached copy"

@@ -24,6 +24,7 @@ from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from flashu_compile.models.wan_vae import WanVAE
+from flashu_compile.paths import absolute
 
 __all__ = ["BUNDLED", "LoadedModel", "load_model", "save_model"]
 
@@ -131,7 +132,7 @@ def save_model(
     Raises:
         ConfigurationError: a weight is not finite in `dtype`, or the VAE is of a kind that cannot be saved.
     """
-    directory = Path(directory)
+    directory = absolute(directory)
     state = {name: value.to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
     if bad := [name for name, value in state.items() if not value.isfinite().all()]:
         raise ConfigurationError(f"{bad[0]} is not finite in {dtype}; save in a wider dtype.")
@@ -152,7 +153,7 @@ def _locate(model: str | Path) -> _Place:
     text = str(model)
     if text in BUNDLED:
         return _Place(BUNDLED[text], text)
-    path = Path(text).expanduser()
+    path = absolute(model)
     if path.is_dir():
         return _Place(path, path.resolve().name)
     if path.exists():
@@ -265,8 +266,8 @@ def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:
     advice = "pass tokenizer: the path of that language model's directory or of its tokenizer.json"
     if not isinstance(source, str) or not source:
         raise CheckpointError(f"{directory} has no tokenizer and names no llm_model_path; {advice}.")
-    if Path(source).is_dir():
-        return vocabulary.read(Path(source))
+    if (folder := absolute(source)).is_dir():
+        return vocabulary.read(folder)
     if hub.is_hub_id(source):
         return vocabulary.read(hub.fetch(source, [vocabulary.FILE], instead=advice).directory)
     raise CheckpointError(f"{directory} names {source!r} as its language model, which is not here; {advice}.")
@@ -276,8 +277,8 @@ def _llm_config_of(source: Any, *, needed: bool) -> dict[str, Any] | None:
     """The configuration of the language model a checkpoint names: from disk, or if `needed` from the hub."""
     if not isinstance(source, str) or not source:
         return None
-    if (Path(source) / _CONFIG).is_file():
-        return weights.read_json(Path(source) / _CONFIG)
+    if (file := absolute(source) / _CONFIG).is_file():
+        return weights.read_json(file)
     if needed and hub.is_hub_id(source):
         snapshot = hub.fetch(source, [_CONFIG], instead="pass llm_config, the path of its config.json")
         return weights.read_json(snapshot.directory / _CONFIG)
@@ -287,7 +288,7 @@ def _llm_config_of(source: Any, *, needed: bool) -> dict[str, Any] | None:
 def _read_llm_config(llm_config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(llm_config, Mapping):
         return dict(llm_config)
-    path = Path(llm_config)
+    path = absolute(llm_config)
     return weights.read_json(path / _CONFIG if path.is_dir() else path)
 
 

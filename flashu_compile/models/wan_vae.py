@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flashu_compile.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from flashu_compile.models import weights
+from flashu_compile.paths import absolute
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -76,7 +77,7 @@ class WanVAE(nn.Module):
             CheckpointError: the path holds no such VAE, or weights and configuration disagree.
             MissingDependencyError: diffusers is not installed.
         """
-        path = Path(path)
+        path = absolute(path)
         if path.is_dir():
             settings: Mapping[str, Any] = weights.read_json(path / _CONFIG)
             if settings.get("_class_name") != "AutoencoderKLWan":

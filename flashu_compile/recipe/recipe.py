@@ -21,7 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.errors import ConfigurationError, RecipeError
-from flashu_compile.recipe.config import CONFIGS, MMUConfig, T2IConfig, TaskConfig, config_from_dict
+from flashu_compile.paths import absolute
+from flashu_compile.recipe.config import (
+    CONFIGS,
+    MMUConfig,
+    T2IConfig,
+    TaskConfig,
+    config_from_dict,
+)
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
 from flashu_compile.tasks import MMU, T2I, TASKS
@@ -188,7 +195,8 @@ class Recipe:
 
 def recipe_path(path: str | os.PathLike[str]) -> Path:
     """The JSON file of the recipe at `path`, which is that file or its directory."""
-    return Path(path) if Path(path).suffix == ".json" else Path(path) / FILE
+    whole = absolute(path)
+    return whole if whole.suffix == ".json" else whole / FILE
 
 
 def merge(t2i: Recipe, mmu: Recipe, name: str | None = None) -> Recipe:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flashu_compile.bundle.manifest import Manifest
+from flashu_compile.libraries import place_matplotlib
 from flashu_compile.quantities import change, quantity, size
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
@@ -111,6 +112,7 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
     varied = plan is not None and len({(s.engine, s.guidance_scale) for s in plan.steps}) > 1
     if not figures and not varied:
         return made
+    place_matplotlib()
     from flashu_compile.report import plots
 
     if plan is not None and varied:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -32,6 +31,7 @@ from flashu_compile.errors import (
     RecipeError,
     UnknownTaskError,
 )
+from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
@@ -68,11 +68,12 @@ def load(
     and nothing else, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens in it
     (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own, by name.
 
-    Raises `BundleError` if there is no bundle or it is damaged, `BundleVersionError` if its schema is newer,
+    Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle or it is damaged,
+    `BundleVersionError` if its schema is newer,
     `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
     provider name, number of threads, memory mode or option, or if trust is needed.
     """
-    directory = Path(path)
+    directory = absolute(path)
     manifest = read_manifest(directory)
     if find_run_backend(manifest.backend).runs_code and not verify_hashes:
         raise ConfigurationError(

@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -20,12 +18,16 @@ import onnxruntime as ort
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, Manifest
 from flashu_compile.bundle.profiles import Profile, shapes_text
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
+from flashu_compile.paths import absolute, cache_folder
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 CUDA_GRAPH = "enable_cuda_graph"
 
 ProviderOptions = Mapping[str, object]
+
+#: Options whose value is a folder; a relative one would depend on when the engine is made.
+_FOLDERS = ("trt_engine_cache_path", "trt_timing_cache_path")
 
 # TF32 keeps 10 bits of mantissa; an engine called float32 computes in float32.
 _DEFAULTS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}}
@@ -72,6 +74,14 @@ class SessionRequest:
     @property
     def cuda_graph(self) -> bool:
         return dict(self.providers).get(CUDA, {}).get(CUDA_GRAPH) == "1"
+
+
+def entered(options: ProviderOptions | None) -> dict[str, object]:
+    """Return the options as they are to be kept: folders by their absolute paths. Raises `PathError` as `absolute`."""
+    return {
+        name: absolute(value) if name in _FOLDERS and isinstance(value, str | os.PathLike) else value
+        for name, value in (options or {}).items()
+    }
 
 
 def session_request(provider: str, wanted: tuple[str, ...], options: ProviderOptions) -> SessionRequest:
@@ -145,12 +155,19 @@ def engine_options(
     """
     if TENSORRT not in wanted:
         return dict(given)
-    folder = cache_folder() / "tensorrt" / _content(manifest, spec)
     options: dict[str, object] = {}
-    if _text("trt_engine_cache_enable", given.get("trt_engine_cache_enable", True)) == "1":
-        options |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": folder}
-    if _text("trt_timing_cache_enable", given.get("trt_timing_cache_enable", True)) == "1":
-        options |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": folder.parent}
+    kept = cache_folder("tensorrt")
+    folders = {"engine": None if kept is None else kept / _content(manifest, spec), "timing": kept}
+    for what, folder in folders.items():
+        enable, path = f"trt_{what}_cache_enable", f"trt_{what}_cache_path"
+        if _text(enable, given.get(enable, folder is not None)) != "1":
+            continue
+        if folder is not None:
+            options |= {enable: True, path: folder}
+        elif path not in given:  # the provider's own choice is the current directory
+            raise ConfigurationError(
+                f"Option {enable!r} needs a folder while there is no cache: give {path!r}."
+            )
     if profile:
         for limit in ("min", "opt", "max"):
             options[f"trt_profile_{limit}_shapes"] = shapes_text(profile, limit)
@@ -160,15 +177,6 @@ def engine_options(
 def _content(manifest: Manifest, spec: EngineSpec) -> str:
     entries = [manifest.files[name].sha256 for name in (spec.file, WEIGHTS) if name in manifest.files]
     return hashlib.sha256(" ".join(entries).encode()).hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Where this user's caches of this package lie; nothing is created."""
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "flashu_compile"
 
 
 def configure(options: ort.SessionOptions, request: SessionRequest) -> None:

@@ -38,6 +38,7 @@ from flashu_compile.runtime.providers import (
     check_placements,
     configure,
     engine_options,
+    entered,
     placements,
     session_request,
 )
@@ -183,10 +184,11 @@ class OnnxRuntimeEngines:
             raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
         wanted = resolve_provider(provider)
         check_memory(memory, wanted[0])
-        session_request(provider, wanted, provider_options or {})
+        given = entered(provider_options)
+        session_request(provider, wanted, given)
         if wanted != PROVIDERS["cpu"]:
             probe_provider(provider)
-        self.provider, self.options = provider, dict(provider_options or {})
+        self.provider, self.options = provider, given
         self._shares, self._contrib = memory == "low", contrib_operators
         self._weights: SharedWeights | None = None
         self._files, self._threads = files, threads

@@ -17,6 +17,7 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES, tolerance
 from flashu_compile.errors import BackendUnavailableError, FlashuError
+from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.providers import Placement, ProviderOptions
@@ -88,7 +89,7 @@ def verify(
     provider does not work here, `ConfigurationError` on an unknown provider, number of threads, memory mode or option,
     or if the engines are code and `trust` is not given; see `load` for these.
     """
-    directory = Path(path)
+    directory = absolute(path)
     manifest = read_manifest(directory)
     shared = find_run_backend(manifest.backend).weights
     # Every hash is checked here, once; engines with a damaged file are not loaded.

@@ -13,9 +13,9 @@ from flashu_compile.runtime.providers import (
     CPU,
     CUDA,
     TENSORRT,
-    cache_folder,
     check_placements,
     engine_options,
+    entered,
     session_request,
 )
 from flashu_compile.runtime.sessions import BundleFiles, OnnxRuntimeEngines, create_session
@@ -134,15 +134,14 @@ def test_ranges_follow_from_what_the_pipeline_lets_through(bundle: Path) -> None
 def test_tensorrt_gets_profiles_and_caches_of_its_own(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    monkeypatch.setenv("FLASHU_CACHE", str(tmp_path))
     manifest = read_manifest(bundle)
     denoise, decode = manifest.engine("denoise"), manifest.engine("vae_decode")
     profile = engine_profile(denoise, dimension_ranges(manifest, denoise))
     options = engine_options(manifest, denoise, (TENSORRT, CUDA), profile, {})
     assert "prompt_ids:2x43" in str(options["trt_profile_max_shapes"])
-    assert Path(str(options["trt_engine_cache_path"])).parent == cache_folder() / "tensorrt"
-    assert cache_folder().parent == tmp_path
+    assert Path(str(options["trt_engine_cache_path"])).parent == tmp_path / "tensorrt"
+    assert options["trt_timing_cache_path"] == tmp_path / "tensorrt"
     other = engine_options(manifest, decode, (TENSORRT, CUDA), (), {"trt_timing_cache_enable": "false"})
     assert other["trt_engine_cache_path"] != options["trt_engine_cache_path"]
     assert other["trt_timing_cache_enable"] == "false"
@@ -151,6 +150,29 @@ def test_tensorrt_gets_profiles_and_caches_of_its_own(
     given = engine_options(manifest, denoise, (TENSORRT, CUDA), profile, {"trt_engine_cache_path": "mine"})
     assert given["trt_engine_cache_path"] == "mine"
     assert engine_options(manifest, denoise, (CUDA,), None, {"device_id": 1}) == {"device_id": 1}
+
+
+def test_tensorrt_keeps_nothing_without_a_cache(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHU_CACHE", "off")
+    manifest = read_manifest(bundle)
+    decode = manifest.engine("vae_decode")
+    assert engine_options(manifest, decode, (TENSORRT, CUDA), None, {}) == {}
+    with pytest.raises(ConfigurationError, match="no cache: give 'trt_engine_cache_path'"):
+        engine_options(manifest, decode, (TENSORRT, CUDA), None, {"trt_engine_cache_enable": True})
+    given = {"trt_engine_cache_enable": True, "trt_engine_cache_path": "mine"}
+    assert engine_options(manifest, decode, (TENSORRT, CUDA), None, given) == given
+
+
+def test_folders_among_the_options_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = entered(
+        {"trt_engine_cache_path": "engines", "trt_timing_cache_path": Path("t"), "device_id": 1}
+    )
+    assert options == {
+        "trt_engine_cache_path": tmp_path / "engines",
+        "trt_timing_cache_path": tmp_path / "t",
+        "device_id": 1,
+    }
 
 
 def test_cuda_runs_every_engine_with_and_without_graphs(

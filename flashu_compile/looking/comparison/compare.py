@@ -19,6 +19,7 @@ from flashu_compile.bundle.manifest import EngineSpec, Manifest, read_manifest
 from flashu_compile.errors import BundleError, ConfigurationError
 from flashu_compile.looking.comparison.search import Departure, LayerDifference, find_departure
 from flashu_compile.looking.comparison.sides import BundleSide, ModelSide, OnnxSide, Side
+from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.providers import ProviderOptions
@@ -125,7 +126,7 @@ def compare_layers(
         >>> [engine.departure.node.name for engine in found.engines if not engine.ok]  # doctest: +SKIP
         []
     """
-    path, tell = Path(bundle), progress or (lambda stage: None)
+    path, tell = absolute(bundle), progress or (lambda stage: None)
     manifest = read_manifest(path)
     chosen = [manifest.engine(name) for name in engines] if engines else list(manifest.engines)
     parts = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config}
@@ -141,9 +142,10 @@ def compare_layers(
     elif against == ONNX:
         reference = OnnxSide(path)
     else:
-        reference = BundleSide(Path(against), {"threads": threads}, trust=trust)
+        other = absolute(against)
+        reference = BundleSide(other, {"threads": threads}, trust=trust)
         others.append(reference.files.manifest)
-        _check_engines(Path(against), reference.files.manifest, chosen)
+        _check_engines(other, reference.files.manifest, chosen)
     files = subject.files
     options = {"provider_options": provider_options} if provider_options else None
     running = open_engines(

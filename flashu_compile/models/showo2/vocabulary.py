@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import hub
+from flashu_compile.paths import absolute
 
 FILE = "tokenizer.json"
 
@@ -51,7 +52,7 @@ def resolve(tokenizer: Any) -> Tokenizer:
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if isinstance(tokenizer, (str, Path)):
-        path = Path(tokenizer)
+        path = absolute(tokenizer)
         if not path.exists() and hub.is_hub_id(str(tokenizer)):
             path = hub.fetch(str(tokenizer), [FILE], instead="pass the path of its tokenizer.json").directory
         return read(path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
 from flashu_compile.runtime.findings import Finding
 
@@ -88,6 +89,7 @@ def _try_compiling(device: torch.device) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + x
 
+    place_inductor()
     two = torch.ones(2, device=device)
     exported = torch.export.export(Double(), (two,))
     with tempfile.TemporaryDirectory() as scratch:

@@ -25,6 +25,7 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.signatures import check_inputs, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
 
@@ -229,4 +230,5 @@ def _sorted(graph: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
 
 
 def _compiled(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
+    place_inductor()
     return torch.compile(_eager(spec, path, tensors, device), dynamic=True)

@@ -1,0 +1,92 @@
+"""What libraries do by themselves on a user's machine: what they would tell others is switched off, and what they
+write is put into this package's cache.
+
+All of it goes by environment variables, which win where a user has set them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import platformdirs
+
+from flashu_compile.paths import cache_folder
+
+_ONNXRUNTIME, _HUB = "ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"
+_FIRST_WITH_TELEMETRY = (1, 29)
+_MATPLOTLIB, _INDUCTOR = "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"
+
+
+class TelemetryWarning(UserWarning):
+    """A library was imported before its telemetry could be switched off."""
+
+
+def switch_telemetry_off() -> None:
+    """Do so by default, before any of the libraries is imported: users who want it set the variables to 0.
+
+    ONNX Runtime writes an identifier of the machine below the home directory and looks up a host as soon as it is
+    imported, before its API could be called. The client of the Hugging Face hub tells it with every request which
+    libraries are installed.
+    """
+    if _ONNXRUNTIME not in os.environ and _telling(sys.modules.get("onnxruntime")):
+        warnings.warn(
+            "onnxruntime was imported before flashu_compile, so its telemetry is on in this process; import "
+            f"flashu_compile first, or set {_ONNXRUNTIME}=1 (0 to keep telemetry without this warning).",
+            TelemetryWarning,
+            stacklevel=2,
+        )
+    for variable in (_ONNXRUNTIME, _HUB):
+        os.environ.setdefault(variable, "1")
+
+
+def _telling(library: object) -> bool:
+    """Whether it is a version of ONNX Runtime that has telemetry on every platform."""
+    numbers = str(getattr(library, "__version__", "0.0")).split(".")[:2]
+    return all(map(str.isdecimal, numbers)) and tuple(map(int, numbers)) >= _FIRST_WITH_TELEMETRY
+
+
+def place_matplotlib() -> None:
+    """Let matplotlib keep its list of fonts in our cache, unless it is in use or its user has settings for it.
+
+    To be called before it is first imported, which reads the variable and writes both.
+    """
+    if "matplotlib" not in sys.modules and not _has_matplotlib_settings():
+        _place(_MATPLOTLIB, "matplotlib")
+
+
+def _has_matplotlib_settings() -> bool:
+    try:
+        folders = (platformdirs.user_config_path("matplotlib", appauthor=False), Path.home() / ".matplotlib")
+    except RuntimeError:  # no home
+        return False
+    return any(map(os.path.isdir, folders))
+
+
+def place_inductor() -> None:
+    """Let PyTorch's compiler keep what it makes in our cache, not in a folder that all users of the machine share.
+
+    To be called before it compiles.
+    """
+    _place(_INDUCTOR, "inductor")
+
+
+def _place(variable: str, name: str) -> None:
+    """Name a folder of the cache in `variable`; one that lives as long as the process where nothing may be kept."""
+    if os.environ.get(variable):
+        return
+    folder = cache_folder(name)
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        folder = None
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix=f"flashu-{name}-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[variable] = str(folder)
