@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,26 @@ def test_pictures_equal_the_eager_loop(bundle: Bundle, eager: EagerPipeline) -> 
     truth = np.asarray(eager.generate("two blue squares", seed=5, steps=6), dtype=int)
     # Truncation to whole levels can go either way on the last bit.
     assert np.abs(picture - truth).max() <= 1
+
+
+def test_relative_output_and_cache_are_those_of_now(
+    captured: CapturedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the process goes meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    made = flashu_compile.export(
+        captured,
+        "mmu",
+        output="made",
+        cache="cache",
+        progress=lambda *told: os.chdir(tmp_path / "elsewhere"),
+    )
+    assert made.path == tmp_path / "made"
+    assert made.summary()["path"] == str(tmp_path / "made")
+    assert flashu_compile.load(made.path).manifest.tasks == ("mmu",)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "elsewhere", "made"]
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("question", ["what color is the circle?", "how many red objects are there?"])
