@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# First: it switches off the telemetry of onnxruntime, before that is imported.
+import flashu_compile  # noqa: F401  # isort: skip
+
 import onnxruntime as ort
 
 from benchmarks.measuring import Call, seconds

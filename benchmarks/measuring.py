@@ -17,6 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# First: it switches off the telemetry of onnxruntime, before that is imported.
+import flashu_compile  # noqa: F401  # isort: skip
+
 import numpy as np
 import onnxruntime
 import torch

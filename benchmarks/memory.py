@@ -23,9 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# First: it switches off the telemetry of onnxruntime, before that is imported.
+import flashu_compile  # isort: skip
+
 import onnxruntime
 
-import flashu_compile
 from flashu_compile.bundle.manifest import WEIGHTS
 from flashu_compile.runtime.pipeline import load
 

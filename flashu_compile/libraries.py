@@ -71,8 +71,12 @@ def _has_matplotlib_settings() -> bool:
 def place_inductor() -> None:
     """Let PyTorch's compiler keep what it makes in our cache, not in a folder that all users of the machine share.
 
-    To be called before it compiles.
+    To be called before it compiles. Parts of it name that folder in the variable as soon as they are imported, which
+    is not a user's choice.
     """
+    chosen = os.environ.get(_INDUCTOR, "")
+    if Path(chosen).name.startswith("torchinductor_") and Path(chosen).parent == Path(tempfile.gettempdir()):
+        del os.environ[_INDUCTOR]
     _place(_INDUCTOR, "inductor")
 
 

@@ -17,6 +17,9 @@ from flashu_compile.errors import CacheError, PathError
 VARIABLE, OFF = "FLASHU_CACHE", "off"
 """The environment variable that names the cache, and its value for none."""
 
+LIBRARIES = ("inductor", "matplotlib", "tensorrt", "torch_tensorrt")
+"""Folders of the cache whose files are those of libraries."""
+
 _NAME = "flashu_compile"
 _SHOWN = 100  # characters of a path that is too long to be told in full
 

@@ -234,6 +234,13 @@ class TestFiles:
         (settings / "matplotlib").mkdir(parents=True)
         assert run("-c", MATPLOTLIB, XDG_CONFIG_HOME=str(settings)).printed == "None\n"
 
+    def test_what_pytorch_chose_itself_is_no_choice(self, run: Run, tmp_path: Path) -> None:
+        """It names its folder, and makes it, when it is imported; nothing is put there."""
+        code = f"import os, torch._dynamo; print(os.environ['TORCHINDUCTOR_CACHE_DIR']); {INDUCTOR}"
+        before, after = run("-c", code).printed.splitlines()
+        assert Path(before).parent == tmp_path / "scratch"
+        assert after == str(tmp_path / "home" / ".cache" / "flashu_compile" / "inductor")
+
     @pytest.mark.slow
     def test_doctor(self, run: Run) -> None:
         """Which compiles a function, where there is a C++ compiler."""

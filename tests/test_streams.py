@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -55,6 +55,7 @@ def test_any_text_can_be_written(text: str, encoding: str) -> None:
             assert encodable(shown, screen) == shown
 
 
+@settings(max_examples=50)
 @given(
     st.recursive(st.text(st.characters()), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
@@ -166,7 +167,7 @@ def test_commands_that_compile_finish(encoding: str, folder: Path, monkeypatch: 
     model = ("model", "--task", "mmu", "--recipe", "exact", *measured, "--overwrite")
     for told, arguments in (
         ("50% of llm", ("calibrate", *model, "-o", f"{NAME}-calibrated.json")),
-        ("everything together", ("build", *model, "-o", f"{NAME}-built", "--no-cache")),
+        ("everything together", ("build", *model, "--output", f"{NAME}-built", "--no-cache")),
         ("visual span", ("inspect", "model", "--structure", "--task", "mmu")),
         ("backend or library", ("doctor",)),
     ):
@@ -174,7 +175,9 @@ def test_commands_that_compile_finish(encoding: str, folder: Path, monkeypatch: 
         assert result.exit_code == 0, result.stderr
         assert told in " ".join(result.stdout.split())
         assert "\ufffd" not in result.output
-    data = json.loads(run(encoding, "build", *model, "-o", f"{NAME}-built", "--no-cache", "--json").stdout)
+    data = json.loads(
+        run(encoding, "build", *model, "--output", f"{NAME}-built", "--no-cache", "--json").stdout
+    )
     assert data["path"] == str(folder / f"{NAME}-built")
 
 

@@ -29,7 +29,7 @@ Directory = Annotated[
 
 @cache_app.callback(epilog=examples("cache show", "cache clear"))
 def cache() -> None:
-    """Look at the finished engines that builds have kept for later ones, or remove them."""
+    """Look at the finished engines that builds have kept for later ones, with what libraries keep, or remove them."""
 
 
 @cache_app.command(epilog=examples("cache show", "cache show --cache ./engines --json"))
@@ -44,6 +44,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
             "entries": len(files),
             "bytes": taken,
             "limit": found.limit,
+            "library_bytes": found.library_bytes(),
         }
         display.print_json(facts)
         return
@@ -51,6 +52,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
         "directory": str(found.directory),
         "entries": len(files),
         "size": f"{size(taken)} of {size(found.limit)}",
+        "of_libraries": size(found.library_bytes()),
     }
     if files:
         told["last_used"] = f"{datetime.datetime.fromtimestamp(files[-1].used):%Y-%m-%d %H:%M}"
@@ -59,7 +61,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
 
 @cache_app.command(epilog=examples("cache clear", "cache clear --cache ./engines"))
 def clear(directory: Directory = None) -> None:
-    """Remove everything that builds have kept. Bundles are not touched."""
+    """Remove everything that builds and libraries have kept. Bundles are not touched."""
     found = _cache(directory)
     say(f"{size(found.clear())} removed from {found.directory}")
 

@@ -11,13 +11,14 @@ import dataclasses
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from flashu_compile.errors import CacheError
-from flashu_compile.paths import absolute, cache_directory
+from flashu_compile.paths import LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
 _SUFFIX, _PARTIAL = ".engines", ".engines-partial"
@@ -99,14 +100,24 @@ class EngineCache:
             if status.st_mtime < time.time() - _STALE_SECONDS:
                 path.unlink(missing_ok=True)
 
+    def library_bytes(self) -> int:
+        """What libraries keep beside the entries, without a limit: compiled code, timings, lists of fonts."""
+        return sum(path.stat().st_size for path in self._library_files())
+
     def clear(self) -> int:
-        """Remove every entry; the bytes that they took."""
-        freed = 0
+        """Remove every entry, and what libraries keep; the bytes that they took."""
+        freed = self.library_bytes()
+        for name in LIBRARIES:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
         for suffix in (_SUFFIX, _PARTIAL):
             for path, status in self._listed(suffix):
                 path.unlink(missing_ok=True)
                 freed += status.st_size
         return freed
+
+    def _library_files(self) -> Iterator[Path]:
+        for name in LIBRARIES:
+            yield from (path for path in (self.directory / name).rglob("*") if path.is_file())
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}{_SUFFIX}"

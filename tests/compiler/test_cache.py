@@ -63,6 +63,19 @@ def test_what_killed_builds_leave_is_removed_when_it_is_old(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.partial"]
 
 
+def test_what_libraries_keep_is_told_and_cleared(tmp_path: Path) -> None:
+    for name in ("inductor/a/b.so", "tensorrt/c.engine", "thesis/d.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(10))
+    cache = EngineCache(tmp_path)
+    cache.write("a", b"")
+    assert cache.library_bytes() == 20
+    assert cache.clear() == 20 + 32
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+    assert cache.library_bytes() == 0
+
+
 def test_a_cache_that_cannot_be_written_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
