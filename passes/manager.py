@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from flashu_compile import agreement
+from flashu_compile.bundle import agreement
 from flashu_compile.bundle.agreement import REORDERED, Difference, output_difference
 from flashu_compile.errors import FlashuError, PassError
 from flashu_compile.passes.base import Kind, Pass, PassResult

@@ -252,7 +252,7 @@ class TestFiles:
 
     @pytest.mark.slow
     def test_the_whole_way(self, run: Run, tmp_path: Path) -> None:
-        traces = run("-m", "flashu_compile.demo", "made")
+        traces = run("-m", "flashu_compile.cli.demo", "made")
         assert (traces.looked_up, traces.foreign, traces.scratch) == (set(), [], [])
         assert any(name.endswith(".engines") for name in traces.home)
         assert (tmp_path / "made" / "bundle" / "manifest.json").is_file()

@@ -20,9 +20,10 @@ from typer.testing import CliRunner, Result
 from flashu_compile import cli
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import display
+from flashu_compile.cli.streams import accept_any_text, encodable
+from flashu_compile.cli.terminal import say
 from flashu_compile.models.loading import save_model
 from flashu_compile.recipe.presets import preset
-from flashu_compile.streams import accept_any_text, encodable, is_utf, say
 from tests.runtime.tiny_bundle import flip_byte, write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
 from tests.test_packaging import ROOT
@@ -72,8 +73,6 @@ def test_what_ascii_can_say_it_says() -> None:
     assert encodable("2 × 3 → 6 – “a”…", stream("ascii")) == '2 x 3 -> 6 - "a"...'
     assert encodable("2 × 3 → 日", stream("cp1252")) == "2 × 3 -> \\u65e5"
     assert encodable("日", stream("utf-8")) == "日"
-    assert [is_utf(stream(encoding)) for encoding in ENCODINGS] == [False, False, False, True]
-    assert is_utf(None)
 
 
 def test_a_process_without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
