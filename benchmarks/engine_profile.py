@@ -36,6 +36,10 @@ class WatchedEngines:
         self._engines = engines
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
+    @property
+    def precision(self) -> str:
+        return self._engines.precision
+
     def engine(self, name: str) -> Engine:
         return _Watched(self._engines.engine(name), self.seconds[name])
 
@@ -67,6 +71,10 @@ class ProfiledEngines:
         self._bundle, self._folder, self._threads = bundle, folder, threads
         self._manifest = read_manifest(bundle)
         self._sessions: dict[str, ort.InferenceSession] = {}
+
+    @property
+    def precision(self) -> str:
+        return self._manifest.precision
 
     def engine(self, name: str) -> Engine:
         spec = self._manifest.engine(name)

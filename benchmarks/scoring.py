@@ -23,6 +23,7 @@ from rich.progress import track
 from safetensors import safe_open
 
 from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
 from flashu_compile.bundle.manifest import RECIPE, REPORT, TOKENIZER, EngineSpec, read_manifest
 from flashu_compile.bundle.prompts import PromptCodec
@@ -45,6 +46,10 @@ class CountedEngines:
     def __init__(self, engines: OnnxRuntimeEngines) -> None:
         self._engines = engines
         self.rows: Counter[str] = Counter()
+
+    @property
+    def precision(self) -> str:
+        return self._engines.precision
 
     def engine(self, name: str) -> Engine:
         return _CountedEngine(self._engines.engine(name), self.rows)
@@ -105,7 +110,8 @@ def draw_some(bundle: Path, plan: StepPlan, threads: int, start: int, prompts: S
     pipe, engines = pipeline(bundle, plan, threads)
     latents = pipe.latents(list(prompts), seed=[start + index for index in range(len(prompts))])
     decoder = engines.engine("vae_decode")
-    pictures = [to_picture(decoder.run({"latents": row[None]})["pixels"][0]) for row in latents]
+    source = Source.engine(engines, "vae_decode")
+    pictures = [to_picture(decoder.run({"latents": row[None]})["pixels"][0], source) for row in latents]
     return Drawn(np.stack([np.asarray(picture) for picture in pictures]), latents, engines.rows)
 
 

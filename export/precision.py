@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from flashu_compile import arguments
 from flashu_compile.bundle.precision import PARTS, by_part
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.passes.base import Pass
@@ -36,6 +37,8 @@ class Precision:
 
         Raises `ConfigurationError` on an unknown part; names are checked against a backend (`check_precision`).
         """
+        if not isinstance(given, str):
+            given = arguments.mapping("precision", given)
         text = given if isinstance(given, str) else ",".join(f"{part}={name}" for part, name in given.items())
         named = [entry.partition("=")[0] for entry in text.split(",") if "=" in entry]
         unknown = [part for part in named if part not in PARTS]

@@ -77,5 +77,9 @@ class CacheError(FlashuError):
     """A directory cannot serve as the cache, or none is known."""
 
 
+class NotFiniteError(FlashuError):
+    """An engine or a model gave values that are not finite numbers; the message names it, and the way out."""
+
+
 class InputError(FlashuError):
     """A prompt, picture, tensor or sampling parameter given at run time is unusable."""

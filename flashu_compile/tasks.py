@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 #: Captured programs, and the engines of the same names.
 DENOISE, VAE_DECODE, UNDERSTAND = "denoise", "vae_decode", "understand"
@@ -39,7 +39,6 @@ class TaskRecord:
         program: the captured program that techniques change.
         sample_field: the field of `CalibrationSamples` that it is calibrated on.
         sample_kind: what these samples are, in words.
-        outputs: the engines that its loop asks for by name, and the output that it reads of each.
         describe: a sentence on an engine of this task, for whoever opens its graph; empty for an unknown name.
     """
 
@@ -49,7 +48,6 @@ class TaskRecord:
     program: str
     sample_field: str
     sample_kind: str
-    outputs: Mapping[str, str]
     describe: Callable[[str], str]
 
 
@@ -100,7 +98,6 @@ T2I = TaskRecord(
     program=DENOISE,
     sample_field="prompts",
     sample_kind="prompts",
-    outputs={VAE_DECODE: "pixels"},
     describe=_describe_generation,
 )
 MMU = TaskRecord(
@@ -110,7 +107,6 @@ MMU = TaskRecord(
     program=UNDERSTAND,
     sample_field="questions",
     sample_kind="image and question pairs",
-    outputs={VISION: "image_embeds", LANGUAGE: "logits"},
     describe=_describe_understanding,
 )
 RECORDS = {record.name: record for record in (T2I, MMU)}

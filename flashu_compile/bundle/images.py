@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from flashu_compile.bundle.finite import Source
 from flashu_compile.errors import InputError
 from flashu_compile.paths import absolute
 
@@ -126,14 +127,19 @@ def engine_pixels(source: Picture, size: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(values.transpose(2, 0, 1)[None], dtype=np.float32)
 
 
-def to_picture(pixels: NDArray[np.float32]) -> Image.Image:
-    """Decoded pixels [3, height, width], [-1, 1] but for overshoot, as a PIL image: (x + 1) / 2 * 255, truncated."""
+def to_picture(pixels: NDArray[np.float32], source: Source) -> Image.Image:
+    """Decoded pixels [3, height, width], [-1, 1] but for overshoot, as a PIL image: (x + 1) / 2 * 255, truncated.
+
+    `source` is what gave them. Raises `NotFiniteError`, naming it, if one is no finite number.
+    """
+    source.check("pixels", pixels)
     levels = (np.clip(pixels.astype(np.float32, copy=False), -1, 1) + 1) / 2 * 255
     return Image.fromarray(np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0)))
 
 
 def check_picture_path(path: Path) -> None:
     """Raises `InputError` if no picture can be saved there: to be called before the work of making one."""
+    path = absolute(path)
     if path.suffix.lower() not in _SAVED:
         raise InputError(f"Cannot save a picture as {path.name!r}: its name must end in {', '.join(_SAVED)}.")
     if path.is_dir():

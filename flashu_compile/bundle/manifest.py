@@ -13,7 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashu_compile import arguments
 from flashu_compile.errors import BundleError, BundleVersionError
+from flashu_compile.paths import absolute
+
+# Far more than any model has; they only keep memory finite where a manifest is damaged.
+_LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
@@ -57,7 +62,10 @@ class EngineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationFacts:
-    """What the t2i pipeline must know of the model. Sizes in pixels, tokens or rows."""
+    """What the t2i pipeline must know of the model. Sizes in pixels, tokens or rows.
+
+    Raises `BundleError` on sizes of the wrong type, out of range, or that do not go together.
+    """
 
     latent_shape: tuple[int, int, int]
     sequence_length: int
@@ -65,14 +73,40 @@ class GenerationFacts:
     max_prompt_tokens: int
     picture_size: int
 
+    def __post_init__(self) -> None:
+        shape: Any = self.latent_shape
+        if not isinstance(shape, tuple) or len(shape) != 3:
+            raise BundleError(
+                f"The manifest's latent_shape must be three sizes, not {arguments.shown(shape)}."
+            )
+        for size in shape:
+            arguments.integer("A size of the manifest's latent_shape", size, 1, _LARGEST_SIDE, BundleError)
+        _check_facts(self, {"picture_size": _LARGEST_SIDE, "sequence_length": _LARGEST_LENGTH})
+        _check_facts(self, {"span_length": self.sequence_length, "max_prompt_tokens": self.sequence_length})
+        # Two tokens stand before the picture beside the prompt, and two behind it.
+        if self.max_prompt_tokens + self.span_length + 4 > self.sequence_length:
+            raise BundleError(
+                f"The manifest's sequence_length {self.sequence_length} cannot hold a span of {self.span_length} and "
+                f"prompts of {self.max_prompt_tokens} tokens."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class UnderstandingFacts:
-    """What the mmu pipeline must know of the model."""
+    """What the mmu pipeline must know of the model. Raises `BundleError` on sizes of the wrong type or out of range."""
 
     picture_size: int
     max_question_tokens: int
     max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        _check_facts(self, {"picture_size": _LARGEST_SIDE})
+        _check_facts(self, dict.fromkeys(("max_question_tokens", "max_new_tokens"), _LARGEST_LENGTH))
+
+
+def _check_facts(facts: GenerationFacts | UnderstandingFacts, largest: Mapping[str, int]) -> None:
+    for name, high in largest.items():
+        arguments.integer(f"The manifest's {name}", getattr(facts, name), 1, high, BundleError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +222,7 @@ def file_entry(path: Path) -> FileEntry:
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of the bundle at `directory`. Raises `BundleError` if there is none."""
-    path = directory / MANIFEST
+    path = absolute(directory / MANIFEST)
     if not path.is_file():
         reason = "does not exist" if not directory.exists() else f"has no {MANIFEST}"
         raise BundleError(f"{directory} {reason}; it is not a bundle. Build one with `flashu-compile build`.")

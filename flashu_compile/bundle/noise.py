@@ -7,6 +7,7 @@ import operator
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile.arguments import shown
 from flashu_compile.errors import InputError
 
 _LIMIT = 2**64
@@ -16,10 +17,15 @@ def _word(name: str, value: int) -> int:
     try:
         word = operator.index(value)
     except TypeError:
-        raise InputError(f"{name} must be an integer, not {value!r}.") from None
+        raise InputError(f"{name} must be an integer, not {shown(value)}.") from None
     if isinstance(value, bool) or not 0 <= word < _LIMIT:
-        raise InputError(f"{name} must be an integer from 0 to 2**64 - 1, not {value!r}.")
+        raise InputError(f"{name} must be an integer from 0 to 2**64 - 1, not {shown(value)}.")
     return word
+
+
+def check_seed(seed: int) -> int:
+    """Check a seed, as an int. Raises `InputError` if it is no integer from 0 to 2**64 - 1."""
+    return _word("seed", seed)
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -1,15 +1,18 @@
-"""What engines take and give: which inputs are state, and whether what one is given fits its signature."""
+"""What engines take and give: which inputs are state, and whether values fit a signature."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
-from flashu_compile.errors import InputError
+from flashu_compile.bundle.profiles import evaluate
+from flashu_compile.errors import BundleError, ConfigurationError, InputError
+
+Values = TypeVar("Values", bound=Mapping[str, Any])
 
 
 def updated(name: str) -> str:
@@ -36,15 +39,52 @@ def check_inputs(spec: EngineSpec, inputs: Mapping[str, Any], kinds: Any = (np.n
     for tensor in spec.inputs:
         value = inputs[tensor.name]
         if not isinstance(value, kinds):
-            raise InputError(f"{_expected(spec, tensor)}, given {type(value).__name__}.")
+            raise InputError(f"{_expected(spec, tensor, 'input')}, given {type(value).__name__}.")
         if _name(value.dtype) != tensor.dtype or value.ndim != len(tensor.shape):
-            raise InputError(f"{_expected(spec, tensor)}, given {_given(value)}.")
+            raise InputError(f"{_expected(spec, tensor, 'input')}, given {_given(value)}.")
         for size, dimension in zip(value.shape, tensor.shape, strict=True):
             known = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
             if size != known:
                 also = f" ({dimension} is {known} in another dimension)" if isinstance(dimension, str) else ""
-                raise InputError(f"{_expected(spec, tensor)}, given {_given(value)}{also}.")
+                raise InputError(f"{_expected(spec, tensor, 'input')}, given {_given(value)}{also}.")
     return sizes
+
+
+def check_outputs(
+    spec: EngineSpec, outputs: Values, sizes: Mapping[str, int], kinds: Any = np.ndarray
+) -> Values:
+    """Compare what an engine gave with its signature, and return it.
+
+    `sizes` are those of dynamic dimensions of the inputs; a dimension that does not follow from them may have any size.
+    Raises `BundleError` naming the engine and the output, with what is expected and what it gave.
+    """
+    for tensor in spec.outputs:
+        if tensor.name not in outputs:
+            continue  # state, which stays with the caller
+        value = outputs[tensor.name]
+        if not isinstance(value, kinds):
+            raise BundleError(f"{_expected(spec, tensor, 'output')}, gave {type(value).__name__}.")
+        fits = _name(value.dtype) == tensor.dtype and value.ndim == len(tensor.shape)
+        if not fits or any(
+            _size(dimension, sizes) not in (None, size)
+            for size, dimension in zip(value.shape, tensor.shape, strict=True)
+        ):
+            raise BundleError(
+                f"{_expected(spec, tensor, 'output')}, gave {_given(value)}; build the bundle again."
+            )
+    return outputs
+
+
+def _size(dimension: int | str, sizes: Mapping[str, int]) -> int | None:
+    """The size of an output's dimension, or None if it does not follow from those of inputs."""
+    if isinstance(dimension, int):
+        return dimension
+    if dimension in sizes:
+        return sizes[dimension]
+    try:
+        return evaluate(dimension, sizes)
+    except (ConfigurationError, ZeroDivisionError):
+        return None
 
 
 @functools.cache  # NumPy makes a name anew each time it is asked
@@ -52,9 +92,9 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _expected(spec: EngineSpec, tensor: TensorSpec) -> str:
+def _expected(spec: EngineSpec, tensor: TensorSpec, side: str) -> str:
     written = f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
-    return f"Engine {spec.name!r}, input {tensor.name!r}: expected {written}"
+    return f"Engine {spec.name!r}, {side} {tensor.name!r}: expected {written}"
 
 
 def _given(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flashu_compile.arguments import LARGEST_THREADS
 from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.errors import FlashuError
@@ -109,7 +110,10 @@ ProviderOption = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads an engine computes with.", show_default="one per core")
+    int | None,
+    typer.Option(
+        min=1, max=LARGEST_THREADS, help="Threads an engine computes with.", show_default="one per core"
+    ),
 ]
 Memory = Annotated[
     str,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Json, Tokenizer, Vae, app, examples, quiet_torch
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
@@ -50,11 +51,15 @@ Cache = Annotated[
         show_default="$FLASHU_CACHE, or the user's cache directory",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="At most so many samples are used for each task.")]
+Samples = Annotated[
+    int, typer.Option(min=1, max=LARGEST_COUNT, help="At most so many samples are used for each task.")
+]
 Seed = Annotated[
     int,
     typer.Option(
-        min=0, help="Chooses among more samples than that, and seeds the noise pictures start from."
+        min=0,
+        max=LARGEST_BUILD_SEED,
+        help="Chooses among more samples than that, and seeds the noise pictures start from.",
     ),
 ]
 # The library's own default; written out, since help must not import it.
@@ -96,6 +101,7 @@ def build(
         int,
         typer.Option(
             min=0,
+            max=LARGEST_COUNT,
             help="How many prompts and questions a lossy recipe's cost is measured on, for the report; 0 for none.",
         ),
     ] = 3,

@@ -68,7 +68,7 @@ def tensorrt(
     ] = False,
     refit: Annotated[bool, typer.Option("--refit", help="Weights of engines can be exchanged.")] = False,
     workspace: Annotated[
-        int | None, typer.Option(min=1, metavar="MIB", help="Limit of TensorRT's scratch memory.")
+        int | None, typer.Option(min=1, max=2**20, metavar="MIB", help="Limit of TensorRT's scratch memory.")
     ] = None,
     level: Annotated[
         int | None, typer.Option("--optimization-level", min=0, max=5, help="How long TensorRT searches.")

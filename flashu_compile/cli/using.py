@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashu_compile.arguments import LARGEST_POINTS
 from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     USING,
@@ -58,7 +59,10 @@ def generate(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Time points: N points are N - 1 evaluations.", show_default="the bundle's plan"
+            min=2,
+            max=LARGEST_POINTS,
+            help="Time points: N points are N - 1 evaluations.",
+            show_default="the bundle's plan",
         ),
     ] = None,
     guidance_scale: Annotated[

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import REPORT, Manifest
 from flashu_compile.compiler.building import Built, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
@@ -115,11 +117,12 @@ def export(
     """
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
-    check_precision(backend, wanted)
+    _check_counts(samples, seed, cost_samples)
+    arguments.flag("overwrite", overwrite)
+    arguments.function("progress", progress)
+    check_precision(arguments.name_of("backend", backend), wanted)
     find_backend(backend).check()
     check_proof(proof)
-    if cost_samples < 0:
-        raise ConfigurationError(f"cost_samples must be at least 0, not {cost_samples}.")
     given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
     tell, kept = Steps(progress), open_cache(cache)
     named = absolute("." if output is None else output)
@@ -243,10 +246,18 @@ def calibrate(
     """
     tasks = named_tasks(task)
     chosen = find_recipe(recipe)
+    _check_counts(samples, seed)
+    arguments.function("progress", progress)
     given = given_samples(chosen, tasks, calibration)
     tell = Steps(progress)
     source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
     return decide(chosen, source, tasks, given, samples, seed, tell)[0]
+
+
+def _check_counts(samples: int, seed: int, cost_samples: int = 0) -> None:
+    arguments.integer("samples", samples, 1, LARGEST_COUNT)
+    arguments.integer("seed", seed, 0, LARGEST_BUILD_SEED)
+    arguments.integer("cost_samples", cost_samples, 0, LARGEST_COUNT)
 
 
 def _captured(
@@ -285,6 +296,7 @@ def capture_model(
     Raises:
         FlashuError: a subclass that says what is wrong and what to do.
     """
+    arguments.function("progress", progress)
     tell = Steps(progress)
     source = open_model(
         model, named_tasks(task), vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flashu_compile.arguments import shown
 from flashu_compile.compiler.building import Built
 from flashu_compile.compiler.metadata import checkpoint_bytes
 from flashu_compile.errors import ConfigurationError
@@ -52,7 +53,7 @@ class ProofCopy:
 def check_proof(proof: str) -> None:
     """Raises `ConfigurationError` on an unknown word."""
     if proof not in (AUTO, WHOLE, COPY):
-        raise ConfigurationError(f"proof is one of {AUTO}, {WHOLE}, {COPY}, not {proof!r}.")
+        raise ConfigurationError(f"proof is one of {AUTO}, {WHOLE}, {COPY}, not {shown(proof)}.")
 
 
 def needs_copy(proof: str, loaded: LoadedModel) -> bool:

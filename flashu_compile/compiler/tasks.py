@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from flashu_compile.arguments import shown
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
@@ -251,9 +252,11 @@ def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tupl
 
 def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
     """Return the tasks asked for, in our order. Raises `UnknownTaskError`."""
+    if not isinstance(task, str | Sequence):
+        raise UnknownTaskError(f"A task is a text, or several a list of them, not {shown(task)}.")
     asked = (task,) if isinstance(task, str) else tuple(task)
     unknown = [name for name in asked if name not in TASKS]
     if unknown or not asked:
-        what = f"Unknown task {unknown[0]!r}" if unknown else "No task given"
+        what = f"Unknown task {shown(unknown[0])}" if unknown else "No task given"
         raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
     return tuple(name for name in TASKS if name in asked)

@@ -28,7 +28,7 @@ from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import CalibrationError, FlashuError, RecipeError
-from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap
+from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap, captured_source
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
@@ -302,10 +302,10 @@ def calibrate_mmu(
             pixels = torch.from_numpy(engine_pixels(image, facts.picture_size))
             prefix = torch.tensor([codec.question_prefix()])
             suffix = codec.question_suffix(question, facts.max_question_tokens)
+            inputs: dict[str, Tensor] = {Role.PIXELS: pixels, Role.PREFIX_IDS: prefix}
+            answer = _greedy(program, inputs, suffix, codec.eos)
         except FlashuError as error:
             raise CalibrationError(f"Calibration failed on {statistics.where}: {error}") from error
-        inputs: dict[str, Tensor] = {Role.PIXELS: pixels, Role.PREFIX_IDS: prefix}
-        answer = _greedy(program, inputs, suffix, codec.eos)
         statistics.last_rows = _last_rows(len(answer) + 1)
         recorder.record({**inputs, Role.SUFFIX_IDS: torch.tensor([suffix + answer])})
         if progress is not None:
@@ -330,11 +330,11 @@ def _last_rows(count: int) -> Rows:
 
 @torch.inference_mode()
 def _greedy(program: Program, inputs: Mapping[str, Tensor], suffix: list[int], eos: int) -> list[int]:
-    recorder = Recorder(program, {})
+    recorder, source = Recorder(program, {}), captured_source(program)
     answer: list[int] = []
     while len(answer) < ANSWER_TOKENS:
         row = {**inputs, Role.SUFFIX_IDS: torch.tensor([suffix + answer])}
-        token = int(recorder.record(row)[Role.LOGITS][0].argmax())
+        (token,) = source.greedy(recorder.record(row)[Role.LOGITS].numpy())
         if token == eos:
             break
         answer.append(token)

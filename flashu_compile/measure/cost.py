@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture as Given
 from flashu_compile.bundle.images import engine_pixels, to_picture
 from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
@@ -28,6 +29,7 @@ from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.measure.calibration import ANSWER_TOKENS
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
+from flashu_compile.measure.recorder import captured_source
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions
@@ -121,7 +123,7 @@ def _picture_techniques(recipe: Recipe, exact: Recipe) -> Iterator[tuple[str, Re
 def _picture(decoder: Program, latents: NDArray[np.float32]) -> Image.Image:
     with torch.inference_mode():
         pixels = decoder.run({Role.LATENTS: torch.from_numpy(latents)})[Role.PIXELS]
-    return to_picture(pixels[0].numpy())
+    return to_picture(pixels[0].numpy(), captured_source(decoder))
 
 
 # --- mmu --------------------------------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ class _Question:
 
     @property
     def picture(self) -> Image.Image:
-        return to_picture(self._pixels[0])
+        return to_picture(self._pixels[0], Source("The picture asked about", "float32"))
 
     def _next(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.float32]:
         inputs: Mapping[str, Any] = {
@@ -216,7 +218,9 @@ class _Question:
             Role.PREFIX_IDS: torch.tensor([self._prefix]),
             Role.SUFFIX_IDS: torch.tensor([[*self._suffix, *answer]]),
         }
-        return emulator.emulate(inputs)[Role.LOGITS][0].numpy()
+        logits = emulator.emulate(inputs)[Role.LOGITS].numpy()
+        captured_source(emulator.program).greedy(logits)
+        return logits[0]
 
     def greedy(self, emulator: Emulator) -> tuple[list[int], NDArray[np.float32]]:
         """The answer, without what ends it, and the logits [tokens + 1, vocab] that gave it and its end."""
@@ -233,8 +237,12 @@ class _Question:
 
     def logits_of_engines(self, engines: Engines, answer: Sequence[int]) -> NDArray[np.float32]:
         embeds = engines.engine(VISION).run({"pixels": self._pixels})["image_embeds"]
-        going = decoding.Picture(engines, self._prefix, embeds).answers([self._suffix])
-        return np.concatenate([going.first(), *(going.after([token]) for token in answer)])
+        Source.engine(engines, VISION).check("image_embeds", embeds)
+        asked = decoding.Picture(engines, self._prefix, embeds)
+        going = asked.answers([self._suffix])
+        logits = np.concatenate([going.first(), *(going.after([token]) for token in answer)])
+        asked.greedy(logits)
+        return logits
 
     def kept(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.bool_] | None:
         """Which image tokens token pruning keeps, where the recipe has it."""

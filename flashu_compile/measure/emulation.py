@@ -175,6 +175,10 @@ class EmulatedEngines:
         self._features = recipe.t2i.head_cache > 1
         self._made: dict[str, EmulatedEngine] = {}
 
+    @property
+    def precision(self) -> str:
+        return "float32"
+
     def engine(self, name: str) -> EmulatedEngine:
         if name not in self._made:
             variant = Variant() if name == REUSE else self._variants[name]

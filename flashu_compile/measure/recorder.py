@@ -10,8 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.program.program import Program
+
+_PRECISION = "float32"  # programs are captured in it
 
 Tap = Callable[[Tensor], None]
 
@@ -46,6 +49,11 @@ class Recorder(fx.Interpreter):
         return value
 
 
+def captured_source(program: Program) -> Source:
+    """Name the program as captured, which computes in float32, for errors about what it gives."""
+    return Source(f"The model's program {program.name!r}", _PRECISION)
+
+
 class RecordingEngine:
     """A Recorder as the sampler's engine of every name. `before` is called ahead of each evaluation with its inputs."""
 
@@ -54,6 +62,10 @@ class RecordingEngine:
         program = recorder.program
         given = [TensorSpec(str(role), str(v.dtype), tuple(v.shape)) for role, v in program.sample.items()]
         self.spec = EngineSpec(program.name, program.task, "", tuple(given), (), "")
+
+    @property
+    def precision(self) -> str:
+        return _PRECISION
 
     def engine(self, name: str) -> RecordingEngine:
         return self

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_POINTS, is_number, shown
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.tasks import HEAD, LLM, MMU, SEMANTIC, T2I
 
@@ -20,6 +20,11 @@ SOLVERS = ("euler", "ab2")
 FULL_FFN_AT = ("first", "last")
 TOKEN_SCORERS = ("v_norm", "random", "duplication")
 LARGEST_SCALE = 1e4
+#: Below this the last of many time points would be one in floating point.
+SMALLEST_SHIFT = 1e-4
+#: The index of a block; published models have 28 at most.
+LARGEST_BLOCK = 9_999
+_LARGEST_WIDTH = 2**24  # of a layer, in neurons
 
 Guidance = tuple[tuple[float, float | None], ...]
 
@@ -73,21 +78,19 @@ class T2IConfig:
 
     def __post_init__(self) -> None:
         check = _Checks(self)
-        check.integer("points", 2, optional=True)
+        check.integer("points", 2, LARGEST_POINTS, optional=True)
         check.number("guidance_scale", 0, LARGEST_SCALE, optional=True)
-        check.number("time_shift", 0, LARGEST_SCALE, optional=True, above=True)
+        check.number("time_shift", SMALLEST_SHIFT, LARGEST_SCALE, optional=True)
         check.store("guidance", _guidance(self.guidance))
         check.choice("solver", SOLVERS)
         for name in ("ffn_pruning", "semantic_pruning", "head_pruning", "layer_skipping"):
             check.number(name, 0, 1, below=True)
         check.number("full_ffn", 0, 1)
         check.choice("full_ffn_at", FULL_FFN_AT)
-        for name in ("width_multiple", "skipping_interval", "head_cache"):
-            check.integer(name, 1)
-        if not isinstance(self.head_extrapolation, bool):
-            raise ConfigurationError(
-                f"head_extrapolation must be true or false, not {self.head_extrapolation!r}."
-            )
+        check.integer("width_multiple", 1, _LARGEST_WIDTH)
+        for name in ("skipping_interval", "head_cache"):
+            check.integer(name, 1, LARGEST_POINTS)
+        arguments.flag("head_extrapolation", self.head_extrapolation)
         if self.head_extrapolation and self.head_cache == 1:
             raise ConfigurationError("head_extrapolation needs a head cache; set head_cache above 1.")
 
@@ -140,8 +143,8 @@ class MMUConfig:
         check = _Checks(self)
         for name in ("ffn_pruning", "semantic_pruning", "layer_skipping", "token_pruning"):
             check.number(name, 0, 1, below=True)
-        check.integer("width_multiple", 1)
-        check.integer("token_layer", 0)
+        check.integer("width_multiple", 1, _LARGEST_WIDTH)
+        check.integer("token_layer", 0, LARGEST_BLOCK)
         check.choice("token_scorer", TOKEN_SCORERS)
 
     @property
@@ -174,17 +177,6 @@ def config_from_dict(kind: type[T2IConfig] | type[MMUConfig], data: Mapping[str,
         raise ConfigurationError(f"{where}: {error}") from error
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite real number; a bool is none."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and bool(-math.inf < value < math.inf)
-
-
-def is_integer(value: Any) -> bool:
-    """Whether `value` is an integer; a bool is none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _only(config: T2IConfig, names: tuple[str, ...]) -> T2IConfig:
     """Return the defaults with the fields `names` of `config`."""
     return T2IConfig(**{name: getattr(config, name) for name in names})
@@ -211,45 +203,38 @@ class _Checks:
     ) -> None:
         """In [low, high]; `above` and `below` leave out the ends."""
         value = getattr(self.config, name)
-        if optional and value is None:
-            return
-        ok = is_number(value) and low <= value <= high
-        if not ok or (above and value == low) or (below and value == high):
-            least = f"above {low:g}" if above else f"at least {low:g}"
-            most = f"below {high:g}" if below else f"at most {high:g}"
-            raise ConfigurationError(f"{name} must be a number {least} and {most}, not {value!r}.")
-        self.store(name, float(value))
+        if not (optional and value is None):
+            self.store(name, arguments.number(name, value, low, high, above=above, below=below))
 
-    def integer(self, name: str, low: int, *, optional: bool = False) -> None:
+    def integer(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
         value = getattr(self.config, name)
-        if optional and value is None:
-            return
-        if not is_integer(value) or value < low:
-            raise ConfigurationError(f"{name} must be an integer of at least {low}, not {value!r}.")
-        self.store(name, int(value))
+        if not (optional and value is None):
+            self.store(name, arguments.integer(name, value, low, high))
 
     def choice(self, name: str, known: tuple[str, ...]) -> None:
         value = getattr(self.config, name)
-        if value not in known:
-            raise ConfigurationError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+        if not isinstance(value, str) or value not in known:
+            raise ConfigurationError(f"{name} must be one of {', '.join(known)}, not {shown(value)}.")
 
 
 def _guidance(value: object) -> Guidance:
     expected = "guidance must be a list of pairs (share of the trajectory, factor or none)"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ConfigurationError(f"{expected}, not {value!r}.")
+        raise ConfigurationError(f"{expected}, not {shown(value)}.")
+    if len(value) > LARGEST_POINTS:
+        raise ConfigurationError(f"guidance has {len(value):,} entries; give at most {LARGEST_POINTS:,}.")
     entries: list[tuple[float, float | None]] = []
     for entry in value:
         if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
-            raise ConfigurationError(f"{expected}; {entry!r} is not such a pair.")
+            raise ConfigurationError(f"{expected}; {shown(entry)} is not such a pair.")
         start, factor = entry
         if not is_number(start) or not 0 <= start < 1:
             raise ConfigurationError(
-                f"guidance entry {entry!r} must start at a number of at least 0 and below 1."
+                f"guidance entry {shown(entry)} must start at a number of at least 0 and below 1."
             )
         if factor is not None and not (is_number(factor) and 0 <= factor <= LARGEST_SCALE):
             raise ConfigurationError(
-                f"guidance entry {entry!r} must have a factor of at least 0 and at most {LARGEST_SCALE:g}, or none."
+                f"guidance entry {shown(entry)} must have a factor from 0 to {LARGEST_SCALE:g}, or none."
             )
         entries.append((float(start), None if factor is None else float(factor)))
     starts = [start for start, _ in entries]

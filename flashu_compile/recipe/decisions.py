@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_POINTS, is_integer, is_number, shown
 from flashu_compile.errors import RecipeError
-from flashu_compile.recipe.config import TaskConfig, is_integer, is_number
+from flashu_compile.recipe.config import LARGEST_BLOCK, TaskConfig
+
+_LARGEST_NEURON = 2**31 - 1
 
 KeptNeurons = Mapping[str, Mapping[int, NDArray[np.int64]]]
 
@@ -25,13 +29,17 @@ class Phase:
     def __post_init__(self) -> None:
         if not is_number(self.start) or not 0 <= self.start < 1:
             raise RecipeError(
-                f"A phase must start at a number of at least 0 and below 1, not {self.start!r}."
+                f"A phase must start at a number of at least 0 and below 1, not {shown(self.start)}."
             )
         blocks: Any = self.skipped
         if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not all(map(is_integer, blocks)):
-            raise RecipeError(f"The skipped layers of a phase must be a list of integers, not {blocks!r}.")
-        if len(set(blocks)) != len(blocks) or min(blocks, default=0) < 0:
-            raise RecipeError(f"Skipped layers must be distinct and not negative; a phase has {blocks!r}.")
+            raise RecipeError(
+                f"The skipped layers of a phase must be a list of integers, not {shown(blocks)}."
+            )
+        if len(set(blocks)) != len(blocks) or not all(0 <= block <= LARGEST_BLOCK for block in blocks):
+            raise RecipeError(
+                f"Skipped layers must be distinct, and from 0 to {LARGEST_BLOCK:,}; a phase has {shown(blocks)}."
+            )
         object.__setattr__(self, "start", float(self.start))
         object.__setattr__(self, "skipped", tuple(sorted(map(int, blocks))))
 
@@ -55,13 +63,23 @@ class Decisions:
     kept_widths: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        kept_neurons, kept_widths = (
+            _by_block(name, getattr(self, name)) for name in ("kept_neurons", "kept_widths")
+        )
+        phases: Any = self.phases
+        if not isinstance(phases, Sequence) or not all(isinstance(phase, Phase) for phase in phases):
+            raise RecipeError(f"Phases must be a list of Phase, not {shown(phases)}.")
+        if len(phases) > LARGEST_POINTS:
+            raise RecipeError(
+                f"There are {len(phases):,} phases; a trajectory has at most {LARGEST_POINTS:,}."
+            )
         kept = {
             stack: {int(block): _neurons(stack, block, blocks[block]) for block in sorted(blocks)}
-            for stack, blocks in sorted(self.kept_neurons.items())
+            for stack, blocks in sorted(kept_neurons.items())
         }
         widths = {
             stack: {int(block): _width(stack, block, blocks[block]) for block in sorted(blocks)}
-            for stack, blocks in sorted(self.kept_widths.items())
+            for stack, blocks in sorted(kept_widths.items())
         }
         counted = {stack: {block: len(kept[stack][block]) for block in kept[stack]} for stack in kept}
         for stack in counted.keys() & widths.keys():
@@ -125,12 +143,15 @@ class Decisions:
 
 
 def _neurons(stack: str, block: object, values: Any) -> NDArray[np.int64]:
-    where = f"The kept neurons of block {block!r} of stack {stack!r}"
-    array = np.asarray(values)
-    if not is_integer(block) or array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise RecipeError(
-            f"{where} must be a list of integers under a block's index, not {array.dtype} {array.shape}."
-        )
+    where = f"The kept neurons of block {block} of stack {stack!r}"
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{where} must be a list of integers, not {shown(values)}.") from error
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise RecipeError(f"{where} must be a list of integers, not {array.dtype} {array.shape}.")
+    if array.max() > _LARGEST_NEURON:
+        raise RecipeError(f"{where} must be at most {_LARGEST_NEURON:,}, not {array.max():,}.")
     array = array.astype(np.int64)
     if array[0] < 0 or (np.diff(array) <= 0).any():
         raise RecipeError(f"{where} must rise from at least 0, each listed once.")
@@ -139,9 +160,23 @@ def _neurons(stack: str, block: object, values: Any) -> NDArray[np.int64]:
 
 
 def _width(stack: str, block: object, width: object) -> int:
-    if not is_integer(block) or not is_integer(width) or width < 1:  # type: ignore[operator]
-        raise RecipeError(f"Block {block!r} of stack {stack!r} cannot keep {width!r} neurons.")
-    return int(width)  # type: ignore[call-overload]
+    what = f"The neurons that block {block} of stack {stack!r} keeps"
+    return arguments.integer(what, width, 1, _LARGEST_NEURON, RecipeError)
+
+
+def _is_block(value: Any) -> bool:
+    return is_integer(value) and 0 <= value <= LARGEST_BLOCK
+
+
+def _by_block(name: str, value: object) -> dict[str, Mapping[Any, Any]]:
+    """What is said of blocks, by stack. Raises `RecipeError` unless it is a mapping of mappings."""
+    stacks = arguments.mapping(name, value, RecipeError)
+    for stack, blocks in stacks.items():
+        if not isinstance(blocks, Mapping) or not all(map(_is_block, blocks)):
+            raise RecipeError(
+                f"{name} of stack {stack!r} must be a mapping from the indices of blocks, not {shown(blocks)}."
+            )
+    return stacks
 
 
 def _listed(values: Iterable[float]) -> str:

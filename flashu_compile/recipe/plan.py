@@ -17,14 +17,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_POINTS, shown
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
-from flashu_compile.recipe.config import LARGEST_SCALE, T2IConfig
+from flashu_compile.recipe.config import LARGEST_SCALE, SMALLEST_SHIFT, SOLVERS, T2IConfig
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.tasks import DENOISE, REUSE
 
+_APART = 1e-9  # how far, by rounding, the end of a step may lie from the beginning of the next
 _TOLERANCE = 1e-9  # of k / n against a share of the trajectory that was computed as another quotient
 
 Value = TypeVar("Value")
@@ -47,6 +51,8 @@ class Step:
 
     `store`: keep the head's features of this step for those that reuse them. `extrapolate`: on a step that reuses,
     continue the line through the two features stored last to `t`, instead of taking the last as they are.
+
+    Raises `BundleError` on a value of the wrong type or out of range: only a damaged plan file has any.
     """
 
     t: float
@@ -56,6 +62,14 @@ class Step:
     store: bool = False
     extrapolate: bool = False
 
+    def __post_init__(self) -> None:
+        arguments.number("A step's t", self.t, 0, 1, BundleError, below=True)
+        arguments.number("A step's dt", self.dt, 0, 1 + _APART, BundleError, above=True)
+        arguments.number("A step's guidance_scale", self.guidance_scale, 0, LARGEST_SCALE, BundleError)
+        arguments.name_of("A step's engine", self.engine, BundleError)
+        arguments.flag("A step's store", self.store, BundleError)
+        arguments.flag("A step's extrapolate", self.extrapolate, BundleError)
+
     @property
     def branches(self) -> tuple[int, ...]:
         """The rows of the text that take part in this step."""
@@ -64,24 +78,50 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The whole trajectory. `points` counts time points: there are `points - 1` evaluations."""
+    """The whole trajectory. `points` counts time points: there are `points - 1` evaluations.
+
+    Raises `BundleError` if the steps do not lead from t = 0 to 1, each from where the one before ends, or on a value of
+    the wrong type or out of range.
+    """
 
     points: int
     time_shift: float
     solver: str
     steps: tuple[Step, ...]
 
+    def __post_init__(self) -> None:
+        arguments.integer("points", self.points, 2, LARGEST_POINTS, BundleError)
+        arguments.number("time_shift", self.time_shift, SMALLEST_SHIFT, LARGEST_SCALE, BundleError)
+        if self.solver not in SOLVERS:
+            raise BundleError(
+                f"It asks for solver {shown(self.solver)}; this version knows {', '.join(SOLVERS)}."
+            )
+        steps: Any = self.steps
+        if not isinstance(steps, tuple) or not all(isinstance(step, Step) for step in steps):
+            raise BundleError(f"Its steps must be a tuple of Step, not {shown(steps)}.")
+        if len(self.steps) != self.points - 1:
+            raise BundleError(f"{self.points} points need {self.points - 1} steps, not {len(self.steps)}.")
+        ends = [0.0, *(step.t + step.dt for step in self.steps)]
+        starts = [*(step.t for step in self.steps), 1.0]
+        for end, start in zip(ends, starts, strict=True):
+            if not math.isclose(end, start, rel_tol=0, abs_tol=_APART):
+                raise BundleError(f"A step ends at t = {end:g}, and what follows begins at {start:g}.")
+        if any(start >= following for start, following in itertools.pairwise(starts)):
+            raise BundleError("The times of the steps do not rise.")
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> StepPlan:
-        """Inverse of `to_json`. Raises `BundleError` on malformed text."""
+        """Inverse of `to_json`. Raises `BundleError` on malformed text, or a plan that cannot be followed."""
         try:
             data: dict[str, Any] = json.loads(text)
             return cls(**{**data, "steps": tuple(Step(**row) for row in data["steps"])})
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"The step plan is damaged: {error!r}; build the bundle again.") from error
+        except BundleError as error:
+            raise BundleError(f"The step plan is damaged: {error} Build the bundle again.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
+from flashu_compile.arguments import shown
 from flashu_compile.errors import RecipeError
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.recipe import Recipe, recipe_path
@@ -98,5 +99,5 @@ def find_recipe(source: str | os.PathLike[str] | Recipe) -> Recipe:
     if recipe_path(source).is_file():
         return Recipe.load(source)
     raise RecipeError(
-        f"Unknown recipe {os.fspath(source)!r}; give a recipe's file, or a preset: {', '.join(PRESETS)}."
+        f"Unknown recipe {shown(os.fspath(source))}; give a recipe's file, or a preset: {', '.join(PRESETS)}."
     )

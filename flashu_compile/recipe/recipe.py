@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile import arguments
+from flashu_compile.arguments import shown
 from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.paths import absolute
 from flashu_compile.recipe.config import (
     CONFIGS,
+    LARGEST_BLOCK,
     MMUConfig,
     T2IConfig,
     TaskConfig,
@@ -49,8 +52,18 @@ class Recipe:
     def __post_init__(self) -> None:
         name: Any = self.name
         if not isinstance(name, str) or not name.strip():
-            raise RecipeError(f"A recipe's name must be a text, not {name!r}.")
-        object.__setattr__(self, "decisions", {task: self.decisions[task] for task in sorted(self.decisions)})
+            raise RecipeError(f"A recipe's name must be a text, not {shown(name)}.")
+        for task, kind in CONFIGS.items():
+            if not isinstance(getattr(self, task), kind):
+                raise RecipeError(
+                    f"The parameters of {task} must be a {kind.__name__}, not {shown(getattr(self, task))}."
+                )
+        decided = arguments.mapping("decisions", self.decisions, RecipeError)
+        for task, decisions in decided.items():
+            self.config(task)
+            if not isinstance(decisions, Decisions):
+                raise RecipeError(f"The decisions of {task} must be Decisions, not {shown(decisions)}.")
+        object.__setattr__(self, "decisions", dict(sorted(decided.items())))
         for task, decisions in self.decisions.items():
             known = self.config(task).pruning
             unknown = [stack for stack in decisions.kept_widths if stack not in known]
@@ -66,7 +79,7 @@ class Recipe:
     def config(self, task: str) -> TaskConfig:
         """The parameters of `task`. Raises `RecipeError` on an unknown task."""
         if task not in TASKS:
-            raise RecipeError(f"A recipe knows the tasks {', '.join(TASKS)}, not {task!r}.")
+            raise RecipeError(f"A recipe knows the tasks {', '.join(TASKS)}, not {shown(task)}.")
         config: TaskConfig = getattr(self, task)
         return config
 
@@ -235,8 +248,8 @@ def _phase(value: object, where: str) -> Phase:
 
 
 def _block(text: str) -> int:
-    if not text.isdecimal():
-        raise RecipeError(f"A block is named by its index, not {text!r}.")
+    if not text.isdecimal() or len(text) > len(str(LARGEST_BLOCK)):
+        raise RecipeError(f"A block is named by its index, not {shown(text)}.")
     return int(text)
 
 

@@ -7,16 +7,18 @@ a batch, since an engine is told for each how many rows there are before; one th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile.bundle.finite import Source, is_broken
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.profiles import BATCH
 from flashu_compile.bundle.signatures import state_of
-from flashu_compile.errors import BundleError
+from flashu_compile.errors import BundleError, NotFiniteError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
 from flashu_compile.tasks import LANGUAGE
 
@@ -61,21 +63,56 @@ class Picture:
         # The first id is part of the context.
         return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
 
+    def greedy(self, logits: NDArray[np.float32]) -> list[int]:
+        """The next token of every answer. Raises `NotFiniteError`, naming the engine, if logits have no largest one."""
+        try:
+            return Source.engine(self._engines, LANGUAGE).greedy(logits)
+        except NotFiniteError:
+            prologue = self._engine.spec.prologue
+            if prologue is None or not any(map(is_broken, (self._context or {}).values())):
+                raise
+            source = Source.engine(self._engines, prologue)
+            raise source.error("gave keys or values that are no numbers") from None
+
 
 def tokens(
     picture: Picture, suffixes: Sequence[list[int]], end: int, limit: int
 ) -> Iterator[tuple[int, int]]:
     """Greedy tokens of every answer, each with the number of its suffix: up to `limit` before the token `end`."""
     for start in range(0, len(suffixes), BATCH):
-        for number, token in _batch(picture.answers(suffixes[start : start + BATCH]), end, limit):
+        for number, token in _batch(picture, suffixes[start : start + BATCH], end, limit):
             yield start + number, token
 
 
-def _batch(answers: Answers, end: int, limit: int) -> Iterator[tuple[int, int]]:
+def pieces(
+    said: Iterator[tuple[int, int]], decode: Callable[[Sequence[int]], str]
+) -> Iterator[tuple[int, str]]:
+    """The text of answers as their tokens come, each piece with the number of its answer.
+
+    A piece waits while its last character is not whole.
+    """
+    ids: defaultdict[int, list[int]] = defaultdict(list)
+    told: defaultdict[int, str] = defaultdict(str)
+    for number, token in said:
+        ids[number].append(token)
+        text, before = decode(ids[number]), told[number]
+        if text.startswith(before) and len(text) > len(before) and not text.endswith("\ufffd"):
+            yield number, text[len(before) :]
+            told[number] = text
+    for number, tokens_of in ids.items():
+        text = decode(tokens_of)
+        if text != told[number]:
+            yield number, text[len(told[number]) :]
+
+
+def _batch(
+    picture: Picture, suffixes: Sequence[list[int]], end: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    answers = picture.answers(suffixes)
     logits = answers.first()
     live = list(range(len(logits)))  # numbers of the answers, by place
     for count in range(1, limit + 1):
-        following = logits.argmax(axis=1).tolist()
+        following = picture.greedy(logits)
         for place in reversed(range(len(live))):
             if following[place] == end:
                 answers.drop(place)

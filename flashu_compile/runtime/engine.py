@@ -35,6 +35,11 @@ class Engine(Protocol):
 class Engines(Protocol):
     """The engines of one bundle on one backend, each made ready when it is first asked for."""
 
+    @property
+    def precision(self) -> str:
+        """What they compute in, as the manifest says it."""
+        ...
+
     def engine(self, name: str) -> Engine:
         """Raises `BundleError` if there is no such engine or its files are damaged."""
         ...

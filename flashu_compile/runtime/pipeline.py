@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -11,18 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_POINTS, shown
 from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture, engine_pixels, to_picture
 from flashu_compile.bundle.manifest import (
     PLAN,
     RECIPE,
     TOKENIZER,
+    EngineSpec,
     GenerationFacts,
     Manifest,
     UnderstandingFacts,
     read_manifest,
 )
-from flashu_compile.bundle.noise import initial_noise
+from flashu_compile.bundle.noise import check_seed, initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import (
     BundleError,
@@ -39,9 +42,10 @@ from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engine, Engines
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
-from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
+from flashu_compile.tasks import LANGUAGE, MMU, T2I, VAE_DECODE, VISION, TaskRecord
 
 Progress = Callable[[int, int], None]
+Shape = tuple[int | None, ...]
 
 
 def load(
@@ -74,6 +78,7 @@ def load(
     provider name, number of threads, memory mode or option, or if trust is needed.
     """
     directory = absolute(path)
+    arguments.flag("verify_hashes", verify_hashes)
     manifest = read_manifest(directory)
     if find_run_backend(manifest.backend).runs_code and not verify_hashes:
         raise ConfigurationError(
@@ -87,10 +92,10 @@ def load(
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
     _check_parts(manifest, plan)
-    given = {**(options or {}), **({"provider_options": provider_options} if provider_options else {})}
     engines = open_engines(
-        files, provider=provider, threads=threads, memory=memory, trust=trust, options=given
-    )
+        files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
+        options=options,
+    )  # fmt: skip
     return Pipeline(manifest, plan, recipe, codec, engines)
 
 
@@ -108,20 +113,37 @@ def _read_recipe(files: BundleFiles) -> Recipe:
 
 def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
     """Every engine the tasks need is there, with the outputs they read. Raises `BundleError` otherwise."""
-    needed: list[tuple[str, str]] = []
+    needed: list[tuple[str, str, Shape]] = []
     if manifest.generation is not None:
-        steps = plan.steps if plan else ()
-        needed.extend(T2I.outputs.items())
-        needed.extend((step.engine, "velocity") for step in steps)
-        needed.extend((step.engine, "head_features") for step in steps if step.store)
+        steps, facts = plan.steps if plan else (), manifest.generation
+        needed.append((VAE_DECODE, "pixels", (None, 3, None, None)))
+        needed.extend((step.engine, "velocity", (None, *facts.latent_shape)) for step in steps)
+        needed.extend((step.engine, "head_features", (None, None, None)) for step in steps if step.store)
     if manifest.understanding is not None:
-        needed.extend(MMU.outputs.items())
+        needed.append((VISION, "image_embeds", (None, None, None)))
+        needed.append((LANGUAGE, "logits", (None, None)))
     for engine in manifest.engines:
         for before in filter(None, (engine.prologue, engine.schedule)):
             manifest.engine(before)
-    for name, output in dict.fromkeys(needed):
-        if output not in {tensor.name for tensor in manifest.engine(name).outputs}:
-            raise BundleError(f"Engine {name!r} has no output {output!r}; build the bundle again.")
+    for name, output, shape in dict.fromkeys(needed):
+        _check_output(manifest.engine(name), output, shape)
+
+
+def _check_output(spec: EngineSpec, name: str, shape: Shape) -> None:
+    """An output is there with this many dimensions, and of these sizes where the signature fixes them."""
+    found = next((tensor for tensor in spec.outputs if tensor.name == name), None)
+    if found is None:
+        raise BundleError(f"Engine {spec.name!r} has no output {name!r}; build the bundle again.")
+    fits = len(found.shape) == len(shape) and all(
+        size is None or not isinstance(given, int) or given == size
+        for given, size in zip(found.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise BundleError(
+            f"Engine {spec.name!r}: output {name!r} has the shape {shown(list(found.shape))}, where [{wanted}] is "
+            "needed; build the bundle again."
+        )
 
 
 class Pipeline:
@@ -183,18 +205,20 @@ class Pipeline:
         """A picture of the prompt; for a list of prompts, a list of pictures.
 
         A prompt in a list gives exactly what it gives alone with the same seed: one `seed` holds for every prompt,
-        a list of seeds has one for each. `steps` counts time points, as in the published scripts: N points are N - 1
-        evaluations. It and `guidance_scale` default to the bundle's plan; a scale of 1 follows the prompt alone,
-        0 ignores it. `progress(done, total)` is called after each evaluation, all prompts counted together.
+        a list of seeds has one for each. `steps` counts time points (2 to 1,000), as in the published scripts: N points
+        are N - 1 evaluations. It and `guidance_scale` default to the bundle's plan; a scale of 1 follows the prompt
+        alone, 0 ignores it. `progress(done, total)` is called after each evaluation, all prompts counted together.
 
         Raises `UnknownTaskError` if the bundle lacks t2i, `InputError` on an unusable prompt, seed, number of
-        steps or guidance scale, `BundleError` if an engine's file is damaged.
+        steps or guidance scale, `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine gives
+        what is no number.
         """
         decoder: Engine | None = None
         pictures = []
         for latents in self._sample(prompt, seed, steps, guidance_scale, progress):
             decoder = decoder or self._engines.engine(VAE_DECODE)
-            pictures.append(to_picture(decoder.run({"latents": latents})["pixels"][0]))
+            pixels = decoder.run({"latents": latents})["pixels"][0]
+            pictures.append(to_picture(pixels, Source.engine(self._engines, decoder.spec.name)))
         return pictures[0] if isinstance(prompt, str) else pictures
 
     def latents(
@@ -224,9 +248,7 @@ class Pipeline:
         assert self.recipe is not None
         if steps is None and guidance_scale is None:
             return self.plan
-        points = None if steps is None else _integer("steps", steps)
-        if points is not None and points < 2:
-            raise InputError(f"A trajectory needs at least 2 time points, not {points} steps.")
+        points = None if steps is None else arguments.integer("steps", steps, 2, LARGEST_POINTS, InputError)
         if guidance_scale is not None and all(factor is None for _, factor in self.recipe.t2i.guidance):
             raise InputError("This bundle's recipe switches guidance off; leave guidance_scale out.")
         try:
@@ -253,14 +275,14 @@ class Pipeline:
         """Latents [1, c, h, w] of one prompt after another. All arguments are checked before the first is sampled."""
         facts = self._generation()
         plan = self.plan_for(steps, guidance_scale)
-        prompts = _texts("prompt", prompt)
+        prompts = arguments.texts("prompt", prompt)
         if isinstance(seed, Sequence) and (isinstance(prompt, str) or len(seed) != len(prompts)):
             raise InputError(
-                f"Give one seed, or one for each prompt of a list: {len(prompts)} prompts, seeds {seed!r}."
+                f"Give one seed, or one for each prompt of a list: {len(prompts)} prompts, seeds {shown(seed)}."
             )
-        seeds = seed if isinstance(seed, Sequence) else [seed] * len(prompts)
+        seeds = [check_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(prompts))]
+        arguments.function("progress", progress, InputError)
         texts = [prompt_pair(self._codec, facts, text) for text in prompts]
-        noises = [initial_noise(s, 0, (1, *facts.latent_shape)) for s in seeds]
         total, done = len(texts) * len(plan.steps), 0
 
         def evaluated() -> None:
@@ -269,7 +291,8 @@ class Pipeline:
             if progress is not None:
                 progress(done, total)
 
-        for text, noise in zip(texts, noises, strict=True):
+        for text, one in zip(texts, seeds, strict=True):
+            noise = initial_noise(one, 0, (1, *facts.latent_shape))
             yield sample(self._engines, plan, text, noise, evaluated, self._schedules)
 
     @overload
@@ -285,10 +308,11 @@ class Pipeline:
 
         `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions, whose
         answers are decoded side by side. A question in a list gets the answer that it gets alone.
-        Decoding is greedy and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's).
+        Decoding is greedy and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A
+        question and its answer share as many positions as the longest of both have by the bundle's own limits.
 
         Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable
-        question, `BundleError` if an engine's file is damaged.
+        question, `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine gives what is no number.
         """
         suffixes, limit = self._questions(question, max_new_tokens)
         picture = self._picture(image)
@@ -298,41 +322,49 @@ class Pipeline:
         texts = [self._codec.decode(ids) for ids in answers]
         return texts[0] if isinstance(question, str) else texts
 
-    def stream(self, image: Picture, question: str, *, max_new_tokens: int | None = None) -> Iterator[str]:
+    @overload
+    def stream(
+        self, image: Picture, question: str, *, max_new_tokens: int | None = None
+    ) -> Iterator[str]: ...
+
+    @overload
+    def stream(
+        self, image: Picture, question: list[str], *, max_new_tokens: int | None = None
+    ) -> Iterator[tuple[int, str]]: ...
+
+    def stream(
+        self, image: Picture, question: str | list[str], *, max_new_tokens: int | None = None
+    ) -> Iterator[str] | Iterator[tuple[int, str]]:
         """The answer piece by piece, as it is decoded: together the pieces are what `ask` gives.
 
-        Arguments and errors as for `ask`; all are checked when this is called.
+        For a list of questions, which are answered side by side, pairs of a question's place in the list and the next
+        piece of its answer. Arguments and errors as for `ask`; all arguments are checked when this is called.
         """
-        (suffix,), limit = self._questions(question, max_new_tokens)
-        return self._pieces(self._picture(image), suffix, limit)
-
-    def _pieces(self, picture: decoding.Picture, suffix: list[int], limit: int) -> Iterator[str]:
-        ids: list[int] = []
-        said = ""
-        for _, token in decoding.tokens(picture, [suffix], self._codec.eos, limit):
-            ids.append(token)
-            text = self._codec.decode(ids)
-            if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):
-                yield text[len(said) :]
-                said = text
-        text = self._codec.decode(ids)
-        if text != said:
-            yield text[len(said) :]
+        suffixes, limit = self._questions(question, max_new_tokens)
+        said = decoding.tokens(self._picture(image), suffixes, self._codec.eos, limit)
+        pieces = decoding.pieces(said, self._codec.decode)
+        return (piece for _, piece in pieces) if isinstance(question, str) else pieces
 
     def _questions(
         self, question: str | list[str], max_new_tokens: int | None
     ) -> tuple[list[list[int]], int]:
         """The ids behind the image for every question, and the limit of tokens."""
         facts = self._understanding()
-        limit = facts.max_new_tokens if max_new_tokens is None else _integer("max_new_tokens", max_new_tokens)
-        if limit < 1:
-            raise InputError(f"max_new_tokens must be at least 1, not {limit}.")
-        longest = facts.max_question_tokens
-        return [self._codec.question_suffix(text, longest) for text in _texts("question", question)], limit
+        suffixes = [
+            self._codec.question_suffix(text, facts.max_question_tokens)
+            for text in arguments.texts("question", question)
+        ]
+        if max_new_tokens is None:
+            return suffixes, facts.max_new_tokens
+        template = len(self._codec.question_suffix(""))
+        longest = max((len(suffix) for suffix in suffixes), default=template) - template
+        room = facts.max_question_tokens + facts.max_new_tokens - longest
+        return suffixes, arguments.integer("max_new_tokens", max_new_tokens, 1, room, InputError)
 
     def _picture(self, image: Picture) -> decoding.Picture:
         pixels = engine_pixels(image, self._understanding().picture_size)
         embeds = self._engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
+        Source.engine(self._engines, VISION).check("image_embeds", embeds)
         return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
 
     def _generation(self) -> GenerationFacts:
@@ -350,26 +382,3 @@ class Pipeline:
             f"This bundle was built for {', '.join(self.manifest.tasks)} and cannot {task.purpose}: "
             f"build one with task {task.name!r}."
         )
-
-
-def _integer(name: str, value: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be an integer, not {value!r}.") from None
-
-
-def _texts(name: str, value: str | list[str]) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple):
-        raise InputError(f"A {name} is a string or a list of strings, not {type(value).__name__}.")
-    for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"A {name} is a string, not {type(text).__name__}.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"The {name} {text!r} is not valid Unicode text.") from None
-    return list(texts)

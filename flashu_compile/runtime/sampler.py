@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile.bundle.finite import Source, is_broken
 from flashu_compile.bundle.manifest import GenerationFacts
 from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.errors import BundleError, InputError
-from flashu_compile.recipe.config import SOLVERS
+from flashu_compile.errors import BundleError, FlashuError, InputError
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.runtime.engine import Engine, Engines, Tensors, keep
 
 _FEATURES = "head_features"
+_FAR = 1e3  # noise and data have unit variance, so that latents beyond it have left the trajectory
 _POINTS_KEPT = 256  # of 0.4 MB each for the largest published model
 
 #: What the schedule of a given name gives at a time point.
@@ -55,43 +56,80 @@ def sample(
     State and arithmetic are float32. `text` is a `prompt_pair`; `progress` is called after every evaluation.
     `scheduled`, of the same engines, may have been used by runs before.
 
-    Raises `BundleError` if the plan asks for a solver, or an engine for an input, that this sampler does not know,
-    or if head features are to be reused that were not stored; `InputError` if the latents stop being finite, as
-    they can at extreme guidance scales.
+    Raises `BundleError` if an engine asks for an input that this sampler does not know, or if head features are to be
+    reused that were not stored. If the latents stop being finite: `InputError` where the guidance scale has driven
+    them so far, `NotFiniteError` where an engine has.
     """
-    if plan.solver not in SOLVERS:
-        raise BundleError(
-            f"The step plan asks for solver {plan.solver!r}; this version knows {', '.join(SOLVERS)}."
-        )
     latents, cache = noise, _HeadCache()
     constants = _Constants(engines, text, scheduled or schedules(engines))
     earlier: tuple[float, NDArray[np.float32]] | None = None  # dt and velocity of the step before
-    for number, step in enumerate(plan.steps, start=1):
-        velocity = _velocity(engines, step, text, latents, cache, constants)
-        slope = velocity
-        if plan.solver == "ab2" and earlier is not None:
-            slope = velocity + step.dt / (2 * earlier[0]) * (velocity - earlier[1])
-        latents = latents + step.dt * slope
-        earlier = step.dt, velocity
-        if not np.isfinite(latents).all():
-            raise InputError(
-                f"The latents are no longer finite after evaluation {number} of {len(plan.steps)} "
-                f"(guidance scale {step.guidance_scale:g}); lower the guidance scale."
-            )
-        if progress is not None:
-            progress()
+    departure: FlashuError | None = None
+    # Latents that are not finite are an error here, not a warning.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for number, step in enumerate(plan.steps, start=1):
+            given, made = _velocities(engines, step, text, latents, cache, constants)
+            velocity = _guided(step, made)
+            slope = velocity
+            if plan.solver == "ab2" and earlier is not None:
+                slope = velocity + step.dt / (2 * earlier[0]) * (velocity - earlier[1])
+            before, latents = latents, latents + step.dt * slope
+            earlier = step.dt, velocity
+            if departure is None and not _near(latents):
+                when = f"evaluation {number} of {len(plan.steps)}"
+                unguided = _near(before + step.dt * made)
+                departure = _by_guidance(step, when) if unguided else _by_engine(engines, step, given, when)
+            if departure is not None and not np.isfinite(latents).all():
+                raise departure
+            if progress is not None:
+                progress()
     return latents
 
 
-def _velocity(
+def _near(latents: NDArray[np.float32]) -> bool:
+    return bool(np.abs(latents).max() <= _FAR)  # false of NaN, too
+
+
+def _by_guidance(step: Step, when: str) -> InputError:
+    return InputError(
+        f"The latents are no longer finite: the guidance scale of {step.guidance_scale:g} drove them away at {when}; "
+        "lower it."
+    )
+
+
+def _by_engine(engines: Engines, step: Step, given: Mapping[str, Any], when: str) -> FlashuError:
+    """The error that names the engine of a step, or the one whose values it was given, if those are no numbers."""
+    broken = next((name for name, value in given.items() if is_broken(value)), None)
+    if broken is None:
+        source = Source.engine(engines, step.engine)
+        return source.error(f"gave velocities with which the latents are no longer finite, at {when}")
+    spec = engines.engine(step.engine).spec
+    for maker in filter(None, (spec.prologue, spec.schedule)):
+        if broken in {tensor.name for tensor in engines.engine(maker).spec.outputs}:
+            return Source.engine(engines, maker).error(f"gave values of {broken!r} that are no numbers")
+    source = Source(f"The engine that engine {step.engine!r} has {broken!r} from", engines.precision)
+    return source.error(f"gave values that are no numbers, used at {when}")
+
+
+def _guided(step: Step, velocities: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The velocity [c, h, w] that those of the branches of a step [branches, c, h, w] make."""
+    if len(step.branches) == 1:
+        return velocities[0]
+    conditional, unconditional = velocities
+    return unconditional + step.guidance_scale * (conditional - unconditional)
+
+
+def _velocities(
     engines: Engines,
     step: Step,
     text: Tensors,
     latents: NDArray[np.float32],
     cache: _HeadCache,
     constants: _Constants,
-) -> NDArray[np.float32]:
-    """The guided velocity [c, h, w] of one step, whose head features go into or come from the cache."""
+) -> tuple[Mapping[str, Any], NDArray[np.float32]]:
+    """What the engine of one step takes, and the velocities [branches, c, h, w] that it gives.
+
+    Head features go into or come from the cache.
+    """
     engine, rows = engines.engine(step.engine), step.branches
     wanted = [tensor.name for tensor in engine.spec.inputs]
     chosen = slice(rows[0], rows[-1] + 1)
@@ -105,18 +143,15 @@ def _velocity(
         raise BundleError(
             f"Engine {step.engine!r} takes {', '.join(unknown)}, unknown to this version: upgrade."
         )
-    outputs = keep(engine, {name: values[name] for name in wanted}, {_FEATURES})
+    given = {name: values[name] for name in wanted}
+    outputs = keep(engine, given, {_FEATURES})
     if step.store:
         if _FEATURES not in outputs:
             raise BundleError(
                 f"The step plan stores head features of engine {step.engine!r}, which gives none; build again."
             )
         cache.store(step, outputs[_FEATURES])
-    velocities = outputs["velocity"]
-    if len(rows) == 1:
-        return velocities[0]
-    conditional, unconditional = velocities
-    return unconditional + step.guidance_scale * (conditional - unconditional)
+    return given, outputs["velocity"]
 
 
 def schedules(engines: Engines) -> Schedules:

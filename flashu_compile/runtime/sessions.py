@@ -25,7 +25,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.bundle.profiles import dimension_ranges, engine_profile
-from flashu_compile.bundle.signatures import check_inputs, state_of, updated
+from flashu_compile.bundle.signatures import check_inputs, check_outputs, state_of, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.binding import BoundRuns, StateRuns
 from flashu_compile.runtime.engine import State, Tensors
@@ -129,7 +129,7 @@ class OnnxRuntimeEngine:
                 )
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         if self._state:
             state = {name: inputs[name].copy() for name in self._state}
             rest = {name: value for name, value in inputs.items() if name not in state}
@@ -142,15 +142,16 @@ class OnnxRuntimeEngine:
                 values = self._session.run(self._outputs, dict(inputs))
         except _ORT_ERRORS as error:
             raise self._failed(error) from error
-        return dict(zip(self._outputs, values, strict=True))
+        return check_outputs(self.spec, dict(zip(self._outputs, values, strict=True)), sizes)
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
         """As `Updating` says; see `StateRuns`."""
         sizes = check_inputs(self.spec, {**inputs, **state})
         try:
-            return self._stateful.run(inputs, state, sizes)
+            outputs = self._stateful.run(inputs, state, sizes)
         except _ORT_ERRORS as error:
             raise self._failed(error) from error
+        return check_outputs(self.spec, outputs, sizes)
 
     def _failed(self, error: Exception) -> BundleError:
         return BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}")
@@ -180,8 +181,6 @@ class OnnxRuntimeEngines:
             raise ConfigurationError(
                 f"Option 'contrib_operators' is True or False, not {contrib_operators!r}."
             )
-        if threads is not None and threads < 1:
-            raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
         wanted = resolve_provider(provider)
         check_memory(memory, wanted[0])
         given = entered(provider_options)
@@ -194,6 +193,10 @@ class OnnxRuntimeEngines:
         self._files, self._threads = files, threads
         self._engines: dict[str, OnnxRuntimeEngine] = {}
         self._lock = threading.Lock()
+
+    @property
+    def precision(self) -> str:
+        return self._files.manifest.precision
 
     def engine(self, name: str) -> OnnxRuntimeEngine:
         with self._lock:

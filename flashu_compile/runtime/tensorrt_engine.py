@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, file_entry
 from flashu_compile.bundle.profiles import InputShapes, Profile
-from flashu_compile.bundle.signatures import check_inputs
+from flashu_compile.bundle.signatures import check_inputs, check_outputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.engine import Tensors
 
@@ -170,6 +170,10 @@ class TensorRTEngines:
         self._engines: dict[str, TensorRTEngine] = {}
         self._lock = threading.Lock()
 
+    @property
+    def precision(self) -> str:
+        return self._files.manifest.precision
+
     def engine(self, name: str) -> TensorRTEngine:
         with self._lock:
             if name not in self._engines:
@@ -247,11 +251,11 @@ class TensorRTEngine:
             )
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         with self._lock:
             memory: list[int] = []
             try:
-                return self._run(inputs, memory)
+                return check_outputs(self.spec, self._run(inputs, memory), sizes)
             finally:
                 for address in memory:
                     self._lib.cuda.cudaFree(address)

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from flashu_compile import arguments
 from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
@@ -90,14 +91,15 @@ def verify(
     or if the engines are code and `trust` is not given; see `load` for these.
     """
     directory = absolute(path)
+    arguments.function("progress", progress)
     manifest = read_manifest(directory)
     shared = find_run_backend(manifest.backend).weights
     # Every hash is checked here, once; engines with a damaged file are not loaded.
     files = BundleFiles(directory, manifest, verify_hashes=False)
-    given = {**(options or {}), **({"provider_options": provider_options} if provider_options else {})}
     engines = open_engines(
-        files, provider=provider, threads=threads, memory=memory, trust=trust, options=given
-    )
+        files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
+        options=options,
+    )  # fmt: skip
     tell = progress or (lambda _: None)
     checked = tuple(_check_files(directory, manifest, tell))
     damaged = {row.name for row in checked if not row.ok}

@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from flashu_compile.bundle import images
+from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import engine_pixels, read_picture, save_picture, to_picture
-from flashu_compile.errors import InputError
+from flashu_compile.errors import InputError, NotFiniteError
+
+SOURCE = Source("The decoder", "float16")
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -43,14 +46,28 @@ class TestPixels:
 
     def test_pixels_out_are_clamped_and_truncated(self) -> None:
         row = np.array([-9, -1, -0.999, 0, 0.5, 0.9999, 1, 9], np.float32)
-        picture = to_picture(np.broadcast_to(row, (3, 2, 8)))
+        picture = to_picture(np.broadcast_to(row, (3, 2, 8)), SOURCE)
         assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 0, 127, 191, 254, 255, 255]
         assert picture.size == (8, 2)
 
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_pixels_that_are_no_numbers(self, value: float) -> None:
+        pixels = np.zeros((3, 2, 8), np.float16)
+        pixels[1, 1, 3] = value
+        with pytest.raises(
+            NotFiniteError, match=r"The decoder, computing in float16, gave pixels .* float32"
+        ):
+            to_picture(pixels, SOURCE)
+
     def test_pictures_survive_the_way_out_and_in(self) -> None:
         array = noise(8, 8)
-        back = np.asarray(to_picture(engine_pixels(array, 8)[0])).astype(int)
+        back = np.asarray(to_picture(engine_pixels(array, 8)[0], SOURCE)).astype(int)
         assert np.abs(back - array).max() <= 1
+
+    @pytest.mark.parametrize("path", ["x" * 5000, "a/" * 2500, "nul\0.png", "\ud800.png", b"x.png", 5, None])
+    def test_paths_that_are_none(self, path: object) -> None:
+        with pytest.raises(InputError, match="path"):
+            read_picture(path)  # type: ignore[arg-type]
 
     def test_far_too_elongated(self) -> None:
         with pytest.raises(InputError, match="too elongated"):

@@ -78,6 +78,7 @@ class _Watched:
 
     def __init__(self, engines: Any, states: list[NDArray[Any]]) -> None:
         self._engines, self._states = engines, states
+        self.precision = engines.precision
 
     def engine(self, name: str) -> Any:
         engine, states = self._engines.engine(name), self._states

@@ -122,7 +122,7 @@ def test_a_changed_ratio_must_be_calibrated_anew() -> None:
         ("t2i.full_ffn=1/0", r"'1/0' is not a number such as"),
         ("t2i.guidance=0.5,1", r"'0.5,1' is not JSON such as"),
         ("t2i.head_extrapolation=1", r"'1' is not true or false"),
-        ("t2i.head_cache=0", r"t2i.head_cache: head_cache must be an integer of at least 1, not 0"),
+        ("t2i.head_cache=0", r"t2i.head_cache: head_cache must be an integer from 1 to 1,000, not 0"),
         ("t2i.full_ffn=nan", r"t2i.full_ffn: full_ffn must be a number at least 0 and at most 1, not nan"),
         ("t2i.guidance=[[0.5, 1]]", r"t2i.guidance: guidance must start at 0"),
         ("t2i.solver=rk4", r"t2i.solver: solver must be one of euler, ab2, not 'rk4'"),

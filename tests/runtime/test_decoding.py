@@ -152,6 +152,8 @@ class _Tensors:
 
 
 class _Engines:
+    precision = "float32"
+
     def __init__(self, language: Any, prologue: _Prologue | None = None) -> None:
         self.known = {"language": language, "language_prologue": prologue or _Prologue()}
 

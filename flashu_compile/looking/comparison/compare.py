@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from flashu_compile import arguments
 from flashu_compile.bundle import precision
 from flashu_compile.bundle.agreement import Difference, output_difference
 from flashu_compile.bundle.files import BundleFiles
@@ -126,6 +128,7 @@ def compare_layers(
         >>> [engine.departure.node.name for engine in found.engines if not engine.ok]  # doctest: +SKIP
         []
     """
+    arguments.function("progress", progress)
     path, tell = absolute(bundle), progress or (lambda stage: None)
     manifest = read_manifest(path)
     chosen = [manifest.engine(name) for name in engines] if engines else list(manifest.engines)
@@ -147,9 +150,13 @@ def compare_layers(
         others.append(reference.files.manifest)
         _check_engines(other, reference.files.manifest, chosen)
     files = subject.files
-    options = {"provider_options": provider_options} if provider_options else None
     running = open_engines(
-        files, provider=provider, threads=threads, memory=memory, trust=trust, options=options
+        files,
+        provider=provider,
+        provider_options=provider_options,
+        threads=threads,
+        memory=memory,
+        trust=trust,
     )
     comparing = _Comparing(files, running, subject, reference, _tolerance(tolerance, others))
     rows = [comparing.engine(spec, tell) for spec in chosen]
@@ -159,9 +166,7 @@ def compare_layers(
 def _tolerance(given: float | None, manifests: Sequence[Manifest]) -> float:
     if given is None:
         return max(precision.tolerance(manifest.precision) for manifest in manifests)
-    if not given >= 0:
-        raise ConfigurationError(f"tolerance must be at least 0, not {given}.")
-    return given
+    return arguments.number("tolerance", given, 0, sys.float_info.max)
 
 
 def _check_engines(path: Path, manifest: Manifest, chosen: Sequence[EngineSpec]) -> None:

@@ -13,12 +13,20 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_POINTS
 from flashu_compile.bundle.images import engine_pixels, to_picture
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.errors import CheckpointError
+from flashu_compile.errors import CheckpointError, InputError
 from flashu_compile.models.loading import LoadedModel
-from flashu_compile.models.showo2.reference import Trajectory, UnderstandingReference, generate
+from flashu_compile.models.showo2.reference import (
+    Trajectory,
+    UnderstandingReference,
+    generate,
+    model_source,
+)
+from flashu_compile.recipe.config import LARGEST_SCALE
 
 
 class EagerPipeline:
@@ -33,8 +41,15 @@ class EagerPipeline:
     def trajectory(
         self, prompt: str, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
     ) -> Trajectory:
-        """Sampler states for one prompt, in the published padded layout."""
+        """Sampler states for one prompt, in the published padded layout.
+
+        Raises `InputError` if an argument is out of range, `NotFiniteError` if the latents are not finite at the end.
+        """
         config, codec = self.network.config, self.codec
+        points = config.steps if steps is None else steps
+        points = arguments.integer("steps", points, 2, LARGEST_POINTS, InputError)
+        scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        scale = arguments.number("guidance_scale", scale, 0, LARGEST_SCALE, InputError)
         rows, offsets = [], []
         for text in (prompt, ""):
             prefix = codec.generation_prefix(text, config.max_prompt_tokens)
@@ -42,21 +57,23 @@ class EagerPipeline:
             rows.append(prefix + [codec.image_pad] * config.span_length + codec.generation_tail(tail))
             offsets.append(len(prefix))
         noise = torch.from_numpy(initial_noise(seed, 0, config.latent_shape))[None]
-        return generate(
+        made = generate(
             self.network,
             torch.tensor(rows),
             torch.tensor(offsets),
             noise,
-            points=steps or config.steps,
-            guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
+            points=points,
+            guidance_scale=scale,
         )
+        model_source(self.network).check("latents", made.latents.float().numpy())
+        return made
 
     @torch.inference_mode()
     def generate(
         self, prompt: str, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
     ) -> Image.Image:
         latents = self.trajectory(prompt, seed=seed, steps=steps, guidance_scale=guidance_scale).latents
-        return to_picture(self.vae.decode(latents)[0].numpy())
+        return to_picture(self.vae.decode(latents)[0].float().numpy(), model_source(self.network))
 
     @torch.inference_mode()
     def ask(

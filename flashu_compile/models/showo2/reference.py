@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flashu_compile.bundle.finite import Source
 from flashu_compile.models.showo2.modeling import RowTables, Showo2
 
 Guidance = float | Callable[[int], float]
@@ -53,6 +54,11 @@ def _added(tables: RowTables, dtype: torch.dtype) -> RowTables:
     """With the mask as numbers to add to scores, which attention would make of truth values in every layer."""
     mask = torch.zeros(tables.mask.shape, dtype=dtype, device=tables.mask.device)
     return tables._replace(mask=mask.masked_fill_(~tables.mask, float("-inf")))
+
+
+def model_source(model: Showo2) -> Source:
+    """Name the model, for errors about what it gives."""
+    return Source("The model", str(model.dtype).removeprefix("torch."))
 
 
 class GenerationReference:
@@ -136,11 +142,15 @@ class UnderstandingReference:
     def greedy(
         self, prefix: Int[Tensor, "1 prefix"], suffix: Int[Tensor, "1 suffix"], limit: int, stop: int | None
     ) -> list[int]:
-        """Up to `limit` greedy tokens, ending before the token `stop`."""
+        """Up to `limit` greedy tokens, ending before the token `stop`.
+
+        Raises `NotFiniteError` if the largest logit of a token is not finite.
+        """
         tokens: list[int] = []
         while len(tokens) < limit:
             answer = torch.tensor([tokens], dtype=suffix.dtype)
-            following = int(self.logits(prefix, torch.cat([suffix, answer], dim=1))[0, -1].argmax())
+            logits = self.logits(prefix, torch.cat([suffix, answer], dim=1))[:, -1]
+            (following,) = model_source(self.model).greedy(logits.float().numpy())
             if following == stop:
                 break
             tokens.append(following)

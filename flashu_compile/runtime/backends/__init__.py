@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Protocol
 
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_THREADS, shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
 from flashu_compile.extras import naming_the_extra
@@ -73,16 +75,26 @@ def open_engines(
     files: BundleFiles,
     *,
     provider: str = "cpu",
+    provider_options: Mapping[str, object] | None = None,
     threads: int | None = None,
     memory: str = "fast",
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Engines:
-    """The engines of a bundle, on the backend it was built for. `memory` is an option that not every backend has.
+    """The engines of a bundle, on the backend it was built for. Not every backend has `memory` and `provider_options`.
 
     Raises `BackendUnavailableError` if that does not work here, `ConfigurationError` if its engines are code and
-    `trust` is not given, or on unknown options.
+    `trust` is not given, on unknown options, or on a value of the wrong type or out of range.
     """
+    arguments.name_of("provider", provider)
+    arguments.name_of("memory", memory)
+    arguments.flag("trust", trust)
+    if threads is not None:
+        threads = arguments.integer("threads", threads, 1, LARGEST_THREADS)
+    given = arguments.mapping("options", options)
+    of_provider = arguments.mapping("provider_options", provider_options)
+    if of_provider:
+        given["provider_options"] = of_provider
     name = files.manifest.backend
     backend = find_run_backend(name)
     if backend.runs_code and not trust:
@@ -90,11 +102,12 @@ def open_engines(
             f"{files.directory} was built for backend {name!r}, whose engines are code that loading runs; "
             "if you know who built it, load it with trust=True (--trust)."
         )
-    given = dict(options or {})
     if memory != "fast":  # which is what every backend does by itself
         given["memory"] = memory
     unknown = sorted(given.keys() - backend.options.keys())
     if unknown:
         known = ", ".join(backend.options) or "none"
-        raise ConfigurationError(f"Unknown option {unknown[0]!r} for backend {name!r}; there are: {known}.")
+        raise ConfigurationError(
+            f"Unknown option {shown(unknown[0])} for backend {name!r}; there are: {known}."
+        )
     return backend.open(files, provider=provider, threads=threads, options=given)

@@ -23,8 +23,8 @@ from torch.export import ExportedProgram
 import flashu_compile.operators.write_rows  # noqa: F401  # registers an operator that graphs may hold
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
-from flashu_compile.bundle.signatures import check_inputs, updated
-from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
+from flashu_compile.bundle.signatures import check_inputs, check_outputs, updated
+from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, FlashuError
 from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
@@ -62,15 +62,22 @@ class TorchEngine:
         return {name: _array(value) for name, value in outputs.items()}
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        check_inputs(self.spec, inputs, (np.ndarray, Tensor))
+        sizes = check_inputs(self.spec, inputs, (np.ndarray, Tensor))
         tensors = [self._tensor(inputs[given.name]) for given in self.spec.inputs]
         try:
             # Not inference mode, whose tensors a caller could not write to.
             with torch.no_grad():
                 results = self._call(*tensors)
-        except RuntimeError as error:
+        except FlashuError:
+            raise
+        except Exception as error:  # of many unrelated types
             raise BundleError(f"Engine {self.spec.name!r} failed in PyTorch: {error}") from error
-        return {given.name: value for given, value in zip(self.spec.outputs, results, strict=True)}
+        names = [tensor.name for tensor in self.spec.outputs]
+        if not isinstance(results, list | tuple) or len(results) != len(names):
+            raise BundleError(
+                f"Engine {self.spec.name!r} does not give the outputs {', '.join(names)}; build the bundle again."
+            )
+        return check_outputs(self.spec, dict(zip(names, results, strict=True)), sizes, Tensor)
 
     def _tensor(self, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
@@ -92,6 +99,10 @@ class TorchEngines:
         self._keys: dict[str, dict[str, str]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._lock = threading.Lock()
+
+    @property
+    def precision(self) -> str:
+        return self._files.manifest.precision
 
     def engine(self, name: str) -> TorchEngine:
         with self._lock:
@@ -137,8 +148,6 @@ def find_device(provider: str, threads: int | None) -> torch.device:
     """The device to run on. The number of threads is PyTorch's, and holds for the whole process."""
     if provider not in ("cpu", "cuda"):
         raise ConfigurationError(f"Unknown provider {provider!r} for engines in PyTorch: give cpu or cuda.")
-    if threads is not None and threads < 1:
-        raise ConfigurationError(f"threads must be a positive integer or None, not {threads!r}.")
     if provider == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"Provider 'cuda' does not work here: PyTorch {torch.__version__} sees no CUDA device; it needs an "

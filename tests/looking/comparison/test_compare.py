@@ -281,7 +281,7 @@ class TestErrors:
         with pytest.raises(ConfigurationError, match="leave these out"):
             compare_layers(bundle, model=captured, vae="vae")
         for wrong in (-1.0, float("nan")):
-            with pytest.raises(ConfigurationError, match="tolerance must be at least 0"):
+            with pytest.raises(ConfigurationError, match="tolerance must be a number at least 0"):
                 compare_layers(bundle, "onnx", tolerance=wrong)
 
     @pytest.mark.parametrize("name", ["step.onnx", "weights.bin", "step.reference.safetensors"])
