@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import functools
 import json
 import os
 import tempfile
@@ -14,7 +15,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import (
     MANIFEST,
     PLAN,
@@ -37,8 +37,7 @@ from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.runtime.backends import open_engines
-from flashu_compile.runtime.engine import Engines
+from flashu_compile.runtime.pipeline import Pipeline, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ def write_bundle(
     recipe: Recipe,
     plan: StepPlan | None = None,
     report: Mapping[str, Any] | None = None,
-    measure: Callable[[Engines], Mapping[str, Any]] | None = None,
+    measure: Callable[[Callable[..., Pipeline]], Mapping[str, Any]] | None = None,
     page: Callable[[Manifest, Mapping[str, Any]], str] | None = None,
     checkpoint_bytes: int | None = None,
     overwrite: bool = False,
@@ -73,8 +72,9 @@ def write_bundle(
     """Write a bundle to `output`, which appears whole or not at all.
 
     Everything is written and checked in a temporary directory beside `output` and renamed into place. `report` is
-    stored with the entries `sizes` (in bytes) and the backend's own added, and those that `measure` gives when it has
-    run the engines that were written. `page` makes a web page of the whole. `overwrite` replaces an existing bundle,
+    stored with the entries `sizes` (in bytes) and the backend's own added, and those that `measure` gives. It is given
+    a function that opens the bundle that was written, as `flashu_compile.load` does with the same keyword arguments,
+    and what it raises ends the build. `page` makes a web page of the whole. `overwrite` replaces an existing bundle,
     and nothing but a bundle.
 
     Raises:
@@ -100,14 +100,17 @@ def write_bundle(
                 (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
             sizes = _sizes(directory, written, checkpoint_bytes)
             whole = {**(report or {}), **written.report, "sizes": sizes}
+            entries = _entries(directory)
             if measure is not None:
-                whole |= measure(_written_engines(directory, written, facts))
+                # It can be loaded without its report.
+                _write_manifest(directory, _manifest(written.specs, facts, entries))
+                whole |= measure(functools.partial(load, directory, provider=written.provider, trust=True))
             _write_json(directory / REPORT, whole)
             if page is not None:
                 unlisted = _manifest(written.specs, facts, {})
                 (directory / REPORT_PAGE).write_text(page(unlisted, whole), encoding="utf-8")
-            manifest = _manifest(written.specs, facts, _entries(directory))
-            (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            manifest = _manifest(written.specs, facts, _entries(directory, entries))
+            _write_manifest(directory, manifest)
             _readable(directory)
             # Again, since somebody may have filled it meanwhile.
             ensure_writable(output, overwrite=overwrite)
@@ -156,15 +159,18 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _entries(directory: Path) -> dict[str, FileEntry]:
-    return {path.name: file_entry(path) for path in sorted(directory.iterdir())}
+def _entries(directory: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """The entries of all files but the manifest; those in `known` are not read again."""
+    known = known or {}
+    return {
+        path.name: known[path.name] if path.name in known else file_entry(path)
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
 
 
-def _written_engines(directory: Path, written: Written, facts: BundleFacts) -> Engines:
-    """The engines of a bundle that is not complete yet, whose files are therefore taken as they are."""
-    files = {path.name: FileEntry("", 0) for path in directory.iterdir()}
-    bundle = BundleFiles(directory, _manifest(written.specs, facts, files), verify_hashes=False)
-    return open_engines(bundle, provider=written.provider, trust=True)  # made here
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _manifest(specs: Sequence[EngineSpec], facts: BundleFacts, files: dict[str, FileEntry]) -> Manifest:

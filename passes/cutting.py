@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
-from flashu_compile.errors import PassError
+from flashu_compile.errors import PassError, StructureError
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program.program import Input, Program
@@ -42,15 +42,24 @@ def part_after(
     return editor.finish(name=name, inputs=inputs, outputs=outputs, sample=sample)
 
 
-def cut_at(program: Program, values: Mapping[str, fx.Node], name: str) -> tuple[Program, Program]:
-    """The program `name` that gives `values`, nodes of `program` by role, and `program` with them as its last inputs.
+def cut_at(
+    program: Program, values: Mapping[str, fx.Node], name: str, given: Collection[str]
+) -> tuple[Program, Program]:
+    """Return the program `name` that gives `values`, nodes of `program` by role, and `program` with them as its inputs.
 
-    What they are computed from must be inputs or stored; sizes that they have from other inputs become their own.
+    The first takes inputs in `given` alone; the values are the last inputs of the second, and sizes that it had from
+    other inputs are taken from them. Raises `StructureError` if the values cannot be computed from these inputs (see
+    `needed_beside`).
     """
     editor = GraphEditor(program)
     copies = {node.name: node for node in editor.graph.nodes}
     editor.set_outputs([copies[node.name] for node in values.values()])
-    inputs = prune_inputs(editor)
+    inputs = prune_inputs(editor, given)
+    beside = [placed.role for placed in inputs if placed.role not in given]
+    if beside:
+        raise StructureError(
+            f"program {name!r} would need {', '.join(beside)}, which differs from call to call, for {', '.join(values)}"
+        )
     first = editor.finish(name=name, inputs=inputs, outputs=tuple(values), sample=_sample(program, inputs))
     return first, _with_inputs(program, values, first)
 
@@ -128,10 +137,13 @@ def _sample(program: Program, inputs: tuple[Input, ...]) -> dict[str, Tensor]:
     return {i.role: program.sample[i.role] for i in inputs}
 
 
-def prune_inputs(editor: GraphEditor) -> tuple[Input, ...]:
-    """Remove dead nodes and the inputs nothing reads any more; the inputs that stay."""
+def prune_inputs(editor: GraphEditor, others: Collection[str] = ()) -> tuple[Input, ...]:
+    """Remove dead nodes and the inputs nothing reads any more, and return the inputs that stay.
+
+    An input that is read for its sizes alone stays where no other that is read has these; one of `others` is preferred.
+    """
     editor.remove_unused()
-    editor.take_sizes_from_read_inputs()
+    editor.take_sizes_from_read_inputs(others)
     declared = editor.program.inputs
     nodes = editor.user_inputs()
     unread = [i.role for i in declared if not nodes[i.role].users]

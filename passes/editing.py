@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from flashu_compile.passes.analysis.sizes import size_surplus
 from flashu_compile.program.program import Input, Program
 
 _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -177,23 +178,24 @@ class GraphEditor:
                 self._specs.pop(node, None)
         return before - len(self.graph.nodes)
 
-    def take_sizes_from_read_inputs(self) -> None:
-        """Take every symbolic size from an input whose values are read, where one has it.
+    def take_sizes_from_read_inputs(self, others: Collection[str] = ()) -> None:
+        """Take every symbolic size from an input whose values are read, where one has it, or from one of `others`.
 
         torch.export takes a size that several inputs share from any of them; an input read for nothing but such
         a size would be kept alive by it. Where no input has the size itself, one that differs by a number serves.
         """
         read = [n for n in self._inputs.values() if any(not _is_size(user) for user in n.users)]
+        spare = [n for role, n in self._inputs.items() if role in others and n not in read]
         for node in [n for n in self.graph.nodes if _is_size(n) and n.args[0] not in read]:
             found = [
-                (abs(surplus), surplus, source, dim)
-                for source in read
+                (source in spare, abs(surplus), surplus, source, dim)
+                for source in (*read, *spare)
                 for dim, size in enumerate(source.meta["val"].shape)
-                if (surplus := _surplus(size, node.meta["val"])) is not None
+                if (surplus := size_surplus(size, node.meta["val"])) is not None
             ]
             if not found:
                 continue
-            _, surplus, source, dim = min(found, key=lambda entry: entry[0])
+            *_, surplus, source, dim = min(found, key=lambda entry: entry[:2])
             if surplus == 0:
                 node.args = (source, dim)
                 continue
@@ -275,14 +277,6 @@ def _layout(node: fx.Node) -> str:
 
 def _is_size(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.sym_size.int
-
-
-def _surplus(size: object, other: object) -> int | None:
-    """How much larger a symbolic size is than another, if that is a number. Adds no guard."""
-    if not isinstance(size, torch.SymInt) or not isinstance(other, torch.SymInt):
-        return None
-    difference = size.node.expr - other.node.expr
-    return int(difference) if difference.is_Integer else None
 
 
 def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> ModuleCallEntry:

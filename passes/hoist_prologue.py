@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.analysis.dependence import depends_on, needed_beside
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import cut_at, new_roles
 from flashu_compile.passes.editing import module_path
@@ -48,20 +48,28 @@ class HoistPrologue(Pass):
             reason = f"no keys or values are independent of {', '.join(sorted(self.changing))}"
             return PassResult.declined(program, reason)
         roles, called = _roles(program, carried), prologue_of(program.name)
-        prologue, step = cut_at(program, roles, called)
+        prologue, step = cut_at(program, roles, called, _staying(program, self.changing))
         count = len(prologue.exported.graph.find_nodes(op="call_function", target=_aten.linear.default))
         changes = (f"{called}: {len(roles)} values, with {count} linear layers on rows that stay the same",)
         return PassResult((prologue, step), changes)
 
 
+def _staying(program: Program, changing: frozenset[str]) -> frozenset[str]:
+    return frozenset(program.input_roles) - changing
+
+
 def _carried(program: Program, changing: frozenset[str]) -> list[fx.Node]:
-    """Values of inputs that do not change, read by what does, in graph order."""
+    """Return values of inputs that do not change, read by what does, in graph order.
+
+    What has a size that only inputs that change have, changes with it.
+    """
     dependence = depends_on(program)
+    needed = needed_beside(program, _staying(program, changing))
     found: dict[fx.Node, None] = {}
     for node in program.exported.graph.nodes:
-        stays = node.op == "call_function" and dependence[node] and not dependence[node] & changing
+        stays = node.op == "call_function" and dependence[node] and not needed[node]
         if stays and isinstance(node.meta.get("val"), Tensor):
-            if any(dependence.get(user, frozenset()) & changing for user in node.users):
+            if any(needed.get(user) for user in node.users):
                 found[_smaller(node, dependence)] = None
     return [node for node in program.exported.graph.nodes if node in found]
 

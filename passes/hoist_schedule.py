@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import fx
 
-from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.analysis.dependence import depends_on, needed_beside
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import cut_at, new_roles
 from flashu_compile.passes.editing import module_path
@@ -33,8 +33,12 @@ class HoistSchedule(Pass):
     point: str
 
     def call(self, program: Program) -> PassResult:
-        dependence = depends_on(program)
-        alone = [node for node in dependence if node.target is _LINEAR and self._alone(dependence[node])]
+        dependence, needed = depends_on(program), needed_beside(program, (self.point,))
+        alone = [
+            node
+            for node in dependence
+            if node.target is _LINEAR and self._alone(dependence[node]) and not needed[node]
+        ]
         layers = [node for node in alone if _is_static(node)]
         reasons = tuple(
             f"the linear layer at {node.name} has the size of another input"
@@ -46,7 +50,7 @@ class HoistSchedule(Pass):
             return PassResult.declined(program, *reasons)
         names = [module_path(node) or "top.linear" for node in carried]
         called = schedule_of(program.name)
-        schedule, step = cut_at(program, new_roles(program, names, carried), called)
+        schedule, step = cut_at(program, new_roles(program, names, carried), called, (self.point,))
         change = f"{called}: {len(carried)} values of {len(layers)} linear layers that follow from '{self.point}' alone"
         return PassResult((schedule, step), (change,), reasons=reasons)
 

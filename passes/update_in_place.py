@@ -30,7 +30,7 @@ from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor, module_path
 from flashu_compile.passes.inlining import inline
-from flashu_compile.program.program import Input, Program
+from flashu_compile.program.program import Input, Program, Role
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
@@ -45,13 +45,21 @@ class UpdateInPlace(Pass):
     """`counter` is the role of the new input, the number of rows before, int64 [batch].
 
     Programs without such inputs and outputs are left alone. Raises `StructureError` where one has them and more follows
-    from the number of earlier rows than is known here: answers are decoded on buffers or not at all.
+    from the number of earlier rows than is known here, or where one takes other values of a prologue than those that
+    become buffers: answers are decoded on buffers or not at all.
     """
 
     counter: str
 
     def call(self, program: Program) -> PassResult:
         roles = tuple(role for role in program.input_roles if new_rows(role) in program.outputs)
+        # All inputs but those that `HoistPrologue` has made are of a known kind.
+        others = [role for role in program.input_roles if role not in roles and role not in set(Role)]
+        if others:
+            raise StructureError(
+                f"{', '.join(others)} is computed once for earlier rows, but is no keys or values that new rows are "
+                "joined to"
+            )
         if not roles:
             return PassResult.unchanged(program)
         after = _Updating(program, roles, self.counter).run()
@@ -112,9 +120,10 @@ class _Updating:
         outputs = self.editor.outputs()
         for role, buffer in self.buffers.items():
             own = outputs[new_rows(role)]
-            (joined,) = (user for user in buffer.users if user.target is _aten.cat.default)
-            if list(cast("Sequence[fx.Node]", joined.args[0])) != [buffer, own]:
-                raise StructureError(f"{joined.name} does not join {role} and new rows")
+            joins = [user for user in buffer.users if user.target is _aten.cat.default]
+            if len(joins) != 1 or list(cast("Sequence[fx.Node]", joins[0].args[0])) != [buffer, own]:
+                raise StructureError(f"{role} and new rows are not joined in one place")
+            joined = joins[0]
             with self.editor.graph.inserting_before(joined):
                 node = self.editor.graph.call_function(WRITE_ROWS, (buffer, own, starts[self.rows[role]]))
             node.meta = {key: joined.meta[key] for key in ("nn_module_stack",) if key in joined.meta}
@@ -148,14 +157,19 @@ class _Updating:
         region = _without_data(moved)
         exits = [node for node in region if any(user not in region for user in node.users)]
         for node in exits:
-            if node.meta["val"].shape[0] != 1:
+            if node.meta["val"].shape[:1] != (1,):
                 raise StructureError(f"{node.name} has positions in another than the batch's dimension")
             needed = _needed(node, region)
             outside = dict.fromkeys(s for n in needed for s in n.all_input_nodes if s not in region)
             given = [count, *(s for s in outside if isinstance(s.meta["val"], Tensor))]
             surplus = {m: self._surplus(m.args[1]) for m in moved}
             function = _for_each(needed, given[1:], surplus)
-            made = inline(self.editor, function, given, after=_last(given), scope=_SCOPE)
+            try:
+                made = inline(self.editor, function, given, after=_last(given), scope=_SCOPE)
+            except RuntimeError as error:  # of an operator that cannot be vectorised, or not over these sizes
+                raise StructureError(
+                    f"{node.name} cannot be computed for each element of the batch: {error}"
+                ) from error
             node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
 
     def _is_size(self, argument: object) -> bool:
@@ -222,8 +236,13 @@ def _all_true(mask: fx.Node) -> bool:
 
 
 def _visible(own: Tensor, start: Tensor, buffer: Tensor) -> Tensor:
-    """What new rows see of a buffer: all before `start`, and of their own what `own` [b or 1, 1, new, new] says."""
+    """Return what new rows see of a buffer: all before `start`, and of their own what the mask `own` says.
+
+    `own` is [new, new], or [b or 1, 1, new, new].
+    """
     new = own.shape[-1]
+    while own.ndim < 4:
+        own = own[None]
     place = torch.arange(buffer.shape[2]) - start[:, None]
     column = place.clamp(0, new - 1)[:, None, None, :]
     shape = (start.shape[0], 1, new, buffer.shape[2])
@@ -291,7 +310,14 @@ def _for_each(
             made: dict[fx.Node, Any] = dict(zip(given, values, strict=True))
 
             def value(node: fx.Node) -> Any:
-                return made[node] if node in made else known[str(node.meta["val"])]
+                if node in made:
+                    return made[node]
+                size = str(node.meta["val"])
+                if size not in known:
+                    raise StructureError(
+                        f"positions follow from {node.name}, a size of nothing that is given ({size})"
+                    )
+                return known[size]
 
             for node in nodes:
                 if node in surplus:

@@ -13,21 +13,21 @@ from torch import nn
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import REPORT, Manifest
+from flashu_compile.compiler.answering import Answers
 from flashu_compile.compiler.building import Built, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
-from flashu_compile.compiler.captured import CapturedModel, Progress, Steps, captured_model, open_model
+from flashu_compile.compiler.captured import CapturedModel, Progress, Steps, open_model
 from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
 from flashu_compile.compiler.inspection import Inspection
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
-from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy, proof_copy
+from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, proved_on_copy
 from flashu_compile.compiler.tasks import named_tasks
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
-from flashu_compile.models.loading import LoadedModel
 from flashu_compile.paths import absolute
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
@@ -141,10 +141,11 @@ def export(
     )
     ranges = size_ranges(loaded, tasks)
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
-    proved = {}
+    proved: dict[str, Any] = {}
+    answers: Answers | None = Answers(loaded, decided, tasks, precise.is_exact, WHOLE)
     if needs_copy(proof, loaded):
-        proved = {"proof": _proved_on_copy(loaded, tasks, decided, maker, tell)}
-        maker = maker.unproved()
+        proved = proved_on_copy(loaded, tasks, decided, maker, backend, tell)
+        maker, answers = maker.unproved(), None
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     inspection = Inspection(
         source=source,
@@ -156,6 +157,7 @@ def export(
         seed=seed,
         tell=lambda stage: tell(stage, 0.9),
         exact_precision=precise.is_exact,
+        answers=answers,
     )
     tell("writing the bundle", 0.88)
     facts = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
@@ -163,24 +165,6 @@ def export(
     manifest = _write(directory, built, inspection, facts, told, overwrite=overwrite)
     tell("done", 1.0)
     return Bundle(directory, manifest)
-
-
-def _proved_on_copy(
-    loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe, maker: Maker, tell: Steps
-) -> dict[str, Any]:
-    """Build everything for a small copy of the model, where it is held against eager PyTorch; what the report says."""
-    copy = proof_copy(loaded, recipe)
-    tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
-    small = captured_model(copy.loaded, tasks, tell_of_copy)
-    # What a copy is too small for may well be done to the model, whose own build decides.
-    maker = dataclasses.replace(
-        maker,
-        precision=maker.precision.of_copy(copy.name),
-        ranges=size_ranges(copy.loaded, tasks),
-        allow_declined=True,
-    )
-    shelf = EngineShelf(small, maker.backend, None)
-    return copy.report(build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy), loaded)
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""What a build looks at once its engines are written: the recipe's cost, and the page that tells of everything."""
+"""What a build looks at once its engines are written: what the bundle answers, the recipe's cost, and the page."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest
+from flashu_compile.compiler.answering import Answers, Open
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.tasks import COMPILED_TASKS
+from flashu_compile.errors import BackendUnavailableError
 from flashu_compile.measure.samples import CalibrationSamples
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.page import render
 from flashu_compile.report.pictures import Comparison
-from flashu_compile.runtime.engine import Engines
 from flashu_compile.tasks import RECORDS, T2I
 
 
 @dataclasses.dataclass
 class Inspection:
-    """The measurements of a build and its page.
+    """Looks at a bundle that has been written, and makes its page.
 
     `samples` are all there are, of which calibration has (or would have) chosen `calibrated_on` with `seed`;
-    `measured_on` is how many the cost is measured on.
+    `measured_on` is how many the cost is measured on. `answers` asks the bundle, if it is to be asked itself.
     """
 
     source: CapturedModel
@@ -35,6 +36,7 @@ class Inspection:
     seed: int
     tell: Callable[[str], None]
     exact_precision: bool = True
+    answers: Answers | None = None
     comparisons: dict[str, tuple[Comparison, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -42,8 +44,16 @@ class Inspection:
         """The trajectory of t2i, if that is one of the tasks."""
         return self.recipe.plan() if T2I.name in self.tasks else None
 
-    def measure(self, engines: Engines) -> dict[str, Any]:
-        """Return the report's entry `cost`, by task; tasks whose recipe is exact have none, in float32."""
+    def measure(self, open_bundle: Open) -> dict[str, Any]:
+        """Return the report's entries `answered` and `cost`, by task; an exact recipe in float32 has no cost.
+
+        Raises `BundleError` if the bundle does not answer as it should.
+        """
+        self.tell("asking the bundle")
+        answered = {} if self.answers is None else {"answered": self.answers.of(open_bundle)}
+        return {**answered, "cost": self._costs(open_bundle)}
+
+    def _costs(self, open_bundle: Open) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         points = self.source.loaded.network.config.steps
         for task in self.tasks:
@@ -57,10 +67,15 @@ class Inspection:
             def tell(stage: str, task: str = task) -> None:
                 self.tell(f"{task}: {stage}")
 
+            try:
+                engines = open_bundle().engines
+            except BackendUnavailableError as reason:
+                figures[task] = {"not_measured": f"the engines do not run here ({reason})"}
+                continue
             cost = COMPILED_TASKS[task].cost(self.source, engines, self.recipe, samples, self.seed, tell)
             figures[task] = {**cost.figures, "held_out": held_out}
             self.comparisons[task] = cost.comparisons
-        return {"cost": figures}
+        return figures
 
     def page(self, manifest: Manifest, report: Mapping[str, Any]) -> str:
         """Return the bundle's page as HTML."""

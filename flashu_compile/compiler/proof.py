@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flashu_compile.arguments import shown
-from flashu_compile.compiler.building import Built
-from flashu_compile.compiler.metadata import checkpoint_bytes
+from flashu_compile.compiler.answering import Answers, Open, of_few_words
+from flashu_compile.compiler.building import Built, Maker, build_engines
+from flashu_compile.compiler.captured import Steps, captured_model
+from flashu_compile.compiler.kept_engines import EngineShelf
+from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.exporters.bundle import write_bundle
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import LLM, MMU
+from flashu_compile.tasks import LLM, MMU, T2I
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"
 #: Weights of more bytes than this are proved on a copy, unless asked otherwise.
@@ -122,3 +128,51 @@ def _reduced_recipe(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> Reci
         for task, decided in recipe.decisions.items()
     }
     return dataclasses.replace(recipe, decisions=decisions)
+
+
+def proved_on_copy(
+    loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe, maker: Maker, backend: str, tell: Steps
+) -> dict[str, Any]:
+    """Build everything for a small copy of the model, where it is held against eager PyTorch; what the report says.
+
+    The copy's bundle is asked too, and then deleted.
+    """
+    copy = proof_copy(loaded, recipe)
+    tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
+    small = captured_model(copy.loaded, tasks, tell_of_copy)
+    # What a copy is too small for may well be done to the model, whose own build decides.
+    maker = dataclasses.replace(
+        maker,
+        precision=maker.precision.of_copy(copy.name),
+        ranges=size_ranges(copy.loaded, tasks),
+        allow_declined=True,
+    )
+    shelf = EngineShelf(small, maker.backend, None)
+    built = build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy)
+    tell_of_copy("asking its bundle")
+    answered = _answered_by_copy(copy, tasks, built, maker, backend)
+    return {"proof": copy.report(built, loaded), "answered": answered}
+
+
+def _answered_by_copy(
+    copy: ProofCopy, tasks: tuple[str, ...], built: Built, maker: Maker, backend: str
+) -> dict[str, Any]:
+    loaded = of_few_words(copy.loaded)
+    answers = Answers(loaded, copy.recipe, tasks, maker.precision.is_exact, COPY)
+    found: dict[str, Any] = {}
+
+    def ask(open_bundle: Open) -> dict[str, Any]:
+        found.update(answers.of(open_bundle))
+        return found
+
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=maker.scratch_parent) as scratch:
+        write_bundle(
+            Path(scratch) / "copy",
+            engines=built.engines.engines,
+            facts=bundle_metadata(loaded, tasks, backend, str(maker.precision), copy.recipe.name),
+            tokenizer=loaded.tokenizer,
+            recipe=copy.recipe,
+            plan=copy.recipe.plan() if T2I.name in tasks else None,
+            measure=ask,
+        )
+    return found

@@ -208,6 +208,7 @@ def _from_module(
         if llm_config is not None:
             declared = declared._replace(llm=_read_llm_config(llm_config))
         config, found = checkpoint.infer_config(state, declared), vocabulary.extend(found)
+    vocabulary.check_usable(found)
     network = checkpoint.build(config, weights.convert(dict(state), dtype))
     return LoadedModel(_OBJECT_NAME, network, None, found, origins={"model": IN_MEMORY})
 
@@ -226,6 +227,7 @@ def _from_own_layout(
     except ConfigurationError as error:
         raise CheckpointError(f"{directory / _CONFIG} describes no model: {error}") from error
     found = vocabulary.resolve(directory if tokenizer is None else tokenizer)
+    vocabulary.check_usable(found)
     state = weights.read_weight_file(directory / _WEIGHTS, dtype)
     vae = _described_vae(directory, settings.get("vae"), dtype) if read_vae else None
     origins = {"model": origin([directory / _WEIGHTS], directory, settings, place.snapshot)}
@@ -248,6 +250,8 @@ def _from_published(
     if tokenizer is None and (directory / vocabulary.FILE).is_file():
         tokenizer = directory
     found = vocabulary.resolve(tokenizer) if tokenizer is not None else _llm_tokenizer(directory, source)
+    found = vocabulary.extend(found)
+    vocabulary.check_usable(found)
     state = weights.read_weights(directory, dtype)
     if missing := checkpoint.missing_signature(state):
         raise CheckpointError(f"{directory} holds no Show-o2 model: its weights have no {missing[0]}.")
@@ -258,7 +262,7 @@ def _from_published(
     config = checkpoint.infer_config(state, checkpoint.Declared(settings, llm))
     network = checkpoint.build(config, state)
     origins = {"model": origin(weights.weight_files(directory), directory, settings, place.snapshot)}
-    return LoadedModel(place.name, network, None, vocabulary.extend(found), _calibration(directory), origins)
+    return LoadedModel(place.name, network, None, found, _calibration(directory), origins)
 
 
 def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:

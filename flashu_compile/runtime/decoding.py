@@ -23,6 +23,7 @@ from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep,
 from flashu_compile.tasks import LANGUAGE
 
 ROWS_BEFORE = "rows_before"
+IMAGE_END_IDS = "image_end_ids"
 #: Rows that a cache gains when it is full. Attention takes time for all of them, full or not, and a cache that grows is
 #: copied: at 1024 rows that costs as much as one token.
 ROOM = 64
@@ -59,7 +60,7 @@ class Picture:
         if self._context is None:
             ids = np.array([suffixes[0][:1]], dtype=np.int64)
             prologue = self._engines.engine(self._engine.spec.prologue)
-            self._context = keep(prologue, {**self._inputs, "image_end_ids": ids})
+            self._context = keep(prologue, _taken(prologue, {**self._inputs, IMAGE_END_IDS: ids}))
         # The first id is part of the context.
         return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
 
@@ -124,18 +125,30 @@ def _batch(
         logits = answers.after(following)
 
 
+def _taken(engine: Engine, values: Tensors) -> Tensors:
+    """Those of `values` that the engine takes."""
+    names = {tensor.name for tensor in engine.spec.inputs}
+    return {name: value for name, value in values.items() if name in names}
+
+
 class _FullForward:
     """Runs the whole sequence for every token, as published."""
 
     def __init__(self, engine: Engine, inputs: Tensors, suffixes: Sequence[list[int]]) -> None:
         self._engine, self._inputs = engine, inputs
         self._suffixes = [list(suffix) for suffix in suffixes]
+        self._takes_end = IMAGE_END_IDS in {tensor.name for tensor in engine.spec.inputs}
 
     def first(self) -> NDArray[np.float32]:
-        rows = [np.array([suffix], dtype=np.int64) for suffix in self._suffixes]
-        return np.concatenate(
-            [self._engine.run({**self._inputs, "suffix_ids": row})["logits"] for row in rows]
+        return np.concatenate([self._logits(suffix) for suffix in self._suffixes])
+
+    def _logits(self, suffix: list[int]) -> NDArray[np.float32]:
+        ids = np.array([suffix], dtype=np.int64)
+        # An engine that was made to be told its context takes the id that ends the image by itself.
+        given = (
+            {IMAGE_END_IDS: ids[:, :1], "suffix_ids": ids[:, 1:]} if self._takes_end else {"suffix_ids": ids}
         )
+        return self._engine.run(_taken(self._engine, {**self._inputs, **given}))["logits"]
 
     def after(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         for suffix, token in zip(self._suffixes, tokens, strict=True):

@@ -168,6 +168,11 @@ class Pipeline:
         self._engines = engines
         self._schedules = schedules(engines)
 
+    @property
+    def engines(self) -> Engines:
+        """The bundle's engines by name; for measuring and checking."""
+        return self._engines
+
     def __repr__(self) -> str:
         return f"<Pipeline {self.manifest.model}: {', '.join(self.manifest.tasks)}>"
 
@@ -321,6 +326,19 @@ class Pipeline:
             answers[number].append(token)
         texts = [self._codec.decode(ids) for ids in answers]
         return texts[0] if isinstance(question, str) else texts
+
+    def logits(self, image: Picture, question: str, *, tokens: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Return the first `tokens` ids of the answer, and the logits [tokens, vocab] that they are the largest of.
+
+        The end of an answer is a token as any other here; for measuring and checking. Errors as for `ask`.
+        """
+        suffixes, count = self._questions(question, tokens)
+        answers = self._picture(image).answers(suffixes)
+        rows = [answers.first()]
+        while len(rows) < count:
+            rows.append(answers.after(rows[-1].argmax(axis=1).tolist()))
+        logits = np.concatenate(rows)
+        return logits.argmax(axis=1).tolist(), logits
 
     @overload
     def stream(

@@ -187,8 +187,13 @@ class _Constants:
             return {}
         if name not in self._known:
             prologue = self._engines.engine(name)
-            inputs = {t.name: self._text[t.name] for t in prologue.spec.inputs}
-            self._known[name] = keep(prologue, inputs)
+            wanted = [t.name for t in prologue.spec.inputs]
+            unknown = [given for given in wanted if given not in self._text]
+            if unknown:
+                raise BundleError(
+                    f"Engine {name!r} takes {', '.join(unknown)}, which is not of the prompt; build the bundle again."
+                )
+            self._known[name] = keep(prologue, {given: self._text[given] for given in wanted})
         batched = {t.name for t in engine.spec.inputs if t.shape[:1] == ("batch",)}
         return {n: v[rows] if n in batched else v for n, v in self._known[name].items()}
 

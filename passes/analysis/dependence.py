@@ -1,10 +1,13 @@
-"""Which inputs each node depends on, by their values. Reading an input's size alone is no dependence."""
+"""Which inputs each node depends on: by their values, or by what it takes to compute it, sizes included."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 from torch import fx
 
+from flashu_compile.passes.analysis.sizes import size_surplus
 from flashu_compile.program.program import Program
 
 _aten = torch.ops.aten
@@ -19,7 +22,10 @@ _SHAPE_ONLY = (
 
 
 def depends_on(program: Program) -> dict[fx.Node, frozenset[str]]:
-    """Roles of the inputs whose values each node depends on, directly or not, for every node of the graph."""
+    """Return the roles of the inputs whose values each node of the graph depends on, directly or not.
+
+    Reading an input's size alone is no dependence.
+    """
     users = program.exported.graph_signature.user_inputs
     roles = dict(zip(users, program.input_roles, strict=True))
     found: dict[fx.Node, frozenset[str]] = {}
@@ -29,6 +35,30 @@ def depends_on(program: Program) -> dict[fx.Node, frozenset[str]]:
         elif node.target in _SHAPE_ONLY:
             # The value of a `full_like` is a number, or computed by a node that is its second argument.
             found[node] = frozenset().union(*(found[source] for source in node.all_input_nodes[1:]))
+        else:
+            found[node] = frozenset().union(*(found[source] for source in node.all_input_nodes))
+    return found
+
+
+def needed_beside(program: Program, given: Collection[str]) -> dict[fx.Node, frozenset[str]]:
+    """Return the roles of the inputs, other than `given`, without which each node of the graph cannot be computed.
+
+    Unlike `depends_on`, this counts inputs that are read for their sizes, unless an input in `given` has that size, or
+    one that differs from it by a number.
+    """
+    users = program.exported.graph_signature.user_inputs
+    roles = dict(zip(users, program.input_roles, strict=True))
+    placeholders = program.exported.graph.find_nodes(op="placeholder")
+    known = [size for n in placeholders if roles.get(n.name) in given for size in n.meta["val"].shape]
+    found: dict[fx.Node, frozenset[str]] = {}
+    for node in program.exported.graph.nodes:
+        if node.op == "placeholder":
+            role = roles.get(node.name)
+            found[node] = frozenset() if role is None or role in given else frozenset((role,))
+        elif node.target is _aten.sym_size.int and any(
+            size_surplus(size, node.meta["val"]) is not None for size in known
+        ):
+            found[node] = frozenset()
         else:
             found[node] = frozenset().union(*(found[source] for source in node.all_input_nodes))
     return found

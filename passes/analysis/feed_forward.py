@@ -140,6 +140,8 @@ def _broadcast_scalar(node: fx.Node) -> bool:
 def fused_source(node: fx.Node, width: int) -> fx.Node | None:
     """What a node cuts a whole part of `width` out of along the last dimension, or None where it does not."""
     if node.target is torch.ops.aten.slice.Tensor:
+        if not _cuts_at_numbers(node):
+            return None
         source, dim, start, end, step = slice_arguments(node)
         total = size(source, -1)
         last = source.meta["val"].ndim - 1
@@ -150,13 +152,23 @@ def fused_source(node: fx.Node, width: int) -> fx.Node | None:
         split: fx.Node = arguments(node)[0]
         if split.target in _SPLITS:
             source, sizes, dim = (*arguments(split), 0)[:3]
+            if isinstance(sizes, fx.Node):
+                return None  # pieces as long as a dynamic dimension
             even = sizes == width if isinstance(sizes, int) else all(s == width for s in sizes)
             return source if even and dim in (-1, source.meta["val"].ndim - 1) else None
     return None
 
 
+def _cuts_at_numbers(node: fx.Node) -> bool:
+    """Whether a slice begins and ends at fixed places, not at places that follow from dynamic sizes."""
+    return not any(isinstance(bound, fx.Node) for bound in arguments(node)[2:])
+
+
 def slice_arguments(node: fx.Node) -> tuple[fx.Node, int, int, int, int]:
-    """Source, dimension, start, end and step of a slice, non-negative; those left out are filled in."""
+    """Return source, dimension, start, end and step of a slice, non-negative; those left out are filled in.
+
+    Start, end and step must be numbers.
+    """
     source, dim, start, end, step = (*arguments(node), *(None,) * 5)[:5]
     total = size(source, dim or 0) or 0
     start, end = start or 0, total if end is None else end

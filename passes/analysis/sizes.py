@@ -50,3 +50,11 @@ def _named(axis: str) -> sympy.Expr:
     return expression.subs(
         {s: sympy.Symbol(s.name, integer=True, nonnegative=True) for s in expression.free_symbols}
     )
+
+
+def size_surplus(size: object, other: object) -> int | None:
+    """Return how much larger a symbolic size is than another, if that is a number. Adds no guard."""
+    if not isinstance(size, torch.SymInt) or not isinstance(other, torch.SymInt):
+        return None
+    difference = size.node.expr - other.node.expr
+    return int(difference) if difference.is_Integer else None

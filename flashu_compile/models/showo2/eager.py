@@ -5,6 +5,7 @@ For comparing: what a bundle gives must equal what this gives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,13 @@ class EagerPipeline:
         self.codec = PromptCodec(loaded.tokenizer)
 
     def trajectory(
-        self, prompt: str, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        time_shift: float | None = None,
     ) -> Trajectory:
         """Sampler states for one prompt, in the published padded layout.
 
@@ -64,6 +71,7 @@ class EagerPipeline:
             noise,
             points=points,
             guidance_scale=scale,
+            shift=time_shift,
         )
         model_source(self.network).check("latents", made.latents.float().numpy())
         return made
@@ -85,6 +93,15 @@ class EagerPipeline:
             torch.tensor([prefix]), torch.tensor([suffix]), max_new_tokens, self.codec.eos
         )
         return self.codec.decode(tokens)
+
+    def logits(
+        self, image: str | Path | Image.Image | np.ndarray, question: str, answer: Sequence[int]
+    ) -> Float[Tensor, "tokens vocab"]:
+        """Return the logits of each token of `answer`, given the tokens before it."""
+        prefix, suffix = self.codec.question_prefix(), self.codec.question_suffix(question)
+        reference = UnderstandingReference(self.network, self.latents(image))
+        ids = torch.tensor([[*suffix, *answer[:-1]]])
+        return reference.logits(torch.tensor([prefix]), ids)[0, -len(answer) :]
 
     def latents(self, image: str | Path | Image.Image | np.ndarray) -> Float[Tensor, "1 c h w"]:
         """Normalised latents of a picture, preprocessed as the runtime does."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from flashu_compile.errors import CheckpointError
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.errors import BundleError, CheckpointError
 from flashu_compile.models import hub
 from flashu_compile.paths import absolute
 
@@ -16,6 +17,7 @@ FILE = "tokenizer.json"
 _PAD = "[PAD]"
 # The order gives the ids. Only the pad token is special.
 _ADDED = ("<image>", "<|vid_start|>", "<|vid_end|>")
+_PROBE = "What is in the picture?"
 
 
 def extend(tokenizer: Tokenizer) -> Tokenizer:
@@ -63,6 +65,32 @@ def resolve(tokenizer: Any) -> Tokenizer:
         f"A {type(tokenizer).__name__} is no tokenizer of the tokenizers library; pass a "
         "tokenizers.Tokenizer, a fast tokenizer of transformers, or the path of a tokenizer.json."
     )
+
+
+def check_usable(tokenizer: Tokenizer) -> None:
+    """Raise `CheckpointError` if a bundle that holds `tokenizer` could not be loaded, or not encode its prompts.
+
+    A bundle has the tokenizer as a file, so what is tried is the one that is read back from that.
+    """
+    try:
+        read_back = Tokenizer.from_str(tokenizer.to_str())
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(
+            f"The tokenizer cannot be written to a file and read back ({error}); a bundle needs one made of the "
+            "tokenizers library's own parts."
+        ) from error
+    if read_back.get_vocab(with_added_tokens=True) != tokenizer.get_vocab(with_added_tokens=True):
+        raise CheckpointError(
+            "The tokenizer has another vocabulary after it is written to a file and read back; pass the path of the "
+            "tokenizer.json that it was made from."
+        )
+    try:
+        codec = PromptCodec(read_back)
+        codec.decode([*codec.question_prefix(), *codec.question_suffix(_PROBE)])
+    except BundleError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:  # as above
+        raise CheckpointError(f"The tokenizer cannot encode the text {_PROBE!r}: {error}.") from error
 
 
 def check_size(tokenizer: Tokenizer, rows: int) -> None:

@@ -1,0 +1,177 @@
+"""What a bundle answers, before it is called done: a few evaluations and tokens through its own runtime.
+
+Engines are proved one by one while they are built. Whether they fit together (whether each is given what it takes, and
+by the loops that users run) shows when the whole is loaded as users load it. Where the bundle is exact, its answers are
+held against the eager model's, which no pass has touched; otherwise they must be finite and have the right shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.compiler.captured import one_thread
+from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
+from flashu_compile.models.loading import LoadedModel
+from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime.pipeline import Pipeline
+from flashu_compile.tasks import MMU, T2I
+
+PROMPT, QUESTION, SEED = "a red circle", "What is this?", 0
+EVALUATIONS, TOKENS = 2, 3
+#: Relative L2 from the eager model. Rounding errors of whole trajectories and forwards are below a tenth of it.
+TOLERANCE = 1e-4
+
+#: Opens a bundle as `flashu_compile.load` does, with its keyword arguments.
+Open = Callable[..., Pipeline]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Asks a bundle of `loaded`, built by `recipe`, a question for each task.
+
+    `exact_precision`: the engines compute in float32. `bundle` says what it is a bundle of, for the report: "whole", or
+    "copy" for one of a small copy of the model that stands for it.
+    """
+
+    loaded: LoadedModel
+    recipe: Recipe
+    tasks: tuple[str, ...]
+    exact_precision: bool
+    bundle: str
+
+    def of(self, open_bundle: Open) -> dict[str, dict[str, Any]]:
+        """Return the report's entry `answered`, by task: the error, or the reason why the bundle was not run here.
+
+        Raises `BundleError` if the bundle does not answer, or not as the eager model does.
+        """
+        with one_thread():
+            try:
+                pipe = open_bundle(threads=1)
+            except BackendUnavailableError as reason:
+                return {task: self._not_run(reason) for task in self.tasks}
+            return {task: self._answered(task, pipe) for task in self.tasks}
+
+    def _answered(self, task: str, pipe: Pipeline) -> dict[str, Any]:
+        ask = self._picture if task == T2I.name else self._tokens
+        try:
+            told = ask(pipe)
+        except BackendUnavailableError as reason:
+            return self._not_run(reason)
+        except Exception as error:  # whatever engines that do not fit together trip over
+            what = str(error) if isinstance(error, FlashuError) else f"{type(error).__name__}: {error}"
+            raise BundleError(
+                f"The bundle that was built does not answer, so it is not written. Task {task}, through engines "
+                f"{', '.join(_engines(pipe, task))}: {what}"
+            ) from error
+        return {"bundle": self.bundle, **told}
+
+    def _not_run(self, reason: Exception) -> dict[str, Any]:
+        return {"bundle": self.bundle, "not_run_here": str(reason)}
+
+    def _picture(self, pipe: Pipeline) -> dict[str, Any]:
+        facts = pipe.manifest.generation
+        assert facts is not None, "the bundle was built for t2i"
+        plan = pipe.plan_for()
+        told: dict[str, Any] = {}
+        if self._is_exact(T2I.name):
+            points = EVALUATIONS + 1
+            latents = pipe.latents(PROMPT, seed=SEED, steps=points)
+            truth = self._eager().trajectory(
+                PROMPT,
+                seed=SEED,
+                steps=points,
+                guidance_scale=plan.steps[0].guidance_scale,
+                time_shift=plan.time_shift,
+            )
+            told = {"evaluations": EVALUATIONS, "error": _held("latents", latents, truth.latents.numpy())}
+        else:
+            pipe.plan = shortened(plan)
+            latents = pipe.latents(PROMPT, seed=SEED)
+            told = {"evaluations": len(pipe.plan.steps)}
+        _check_array("latents", latents, (1, *facts.latent_shape))
+        pipe.plan = dataclasses.replace(plan, steps=plan.steps[:1])
+        side = pipe.generate(PROMPT, seed=SEED).size
+        if side != (facts.picture_size,) * 2:
+            raise BundleError(
+                f"the picture is {side[0]} × {side[1]}, not {facts.picture_size} pixels a side."
+            )
+        pipe.plan = plan
+        return told
+
+    def _tokens(self, pipe: Pipeline) -> dict[str, Any]:
+        image = _image()
+        tokens, logits = pipe.logits(image, QUESTION, tokens=TOKENS)
+        _check_array("logits", logits, (TOKENS, self.loaded.network.config.llm.vocab_size))
+        pipe.ask(image, QUESTION, max_new_tokens=TOKENS)
+        if not self._is_exact(MMU.name):
+            return {"tokens": TOKENS}
+        truth = self._eager().logits(image, QUESTION, tokens).numpy()
+        return {"tokens": TOKENS, "error": _held("logits", logits, truth)}
+
+    def _is_exact(self, task: str) -> bool:
+        """Whether the bundle computes what the eager model does, for the same number of time points."""
+        return self.exact_precision and not self.recipe.config(task).is_lossy(self.recipe.t2i.points)
+
+    def _eager(self) -> EagerPipeline:
+        return EagerPipeline(self.loaded)
+
+
+def shortened(plan: StepPlan) -> StepPlan:
+    """Return a plan with the first step of `plan` for each of its engines, and those that store features for them.
+
+    It has at least two steps, if `plan` has.
+    """
+    chosen: set[int] = set()
+    for engine in dict.fromkeys(step.engine for step in plan.steps):
+        first = next(number for number, step in enumerate(plan.steps) if step.engine == engine)
+        stored = [number for number in range(first) if plan.steps[number].store]
+        chosen |= {first, *stored[-2 if plan.steps[first].extrapolate else -1 :]}
+    if len(chosen) < EVALUATIONS:  # and all steps run the same engine
+        chosen |= set(range(len(plan.steps))[:EVALUATIONS])
+    return dataclasses.replace(plan, steps=tuple(plan.steps[number] for number in sorted(chosen)))
+
+
+def of_few_words(loaded: LoadedModel) -> LoadedModel:
+    """Return `loaded` with a tokenizer of a few words, for a copy of a model that has few of the model's words."""
+    known = [PAD, BOS, EOS, BOI, EOI, IMAGE_PAD, "other", *PROMPT.split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="other"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(known[:6])
+    return dataclasses.replace(loaded, tokenizer=tokenizer)
+
+
+def _engines(pipe: Pipeline, task: str) -> list[str]:
+    return [engine.name for engine in pipe.manifest.engines if engine.task == task]
+
+
+def _image() -> NDArray[np.uint8]:
+    """A picture of ramps, in each colour another way."""
+    down, across = np.mgrid[:64, :64].astype(np.uint8)
+    return np.stack([4 * down, 4 * across, 2 * (down + across)], axis=-1)
+
+
+def _check_array(name: str, values: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        raise BundleError(f"the {name} have shape {list(values.shape)}, not {list(shape)}.")
+    if not np.isfinite(values).all():
+        raise BundleError(f"the {name} are not all finite.")
+
+
+def _held(name: str, values: NDArray[Any], truth: NDArray[Any]) -> float:
+    """Return the relative L2 error of `values`. Raises `BundleError` if it is too large."""
+    error = relative_error(values, truth)
+    if not error <= TOLERANCE:
+        raise BundleError(
+            f"the {name} differ from the eager model's by {error:.1e} (relative L2; at most {TOLERANCE:.0e})."
+        )
+    return float(f"{error:.2e}")
