@@ -242,8 +242,9 @@ def _recipe(source: str, settings: list[str] | None) -> Recipe:
 
 
 def _measured(bundle: Path) -> dict[str, Any]:
-    """What the report of a bundle just built says of calibration, passes and cost."""
+    """What the report of a bundle just built says of calibration, passes, cost and answers."""
     from flashu_compile.bundle.manifest import REPORT
 
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
-    return {name: report[name] for name in ("calibration", "passes", "cost")} | {"proof": report.get("proof")}
+    told = ("calibration", "passes", "cost", "answered")
+    return {name: report[name] for name in told} | {"proof": report.get("proof")}

@@ -88,6 +88,8 @@ def print_recipe(recipe: Recipe) -> None:
 
 def print_build(summary: Mapping[str, Any]) -> None:
     """The summary of a bundle just built: where, what, how big, what passes cost, how close to eager."""
+    from flashu_compile.report.work import answers_text
+
     sizes = {name: size(value) for name, value in summary["sizes"].items()}
     samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
     print_facts(
@@ -97,6 +99,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
             "recipe": summary["recipe"],
             "calibrated": _listed(samples) or "nothing to decide",
             "engines": _listed(summary["engines"]),
+            "answered": answers_text(summary["answered"]),
         }
         | sizes
     )

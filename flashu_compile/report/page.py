@@ -14,7 +14,14 @@ from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.recipe.view import recipe_rows
 from flashu_compile.report.pictures import data_uri, keep_map
-from flashu_compile.report.work import declined, engine_errors, largest_error, program_work, result_work
+from flashu_compile.report.work import (
+    answers_text,
+    declined,
+    engine_errors,
+    largest_error,
+    program_work,
+    result_work,
+)
 from flashu_compile.tasks import MMU, RECORDS, T2I
 
 if TYPE_CHECKING:
@@ -52,6 +59,7 @@ def render(
         change=change,
         passes=list(_passes(report.get("passes", []), proof.get("passes", []))),
         proof=proof,
+        answers=answers_text(report.get("answered", {})),
         int8=report.get("int8"),
         declined=declined(report),
         lossy=[row for row in report.get("passes", []) if row["kind"] == "lossy" and row["changes"]],

@@ -175,6 +175,20 @@ def declined(report: Mapping[str, Any]) -> list[Declined]:
     return sorted(rows, key=lambda row: row.undone is None)
 
 
+def answers_text(answered: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a build's bundle answered when it was asked, from the report's entry `answered`; "" if there is none."""
+    return "; ".join(f"{task}: {_answer_text(told)}" for task, told in answered.items())
+
+
+def _answer_text(told: Mapping[str, Any]) -> str:
+    if "not_run_here" in told:
+        return f"not run here ({told['not_run_here']})"
+    asked = f"{told['evaluations']} evaluations" if "evaluations" in told else f"{told['tokens']} tokens"
+    of_copy = " of a small copy" if told["bundle"] == "copy" else ""
+    held = f"within {told['error']:.1e} of eager" if "error" in told else "finite, of the right shape"
+    return f"{asked}{of_copy}, {held}"
+
+
 def largest_error(records: Sequence[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]]) -> float | None:
     """Of the records of one pass; and of those in `proved`, what passes did to a copy, that are of this pass too."""
     alike = (*records, *(record for record in proved if record["name"] == records[0]["name"]))

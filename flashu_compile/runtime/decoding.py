@@ -60,7 +60,7 @@ class Picture:
         if self._context is None:
             ids = np.array([suffixes[0][:1]], dtype=np.int64)
             prologue = self._engines.engine(self._engine.spec.prologue)
-            self._context = keep(prologue, _taken(prologue, {**self._inputs, IMAGE_END_IDS: ids}))
+            self._context = keep(prologue, {**self._inputs, IMAGE_END_IDS: ids})
         # The first id is part of the context.
         return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
 
@@ -125,12 +125,6 @@ def _batch(
         logits = answers.after(following)
 
 
-def _taken(engine: Engine, values: Tensors) -> Tensors:
-    """Those of `values` that the engine takes."""
-    names = {tensor.name for tensor in engine.spec.inputs}
-    return {name: value for name, value in values.items() if name in names}
-
-
 class _FullForward:
     """Runs the whole sequence for every token, as published."""
 
@@ -148,7 +142,7 @@ class _FullForward:
         given = (
             {IMAGE_END_IDS: ids[:, :1], "suffix_ids": ids[:, 1:]} if self._takes_end else {"suffix_ids": ids}
         )
-        return self._engine.run(_taken(self._engine, {**self._inputs, **given}))["logits"]
+        return self._engine.run({**self._inputs, **given})["logits"]
 
     def after(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         for suffix, token in zip(self._suffixes, tokens, strict=True):

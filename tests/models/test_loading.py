@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
+import flashu_compile
 from flashu_compile.bundle.manifest import Origin, file_entry
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from flashu_compile.models import hub, loading, weights
@@ -81,6 +82,25 @@ def _base_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(QWEN_SPECIAL)
+    return tokenizer
+
+
+def _without_unknown() -> Tokenizer:
+    """It knows its own words, and fails on others."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(QWEN_SPECIAL)
+    return tokenizer
+
+
+class _Words:
+    def pre_tokenize(self, text: Any) -> None:
+        text.split(lambda _, part: part.split(" ", "removed"))
+
+
+def _custom(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a part that is written in Python."""
+    tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_Words())
     return tokenizer
 
 
@@ -554,6 +574,32 @@ class TestObjects:
         assert load_model(network, tokenizer=fast).tokenizer.get_vocab_size() == VOCABULARY
         with pytest.raises(CheckpointError, match="no tokenizer of the tokenizers library"):
             load_model(network, tokenizer=object())
+
+    @pytest.mark.parametrize(
+        ("made", "message"),
+        [
+            (_base_tokenizer, r"has no '\[PAD\]' token"),
+            (
+                lambda: _custom(vocabulary.extend(_base_tokenizer())),
+                "cannot be written to a file and read back",
+            ),
+            (lambda: vocabulary.extend(_without_unknown()), "cannot encode the text"),
+        ],
+    )
+    def test_a_tokenizer_that_no_bundle_could_be_loaded_with(
+        self, network: Showo2, made: Callable[[], Tokenizer], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            load_model(network, tokenizer=made())
+        with pytest.raises(CheckpointError, match=message):
+            flashu_compile.export(network, "mmu", output=tmp_path / "b", tokenizer=made())
+        assert not list(tmp_path.iterdir())
+
+    def test_a_tokenizer_s_own_settings_are_left_as_they_are(self, network: Showo2) -> None:
+        tokenizer = vocabulary.extend(_base_tokenizer())
+        tokenizer.enable_truncation(3)
+        load_model(network, tokenizer=tokenizer)
+        assert tokenizer.truncation is not None
 
     def test_other_modules_are_refused(self) -> None:
         with pytest.raises(UnsupportedModelError, match="Linear is no Show-o2 model"):

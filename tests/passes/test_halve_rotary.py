@@ -86,8 +86,20 @@ class OneTable(Rotating):
         return (rotated(x, cos, sin * torch.linspace(0, 1, WIDTH)),)
 
 
+class ByRows(Rotating):
+    """Puts the halves one behind the other, and takes them apart where the sequence ends."""
+
+    def forward(self, rows: Tensor, positions: Tensor) -> tuple[Tensor]:
+        cos, sin = self.tables(positions)
+        x = self.q(rows).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+        both, length = torch.cat(x.chunk(2, dim=-1), dim=2), rows.shape[1]
+        return (x * cos + torch.cat([-both[:, :, length:], both[:, :, :length]], dim=-1) * sin,)
+
+
 @pytest.mark.parametrize(
-    "module", [Rotating(WIDTH), Backwards(), OfAnother(), OneTable()], ids=lambda m: type(m).__name__
+    "module",
+    [Rotating(WIDTH), Backwards(), OfAnother(), OneTable(), ByRows()],
+    ids=lambda m: type(m).__name__,
 )
 def test_what_only_looks_like_it_is_left_alone(module: nn.Module) -> None:
     """Such as tables whose halves differ."""

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashu_compile.models.showo2.adapter import captures
 from flashu_compile.models.showo2.modeling import RowTables, Showo2
@@ -23,8 +24,8 @@ from flashu_compile.passes.pipelines import denoise as denoise_passes
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.split_rows import SplitRows
-from flashu_compile.program.program import Program, Role, run_chain
-from flashu_compile.program.trace import capture
+from flashu_compile.program.program import Input, Program, Role, run_chain
+from flashu_compile.program.trace import Capture, capture
 from tests.support.fused_lm import DEPTH, GRID, PATCH, VOCABULARY
 from tests.support.renamed import rename_modules, renamed_roots
 from tests.support.row_programs import paths, placeholder_shape, shape, step_inputs, working
@@ -204,3 +205,38 @@ def test_the_second_model_runs_the_picture_and_what_is_before_the_question_once(
         }
         found, truth = run_chain((prologue, step), values), fused.run(values)
         assert all(relative_error(found[role], truth[role]) < 2e-6 for role in truth)
+
+
+class Repeating(nn.Module):
+    """New rows read a context, and a summary of it that is repeated, and worked on, once for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past, self.about, self.ask = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, context: Tensor, new: Tensor) -> tuple[Tensor]:
+        past = self.past(context)[:, None]
+        repeated = context.mean(1, keepdim=True).expand(-1, new.shape[1], -1)
+        query = (self.ask(new) + self.about(repeated))[:, None]
+        return (F.scaled_dot_product_attention(query, past, past)[:, 0],)
+
+
+def test_what_is_as_long_as_what_changes_stays() -> None:
+    """No value of the new rows is in it, but a prologue would have to be told how many there are."""
+    torch.manual_seed(0)
+
+    def values(context: int, new: int) -> dict[str, Tensor]:
+        draw = lambda rows: torch.randn(2, rows, 6, dtype=torch.float64)  # noqa: E731
+        return {"context": draw(context), "new": draw(new)}
+
+    inputs = (Input("context", ("batch", "context", None)), Input("new", ("batch", "new", None)))
+    program = capture(Capture("repeating", "none", Repeating(), inputs, ("y",), {}, values(4, 3)))
+    (prologue, step), _ = PassManager((HoistPrologue(frozenset({"new"})),)).run(program)
+    assert prologue.input_roles == ("context",)
+    assert paths(prologue) == {"past"}
+    assert paths(step) == {"ask", "about", ""}
+    given = values(5, 7)
+    carried = prologue.run(given)
+    for new in (7, 2):
+        given["new"] = values(5, new)["new"]
+        assert relative_error(step.run({**given, **carried})["y"], program.run(given)["y"]) < 1e-14

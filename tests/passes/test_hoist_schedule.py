@@ -145,3 +145,21 @@ def test_without_such_layers_a_program_stays_as_it_is(parts: tuple[Program, ...]
     prologue, _, step = parts
     assert SCHEDULE.call(prologue).programs == (prologue,)
     assert SCHEDULE.call(step).programs == (step,)
+
+
+class Averaged(nn.Module):
+    """The time is repeated for the batch before the layer, and no longer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor]:
+        return (x + self.layer(time.expand(x.shape[0], 4).mean(0)),)
+
+
+def test_a_layer_that_needs_a_size_of_another_input_stays() -> None:
+    inputs = (Input("x", ("batch", None)), Input("time", (None,)))
+    sample = {"x": torch.randn(2, 4, dtype=torch.float64), "time": torch.rand(1, dtype=torch.float64)}
+    program = capture(Capture("averaged", "none", Averaged(), inputs, ("y",), {}, sample))
+    assert HoistSchedule("time").call(program).programs == (program,)

@@ -15,7 +15,8 @@ from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.manager import relative_error
 from flashu_compile.passes.update_in_place import UpdateInPlace
-from flashu_compile.program.program import Program, Role
+from flashu_compile.program.program import Input, Program, Role
+from flashu_compile.runtime.state import updated
 from tests.passes.conftest import Decoding
 from tests.support.row_programs import strided_inputs
 from tests.support.tiny import CONFIG
@@ -120,3 +121,16 @@ def test_a_mask_that_hides_earlier_rows_is_refused(parts: Decoding) -> None:
 def test_inputs_are_contiguous_as_they_will_be_given(parts: Decoding) -> None:
     programs = (parts.vision, parts.prologue, parts.language)
     assert [role for program in programs for role in strided_inputs(program)] == []
+
+
+def test_other_values_that_are_computed_once_are_refused(parts: Decoding) -> None:
+    """Nothing would give them: of what a prologue gives, decoding hands on what becomes buffers."""
+    joined = parts.joined
+    editor = GraphEditor(joined)
+    editor.add_input("top.mean", torch.empty(1, 4))
+    inputs, sample = (
+        (*joined.inputs, Input("top.mean", (None, None))),
+        {**joined.sample, "top.mean": torch.ones(1, 4)},
+    )
+    with pytest.raises(StructureError, match=r"top\.mean is computed once for earlier rows, but is no keys"):
+        UpdateInPlace(COUNTER).call(editor.finish(inputs=inputs, sample=sample))

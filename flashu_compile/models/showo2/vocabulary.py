@@ -24,7 +24,7 @@ def extend(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer` with the tokens Show-o2 adds to Qwen2.5's; the same object if it has `[PAD]` already."""
     if tokenizer.token_to_id(_PAD) is not None:
         return tokenizer
-    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended = _written_and_read(tokenizer)
     extended.add_special_tokens([AddedToken(_PAD, special=True, normalized=False)])
     extended.add_tokens(list(_ADDED))
     return extended
@@ -72,13 +72,7 @@ def check_usable(tokenizer: Tokenizer) -> None:
 
     A bundle has the tokenizer as a file, so what is tried is the one that is read back from that.
     """
-    try:
-        read_back = Tokenizer.from_str(tokenizer.to_str())
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(
-            f"The tokenizer cannot be written to a file and read back ({error}); a bundle needs one made of the "
-            "tokenizers library's own parts."
-        ) from error
+    read_back = _written_and_read(tokenizer)
     if read_back.get_vocab(with_added_tokens=True) != tokenizer.get_vocab(with_added_tokens=True):
         raise CheckpointError(
             "The tokenizer has another vocabulary after it is written to a file and read back; pass the path of the "
@@ -89,8 +83,18 @@ def check_usable(tokenizer: Tokenizer) -> None:
         codec.decode([*codec.question_prefix(), *codec.question_suffix(_PROBE)])
     except BundleError as error:
         raise CheckpointError(str(error)) from error
-    except Exception as error:  # as above
+    except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"The tokenizer cannot encode the text {_PROBE!r}: {error}.") from error
+
+
+def _written_and_read(tokenizer: Tokenizer) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(tokenizer.to_str())
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(
+            f"The tokenizer cannot be written to a file and read back ({error}); a bundle needs one made of the "
+            "tokenizers library's own parts."
+        ) from error
 
 
 def check_size(tokenizer: Tokenizer, rows: int) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
-from flashu_compile.passes.analysis.dependence import depends_on
+from flashu_compile.passes.analysis.dependence import depends_on, needed_beside
 from flashu_compile.program.program import Program, Role
 
 
@@ -56,3 +56,19 @@ def test_dependence_holds_by_experiment(understand: Program) -> None:
     assert changed
     assert all(Role.SUFFIX_IDS in roles[n] for n in changed)
     assert any(Role.SUFFIX_IDS not in roles[n] for n in nodes if n.op == "call_function")
+
+
+def test_a_size_is_needed_where_no_given_input_has_it(denoise: Program) -> None:
+    (features,) = (
+        n
+        for n in denoise.exported.graph.nodes
+        if n.name in denoise.exported.graph_signature.user_outputs[1:2]
+    )
+    everything = frozenset(denoise.input_roles)
+    # The span's rows depend on no value of the tail, but the text has as many rows as it has.
+    assert Role.TAIL_IDS in needed_beside(denoise, everything - {Role.TAIL_IDS})[features]
+    assert needed_beside(denoise, everything)[features] == frozenset()
+    batch = next(n for n in denoise.exported.graph.nodes if n.target is torch.ops.aten.sym_size.int)
+    # Every input has the batch's size, but for the picture and the time.
+    assert needed_beside(denoise, {Role.TAIL_IDS})[batch] == frozenset()
+    assert needed_beside(denoise, {Role.LATENTS})[batch] != frozenset()

@@ -130,3 +130,23 @@ def test_a_conditioning_mlp_is_not_the_feed_forward() -> None:
 def test_neurons_that_a_norm_ties_together_cannot_go_alone(normalise) -> None:
     with pytest.raises(StructureError, match="found none"):
         feed_forwards(toy(Stack([Feed(Plain(normalise))])), "stack")
+
+
+class Halved(nn.Module):
+    """Gates each row of one half by a row of the other; the halves are as long as the sequence makes them."""
+
+    def __init__(self, *, split: bool) -> None:
+        super().__init__()
+        self.wide, self.down, self.split = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH), split
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.cat([self.wide(x), x.new_ones(x.shape[0], x.shape[1], HIDDEN)], dim=1)
+        rows = x.shape[1]
+        first, second = wide.split([rows, rows], 1) if self.split else (wide[:, :rows], wide[:, rows:])
+        return self.down(torch.sigmoid(first) * second)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_cut_at_a_dynamic_place_are_no_parts_of_neurons(*, split: bool) -> None:
+    with pytest.raises(StructureError, match="found none"):
+        feed_forwards(toy(Stack([Feed(Halved(split=split))])), "stack")
