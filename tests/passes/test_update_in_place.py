@@ -16,7 +16,6 @@ from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.manager import relative_error
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Input, Program, Role
-from flashu_compile.runtime.state import updated
 from tests.passes.conftest import Decoding
 from tests.support.row_programs import strided_inputs
 from tests.support.tiny import CONFIG

@@ -13,7 +13,7 @@ from PIL import Image
 
 import flashu_compile
 from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.compiler.bundle_facts import understanding_facts
+from flashu_compile.compiler.metadata import understanding
 from flashu_compile.errors import (
     CalibrationError,
     ConfigurationError,
@@ -104,7 +104,7 @@ def test_the_eager_model_says_so(broken: LoadedModel) -> None:
 def test_calibration_and_cost_say_so(broken: LoadedModel) -> None:
     assert broken.vae is not None
     (spec,) = captures("mmu", broken.network, broken.vae)
-    program, codec, facts = capture(spec), PromptCodec(broken.tokenizer), understanding_facts(broken)
+    program, codec, facts = capture(spec), PromptCodec(broken.tokenizer), understanding(broken)
     with pytest.raises(
         CalibrationError, match=r"failed on question 0 .*program 'understand', .* gave logits"
     ):
