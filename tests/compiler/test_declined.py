@@ -14,7 +14,8 @@ import flashu_compile
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import app
-from flashu_compile.compiler.captured import CapturedModel, capture_model
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.export import capture_model
 from flashu_compile.compiler.specialise import jobs, undone
 from flashu_compile.errors import DeclinedError
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
