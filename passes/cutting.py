@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.errors import PassError, StructureError
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program.program import Input, Program
@@ -102,11 +104,8 @@ def new_roles(program: Program, names: Sequence[str], nodes: Sequence[fx.Node]) 
 def outputs_after(program: Program, role: str) -> tuple[str, ...]:
     """The other outputs that depend on the value of output `role`."""
     nodes = dict(zip(program.outputs, program.exported.graph.output_node().args[0], strict=True))
-    reached: set[fx.Node] = {nodes[role]}
-    for node in program.exported.graph.nodes:
-        if any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-    return tuple(other for other in program.outputs if other != role and nodes[other] in reached)
+    following = downstream(node_flow(program.exported.graph), [nodes[role]])
+    return tuple(other for other in program.outputs if other != role and nodes[other] in following)
 
 
 def axes_of(program: Program, role: str) -> tuple[str | None, ...]:

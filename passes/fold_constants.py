@@ -8,11 +8,13 @@ than `max_bytes` or than the tensors it is computed from, which bounds what fold
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import downstream, upstream
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, module_path, value_bytes
 from flashu_compile.program.program import Program
@@ -26,19 +28,23 @@ class FoldConstants(Pass):
 
     def call(self, program: Program) -> PassResult:
         editor = GraphEditor(program)
-        known: dict[fx.Node, Tensor] = {}
-        inputs = {n for n in editor.graph.find_nodes(op="placeholder") if editor.stored(n) is None}
-        constant = _input_free(editor.graph, inputs)
+        flow = node_flow(editor.graph)
+        values = {n: tensor.detach() for n in flow if (tensor := editor.stored(n)) is not None}
+        stored = set(values)
+        constant = _input_free(flow, stored)
         changes, large = [], []
-        for node in [n for n in editor.graph.nodes if n in constant and n.op == "call_function"]:
+        for node in [n for n in flow if n in constant and n.op == "call_function"]:
             if all(user in constant for user in node.users):
                 continue
-            if not self._worthwhile(node, editor):
+            region = upstream(flow, [node], through=lambda n: n not in stored)
+            if not self._worthwhile(node, region & stored):
                 large.append(node)
                 continue
-            value = _evaluate(node, editor, known)
+            _evaluate(region, values)
+            value = values[node]
             replacement = editor.add_constant(f"folded.{node.name}", value, node)
             node.replace_all_uses_with(replacement)
+            stored.add(node)  # what follows from it is computed from the constant
             changes.append(f"folded {node.name} {tuple(value.shape)} of {_module(node)}")
         if not changes:
             return PassResult.declined(program, *map(_why_left, large))
@@ -47,13 +53,8 @@ class FoldConstants(Pass):
         reasons = tuple(_why_left(node) for node in large if node in left)
         return PassResult((editor.finish(),), tuple(changes), reasons=reasons)
 
-    def _worthwhile(self, node: fx.Node, editor: GraphEditor) -> bool:
-        size = value_bytes(node.meta.get("val"))
-        if size is None:
-            return False
-        sources = {s for s in _ancestors(node) if editor.stored(s) is not None}
-        source_bytes = sum(value_bytes(s.meta["val"]) or 0 for s in sources)
-        return size <= max(self.max_bytes, source_bytes)
+    def _worthwhile(self, node: fx.Node, sources: set[fx.Node]) -> bool:
+        return _bytes(node) <= max(self.max_bytes, sum(map(_bytes, sources)))
 
 
 def _why_left(node: fx.Node) -> str:
@@ -64,16 +65,19 @@ def _module(node: fx.Node) -> str:
     return module_path(node) or "the top module"
 
 
-def _input_free(graph: fx.Graph, inputs: set[fx.Node]) -> set[fx.Node]:
+def _bytes(node: fx.Node) -> int:
+    return value_bytes(node.meta["val"]) or 0
+
+
+def _input_free(flow: nx.DiGraph, stored: set[fx.Node]) -> set[fx.Node]:
     """Nodes of static shape that no input, random number or symbolic size reaches."""
-    free: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" and node not in inputs:
-            free.add(node)
-        elif node.op == "call_function" and not _is_impure(node):
-            if value_bytes(node.meta.get("val")) is not None and all(a in free for a in node.all_input_nodes):
-                free.add(node)
-    return free
+    return set(flow) - downstream(flow, [n for n in flow if n not in stored and not _is_pure_call(n)])
+
+
+def _is_pure_call(node: fx.Node) -> bool:
+    """Whether it computes a tensor of static shape from its arguments alone."""
+    computes = node.op == "call_function" and not _is_impure(node)
+    return computes and value_bytes(node.meta.get("val")) is not None
 
 
 def _is_impure(node: fx.Node) -> bool:
@@ -81,27 +85,9 @@ def _is_impure(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in tags or node.is_impure()
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
-
-
-def _evaluate(node: fx.Node, editor: GraphEditor, known: dict[fx.Node, Tensor]) -> Tensor:
-    """The node's value, computing and remembering what it needs."""
-    if node in known:
-        return known[node]
-    stored = editor.stored(node)
-    if stored is not None:
-        return stored.detach()
-    load = lambda source: _evaluate(source, editor, known)  # noqa: E731
-    arguments: Any = fx.map_arg(node.args, load)
-    keywords: Any = fx.map_arg(node.kwargs, load)
+def _evaluate(region: set[fx.Node], values: dict[fx.Node, Tensor]) -> None:
+    """Add to `values` those of `region` that it lacks. What `region` reads must lie in it, or have a value."""
     with torch.no_grad():
-        known[node] = node.target(*arguments, **keywords).contiguous()  # type: ignore[operator]
-    return known[node]
+        for node in sorted(region - values.keys()):
+            arguments, keywords = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*arguments, **keywords).contiguous()  # type: ignore[operator]

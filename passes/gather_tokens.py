@@ -26,6 +26,8 @@ from torch import Tensor, fx
 from flashu_compile.errors import ConfigurationError, PassError, StructureError
 from flashu_compile.passes.analysis.attention import Attention, attention_sites
 from flashu_compile.passes.analysis.blocks import Block, residual_blocks
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.passes.analysis.span import VisualSpan, visual_span
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
@@ -136,13 +138,8 @@ class GatherTokens(Pass):
 
 def _behind(boundary: fx.Node) -> list[fx.Node]:
     """Every operation that depends on `boundary`, in graph order."""
-    reached = {boundary}
-    behind = []
-    for node in boundary.graph.nodes:
-        if node.op == "call_function" and any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-            behind.append(node)
-    return behind
+    following = downstream(node_flow(boundary.graph), [boundary]) - {boundary}
+    return sorted(node for node in following if node.op == "call_function")
 
 
 def _kept_rows(score: Score, span: VisualSpan, dropped: int) -> Callable[..., Tensor]:

@@ -11,11 +11,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import networkx as nx
 import sympy
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.passes.analysis.attention import attention_mask
 from flashu_compile.passes.analysis.dependence import depends_on, needed_beside
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import cut_at, new_roles
 from flashu_compile.passes.editing import module_path
@@ -38,16 +42,18 @@ class HoistPrologue(Pass):
 
     def call(self, program: Program) -> PassResult:
         carried = _carried(program, self.changing)
+        flow = node_flow(program.exported.graph)
+        uses = {node: _uses(flow, node) for node in carried}
         for node in carried:
-            if "query" in _uses(node):
+            if "query" in uses[node]:
                 reason = (
                     f"attention lets rows of {module_path(node) or 'the top module'} see rows that change"
                 )
                 return PassResult.declined(program, reason)
-        if not any(_is_past(node) for node in carried):
+        if all({"key", "value"}.isdisjoint(uses[node]) for node in carried):
             reason = f"no keys or values are independent of {', '.join(sorted(self.changing))}"
             return PassResult.declined(program, reason)
-        roles, called = _roles(program, carried), prologue_of(program.name)
+        roles, called = _roles(program, uses), prologue_of(program.name)
         prologue, step = cut_at(program, roles, called, _staying(program, self.changing))
         count = len(prologue.exported.graph.find_nodes(op="call_function", target=_aten.linear.default))
         changes = (f"{called}: {len(roles)} values, with {count} linear layers on rows that stay the same",)
@@ -100,29 +106,21 @@ def _elements(value: Tensor) -> sympy.Expr:
     return sympy.expand(count)
 
 
-def _is_past(node: fx.Node) -> bool:
-    return not {"key", "value"}.isdisjoint(_uses(node))
-
-
-def _uses(node: fx.Node) -> list[str]:
+def _uses(flow: nx.DiGraph, node: fx.Node) -> list[str]:
     """What attention does with a value that reaches it by rearrangement alone."""
-    waiting, seen, found = [node], {node}, set()
-    while waiting:
-        current = waiting.pop()
-        for user in current.users:
-            if user.target is _ATTENTION:
-                places = [place for place, argument in enumerate(user.args) if argument is current]
-                found |= {_ARGUMENTS[place] for place in places or [3]}
-            elif user.target in _SHAPING and user not in seen:
-                seen.add(user)
-                waiting.append(user)
-    return [use for use in _ARGUMENTS if use in found]
+    met = downstream(flow, [node], through=lambda n: n.target in _SHAPING)
+    rearranged = {node, *(n for n in met if n.target in _SHAPING)}
+    sites = [n for n in met if n.target is _ATTENTION]
+    read = [dict(zip(_ARGUMENTS, (*site.args[:3], attention_mask(site)), strict=True)) for site in sites]
+    return [use for use in _ARGUMENTS if any(arguments[use] in rearranged for arguments in read)]
 
 
-def _roles(program: Program, carried: list[fx.Node]) -> dict[str, fx.Node]:
-    """A name for each carried value: the module it is from, and what it is."""
-    names = [f"{module_path(node) or 'top'}.{next(iter(_uses(node)), _made_by(node))}" for node in carried]
-    return new_roles(program, names, carried)
+def _roles(program: Program, carried: dict[fx.Node, list[str]]) -> dict[str, fx.Node]:
+    """A name for each carried value: the module it is from, and what attention does with it, or else what made it."""
+    names = [
+        f"{module_path(node) or 'top'}.{next(iter(uses), _made_by(node))}" for node, uses in carried.items()
+    ]
+    return new_roles(program, names, list(carried))
 
 
 def _made_by(node: fx.Node) -> str:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import networkx as nx
 import torch
 from torch import fx
 
 from flashu_compile.passes.analysis.dependence import depends_on, needed_beside
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cutting import cut_at, new_roles
 from flashu_compile.passes.editing import module_path
@@ -45,7 +48,8 @@ class HoistSchedule(Pass):
             for node in alone
             if node not in layers
         )
-        carried = [node for node in layers if self._leads_on(node, dependence)]
+        flow = node_flow(program.exported.graph)
+        carried = [node for node in layers if self._leads_on(flow, node, dependence)]
         if not carried:
             return PassResult.declined(program, *reasons)
         names = [module_path(node) or "top.linear" for node in carried]
@@ -57,17 +61,14 @@ class HoistSchedule(Pass):
     def _alone(self, inputs: frozenset[str]) -> bool:
         return inputs == {self.point}
 
-    def _leads_on(self, layer: fx.Node, dependence: dict[fx.Node, frozenset[str]]) -> bool:
+    def _leads_on(self, flow: nx.DiGraph, layer: fx.Node, dependence: dict[fx.Node, frozenset[str]]) -> bool:
         """Whether what depends on other inputs too, or an output, is reached from `layer` through no further layer."""
-        waiting, seen = [layer], {layer}
-        while waiting:
-            for user in waiting.pop().users:
-                if user.op == "output" or not self._alone(dependence[user]):
-                    return True
-                if user.target is not _LINEAR and user not in seen:
-                    seen.add(user)
-                    waiting.append(user)
-        return False
+
+        def stays(node: fx.Node) -> bool:
+            return node.op != "output" and self._alone(dependence[node])
+
+        met = downstream(flow, [layer], through=lambda node: stays(node) and node.target is not _LINEAR)
+        return not all(map(stays, met))
 
 
 def _is_static(node: fx.Node) -> bool:

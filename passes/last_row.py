@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.passes.analysis.attention import attention_mask
-from flashu_compile.passes.analysis.graph import dimension, is_pointwise
+from flashu_compile.passes.analysis.graph import dimension, is_pointwise, node_flow
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.program.program import Program
@@ -76,13 +77,15 @@ class _Narrowing:
 
     def _cone(self) -> set[fx.Node]:
         """Operations that keep rows apart, and are read by the selection or one another alone."""
-        inside: set[fx.Node] = set()
-        for node in reversed(list(self.editor.graph.nodes)):
-            wanted = node.users and all(user in inside or user is self.select for user in node.users)
-            if wanted and self._row_dim(node) is not None and self._keeps_rows_apart(node):
-                if not any(self._is_context(user, node) for user in node.users):
-                    inside.add(node)
-        return inside
+        flow = node_flow(self.editor.graph)
+        flow.remove_node(self.select)
+        return set(flow) - upstream(flow, [node for node in flow if not self._can_narrow(node)])
+
+    def _can_narrow(self, node: fx.Node) -> bool:
+        """Whether it can be computed for the last row alone, if that is all that its readers need."""
+        if not node.users or any(self._is_context(user, node) for user in node.users):
+            return False
+        return self._row_dim(node) is not None and self._keeps_rows_apart(node)
 
     def _keeps_rows_apart(self, node: fx.Node) -> bool:
         if node.op != "call_function":

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.program.program import Program
@@ -144,12 +146,9 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 
 def _kept(editor: GraphEditor, roles: tuple[str, ...]) -> set[fx.Node]:
     """Nodes that no input reaches but those of the roles."""
-    others = {node for role, node in editor.user_inputs().items() if role not in roles}
-    reached = set(others)
-    for node in editor.graph.nodes:
-        if any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-    return {node for node in editor.graph.nodes if node not in reached}
+    others = [node for role, node in editor.user_inputs().items() if role not in roles]
+    flow = node_flow(editor.graph)
+    return set(flow) - downstream(flow, others)
 
 
 def _heavy(program: Program) -> int:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.program.program import Program
@@ -134,14 +136,8 @@ class QuantizeLinears(Pass):
 
 def _deciding(editor: GraphEditor) -> set[fx.Node]:
     """Nodes that an order of values depends on."""
-    pending = [n for n in editor.graph.nodes if getattr(n.target, "overloadpacket", None) in _ORDERING]
-    found: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found
+    ordering = [n for n in editor.graph.nodes if getattr(n.target, "overloadpacket", None) in _ORDERING]
+    return upstream(node_flow(editor.graph), ordering)
 
 
 def is_quantizable(editor: GraphEditor, node: fx.Node) -> bool:

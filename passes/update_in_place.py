@@ -13,9 +13,10 @@ The last are computed for each element as they were for all: by the same operato
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import networkx as nx
 import sympy
 import torch
 from torch import Tensor, fx
@@ -25,7 +26,8 @@ from flashu_compile.bundle.signatures import updated
 from flashu_compile.errors import StructureError
 from flashu_compile.operators.write_rows import WRITE_ROWS
 from flashu_compile.passes.analysis.attention import attention_mask
-from flashu_compile.passes.analysis.graph import live_nodes
+from flashu_compile.passes.analysis.graph import live_nodes, node_flow
+from flashu_compile.passes.analysis.regions import downstream, upstream
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor, module_path
@@ -153,13 +155,14 @@ class _Updating:
     def _place(self, count: fx.Node) -> None:
         """What follows from where new rows stand is computed for each element of the batch."""
         additions = self.editor.graph.find_nodes(op="call_function", target=_aten.add.Tensor)
-        moved = [node for node in additions if self._is_size(node.args[1])]
-        region = _without_data(moved)
-        exits = [node for node in region if any(user not in region for user in node.users)]
+        moved = {node for node in additions if self._is_size(node.args[1])}
+        flow = node_flow(self.editor.graph)
+        region = _without_data(flow, moved)
+        exits = sorted(node for node in region if any(user not in region for user in node.users))
         for node in exits:
             if node.meta["val"].shape[:1] != (1,):
                 raise StructureError(f"{node.name} has positions in another than the batch's dimension")
-            needed = _needed(node, region)
+            needed = sorted(region & upstream(flow, [node], through=region.__contains__))
             outside = dict.fromkeys(s for n in needed for s in n.all_input_nodes if s not in region)
             given = [count, *(s for s in outside if isinstance(s.meta["val"], Tensor))]
             surplus = {m: self._surplus(m.args[1]) for m in moved}
@@ -256,33 +259,16 @@ def _last(nodes: Sequence[fx.Node]) -> fx.Node:
     return max(nodes)
 
 
-def _without_data(sources: Iterable[fx.Node]) -> list[fx.Node]:
-    """`sources` and what follows from them and constants alone, in graph order."""
-    region: dict[fx.Node, None] = dict.fromkeys(sources)
-    for graph in {node.graph for node in region}:
-        constant: set[fx.Node] = set()
-        for node in graph.nodes:
-            if node.op != "call_function" or not isinstance(node.meta["val"], Tensor):
-                continue
-            if module_path(node) == _SCOPE:  # what this pass has made
-                continue
-            read = [s for s in node.all_input_nodes if isinstance(s.meta.get("val"), Tensor)]
-            if node not in region and any(s in region for s in read):
-                if all(s in region or s in constant or _is_stored(s) for s in read):
-                    region[node] = None
-            elif all(s in constant for s in read):
-                constant.add(node)
-        return [node for node in graph.nodes if node in region]
-    return []
+def _without_data(flow: nx.DiGraph, sources: set[fx.Node]) -> set[fx.Node]:
+    """`sources` and what follows from them and constants alone."""
+    tensors = flow.subgraph([node for node in flow if isinstance(node.meta.get("val"), Tensor)])
+    data = downstream(tensors, filter(_is_data, tensors), through=lambda node: node not in sources)
+    return (downstream(tensors, sources) - data) | sources
 
 
-def _needed(node: fx.Node, region: Sequence[fx.Node]) -> list[fx.Node]:
-    """What of `region` the node follows from, and the node, in graph order."""
-    found = {node}
-    for candidate in reversed(region):
-        if any(user in found for user in candidate.users):
-            found.add(candidate)
-    return [candidate for candidate in region if candidate in found]
+def _is_data(node: fx.Node) -> bool:
+    """Whether it is an input, or something that this pass has made of one."""
+    return (node.op == "placeholder" and not _is_stored(node)) or module_path(node) == _SCOPE
 
 
 def _is_stored(node: fx.Node) -> bool:

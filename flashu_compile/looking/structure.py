@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import networkx as nx
 from torch import Tensor, fx, nn
 
 from flashu_compile.compiler.captured import Progress, Steps, open_model
@@ -18,6 +17,7 @@ from flashu_compile.passes.analysis.blocks import Block, residual_blocks
 from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
 from flashu_compile.passes.analysis.graph import value_flow
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.passes.cutting import outputs_after
 from flashu_compile.passes.reuse_features import ReuseFeatures
@@ -236,12 +236,11 @@ def _head(program: Program, exits: Mapping[str, fx.Node]) -> HeadFacts:
     flow = value_flow(program)
     nodes = dict(zip(program.outputs, program.exported.graph.output_node().args[0], strict=True))
     features = nodes[Role.HEAD_FEATURES]
-    earlier = nx.ancestors(flow, features) | {features}
+    earlier = upstream(flow, [features])
     position = {node: index for index, node in enumerate(flow)}
     before = [name for name, node in exits.items() if node in earlier]
     gives = outputs_after(program, Role.HEAD_FEATURES)
-    flow.remove_node(features)
-    read = set().union(*(nx.ancestors(flow, nodes[role]) for role in gives))
+    read = upstream(flow, [nodes[role] for role in gives], through=lambda node: node is not features)
     users = program.exported.graph_signature.user_inputs
     names = {node.name for node in read}
     return HeadFacts(

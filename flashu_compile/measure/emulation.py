@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from flashu_compile.measure.recorder import Recorder
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
+from flashu_compile.passes.analysis.graph import node_flow
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role
@@ -49,7 +52,7 @@ class Emulator(Recorder):
         super().__init__(program, {})
         self._edits, self._wanted = edits, wanted
         self._roles = dict(zip(program.outputs, program.exported.graph_signature.user_outputs, strict=True))
-        self._nodes = {node.name: node for node in program.exported.graph.nodes}
+        self._flow = _flow(program, edits.skipped)
         self._entries = frozenset(edits.skipped.values())
         self._passed: dict[str, Any] = {}
 
@@ -89,19 +92,19 @@ class Emulator(Recorder):
 
     def _ancestors(self) -> set[str]:
         """Names of the nodes that the wanted outputs follow from, under what is skipped and given."""
-        tokens = self._edits.tokens
-        pending = [self._roles[role] for role in self._wanted] + list(tokens.watched if tokens else ())
-        found: set[str] = set()
-        while pending:
-            name = pending.pop()
-            if name in found:
-                continue
-            found.add(name)
-            if name in self._edits.skipped:
-                pending.append(self._edits.skipped[name])
-            elif name not in self._overrides:
-                pending.extend(source.name for source in self._nodes[name].all_input_nodes)
-        return found
+        tokens, skipped = self._edits.tokens, self._edits.skipped
+        wanted = [self._roles[role] for role in self._wanted] + list(tokens.watched if tokens else ())
+        given = self._overrides.keys() - skipped.keys()
+        return upstream(nx.subgraph_view(self._flow, filter_edge=lambda _, name: name not in given), wanted)
+
+
+def _flow(program: Program, skipped: Mapping[str, str]) -> nx.DiGraph:
+    """The flow of the program by the names of its nodes, with each skipped exit read from its entry alone."""
+    flow = node_flow(program.exported.graph)
+    flow = nx.relabel_nodes(flow, {node: node.name for node in flow})
+    flow.remove_edges_from(list(flow.in_edges(skipped)))
+    flow.add_edges_from((entry, leaving) for leaving, entry in skipped.items())
+    return flow
 
 
 class DroppedTokens:

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.blocks import Block, blocks_with_nodes, stack_root
-from flashu_compile.passes.analysis.graph import arguments, before, is_linear, size, stored_nodes, value_flow
+from flashu_compile.passes.analysis.graph import arguments, is_linear, size, stored_nodes, value_flow
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.program.program import Program
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -82,7 +83,7 @@ def _site(
             f"Attention {node.name} in block {block.index} of stack {block.stack!r} in program {program.name!r} "
             f"has no static number of heads."
         )
-    tables = {**_outside(flow, query, block, inside, stored), **_outside(flow, key, block, inside, stored)}
+    tables = _outside(flow, query, block, inside, stored) | _outside(flow, key, block, inside, stored)
     return Attention(
         stack=block.stack,
         block=block.index,
@@ -114,21 +115,14 @@ def _outside(
     block: Block,
     inside: frozenset[fx.Node],
     stored: frozenset[fx.Node],
-) -> dict[fx.Node, None]:
+) -> set[fx.Node]:
     """What reaches `node` from outside the block, not through a linear layer; vectors of weights left out."""
-    found: dict[fx.Node, None] = {}
-    seen = {node}
-    stack = [node]
-    while stack:
-        for source in before(flow, stack.pop()):
-            if source in seen or is_linear(source) or source is block.entry:
-                continue
-            seen.add(source)
-            if source in inside:
-                stack.append(source)
-            elif source not in stored or _is_table(source):
-                found[source] = None
-    return found
+    met = upstream(flow, [node], through=lambda n: n in inside and not is_linear(n) and n is not block.entry)
+    return {
+        n
+        for n in met - inside - {node, block.entry}
+        if not is_linear(n) and (n not in stored or _is_table(n))
+    }
 
 
 def _is_table(node: fx.Node) -> bool:

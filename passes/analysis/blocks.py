@@ -17,7 +17,6 @@ from torch import Tensor, fx
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.graph import (
-    before,
     child_of,
     is_linear,
     is_pointwise,
@@ -25,6 +24,7 @@ from flashu_compile.passes.analysis.graph import (
     stored_nodes,
     value_flow,
 )
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.program.program import Program
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
@@ -143,19 +143,10 @@ def _walk(
     stored: frozenset[fx.Node],
     follows: Callable[[fx.Node], bool],
 ) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-    seen = {exit_node}
-    stack = [exit_node] if follows(exit_node) else []
-    while stack:
-        for source in before(flow, stack.pop()):
-            if source in seen:
-                continue
-            seen.add(source)
-            if source in group:
-                stack += [source] if follows(source) else []
-            elif source not in stored and same_layout(source, exit_node):
-                found[source] = None
-    return list(found)
+    if not follows(exit_node):
+        return []
+    met = upstream(flow, [exit_node], through=lambda node: node in group and follows(node))
+    return sorted(node for node in met - group - stored if same_layout(node, exit_node))
 
 
 def _is_addition(node: fx.Node) -> bool:

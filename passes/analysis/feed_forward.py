@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.blocks import Block, blocks_with_nodes, stack_root
-from flashu_compile.passes.analysis.graph import arguments, before, is_linear, is_pointwise, size, value_flow
+from flashu_compile.passes.analysis.graph import arguments, is_linear, is_pointwise, size, value_flow
+from flashu_compile.passes.analysis.regions import downstream, upstream
 from flashu_compile.program.program import Program
 
 _LINEAR_MAPS: tuple[object, ...] = (
@@ -57,7 +58,7 @@ def feed_forwards(program: Program, stack: str) -> tuple[FeedForward, ...]:
     groups = []
     for block, nodes in blocks_with_nodes(program, stack):
         inside = frozenset(nodes)
-        reached = inside & nx.descendants(flow.subgraph([block.entry, *nodes]), block.entry)
+        reached = inside & downstream(flow, [block.entry], through=inside.__contains__)
         found = [group for node in nodes if (group := _group(flow, block, node, reached)) is not None]
         where = (
             f"block {block.index} of stack {stack!r} (under module {stack_root(program, stack)!r}) "
@@ -90,28 +91,22 @@ def _group(flow: nx.DiGraph, block: Block, down: fx.Node, reached: frozenset[fx.
     width = size(hidden, -1)
     if width is None:
         return None
-    ups: dict[fx.Node, None] = {}
-    parts: dict[fx.Node, None] = {}
-    inner: dict[fx.Node, None] = {}
-    stack: list[fx.Node] = [hidden]
-    while stack:
-        node = stack.pop()
-        if node in inner or node in ups:
-            continue
-        if node not in reached:
-            return None
+    if not is_pointwise(hidden):
+        return None
+    widths = nx.subgraph_view(flow, filter_node=lambda node: node is hidden or not _broadcast_scalar(node))
+    inner = upstream(widths, [hidden], through=is_pointwise)
+    if not inner <= reached:
+        return None
+    ups, parts = {node for node in inner if is_linear(node)}, set[fx.Node]()
+    inner -= ups
+    for node in [node for node in inner if not is_pointwise(node)]:
         source = fused_source(node, width)
-        if source is not None and is_linear(source) and source in reached:
-            ups[source] = parts[node] = inner[node] = None
-            if arguments(node)[0] is not source:
-                inner[arguments(node)[0]] = None
-        elif is_linear(node):
-            ups[node] = None
-        elif is_pointwise(node):
-            inner[node] = None
-            stack += [s for s in before(flow, node) if not _broadcast_scalar(s)]
-        else:
+        if source is None or not is_linear(source) or source not in reached:
             return None
+        ups.add(source)
+        parts.add(node)
+        if arguments(node)[0] is not source:
+            inner.add(arguments(node)[0])
     fused = bool(parts)
     if (fused and len(ups) != 1) or all(node.target in _LINEAR_MAPS or node in parts for node in inner):
         return None

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.program.program import Program
+
+
+def node_flow(graph: fx.Graph) -> nx.DiGraph:
+    """Return every node of `graph`, sizes and assertions included, with an edge from each to whatever reads it.
+
+    Nodes are in graph order, which is a topological one. The flow is a copy: it does not follow edits of the graph.
+    """
+    flow = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
+    return flow
 
 
 def value_flow(program: Program) -> nx.DiGraph:
@@ -19,23 +30,16 @@ def value_flow(program: Program) -> nx.DiGraph:
     in no way that matters. Nodes are in graph order, which is a topological one.
     """
     graph = program.exported.graph
-    live = live_nodes(graph)
-    flow = nx.DiGraph()
-    flow.add_nodes_from(node for node in graph.nodes if node in live and carries_tensor(node))
-    flow.add_edges_from((source, node) for node in flow for source in node.all_input_nodes if source in flow)
+    flow = node_flow(graph)
+    live = upstream(flow, [graph.output_node()]) - {graph.output_node()}
+    flow.remove_nodes_from([node for node in flow if node not in live or not carries_tensor(node)])
     return flow
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Every node that an output depends on."""
-    live: set[fx.Node] = set()
-    stack = [graph.output_node()]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in live:
-                live.add(source)
-                stack.append(source)
-    return live
+    output = graph.output_node()
+    return upstream(node_flow(graph), [output]) - {output}
 
 
 def carries_tensor(node: fx.Node) -> bool:
@@ -108,8 +112,3 @@ def same_layout(first: fx.Node, second: fx.Node) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype or a.ndim != b.ndim:
         return False
     return all(size(first, d) == size(second, d) for d in range(a.ndim))
-
-
-def before(flow: nx.DiGraph, node: fx.Node) -> Iterator[fx.Node]:
-    """What `node` reads, in the order of its arguments."""
-    return (source for source in node.all_input_nodes if source in flow)

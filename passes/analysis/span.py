@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from flashu_compile.errors import StructureError
-from flashu_compile.passes.analysis.graph import before, dimension, is_pointwise, size, value_flow
+from flashu_compile.passes.analysis.graph import dimension, is_pointwise, size, value_flow
+from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.program.program import Program, Role
 
 _CAT = torch.ops.aten.cat.default
@@ -91,11 +92,9 @@ def _image_embeds(program: Program) -> fx.Node:
 
 def _copies(flow: nx.DiGraph, start: fx.Node) -> set[fx.Node]:
     """`start` and what is made of it alone, element by element: casts, copies, scaled rows."""
-    found, stack = {start}, [start]
-    while stack:
-        for user in flow.successors(stack.pop()):
-            alone = len(list(before(flow, user))) == 1
-            if alone and user not in found and (is_pointwise(user) or user.target in _COPIES):
-                found.add(user)
-                stack.append(user)
-    return found
+
+    def is_copy(node: fx.Node) -> bool:
+        return flow.in_degree(node) == 1 and (is_pointwise(node) or node.target in _COPIES)
+
+    met = downstream(flow, [start], through=is_copy)
+    return {start, *filter(is_copy, met)}

@@ -23,8 +23,7 @@ from typer.testing import CliRunner, Result
 
 import flashu_compile
 from flashu_compile import cli
-from flashu_compile.cli import demo
-from flashu_compile.cli import display
+from flashu_compile.cli import demo, display
 from flashu_compile.cli.terminal import visible
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import doctor

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from onnx.reference import ReferenceEvaluator
 
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.looking.comparison.computation import Naming, Node
+from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sessions import create_session
 from flashu_compile.runtime.shared_weights import WeightsBeside
@@ -171,11 +173,10 @@ def _naming(nodes: Sequence[onnx.NodeProto]) -> Naming:
     return Naming(keys, flat, values | {key: value for value, key in keys.items()})
 
 
-def _needed(nodes: Iterable[onnx.NodeProto], names: Iterable[str]) -> list[onnx.NodeProto]:
+def _needed(nodes: Sequence[onnx.NodeProto], names: Sequence[str]) -> list[onnx.NodeProto]:
     """The nodes that these values follow from, in their order."""
-    wanted, found = set(names), []
-    for node in reversed(list(nodes)):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            found.append(node)
-    return found[::-1]
+    edges = ((read, given) for node in nodes for read in node.input for given in node.output)
+    flow = nx.DiGraph(edge for edge in edges if all(edge))  # an optional value that is left out has no name
+    flow.add_nodes_from(names)
+    wanted = upstream(flow, names)
+    return [node for node in nodes if not wanted.isdisjoint(node.output)]

@@ -12,10 +12,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+import networkx as nx
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.agreement import Difference, difference
 from flashu_compile.looking.comparison.computation import Computation, Match, Node, match
+from flashu_compile.looking.comparison.differences import Difference, difference
+from flashu_compile.passes.analysis.regions import upstream
 
 AT_ONCE = 32
 
@@ -92,6 +95,14 @@ class _Search:
         self.subject, self.reference, self.tolerance = subject, reference, tolerance
         self.makers = {value: node for node in subject.nodes for value in node.outputs if value}
         self.order = {value: place for place, value in enumerate(self.makers)}
+        self.flow = nx.DiGraph()
+        self.flow.add_nodes_from(self.makers)
+        self.flow.add_edges_from(
+            (read, value)
+            for value, node in self.makers.items()
+            for read in node.inputs
+            if read in self.makers
+        )
         found = {value: match(value, subject.naming, reference.naming) for value in self.makers}
         self.matches: dict[str, Match] = {value: made for value, made in found.items() if made is not None}
         self.differences: dict[str, Difference] = {}
@@ -135,13 +146,8 @@ class _Search:
 
     def behind(self, value: str) -> set[str]:
         """A value, and what it follows from, back to values that are known to agree."""
-        found, open_values = {value}, [value]
-        while open_values:
-            for source in self.makers[open_values.pop()].inputs:
-                if source in self.makers and source not in found and source not in self.differences:
-                    found.add(source)
-                    open_values.append(source)
-        return found
+        known = self.differences.keys() - {value}
+        return upstream(self.flow, [value], through=lambda v: v not in known) - known
 
     def departure(self) -> Departure:
         value = self.first_departing()
