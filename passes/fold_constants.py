@@ -44,7 +44,8 @@ class FoldConstants(Pass):
             value = values[node]
             replacement = editor.add_constant(f"folded.{node.name}", value, node)
             node.replace_all_uses_with(replacement)
-            stored.add(node)  # what follows from it is computed from the constant
+            stored.add(node)  # what follows from it is computed from the constant, which it now reads
+            values[replacement] = value
             changes.append(f"folded {node.name} {tuple(value.shape)} of {_module(node)}")
         if not changes:
             return PassResult.declined(program, *map(_why_left, large))

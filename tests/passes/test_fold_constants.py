@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor, nn
+
 from flashu_compile.passes.fold_constants import FoldConstants
 from flashu_compile.passes.manager import compare
-from flashu_compile.program.program import Program
+from flashu_compile.program.program import Input, Program
+from flashu_compile.program.trace import Capture, capture
 from tests.support.programs import only, targets
 
 
@@ -37,3 +41,28 @@ def test_folding_never_inflates(understand: Program) -> None:
     assert all(reason.endswith("is larger than what it is computed from") for reason in result.reasons)
     left = {reason.split()[0] for reason in result.reasons}
     assert left <= {node.name for node in only(result).exported.graph.nodes}
+
+
+class Chained(nn.Module):
+    """Two tables that a call reads, one of which is computed from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        first = self.weight.cumsum(0)
+        second = first.exp() + self.weight
+        return ((x + first) * second,)
+
+
+def test_a_result_may_be_computed_from_another_that_was_folded() -> None:
+    inputs = (Input("x", ("batch", None)),)
+    sample = {"x": torch.rand(4, 3)}
+    program = capture(Capture("chained", "none", Chained().eval(), inputs, ("y",), {}, sample))
+    result = FoldConstants().call(program)
+    after = only(result)
+    assert targets(after) == {"aten.add.Tensor", "aten.mul.Tensor"}
+    assert len(after.exported.constants) == 2
+    assert "weight" not in after.exported.state_dict
+    assert compare(program, result) == {"y": 0.0}

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from flashu_compile.bundle.agreement import Difference, difference
 from flashu_compile.looking.comparison.computation import Computation, Match, Node, match
-from flashu_compile.looking.comparison.differences import Difference, difference
 from flashu_compile.passes.analysis.regions import upstream
 
 AT_ONCE = 32
