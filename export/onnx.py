@@ -52,17 +52,17 @@ MODULE, OPERATOR, PASSES, VALUES = "flashu.module", "flashu.operator", "flashu.p
 _KEPT = (MODULE, OPERATOR, PASSES)
 
 
-def emit_onnx(program: Program, *, opset: int = DEFAULT_OPSET) -> ir.Model:
+def emit_onnx(program: Program) -> ir.Model:
     """The program as an ONNX model whose weights are still torch's memory (nothing is copied).
 
     Raises `EmissionError`, naming the module, if an operator has no ONNX form.
     """
-    model = _translate(program, opset)
+    model = _translate(program)
     _check_signature(program, model)
     _record_origins(model)
     simplify(model, _tensors(program))
     follow_memory(model)
-    _finish(program, model, opset)
+    _finish(program, model)
     return model
 
 
@@ -110,7 +110,7 @@ class _Decomposed(ExportedProgram):
         return self.translated
 
 
-def _translate(program: Program, opset: int) -> ir.Model:
+def _translate(program: Program) -> ir.Model:
     exported = _Decomposed.copy_of(program.exported)
     try:
         with _quiet(), torch.no_grad():
@@ -119,7 +119,7 @@ def _translate(program: Program, opset: int) -> ir.Model:
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                opset_version=opset,
+                opset_version=DEFAULT_OPSET,
                 custom_translation_table=TRANSLATIONS,
             )
     except Exception as error:  # torch.onnx wraps whatever a translation raised
@@ -180,7 +180,7 @@ def operator_name(target: Any) -> str:
     return str(target) if overload else getattr(target, "__name__", str(target))
 
 
-def _finish(program: Program, model: ir.Model, opset: int) -> None:
+def _finish(program: Program, model: ir.Model) -> None:
     graph = model.graph
     if model.functions:
         names = ", ".join(sorted(function.name for function in model.functions.values()))
@@ -199,9 +199,9 @@ def _finish(program: Program, model: ir.Model, opset: int) -> None:
     graph.metadata_props.clear()
     graph.doc_string = (
         f"Engine {program.name!r} of task {program.task!r}: "
-        f"{', '.join(program.input_roles)} -> {', '.join(program.outputs)}. Opset {opset}."
+        f"{', '.join(program.input_roles)} -> {', '.join(program.outputs)}. Opset {DEFAULT_OPSET}."
     )
-    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", DEFAULT_OPSET)])
     model.producer_name, model.producer_version = "flashu_compile", None
     model.metadata_props.clear()
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from flashu_compile.exporters.rotary_onnx import fuse_rotary
 
-_FUSED_OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 _FOLD_LIMIT = 1 << 16  # elements; a larger folded constant must replace at least as much
 _LAYOUT_OPERATORS = frozenset({"Transpose", "Expand", "Tile"})
 
@@ -78,11 +77,9 @@ def simplify(model: ir.Model, tensors: Mapping[str, Any]) -> None:
             should_fold=_may_fold,
         )
         rewriter.rewrite(model, _CLEAN_UP)
-    if model.opset_imports[""] >= _FUSED_OPSET:
-        rewriter.rewrite(model, _RMS_NORM)
-        common.CommonSubexpressionEliminationPass()(model)  # of casts, which are made for each reader
-        fuse_rotary(model)
-        _attend_in_groups(model)
+    rewriter.rewrite(model, _RMS_NORM)
+    common.CommonSubexpressionEliminationPass()(model)  # of casts, which are made for each reader
+    fuse_rotary(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -100,46 +97,6 @@ def _may_fold(node: ir.Node) -> bool | None:
         i is not None and i.const_value is not None and i.const_value.size > 1024 for i in node.inputs
     )
     return False if node.op_type in _LAYOUT_OPERATORS and large else None
-
-
-def _attend_in_groups(model: ir.Model) -> None:
-    """Attention repeats grouped keys and values by itself; copies made for it are not needed.
-
-    A decoding step over a long cache would otherwise copy the cache once per layer.
-    """
-    for node in model.graph:
-        if node.op_type != "Attention":
-            continue
-        key, value = (_before_repetition(v) for v in node.inputs[1:3])
-        if key is not None and value is not None:
-            node.replace_input_with(1, key)
-            node.replace_input_with(2, value)
-
-
-def _before_repetition(value: ir.Value | None) -> ir.Value | None:
-    """x of Reshape(Expand(Unsqueeze(x, 2))), if that repeats each of x's heads; [b, heads, rows, width]."""
-    chain = []
-    for operator in ("Reshape", "Expand", "Unsqueeze"):
-        node = value.producer() if value is not None else None
-        if node is None or node.op_type != operator:
-            return None
-        chain.append(node)
-        value = node.inputs[0]
-    reshape, expand, unsqueeze = chain
-    axes = unsqueeze.inputs[1].const_value
-    shapes = [v.shape for v in (value, expand.outputs[0], reshape.outputs[0])]
-    if (
-        value is None
-        or axes is None
-        or axes.numpy().tolist() != [2]
-        or any(shape is None for shape in shapes)
-    ):
-        return None
-    source, expanded, merged = (list(shape) for shape in shapes if shape is not None)
-    if not all(isinstance(size, int) for size in (source[1], expanded[2], merged[1])):
-        return None
-    same = [source[0], *source[2:]] == [merged[0], *merged[2:]] == [expanded[0], *expanded[3:]]
-    return value if same and source[1] * expanded[2] == merged[1] else None
 
 
 def _share_shape_vectors(model: ir.Model) -> None:

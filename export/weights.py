@@ -60,14 +60,12 @@ class _Region:
 
 
 @contextmanager
-def weight_store(
-    models: Sequence[ir.Model], path: Path, *, inline_bytes: int = INLINE_BYTES
-) -> Iterator[StoreSummary]:
+def weight_store(models: Sequence[ir.Model], path: Path) -> Iterator[StoreSummary]:
     """Write the weights of `models` to `path`; inside the context the models refer to that file.
 
     Save the models inside the context, in the folder of `path`. Afterwards they hold their own tensors again.
     """
-    stored = [value for value in _initializers(models) if not _inline(_tensor(value), inline_bytes)]
+    stored = [value for value in _initializers(models) if not _inline(_tensor(value))]
     regions = _regions([_tensor(value) for value in stored])
     replaced: list[tuple[ir.Value, ir.TensorProtocol]] = []
     by_content: dict[bytes, int] = {}
@@ -113,9 +111,11 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _inline(tensor: ir.TensorProtocol, limit: int) -> bool:
+def _inline(tensor: ir.TensorProtocol) -> bool:
     is_list = tensor.dtype == ir.DataType.INT64 and len(tensor.shape) == 1
-    return tensor.nbytes <= limit * (_LIST_FACTOR if is_list else 1) or tensor.dtype == ir.DataType.STRING
+    return (
+        tensor.nbytes <= INLINE_BYTES * (_LIST_FACTOR if is_list else 1) or tensor.dtype == ir.DataType.STRING
+    )
 
 
 def _regions(tensors: Iterable[ir.TensorProtocol]) -> list[tuple[_Region, int]]:

@@ -29,7 +29,7 @@ from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Role
 from flashu_compile.recipe.decisions import KeptNeurons
-from flashu_compile.tasks import DENOISE, LANGUAGE, LLM, UNDERSTAND, VAE_DECODE, VISION
+from flashu_compile.tasks import LANGUAGE, LLM, VISION
 
 _STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation
 _PLAIN = (GroupHeads(), HalveRotary())
@@ -82,11 +82,3 @@ def decode() -> tuple[Pass, ...]:
 def _cut(kept: KeptNeurons | None, skipped: tuple[int, ...]) -> tuple[Pass, ...]:
     prune = tuple(PruneFFN(stack, blocks) for stack, blocks in (kept or {}).items())
     return (*prune, RemoveLayers(LLM, skipped)) if skipped else prune
-
-
-EXACT: dict[str, tuple[Pass, ...]] = {
-    DENOISE: denoise(),
-    VAE_DECODE: CLEAN,
-    UNDERSTAND: understand(),
-}
-"""What a faithful engine needs and no more, by captured program."""

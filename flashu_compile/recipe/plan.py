@@ -180,17 +180,6 @@ def compile_plan(
     return StepPlan(config.points, config.time_shift, config.solver, steps)
 
 
-def uniform_plan(points: int, guidance_scale: float, time_shift: float, engine: str = DENOISE) -> StepPlan:
-    """Every step runs the same engine at the same guidance scale: the published sampler.
-
-    Raises `ConfigurationError` if `points` < 2, or a scale or shift is not a finite number of the right sign.
-    """
-    plan = compile_plan(T2IConfig(points, guidance_scale, time_shift))
-    return dataclasses.replace(
-        plan, steps=tuple(dataclasses.replace(step, engine=engine) for step in plan.steps)
-    )
-
-
 def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str, Any]]:
     """What each of `count` evaluations runs: the fields of its `Step` but t and dt."""
     length = round(config.full_ffn * count)

@@ -229,7 +229,7 @@ def _decisions(value: object, where: str) -> Decisions:
         raise RecipeError(f"{where}: 'phases' must be a list, not {_kind(phases)}.")
     try:
         return Decisions(
-            phases=tuple(_phase(phase, where) for phase in phases),
+            phases=tuple(map(_phase, phases)),
             kept_widths={
                 stack: {_block(block): width for block, width in _object(blocks, f"stack {stack!r}").items()}
                 for stack, blocks in _object(data.get("kept_widths", {}), "'kept_widths'").items()
@@ -239,7 +239,7 @@ def _decisions(value: object, where: str) -> Decisions:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def _phase(value: object, where: str) -> Phase:
+def _phase(value: object) -> Phase:
     data = _object(value, "a phase")
     _known(data, ("start", "skipped"), "a phase")
     if "start" not in data:

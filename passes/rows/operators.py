@@ -111,16 +111,16 @@ def where(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     condition, *choices = it.value(node.args)
     if result is None:
         return None
-    ndim, shape = node.meta["val"].ndim, it.shape(node)
+    ndim = node.meta["val"].ndim
     parts = dict(result.parts)
     for key in result.parts:
         fact = condition.parts[_picked(condition, key, result.spaces, ndim)].fact
         if fact.is_true or fact.is_false:
-            parts[key] = _chosen(choices[fact.is_false], key, result, shape)
+            parts[key] = _chosen(choices[fact.is_false], key, result)
     return Segmented(result.spaces, parts)
 
 
-def _chosen(choice: Any, key: Key, result: Segmented, shape: tuple[sympy.Expr, ...]) -> Part:
+def _chosen(choice: Any, key: Key, result: Segmented) -> Part:
     """One branch of a `where`, thin and of batch one as far as it can be."""
     like, ndim = result.parts[key].tensor, result.sample.ndim
     sizes: list[Any] = [1 if d == 0 or d in result.spaces else like.shape[d] for d in range(ndim)]
@@ -242,7 +242,7 @@ def attention(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     if set(query.spaces) - {rows} or set(key.spaces) - {rows} or value.spaces != key.spaces:
         return None
     keys = range(len(key.spaces[rows].lengths)) if key.spaces else (None,)
-    if mask is not None and not _meets(mask, ndim, bool(key.spaces)):
+    if mask is not None and not _meets(mask, bool(key.spaces)):
         return None
     seen_by = {place: _seen(it, mask, place, keys, rows) for place in places(query.spaces)}
     if not all(seen_by.values()):
@@ -265,7 +265,7 @@ def attention(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     return Segmented.build(query.spaces, part)
 
 
-def _meets(mask: Segmented, ndim: int, keys_split: bool) -> bool:
+def _meets(mask: Segmented, keys_split: bool) -> bool:
     """Whether a mask is split by rows of queries and keys alone, and by keys if these are."""
     rows, columns = mask.sample.ndim - 2, mask.sample.ndim - 1
     return not set(mask.spaces) - {rows, columns} and (columns in mask.spaces) == keys_split

@@ -32,10 +32,10 @@ from flashu_compile.errors import (
 )
 from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.recipe.plan import uniform_plan
 from flashu_compile.runtime.decoding import Picture
 from flashu_compile.runtime.sampler import sample
 from tests.support.oracle import ORACLES, load_oracle
+from tests.support.plans import uniform_plan
 from tests.support.tiny import VAE, PaddedSpaceToDepth, tiny_model, tokenizer
 
 TOLERANCE = 1e-4

@@ -28,9 +28,9 @@ from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.program.program import Program
-from flashu_compile.recipe.plan import uniform_plan
 from flashu_compile.recipe.recipe import Recipe
 from tests.export.conftest import step_programs, word_tokenizer
+from tests.support.plans import uniform_plan
 
 FACTS = BundleFacts(
     model="tiny",

@@ -72,14 +72,6 @@ def test_all_rotations_read_the_same_tables() -> None:
     assert worst_error(model, step, given(3, 7, inputs=SHARED)) < 1e-6
 
 
-def test_an_older_opset_computes_them_element_by_element() -> None:
-    step = halved(Turned(), ROWS)
-    model = emit_onnx(step, opset=20)
-    assert operators(model)["RotaryEmbedding"] == 0
-    assert operators(model)["Slice"] == 2
-    assert worst_error(model, step, given(2, 4, inputs=ROWS)) < 1e-6
-
-
 class Short(Turned):
     """In bfloat16, by float32 tables."""
 

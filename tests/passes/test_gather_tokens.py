@@ -27,7 +27,7 @@ from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
-from flashu_compile.passes.pipelines import EXACT
+from flashu_compile.passes.pipelines import understand
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.token_scorers import SCORERS
@@ -62,7 +62,7 @@ def whole(model: Showo2) -> Program:
 @pytest.fixture(scope="module")
 def parts(whole: Program) -> tuple[Program, ...]:
     """What the exact pipeline makes of it: up to the image embeddings, and from there on."""
-    return PassManager(EXACT["understand"]).run(whole)[0]
+    return PassManager(understand()).run(whole)[0]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_where_the_layer_is_skipped_the_next_that_runs_decides(
 
 def test_gathering_before_a_split_or_after_it_is_one(whole: Program, language: Program) -> None:
     gather, prune = GatherTokens("llm", 1, 0.5, "v_norm"), PruneFFN("llm", {0: range(0, 64, 2), 2: range(32)})
-    split = EXACT["understand"][0]
+    split = understand()[0]
     vision, text = PassManager((gather, prune, split)).run(whole)[0]
     (other,), _ = PassManager((prune, gather)).run(language)
     with torch.no_grad():

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flashu_compile.errors import PassError
 from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.passes import pipelines
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
 from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
-from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.program.program import Program, run_chain
@@ -172,7 +172,7 @@ def test_shared_weights_are_cut_for_each_reader(kept: dict[int, list[int]]) -> N
 
 def test_pruning_removal_and_exact_passes_compose(fused: Program, specs: dict[str, Capture]) -> None:
     kept = {"llm": {index: [index, 10 + index, 39] for index in range(DEPTH)}}
-    steps = (PruneFFN("llm", kept["llm"]), *EXACT["understand"])
+    steps = (PruneFFN("llm", kept["llm"]), *pipelines.understand())
     programs, _ = PassManager(steps).run(fused)
     truth = _pruned(specs["fused"], "fused", kept)
     values = run_chain(programs, fused.sample)

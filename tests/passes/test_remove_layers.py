@@ -12,9 +12,9 @@ from torch import nn
 
 from flashu_compile.errors import PassError
 from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.passes import pipelines
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
-from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.program.program import Program, run_chain
 from flashu_compile.program.trace import Capture
@@ -112,8 +112,8 @@ def test_removing_works_at_other_sizes(denoise: Program, specs: dict[str, Captur
 
 def test_exact_pipelines_follow(fused: Program) -> None:
     """Removal composes with the exact passes, before them as after them."""
-    (vision, language), _ = PassManager((RemoveLayers("llm", (0, 3)), *EXACT["understand"])).run(fused)
-    whole, _ = PassManager(EXACT["understand"]).run(fused)
+    (vision, language), _ = PassManager((RemoveLayers("llm", (0, 3)), *pipelines.understand())).run(fused)
+    whole, _ = PassManager(pipelines.understand()).run(fused)
     later = only(RemoveLayers("llm", (0, 3)).call(whole[1]))
     first = run_chain((vision, language), fused.sample)["logits"]
     second = run_chain((vision, later), fused.sample)["logits"]

@@ -20,7 +20,6 @@ from flashu_compile.recipe.plan import (
     compile_plan,
     engines_needed,
     time_grid,
-    uniform_plan,
     variants,
 )
 from flashu_compile.recipe.presets import preset
@@ -125,12 +124,14 @@ class TestPublished:
 
 
 class TestRules:
-    def test_uniform_plan_is_the_plan_of_a_recipe_with_everything_off(self) -> None:
-        assert uniform_plan(9, 5.0, 3.0) == compile_plan(T2IConfig(9, 5.0, 3.0))
+    def test_a_recipe_with_everything_off_runs_the_whole_network_on_the_warped_grid(self) -> None:
+        plain = compile_plan(T2IConfig(9, 5.0, 3.0))
         times = np.linspace(0, 1, 9)
         times = times / (times + 3 - 3 * times)
-        np.testing.assert_allclose([s.t for s in uniform_plan(9, 5.0, 3.0).steps], times[:-1], rtol=1e-12)
-        assert engines_needed(uniform_plan(4, 5.0, 3.0, "step")) == ("step",)
+        np.testing.assert_allclose([s.t for s in plain.steps], times[:-1], rtol=1e-12)
+        np.testing.assert_allclose([s.dt for s in plain.steps], np.diff(times), rtol=1e-12)
+        assert engines_needed(plain) == ("denoise",)
+        assert {s.guidance_scale for s in plain.steps} == {5.0}
 
     @pytest.mark.parametrize(("at", "full"), [("first", [1, 2, 3]), ("last", [8, 9, 10])])
     def test_full_evaluations(self, at: str, full: list[int]) -> None:

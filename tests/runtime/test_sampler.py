@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.errors import BundleError, InputError, NotFiniteError
 from flashu_compile.recipe.config import T2IConfig
-from flashu_compile.recipe.plan import Step, StepPlan, compile_plan, uniform_plan
+from flashu_compile.recipe.plan import Step, StepPlan, compile_plan
 from flashu_compile.runtime.engine import Tensors
 from flashu_compile.runtime.sampler import sample, schedules
+from tests.support.plans import uniform_plan
 
 SHAPE = (1, 2, 3, 3)
 NOISE = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)

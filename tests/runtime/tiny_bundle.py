@@ -32,8 +32,8 @@ from flashu_compile.bundle.manifest import (
 )
 from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.recipe.config import T2IConfig
-from flashu_compile.recipe.plan import uniform_plan
 from flashu_compile.recipe.recipe import Recipe
+from tests.support.plans import uniform_plan
 
 SLOPE, TEXT, TIME = -0.5, 1e-3, 0.25
 LATENT_SHAPE = (12, 4, 4)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.errors import StructureError
+from flashu_compile.passes import pipelines
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.passes.editing import module_path
-from flashu_compile.passes.pipelines import EXACT
 from flashu_compile.program.program import Input, Program, Role
 from flashu_compile.program.trace import Capture, capture
 from tests.support.tiny import CONFIG
@@ -29,7 +29,7 @@ def test_the_span_of_a_captured_forward(understand: Program) -> None:
 
 def test_the_span_of_the_language_part(understand: Program) -> None:
     """The image embeddings are an input."""
-    language = EXACT["understand"][0].call(understand).programs[1]
+    language = pipelines.understand()[0].call(understand).programs[1]
     span, whole = visual_span(language), visual_span(understand)
     assert span.image.op == "placeholder"
     assert span.length == whole.length
