@@ -24,10 +24,10 @@ from flashu_compile.bundle.manifest import (
     TOKENIZER,
     EngineSpec,
     FileEntry,
-    GenerationFacts,
+    GenerationSettings,
     Manifest,
     Origin,
-    UnderstandingFacts,
+    UnderstandingSettings,
     file_entry,
     read_manifest,
 )
@@ -41,7 +41,7 @@ from flashu_compile.runtime.pipeline import Pipeline, load
 
 
 @dataclasses.dataclass(frozen=True)
-class BundleFacts:
+class BundleMetadata:
     """What the manifest says about the bundle as a whole; `recipe` is the recipe's name, `origins` those of weights."""
 
     model: str
@@ -49,8 +49,8 @@ class BundleFacts:
     backend: str
     precision: str
     recipe: str
-    generation: GenerationFacts | None
-    understanding: UnderstandingFacts | None
+    generation: GenerationSettings | None
+    understanding: UnderstandingSettings | None
     versions: Mapping[str, str]
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
 
@@ -59,7 +59,7 @@ def write_bundle(
     output: Path,
     *,
     engines: Sequence[EngineBuild],
-    facts: BundleFacts,
+    metadata: BundleMetadata,
     tokenizer: Tokenizer,
     recipe: Recipe,
     plan: StepPlan | None = None,
@@ -93,7 +93,7 @@ def write_bundle(
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
             directory = Path(scratch) / "bundle"
             directory.mkdir()
-            written = find_backend(facts.backend).write(engines, directory)
+            written = find_backend(metadata.backend).write(engines, directory)
             tokenizer.save(str(directory / TOKENIZER))
             recipe.save(directory / RECIPE)
             if plan is not None:
@@ -103,13 +103,13 @@ def write_bundle(
             entries = _entries(directory)
             if measure is not None:
                 # It can be loaded without its report.
-                _write_manifest(directory, _manifest(written.specs, facts, entries))
+                _write_manifest(directory, _manifest(written.specs, metadata, entries))
                 whole |= measure(functools.partial(load, directory, provider=written.provider, trust=True))
             _write_json(directory / REPORT, whole)
             if page is not None:
-                unlisted = _manifest(written.specs, facts, {})
+                unlisted = _manifest(written.specs, metadata, {})
                 (directory / REPORT_PAGE).write_text(page(unlisted, whole), encoding="utf-8")
-            manifest = _manifest(written.specs, facts, _entries(directory, entries))
+            manifest = _manifest(written.specs, metadata, _entries(directory, entries))
             _write_manifest(directory, manifest)
             _readable(directory)
             # Again, since somebody may have filled it meanwhile.
@@ -173,19 +173,19 @@ def _write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _manifest(specs: Sequence[EngineSpec], facts: BundleFacts, files: dict[str, FileEntry]) -> Manifest:
+def _manifest(specs: Sequence[EngineSpec], metadata: BundleMetadata, files: dict[str, FileEntry]) -> Manifest:
     return Manifest(
-        model=facts.model,
-        tasks=facts.tasks,
-        backend=facts.backend,
-        precision=facts.precision,
-        recipe=facts.recipe,
+        model=metadata.model,
+        tasks=metadata.tasks,
+        backend=metadata.backend,
+        precision=metadata.precision,
+        recipe=metadata.recipe,
         engines=tuple(specs),
-        generation=facts.generation,
-        understanding=facts.understanding,
-        versions=dict(sorted(facts.versions.items())),
+        generation=metadata.generation,
+        understanding=metadata.understanding,
+        versions=dict(sorted(metadata.versions.items())),
         files=files,
-        origins=dict(sorted(facts.origins.items())),
+        origins=dict(sorted(metadata.origins.items())),
     )
 
 

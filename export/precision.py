@@ -22,14 +22,14 @@ class Precision:
     """`parts`: the precision of each of `PARTS`.
 
     `sensitive` names, by task, the weights of linear layers that stay in float32 where their part is int8; `weights`
-    are the int8 forms of weights, which engines share. `proving`: what its passes give is held against what they got,
+    are the int8 forms of weights, which engines share. `validate`: what its passes give is held against what they got,
     see `PassManager`.
     """
 
     parts: Mapping[str, str]
     sensitive: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     weights: QuantizedWeights = dataclasses.field(default_factory=QuantizedWeights, compare=False, repr=False)
-    proving: bool = dataclasses.field(default=True, compare=False, repr=False)
+    validate: bool = dataclasses.field(default=True, compare=False, repr=False)
 
     @classmethod
     def of(cls, given: str | Mapping[str, str]) -> Precision:
@@ -90,7 +90,7 @@ class Precision:
                 passes.append(LowerPrecision(name, keep=(Role.TIMESTEP,), stacks=stacks))
         if not passes:
             return program, ()
-        (made,), records = PassManager(tuple(passes), self.proving).run(program)
+        (made,), records = PassManager(tuple(passes), self.validate).run(program)
         return made, records
 
 

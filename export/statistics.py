@@ -35,7 +35,7 @@ def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
         **program_statistics(program),
         "nodes": sum(operators.values()),
         "operators": dict(sorted(operators.items())),
-        "parameters": _parameters(program, {_plain(name) for name in model.graph.initializers}),
+        "parameters": _parameters(program, {_value_name(name) for name in model.graph.initializers}),
     }
 
 
@@ -71,7 +71,7 @@ def traced_statistics(program: Program) -> dict[str, Any]:
     }
 
 
-def _plain(name: str) -> str:
+def _value_name(name: str) -> str:
     """The name of the weight that an initializer is, or a shorter form of."""
     for short in ("_int8", "_float16", "_bfloat16"):
         name = name.removesuffix(short)

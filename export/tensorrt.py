@@ -18,7 +18,7 @@ from flashu_compile.exporters.tensorrt_plan import TIMING_CACHE, BuildOptions, u
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import (
     PLAN_FILE,
-    Built,
+    BuiltEngine,
     Libraries,
     PlannedEngine,
     TensorRTPlan,
@@ -132,7 +132,7 @@ def collect_engines(bundle: Path, tensorrt: str) -> TensorRTPlan:
 def _record(bundle: Path, plan: TensorRTPlan, version: str, device: str, capability: str) -> TensorRTPlan:
     """Write what was built into plan and manifest; from now on the bundle runs on TensorRT."""
     built = {
-        name: dataclasses.replace(engine, built=Built(f"{name}.engine", version, device, capability))
+        name: dataclasses.replace(engine, built=BuiltEngine(f"{name}.engine", version, device, capability))
         for name, engine in plan.engines.items()
     }
     recorded = dataclasses.replace(plan, engines=built)

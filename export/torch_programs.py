@@ -49,13 +49,13 @@ class TorchModel:
 
     def pack(self) -> Packed:
         specs = {"inputs": self.inputs, "outputs": self.outputs}
-        facts = {name: [dataclasses.asdict(spec) for spec in found] for name, found in specs.items()}
-        return Packed(self.content, self.tensors, facts)
+        metadata = {name: [dataclasses.asdict(spec) for spec in found] for name, found in specs.items()}
+        return Packed(self.content, self.tensors, metadata)
 
     @classmethod
     def unpack(cls, packed: Packed) -> TorchModel:
         inputs, outputs = (
-            tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in packed.facts[name])
+            tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in packed.metadata[name])
             for name in ("inputs", "outputs")
         )
         return cls(inputs, outputs, packed.content, packed.tensors)

@@ -5,7 +5,7 @@ the metadata says. An exact pass must give what it got, to 1e-5 relative L2 in f
 pass changes is measured the same way and reported. Behind the last pass shapes are propagated through each graph once
 more with its dynamic dimensions as symbols. Nodes that a pass made or touched are marked with its name.
 
-A program too large to be run after every pass may go unproved (`proving=False`) where the same passes were proved on
+A program too large to be run after every pass may go without (`validate=False`) where the same passes were validated on
 a smaller copy of the model. After every pass its graphs are linted, and behind the last shapes are propagated, all the
 same.
 """
@@ -39,7 +39,7 @@ class PassRecord:
     """What one pass did to one program, and in `declined` why it left alone what it was to change.
 
     `error` is the largest relative L2 error (`agreement`) over the outputs it kept; None if the pass changed nothing,
-    or was not proved on this program. `technique` is what a recipe calls what the pass carries out, if it does.
+    or was not validated on this program. `technique` is what a recipe calls what the pass carries out, if it does.
     """
 
     program: str
@@ -61,7 +61,7 @@ class PassManager:
     """A pipeline. A pass that makes several programs hands each of them to the passes after it."""
 
     passes: tuple[Pass, ...]
-    proving: bool = True
+    validate: bool = True
 
     def run(self, program: Program) -> tuple[tuple[Program, ...], tuple[PassRecord, ...]]:
         """Run every pass. Raises `PassError` naming the pass, the program and the passes before it."""
@@ -72,7 +72,7 @@ class PassManager:
             for before in current:
                 last = index == len(self.passes) - 1
                 try:
-                    after, record = _run_one(step, before, proving=self.proving)
+                    after, record = _run_one(step, before, validate=self.validate)
                     for checked in after if last else ():
                         if checked.program is not program:
                             check_graph(checked.program)
@@ -97,7 +97,7 @@ class _Checked:
         return self._outputs
 
 
-def _run_one(step: Pass, before: _Checked, *, proving: bool) -> tuple[list[_Checked], PassRecord]:
+def _run_one(step: Pass, before: _Checked, *, validate: bool) -> tuple[list[_Checked], PassRecord]:
     program = before.program
     reason = step.requires(program)
     if reason is not None:
@@ -111,7 +111,7 @@ def _run_one(step: Pass, before: _Checked, *, proving: bool) -> tuple[list[_Chec
     if result.programs == (program,):
         return [before], _record(step, program, result, None)
     note(step.name, program, result.programs)
-    if not proving:
+    if not validate:
         for made in result.programs:
             made.exported.graph.lint()
         return [_Checked(made) for made in result.programs], _record(step, program, result, None)

@@ -16,30 +16,30 @@ os.environ["FLASHU_CACHE"] = "off"
 import pytest
 import torch
 
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.program.program import Program
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from tests.support.tiny import VAE, tiny_model
 
 
 @pytest.fixture(scope="session")
 def denoise() -> Program:
     """The captured generation step of the tiny model, before any pass."""
-    return capture(captures("t2i", tiny_model(), VAE)[0])
+    return capture_program(capture_specs("t2i", tiny_model(), VAE)[0])
 
 
 @pytest.fixture(scope="session")
 def understand() -> Program:
     """The captured understanding forward of the tiny model, before any pass."""
-    return capture(captures("mmu", tiny_model(), VAE)[0])
+    return capture_program(capture_specs("mmu", tiny_model(), VAE)[0])
 
 
 @pytest.fixture(scope="session")
 def resized() -> Program:
     """The generation step at another resolution than the position table was learnt at."""
-    return capture(captures("t2i", tiny_model(latent_grid=4), VAE)[0])
+    return capture_program(capture_specs("t2i", tiny_model(latent_grid=4), VAE)[0])
 
 
 @pytest.fixture(scope="session")
 def understand64() -> Program:
-    return capture(captures("mmu", tiny_model(torch.float64), VAE)[0])
+    return capture_program(capture_specs("mmu", tiny_model(torch.float64), VAE)[0])

@@ -45,12 +45,12 @@ class Emitted:
 class Packed:
     """An engine before it is written, as data to keep: bytes, and the tensors these refer to by name.
 
-    `facts` are JSON values.
+    `metadata` are JSON values.
     """
 
     content: bytes
     tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ from flashu_compile.paths import cache_folder
 from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends.torch_tensorrt import (
     BUILT_FILE,
-    Built,
+    BuiltFor,
     Target,
     built_text,
     import_torch_tensorrt,
@@ -61,7 +61,7 @@ class TensorRTModel:
     """An engine of this backend: the saved program, and what it was built for."""
 
     saved: TorchModel
-    built: Built
+    built: BuiltFor
 
 
 class TorchTensorRT:
@@ -79,7 +79,7 @@ class TorchTensorRT:
         content = _compiled(library, program, chosen, compile_options(graph, precision, target))
         saved = TorchModel.of(program, content, {})
         profile = engine_profile(_signature(program), chosen)
-        return Emitted(TensorRTModel(saved, Built(target, profile)), traced_statistics(program), records)
+        return Emitted(TensorRTModel(saved, BuiltFor(target, profile)), traced_statistics(program), records)
 
     def pack(self, model: TensorRTModel) -> None:
         """Engines depend on the device, the driver and on what ran beside them when tactics were timed."""

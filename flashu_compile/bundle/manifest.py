@@ -61,7 +61,7 @@ class EngineSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationFacts:
+class GenerationSettings:
     """What the t2i pipeline must know of the model. Sizes in pixels, tokens or rows.
 
     Raises `BundleError` on sizes of the wrong type, out of range, or that do not go together.
@@ -81,8 +81,10 @@ class GenerationFacts:
             )
         for size in shape:
             arguments.integer("A size of the manifest's latent_shape", size, 1, _LARGEST_SIDE, BundleError)
-        _check_facts(self, {"picture_size": _LARGEST_SIDE, "sequence_length": _LARGEST_LENGTH})
-        _check_facts(self, {"span_length": self.sequence_length, "max_prompt_tokens": self.sequence_length})
+        _check_settings(self, {"picture_size": _LARGEST_SIDE, "sequence_length": _LARGEST_LENGTH})
+        _check_settings(
+            self, {"span_length": self.sequence_length, "max_prompt_tokens": self.sequence_length}
+        )
         # Two tokens stand before the picture beside the prompt, and two behind it.
         if self.max_prompt_tokens + self.span_length + 4 > self.sequence_length:
             raise BundleError(
@@ -92,7 +94,7 @@ class GenerationFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class UnderstandingFacts:
+class UnderstandingSettings:
     """What the mmu pipeline must know of the model. Raises `BundleError` on sizes of the wrong type or out of range."""
 
     picture_size: int
@@ -100,13 +102,13 @@ class UnderstandingFacts:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        _check_facts(self, {"picture_size": _LARGEST_SIDE})
-        _check_facts(self, dict.fromkeys(("max_question_tokens", "max_new_tokens"), _LARGEST_LENGTH))
+        _check_settings(self, {"picture_size": _LARGEST_SIDE})
+        _check_settings(self, dict.fromkeys(("max_question_tokens", "max_new_tokens"), _LARGEST_LENGTH))
 
 
-def _check_facts(facts: GenerationFacts | UnderstandingFacts, largest: Mapping[str, int]) -> None:
+def _check_settings(settings: GenerationSettings | UnderstandingSettings, largest: Mapping[str, int]) -> None:
     for name, high in largest.items():
-        arguments.integer(f"The manifest's {name}", getattr(facts, name), 1, high, BundleError)
+        arguments.integer(f"The manifest's {name}", getattr(settings, name), 1, high, BundleError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +141,8 @@ class Manifest:
     precision: str
     recipe: str
     engines: tuple[EngineSpec, ...]
-    generation: GenerationFacts | None
-    understanding: UnderstandingFacts | None
+    generation: GenerationSettings | None
+    understanding: UnderstandingSettings | None
     versions: dict[str, str]
     files: dict[str, FileEntry]
     origins: dict[str, Origin] = dataclasses.field(default_factory=dict)
@@ -199,14 +201,14 @@ def _origin(data: Mapping[str, Any]) -> Origin:
 def _manifest(data: Mapping[str, Any]) -> Manifest:
     generation, understanding = data["generation"], data["understanding"]
     if generation is not None:
-        generation = GenerationFacts(**{**generation, "latent_shape": tuple(generation["latent_shape"])})
+        generation = GenerationSettings(**{**generation, "latent_shape": tuple(generation["latent_shape"])})
     return Manifest(
         **{
             **data,
             "tasks": tuple(data["tasks"]),
             "engines": tuple(_engine(e) for e in data["engines"]),
             "generation": generation,
-            "understanding": None if understanding is None else UnderstandingFacts(**understanding),
+            "understanding": None if understanding is None else UnderstandingSettings(**understanding),
             "files": _files(data["files"]),
             "origins": {part: _origin(origin) for part, origin in data["origins"].items()},
         }

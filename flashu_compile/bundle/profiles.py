@@ -11,7 +11,7 @@ import dataclasses
 import operator
 from collections.abc import Mapping
 
-from flashu_compile.bundle.manifest import EngineSpec, GenerationFacts, Manifest, UnderstandingFacts
+from flashu_compile.bundle.manifest import EngineSpec, GenerationSettings, Manifest, UnderstandingSettings
 from flashu_compile.errors import ConfigurationError
 
 #: So many answers are decoded side by side; more take turns, for each has keys and values of its own.
@@ -59,7 +59,7 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
 
 
 def known_ranges(
-    generation: GenerationFacts | None, understanding: UnderstandingFacts | None, image_rows: int
+    generation: GenerationSettings | None, understanding: UnderstandingSettings | None, image_rows: int
 ) -> dict[str, Range]:
     """The ranges of all dimensions that engines of a model have. `image_rows` are a picture's keys and values."""
     known = {"batch": Range(1, 2, 2)}

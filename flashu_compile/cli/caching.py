@@ -39,14 +39,14 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
     files = found.files()
     taken = sum(file.bytes for file in files)
     if as_json:
-        facts = {
+        pairs = {
             "directory": str(found.directory),
             "entries": len(files),
             "bytes": taken,
             "limit": found.limit,
             "library_bytes": found.library_bytes(),
         }
-        display.print_json(facts)
+        display.print_json(pairs)
         return
     told = {
         "directory": str(found.directory),
@@ -56,7 +56,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
     }
     if files:
         told["last_used"] = f"{datetime.datetime.fromtimestamp(files[-1].used):%Y-%m-%d %H:%M}"
-    display.print_facts(told)
+    display.print_pairs(told)
 
 
 @cache_app.command(epilog=examples("cache clear", "cache clear --cache ./engines"))

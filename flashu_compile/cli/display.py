@@ -46,12 +46,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     _console().print(table)
 
 
-def print_facts(facts: Mapping[str, Any]) -> None:
+def print_pairs(pairs: Mapping[str, Any]) -> None:
     """One `name value` line each."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
+    for name, value in pairs.items():
         table.add_row(visible(name.replace("_", " ")), encodable(visible(value), sys.stdout))
     _console().print(table)
 
@@ -92,7 +92,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
 
     sizes = {name: size(value) for name, value in summary["sizes"].items()}
     samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
-    print_facts(
+    print_pairs(
         {
             "bundle": summary["path"],
             "tasks": _listed(summary["tasks"]),
@@ -139,8 +139,10 @@ def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
         print_table(("task", "technique", "relative error of final latents or next-token logits"), rows)
 
 
-def _print_pass_totals(passes: Iterable[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]] = ()) -> None:
-    """A row for each pass that changed something, over all programs. `proved`: what it did to a copy of the model."""
+def _print_pass_totals(
+    passes: Iterable[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Print a row for each pass that changed something. `validated`: what it did to a copy of the model."""
     from flashu_compile.report.work import largest_error
 
     changing: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -149,7 +151,7 @@ def _print_pass_totals(passes: Iterable[Mapping[str, Any]], proved: Sequence[Map
             changing.setdefault((row["kind"], row["name"]), []).append(row)
     rows = []
     for (kind, name), records in sorted(changing.items(), reverse=True):
-        error = largest_error(records, proved)
+        error = largest_error(records, validated)
         rows.append((name, kind, str(len(records)), "" if error is None else f"{error:.1e}"))
     print_table(("pass", "kind", "programs", "largest relative error of its own"), rows)
 
@@ -159,7 +161,7 @@ def print_bundle(
 ) -> None:
     """Engines beside what they were made from, their signatures, and what they hold and cost by component; passes."""
     total = sum(entry.bytes for entry in manifest.files.values())
-    facts = {
+    pairs = {
         "bundle": directory,
         "model": manifest.model,
         "tasks": _listed(manifest.tasks),
@@ -168,7 +170,7 @@ def print_bundle(
         "built with": _listed(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
         "files": f"{len(manifest.files)}, {size(total)}",
     }
-    print_facts(facts | {name: size(value) for name, value in report.get("sizes", {}).items()})
+    print_pairs(pairs | {name: size(value) for name, value in report.get("sizes", {}).items()})
     _print_origins(manifest.origins)
     _print_work(manifest, report, plan)
     for engine in manifest.engines:
@@ -319,18 +321,18 @@ def print_structure(program: ProgramStructure) -> None:
             [row for stack in program.stacks for row in _stack_rows(stack)],
         )
     span, head = program.visual_span, program.head
-    facts = {f"stack {stack.name}": f"{stack.width} wide, under {stack.root}" for stack in program.stacks}
+    pairs = {f"stack {stack.name}": f"{stack.width} wide, under {stack.root}" for stack in program.stacks}
     if span is not None:
-        facts["visual span"] = (
+        pairs["visual span"] = (
             f"{span.length} rows, with {span.before} segments before and {span.after} after"
         )
     if head is not None:
         source = f" from stack {head.stack}" if head.stack is not None else ""
         beside = f" with {_listed(head.beside)}" if head.beside else ""
-        facts["head features"] = (
+        pairs["head features"] = (
             f"{_shape(head.shape)}{source}; {_listed(head.gives)} follows from them{beside}"
         )
-    print_facts(facts)
+    print_pairs(pairs)
     if program.not_found:
         print_table(("not found", "why"), [(row.what, row.why) for row in program.not_found])
     say()

@@ -48,7 +48,7 @@ def verify_layers(bundle: Path, reference: str | Path, *, as_json: bool, **optio
             bundle, reference, progress=lambda stage: advance(stage, None), **options
         )
     if as_json:
-        display.print_json(_plain(found))
+        display.print_json(_as_json(found))
     else:
         for engine in found.engines:
             _print_engine(engine)
@@ -90,7 +90,7 @@ def _print_engine(engine: EngineComparison) -> None:
 
 def _print_departure(engine: str, found: Departure) -> None:
     node, off = found.node, found.difference
-    display.print_facts(
+    display.print_pairs(
         {
             "first to depart": f"{node.name} of engine {engine}",
             "operator": node.operator,
@@ -143,7 +143,7 @@ def _verdict(found: Difference, tolerance: float) -> str:
     return "ok" if found.within(tolerance) else "DEPARTS"
 
 
-def _plain(found: LayerComparison) -> dict[str, Any]:
+def _as_json(found: LayerComparison) -> dict[str, Any]:
     engines = [{**dataclasses.asdict(engine), "ok": engine.ok} for engine in found.engines]
     return _finite({"against": found.against, "ok": found.ok, "engines": engines})
 

@@ -64,7 +64,7 @@ def show(
     """
     found = _find(recipe)
     if as_json:
-        display.print_json(_plain(found))
+        display.print_json(_as_json(found))
     else:
         display.print_recipe(found)
 
@@ -137,7 +137,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def tell_saved(recipe: Recipe, path: Path, *, as_json: bool) -> None:
     """Print a recipe that was just written to `path`."""
     if as_json:
-        display.print_json({"path": str(path), "recipe": _plain(recipe)})
+        display.print_json({"path": str(path), "recipe": _as_json(recipe)})
     else:
         display.print_recipe(recipe)
         say(str(path))
@@ -149,5 +149,5 @@ def _find(source: str) -> Recipe:
     return find_recipe(source)
 
 
-def _plain(recipe: Recipe) -> Any:
+def _as_json(recipe: Recipe) -> Any:
     return json.loads(recipe.to_json())

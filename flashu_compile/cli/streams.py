@@ -15,7 +15,7 @@ _PLAIN = str.maketrans(
 )
 
 
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+def _ascii_fallback(error: UnicodeError) -> tuple[str | bytes, int]:
     """Characters as ASCII writes them where it can, as escapes where it cannot."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
@@ -23,7 +23,7 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
     return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
 
 
-codecs.register_error(_ERRORS, _plain)
+codecs.register_error(_ERRORS, _ascii_fallback)
 
 
 def accept_any_text() -> None:

@@ -1,6 +1,6 @@
 """What a bundle answers, before it is called done: a few evaluations and tokens through its own runtime.
 
-Engines are proved one by one while they are built. Whether they fit together (whether each is given what it takes, and
+Engines are validated one by one. Whether they fit together (whether each is given what it takes, and
 by the loops that users run) shows when the whole is loaded as users load it. Where the bundle is exact, its answers are
 held against the eager model's, which no pass has touched; otherwise they must be finite and have the right shapes.
 """
@@ -79,8 +79,8 @@ class Answers:
         return {"bundle": self.bundle, "not_run_here": str(reason)}
 
     def _picture(self, pipe: Pipeline) -> dict[str, Any]:
-        facts = pipe.manifest.generation
-        assert facts is not None, "the bundle was built for t2i"
+        settings = pipe.manifest.generation
+        assert settings is not None, "the bundle was built for t2i"
         plan = pipe.plan_for()
         told: dict[str, Any] = {}
         if self._is_exact(T2I.name):
@@ -98,12 +98,12 @@ class Answers:
             pipe.plan = shortened(plan)
             latents = pipe.latents(PROMPT, seed=SEED)
             told = {"evaluations": len(pipe.plan.steps)}
-        _check_array("latents", latents, (1, *facts.latent_shape))
+        _check_array("latents", latents, (1, *settings.latent_shape))
         pipe.plan = dataclasses.replace(plan, steps=plan.steps[:1])
         side = pipe.generate(PROMPT, seed=SEED).size
-        if side != (facts.picture_size,) * 2:
+        if side != (settings.picture_size,) * 2:
             raise BundleError(
-                f"the picture is {side[0]} × {side[1]}, not {facts.picture_size} pixels a side."
+                f"the picture is {side[0]} × {side[1]}, not {settings.picture_size} pixels a side."
             )
         pipe.plan = plan
         return told

@@ -35,7 +35,7 @@ class Maker:
     `ranges` are the sizes of the model's dynamic dimensions. With `allow_declined` engines are made even if they lack a
     technique that the recipe asks for.
 
-    Where its precision is `proving`, passes and engines are run on samples and held against what they were made from.
+    With `validate`, passes and engines are run on samples and held against what they were made from.
     Without it, engines get a reference all the same: what their program gives in PyTorch for a batch of one.
     """
 
@@ -46,21 +46,21 @@ class Maker:
     allow_declined: bool = False
 
     @property
-    def proving(self) -> bool:
-        return self.precision.proving
+    def validate(self) -> bool:
+        return self.precision.validate
 
-    def unproved(self) -> Maker:
+    def without_validation(self) -> Maker:
         """One that makes the same engines and runs none of them."""
-        return dataclasses.replace(self, precision=dataclasses.replace(self.precision, proving=False))
+        return dataclasses.replace(self, precision=dataclasses.replace(self.precision, validate=False))
 
     def fingerprint(self) -> str:
         """Equal for makers that make the same engines of the same programs, and tell the same of them."""
-        unproved = "" if self.proving else " unproved"
-        return f"{type(self.backend).__module__} {self.precision.fingerprint()}{unproved}"
+        not_validated = "" if self.validate else " not_validated"
+        return f"{type(self.backend).__module__} {self.precision.fingerprint()}{not_validated}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Built:
+class BuildResult:
     """All engines of a bundle; `captured` has the statistics of the captured programs by name."""
 
     engines: BuiltEngines
@@ -77,7 +77,7 @@ class _Source:
 
     @functools.cached_property
     def ordered(self) -> Specialised:
-        return self.ordering.run(self.captured.program, proving=self.maker.proving)
+        return self.ordering.run(self.captured.program, validate=self.maker.validate)
 
     def described(self) -> BuiltEngines:
         """No engine yet: the statistics of the captured program, and what ordering did."""
@@ -87,7 +87,7 @@ class _Source:
     def engines(self, job: Job) -> BuiltEngines:
         (program,), _ = self.ordered
         self.maker.precision.weights.know(t for t in program.stored().values() if t.ndim == 2)
-        eager = self.captured.truth if self.maker.proving else {}
+        eager = self.captured.truth if self.maker.validate else {}
         return _engines(program, eager, job, self.maker)
 
 
@@ -98,7 +98,7 @@ def build_engines(
     maker: Maker,
     shelf: EngineShelf,
     tell: Steps,
-) -> Built:
+) -> BuildResult:
     """Specialise every captured program of the tasks and emit what comes out; what is on `shelf` is taken from it.
 
     Raises `DeclinedError` where nothing comes of a technique that the recipe asks for, unless `maker` allows it.
@@ -112,7 +112,7 @@ def build_engines(
         before, task = start + share * index, program.spec.task
         made = _Source(program, order.job(program.spec), maker)
         ordering = made.ordering.fingerprint()
-        about = shelf.fetch(program, f"captured {ordering} {maker.proving}", made.described)
+        about = shelf.fetch(program, f"captured {ordering} {maker.validate}", made.described)
         described |= about.statistics
         parts.append(dataclasses.replace(about, statistics={}))
         todo = jobs(task, program.spec.name, order.recipe)
@@ -130,7 +130,7 @@ def build_engines(
             tell(f"{task}: looking for {job.name}", done)
             made_of_job = shelf.fetch(program, f"{maker.fingerprint()} {ordering} {job.fingerprint()}", make)
             parts.append(_accepted(made_of_job, maker))
-    return Built(_joined(parts), described)
+    return BuildResult(_joined(parts), described)
 
 
 def _accepted(built: BuiltEngines, maker: Maker) -> BuiltEngines:
@@ -158,19 +158,19 @@ def _joined(parts: list[BuiltEngines]) -> BuiltEngines:
 
 def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Maker) -> BuiltEngines:
     """`eager`: what the untraced model gives on the program's sample."""
-    programs, passes = job.run(program, proving=maker.proving)
+    programs, passes = job.run(program, validate=maker.validate)
     changed = {record.program for record in passes if record.kind == "lossy" and record.changes}
     builds, statistics, records = [], {}, list(passes)
     for part in programs:
         lossy = part.name in changed or job.name in changed
         emitted = maker.backend.emit(part, maker.precision, maker.ranges)
         records.extend(emitted.records)
-        inputs = dict(part.sample) if maker.proving else _first_of_batch(part)
+        inputs = dict(part.sample) if maker.validate else _first_of_batch(part)
         exact = {} if lossy or emitted.program else eager
         build = _engine(part, emitted, inputs, _truth(emitted.program or part, inputs, exact), programs)
         builds.append(build)
         statistics[part.name] = {**emitted.statistics, "captured": program.name}
-        if maker.proving:
+        if maker.validate:
             errors = maker.backend.errors(build, maker.precision, maker.scratch_parent)
             statistics[part.name]["errors"] = errors
     return BuiltEngines(tuple(builds), statistics, tuple(records))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,25 @@ from torch import Tensor, nn
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.models.loading import LoadedModel, load_model
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program.program import Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 
 Progress = Callable[[str, float], None]
+
+
+class ModelParts(TypedDict, total=False):
+    """What is given besides a model where its checkpoint lacks it; see `flashu_compile.models.loading.load_model`.
+
+    vae: a LatentCodec, an AutoencoderKLWan or its path. tokenizer: a tokenizers.Tokenizer or its path. llm_config: the
+    LLM's Hugging Face `config.json`, or its contents.
+    """
+
+    vae: object
+    tokenizer: object
+    llm_config: Mapping[str, Any] | str | Path | None
 
 
 class Steps:
@@ -45,14 +57,14 @@ class CapturedProgram:
     `tell` hears that it is being traced.
     """
 
-    spec: Capture
+    spec: CaptureSpec
     tell: Callable[[str], None] = dataclasses.field(default=lambda stage: None, repr=False)
 
     @functools.cached_property
     def program(self) -> Program:
         """Raises `CaptureError` if torch.export cannot trace the model."""
         self.tell(f"{self.spec.task}: capturing {self.spec.name}")
-        return capture(self.spec)
+        return capture_program(self.spec)
 
     @functools.cached_property
     def truth(self) -> Mapping[str, Tensor]:
@@ -83,6 +95,29 @@ class CapturedModel:
         self.built: dict[str, BuiltEngines] = {}
         self.ordered_weights: OrderedWeights = {}
 
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module | str | Path,
+        tasks: Sequence[str],
+        progress: Steps,
+        **parts: Unpack[ModelParts],
+    ) -> CapturedModel:
+        """Load `model` and prepare its programs, each of which is traced when it is first looked at."""
+        progress("loading the model", 0.0)
+        return cls.from_loaded(load_model(model, **parts), tasks, progress)
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, tasks: Sequence[str], progress: Steps) -> CapturedModel:
+        """Prepare the programs of a loaded model, each of which is traced when it is first looked at.
+
+        Raises `CheckpointError` if the model has no VAE.
+        """
+        if loaded.vae is None:
+            raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
+        specs = [spec for name in tasks for spec in capture_specs(name, loaded.network, loaded.vae)]
+        return cls(loaded, {spec.name: CapturedProgram(spec, progress) for spec in specs})
+
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
         """The programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""
         missing = [t for t in tasks if all(c.spec.task != t for c in self.programs.values())]
@@ -92,29 +127,6 @@ class CapturedModel:
                 "built when it is captured."
             )
         return {name: c for name, c in self.programs.items() if c.spec.task in tasks}
-
-
-def open_model(
-    model: nn.Module | str | Path,
-    tasks: Sequence[str],
-    *,
-    vae: object,
-    tokenizer: object,
-    llm_config: Mapping[str, Any] | str | Path | None,
-    tell: Steps,
-) -> CapturedModel:
-    """As `capture_model`, but each program is traced when it is first looked at."""
-    tell("loading the model", 0.0)
-    loaded = load_model(model, vae=vae, tokenizer=tokenizer, llm_config=llm_config)
-    return captured_model(loaded, tasks, tell)
-
-
-def captured_model(loaded: LoadedModel, tasks: Sequence[str], tell: Steps) -> CapturedModel:
-    """A loaded model with its programs, each of which is traced when it is first looked at."""
-    if loaded.vae is None:
-        raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
-    specs = [spec for name in tasks for spec in captures(name, loaded.network, loaded.vae)]
-    return CapturedModel(loaded, {spec.name: CapturedProgram(spec, tell) for spec in specs})
 
 
 @contextmanager

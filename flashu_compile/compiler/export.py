@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -14,18 +14,18 @@ from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import REPORT, Manifest
 from flashu_compile.compiler.answering import Answers
-from flashu_compile.compiler.building import Built, Maker, build_engines
+from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
-from flashu_compile.compiler.captured import CapturedModel, Progress, Steps, open_model
+from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, Steps
 from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
 from flashu_compile.compiler.inspection import Inspection
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
-from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, proved_on_copy
+from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, validate_on_copy
 from flashu_compile.compiler.tasks import named_tasks
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision, find_backend
-from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.paths import absolute
@@ -67,14 +67,12 @@ def export(
     cost_samples: int = COST_SAMPLES,
     backend: str = "onnxruntime",
     precision: str | Mapping[str, str] = "float32",
-    vae: object = None,
-    tokenizer: object = None,
-    llm_config: Mapping[str, Any] | str | Path | None = None,
     overwrite: bool = False,
     cache: str | Path | bool = True,
     proof: str = AUTO,
     allow_declined: bool = False,
     progress: Progress | None = None,
+    **parts: Unpack[ModelParts],
 ) -> Bundle:
     """Compile `model` for a task or several, into a bundle directory that `flashu_compile.load` runs.
 
@@ -128,7 +126,7 @@ def export(
     named = absolute("." if output is None else output)
     if output is not None:
         ensure_writable(named, overwrite=overwrite)
-    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    source = _captured(model, tasks, tell, parts)
     loaded = source.loaded
     directory = named if output is not None else named / f"{loaded.name}-{'-'.join(tasks)}"
     ensure_writable(directory, overwrite=overwrite)
@@ -141,11 +139,11 @@ def export(
     )
     ranges = size_ranges(loaded, tasks)
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
-    proved: dict[str, Any] = {}
+    validated: dict[str, Any] = {}
     answers: Answers | None = Answers(loaded, decided, tasks, precise.is_exact, WHOLE)
     if needs_copy(proof, loaded):
-        proved = proved_on_copy(loaded, tasks, decided, maker, backend, tell)
-        maker, answers = maker.unproved(), None
+        validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
+        maker, answers = maker.without_validation(), None
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     inspection = Inspection(
         source=source,
@@ -160,18 +158,18 @@ def export(
         answers=answers,
     )
     tell("writing the bundle", 0.88)
-    facts = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
-    told = {"calibration": figures, **losses, **proved}
-    manifest = _write(directory, built, inspection, facts, told, overwrite=overwrite)
+    metadata = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
+    told = {"calibration": figures, **losses, **validated}
+    manifest = _write(directory, built, inspection, metadata, told, overwrite=overwrite)
     tell("done", 1.0)
     return Bundle(directory, manifest)
 
 
 def _write(
     directory: Path,
-    built: Built,
+    built: BuildResult,
     inspection: Inspection,
-    facts: BundleFacts,
+    metadata: BundleMetadata,
     told: Mapping[str, Any],
     *,
     overwrite: bool,
@@ -180,7 +178,7 @@ def _write(
     return write_bundle(
         directory,
         engines=engines.engines,
-        facts=facts,
+        metadata=metadata,
         tokenizer=loaded.tokenizer,
         recipe=inspection.recipe,
         plan=inspection.plan,
@@ -206,10 +204,8 @@ def calibrate(
     calibration: object = None,
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
-    vae: object = None,
-    tokenizer: object = None,
-    llm_config: Mapping[str, Any] | str | Path | None = None,
     progress: Progress | None = None,
+    **parts: Unpack[ModelParts],
 ) -> Recipe:
     """`recipe` with its open decisions taken for `model`: which FFN neurons stay, which layers are skipped when.
 
@@ -234,7 +230,7 @@ def calibrate(
     arguments.function("progress", progress)
     given = given_samples(chosen, tasks, calibration)
     tell = Steps(progress)
-    source = _captured(model, tasks, vae, tokenizer, llm_config, tell)
+    source = _captured(model, tasks, tell, parts)
     return decide(chosen, source, tasks, given, samples, seed, tell)[0]
 
 
@@ -245,19 +241,16 @@ def _check_counts(samples: int, seed: int, cost_samples: int = 0) -> None:
 
 
 def _captured(
-    model: nn.Module | str | Path | CapturedModel,
-    tasks: tuple[str, ...],
-    vae: object,
-    tokenizer: object,
-    llm_config: Any,
-    tell: Steps,
+    model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, ...], tell: Steps, parts: ModelParts
 ) -> CapturedModel:
+    """Load `model` unless it is captured already. Raises `ConfigurationError` if that one lacks a task."""
     if not isinstance(model, CapturedModel):
-        return open_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell)
-    if any(given is not None for given in (vae, tokenizer, llm_config)):
+        return CapturedModel.load(model, tasks, tell, **parts)
+    if any(part is not None for part in parts.values()):
         raise ConfigurationError(
             "A captured model has its VAE, tokenizer and configuration; leave these out."
         )
+    model.of(tasks)
     return model
 
 
@@ -265,10 +258,8 @@ def capture_model(
     model: nn.Module | str | Path,
     task: str | Sequence[str],
     *,
-    vae: object = None,
-    tokenizer: object = None,
-    llm_config: Mapping[str, Any] | str | Path | None = None,
     progress: Progress | None = None,
+    **parts: Unpack[ModelParts],
 ) -> CapturedModel:
     """Load and trace `model` for a task or several, to build more than one bundle from.
 
@@ -282,9 +273,7 @@ def capture_model(
     """
     arguments.function("progress", progress)
     tell = Steps(progress)
-    source = open_model(
-        model, named_tasks(task), vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell
-    )
+    source = CapturedModel.load(model, named_tasks(task), tell, **parts)
     for index, captured in enumerate(source.programs.values()):
         tell.fraction = index / len(source.programs)
         _ = captured.program, captured.truth

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.program.trace import Capture
+from flashu_compile.program.trace import CaptureSpec
 
 _VERSIONED = (
     *("torch", "transformers", "diffusers", "numpy", "sympy", "networkx", "safetensors"),
@@ -36,14 +36,14 @@ class UnknownCodeError(Exception):
 @functools.cache
 def environment() -> str:
     """A hash of all that is the same for every engine of a process."""
-    facts = {
+    parts = {
         "versions": {name: _version(name) for name in _VERSIONED},
         "source": _source(Path(__file__).parents[1]),
         "python": platform.python_version(),
         # The last bits of what eager PyTorch computes depend on it.
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
-    return _hash(facts)
+    return _hash(parts)
 
 
 class TensorHashes:
@@ -56,24 +56,24 @@ class TensorHashes:
         self._known: dict[tuple[Any, ...], str] = {}
 
     def __call__(self, tensor: Tensor) -> str:
-        facts = (str(tensor.dtype), tuple(tensor.shape), tensor.stride())
+        parts = (str(tensor.dtype), tuple(tensor.shape), tensor.stride())
         if tensor.device.type != "cpu":
             raise UnknownCodeError(f"a tensor is on {tensor.device}")
-        place = (tensor.data_ptr(), *facts)
+        place = (tensor.data_ptr(), *parts)
         if place not in self._known:
-            digest = hashlib.sha256(repr(facts).encode())
+            digest = hashlib.sha256(repr(parts).encode())
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             digest.update(data.numpy().data)
             self._known[place] = digest.hexdigest()
         return self._known[place]
 
 
-def captured_fingerprint(spec: Capture, hashes: TensorHashes) -> str:
+def captured_fingerprint(spec: CaptureSpec, hashes: TensorHashes) -> str:
     """Equal for captures that trace the same: modules, settings, weights and sample.
 
     Raises `UnknownCodeError` if a module or a value of one is of a kind that this cannot tell.
     """
-    facts = {
+    parts = {
         "name": [spec.name, spec.task],
         "inputs": [[str(given.role), given.axes] for given in spec.inputs],
         "outputs": [str(role) for role in spec.outputs],
@@ -82,7 +82,7 @@ def captured_fingerprint(spec: Capture, hashes: TensorHashes) -> str:
         "modules": [[name, _module(module, hashes)] for name, module in spec.module.named_modules()],
         "tensors": _tensors(spec.module, hashes),
     }
-    return _hash(facts)
+    return _hash(parts)
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -104,10 +104,10 @@ def _tensors(module: nn.Module, hashes: TensorHashes) -> list[list[str]]:
 
 def _module(module: nn.Module, hashes: TensorHashes) -> list[Any]:
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    return [_code(type(module)), _plain(own, hashes)]
+    return [_code(type(module)), _fingerprint_of(own, hashes)]
 
 
-def _plain(value: Any, hashes: TensorHashes) -> Any:
+def _fingerprint_of(value: Any, hashes: TensorHashes) -> Any:
     """A module's setting as a JSON value, types included where JSON would lose them."""
     if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
         return value
@@ -116,18 +116,18 @@ def _plain(value: Any, hashes: TensorHashes) -> Any:
     if isinstance(value, torch.dtype | torch.device | enum.Enum):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry, hashes) for name, entry in sorted(value.items(), key=str)}
+        return {str(name): _fingerprint_of(entry, hashes) for name, entry in sorted(value.items(), key=str)}
     if isinstance(value, list | tuple):
-        return [_plain(entry, hashes) for entry in value]
+        return [_fingerprint_of(entry, hashes) for entry in value]
     if isinstance(value, set | frozenset):
-        return sorted(json.dumps(_plain(entry, hashes)) for entry in value)
+        return sorted(json.dumps(_fingerprint_of(entry, hashes)) for entry in value)
     if isinstance(value, functools.partial):
-        return [_plain(part, hashes) for part in (value.func, value.args, value.keywords)]
+        return [_fingerprint_of(part, hashes) for part in (value.func, value.args, value.keywords)]
     if isinstance(value, type) or hasattr(value, "__qualname__"):
         return _code(value)
     if hasattr(value, "__dict__"):
         own = {name: entry for name, entry in vars(value).items() if name != _OF_THE_PROCESS}
-        return [_code(type(value)), _plain(own, hashes)]
+        return [_code(type(value)), _fingerprint_of(own, hashes)]
     raise UnknownCodeError(f"a {type(value).__name__} among the settings of a module")
 
 
@@ -161,5 +161,5 @@ def _source(package: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _hash(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -35,7 +35,7 @@ from flashu_compile.passes.manager import PassRecord
 FORMAT = 2
 #: An entry with more tensors of its own than this (such as weights in another precision) would fill the disk.
 OWN_BYTES = 256 << 20
-_FACTS = "facts"
+_METADATA = "metadata"
 
 _log = logging.getLogger(__name__)
 
@@ -112,19 +112,19 @@ def _encode(built: BuiltEngines, backend: Backend, weights: WeightSources) -> by
         packed = backend.pack(engine.model)
         if packed is None:
             return None
-        engines.append(_engine_facts(engine, packed, weights, tensors, f"{number}"))
-    facts = {
+        engines.append(_engine_metadata(engine, packed, weights, tensors, f"{number}"))
+    metadata = {
         "engines": engines,
         "orders": list(weights.orders),
         "statistics": built.statistics,
         "records": [dataclasses.asdict(record) for record in built.records],
     }
     tensors |= weights.orders
-    tensors[_FACTS] = _bytes(json.dumps(facts).encode())
+    tensors[_METADATA] = _bytes(json.dumps(metadata).encode())
     return save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
 
 
-def _engine_facts(
+def _engine_metadata(
     engine: EngineBuild, packed: Packed, weights: WeightSources, tensors: dict[str, Tensor], prefix: str
 ) -> dict[str, Any]:
     """An engine as JSON values; what is no such thing is put into `tensors`."""
@@ -148,22 +148,23 @@ def _engine_facts(
         "inputs": list(engine.reference_inputs),
         "outputs": list(engine.reference_outputs),
         "tensors": places,
-        "facts": packed.facts,
+        "metadata": packed.metadata,
     }
 
 
 def _decode(content: bytes, backend: Backend, weights: WeightSources) -> BuiltEngines:
     tensors = load(content)
-    facts = json.loads(_content(tensors[_FACTS]))
-    weights.orders = {name: tensors[name] for name in facts["orders"]}
+    metadata = json.loads(_content(tensors[_METADATA]))
+    weights.orders = {name: tensors[name] for name in metadata["orders"]}
     engines = [
-        _engine(told, backend, weights, tensors, f"{number}") for number, told in enumerate(facts["engines"])
+        _engine(told, backend, weights, tensors, f"{number}")
+        for number, told in enumerate(metadata["engines"])
     ]
     records = [
         PassRecord(**{**row, "changes": tuple(row["changes"]), "declined": tuple(row["declined"])})
-        for row in facts["records"]
+        for row in metadata["records"]
     ]
-    return BuiltEngines(tuple(engines), facts["statistics"], tuple(records))
+    return BuiltEngines(tuple(engines), metadata["statistics"], tuple(records))
 
 
 def _engine(
@@ -177,7 +178,7 @@ def _engine(
         name: tensors[f"{prefix}/own/{name}"] if place is None else weights.tensor(place)
         for name, place in told["tensors"].items()
     }
-    packed = Packed(_content(tensors[f"{prefix}/content"]), own, told["facts"])
+    packed = Packed(_content(tensors[f"{prefix}/content"]), own, told["metadata"])
     return EngineBuild(
         name=told["name"],
         task=told["task"],

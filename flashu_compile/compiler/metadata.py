@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
 from flashu_compile.bundle.profiles import Range, known_ranges
-from flashu_compile.exporters.bundle import BundleFacts
+from flashu_compile.exporters.bundle import BundleMetadata
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.tasks import MMU, T2I
 from flashu_compile.version import __version__
@@ -18,9 +18,9 @@ _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
 def bundle_metadata(
     loaded: LoadedModel, tasks: tuple[str, ...], backend: str, precision: str, recipe: str
-) -> BundleFacts:
+) -> BundleMetadata:
     """Return what the manifest says of a bundle besides its engines."""
-    return BundleFacts(
+    return BundleMetadata(
         model=loaded.name,
         tasks=tasks,
         backend=backend,
@@ -33,10 +33,10 @@ def bundle_metadata(
     )
 
 
-def generation(loaded: LoadedModel) -> GenerationFacts:
+def generation(loaded: LoadedModel) -> GenerationSettings:
     """Return what the t2i pipeline must know of the model."""
     config = loaded.network.config
-    return GenerationFacts(
+    return GenerationSettings(
         latent_shape=config.latent_shape,
         sequence_length=config.sequence_length,
         span_length=config.span_length,
@@ -45,9 +45,9 @@ def generation(loaded: LoadedModel) -> GenerationFacts:
     )
 
 
-def understanding(loaded: LoadedModel) -> UnderstandingFacts:
+def understanding(loaded: LoadedModel) -> UnderstandingSettings:
     """Return what the mmu pipeline must know of the model."""
-    return UnderstandingFacts(
+    return UnderstandingSettings(
         picture_size=_picture_size(loaded),
         max_question_tokens=loaded.network.config.sequence_length,
         max_new_tokens=_MAX_NEW_TOKENS,

@@ -1,8 +1,8 @@
-"""What passes and engines are proved on: the model itself, or where that would take hours, a small copy of it.
+"""What passes and engines are validated on: the model itself, or where that would take hours, a small copy of it.
 
-Passes find structure, not sizes. So what they do to a model of a hundred layers is proved on a copy with a few of
+Passes find structure, not sizes. So what they do to a model of a hundred layers is validated on a copy with a few of
 them: the same widths and weights, the same techniques, every kind of engine. On the whole model the same passes then
-run unproved: its graphs are linted and shapes propagated, and each engine gets a reference that `verify` runs it on.
+run without: its graphs are linted and shapes propagated, and each engine gets a reference that `verify` runs it on.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from flashu_compile.arguments import shown
 from flashu_compile.compiler.answering import Answers, Open, of_few_words
-from flashu_compile.compiler.building import Built, Maker, build_engines
-from flashu_compile.compiler.captured import Steps, captured_model
+from flashu_compile.compiler.building import BuildResult, Maker, build_engines
+from flashu_compile.compiler.captured import CapturedModel, Steps
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
 from flashu_compile.errors import ConfigurationError
@@ -29,7 +29,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import LLM, MMU, T2I
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"
-#: Weights of more bytes than this are proved on a copy, unless asked otherwise.
+#: Weights of more bytes than this are validated on a copy, unless asked otherwise.
 LARGE = 2 << 30
 
 
@@ -45,8 +45,8 @@ class ProofCopy:
         """What a weight of the model is called here; None if it is not here."""
         return place_in_copy(weight, self.layers)
 
-    def report(self, built: Built, model: LoadedModel) -> dict[str, Any]:
-        """What was proved on the copy of `model`: the errors of its engines' outputs, and what passes did."""
+    def report(self, built: BuildResult, model: LoadedModel) -> dict[str, Any]:
+        """What was validated on the copy of `model`: the errors of its engines' outputs, and what passes did."""
         total = depths(model.network.config)
         return {
             "layers": {stack: list(chosen) for stack, chosen in self.layers.items()},
@@ -130,7 +130,7 @@ def _reduced_recipe(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> Reci
     return dataclasses.replace(recipe, decisions=decisions)
 
 
-def proved_on_copy(
+def validate_on_copy(
     loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe, maker: Maker, backend: str, tell: Steps
 ) -> dict[str, Any]:
     """Build everything for a small copy of the model, where it is held against eager PyTorch; what the report says.
@@ -139,7 +139,7 @@ def proved_on_copy(
     """
     copy = proof_copy(loaded, recipe)
     tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
-    small = captured_model(copy.loaded, tasks, tell_of_copy)
+    small = CapturedModel.from_loaded(copy.loaded, tasks, tell_of_copy)
     # What a copy is too small for may well be done to the model, whose own build decides.
     maker = dataclasses.replace(
         maker,
@@ -155,7 +155,7 @@ def proved_on_copy(
 
 
 def _answered_by_copy(
-    copy: ProofCopy, tasks: tuple[str, ...], built: Built, maker: Maker, backend: str
+    copy: ProofCopy, tasks: tuple[str, ...], built: BuildResult, maker: Maker, backend: str
 ) -> dict[str, Any]:
     loaded = of_few_words(copy.loaded)
     answers = Answers(loaded, copy.recipe, tasks, maker.precision.is_exact, COPY)
@@ -169,7 +169,7 @@ def _answered_by_copy(
         write_bundle(
             Path(scratch) / "copy",
             engines=built.engines.engines,
-            facts=bundle_metadata(loaded, tasks, backend, str(maker.precision), copy.recipe.name),
+            metadata=bundle_metadata(loaded, tasks, backend, str(maker.precision), copy.recipe.name),
             tokenizer=loaded.tokenizer,
             recipe=copy.recipe,
             plan=copy.recipe.plan() if T2I.name in tasks else None,

@@ -15,7 +15,7 @@ from flashu_compile.passes.base import Pass
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights, OrderNeurons, kept_ranges
 from flashu_compile.program.program import Program
-from flashu_compile.program.trace import Capture
+from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import TASKS
@@ -36,16 +36,16 @@ class Job:
     then: Mapping[str, tuple[Pass, ...]] = dataclasses.field(default_factory=dict)
     only: tuple[str, ...] = ()
 
-    def run(self, program: Program, *, proving: bool = True) -> Specialised:
-        """`proving`: what passes give is held against what they got, see `PassManager`.
+    def run(self, program: Program, *, validate: bool = True) -> Specialised:
+        """`validate`: what passes give is held against what they got, see `PassManager`.
 
         Raises `PassError` if a structure that a pass needs is not there or decisions do not fit the model.
         """
-        made, records = PassManager(self.passes, proving).run(dataclasses.replace(program, name=self.name))
+        made, records = PassManager(self.passes, validate).run(dataclasses.replace(program, name=self.name))
         programs: list[Program] = []
         for one in made:
             if one.name in self.then:
-                parts, more = PassManager(self.then[one.name], proving).run(one)
+                parts, more = PassManager(self.then[one.name], validate).run(one)
                 programs.extend(parts)
                 records += more
             else:
@@ -57,7 +57,7 @@ class Job:
 
     def fingerprint(self) -> str:
         """Equal for jobs that do the same to the same program."""
-        return hashlib.sha256(json.dumps(_plain(self)).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_as_json(self)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class NeuronOrder:
     recipe: Recipe
     passes: tuple[OrderNeurons, ...]
 
-    def job(self, spec: Capture) -> Job:
+    def job(self, spec: CaptureSpec) -> Job:
         """What orders the neurons of the program that is captured by `spec`."""
         return Job(spec.name, tuple(step for step in self.passes if step.stack in spec.stacks))
 
@@ -104,17 +104,17 @@ def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) ->
     return {stack: {block: place(passes[stack], block) for block in blocks} for stack, blocks in kept.items()}
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """Decisions as JSON values, the name of each dataclass with its fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        fields = {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return [type(value).__name__, fields]
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
-        return [[_plain(k), _plain(v)] for k, v in sorted(value.items(), key=lambda item: str(item[0]))]
+        return [[_as_json(k), _as_json(v)] for k, v in sorted(value.items(), key=lambda item: str(item[0]))]
     if isinstance(value, set | frozenset):
-        return sorted(map(_plain, value))
+        return sorted(map(_as_json, value))
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_as_json(v) for v in value]
     return value

@@ -124,16 +124,18 @@ class TextToImage:
         progress: Callable[[int, int], None],
     ) -> Calibrated:
         """Calibrate on sampling trajectories of the prompts."""
-        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
+        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
         program = source.programs[DENOISE].program
-        return calibrate_t2i(program, codec, facts, recipe.t2i, samples.prompts, seed=seed, progress=progress)
+        return calibrate_t2i(
+            program, codec, settings, recipe.t2i, samples.prompts, seed=seed, progress=progress
+        )
 
     def linear_errors(
         self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
     ) -> tuple[LinearError, ...]:
         """Measure on trajectories of the prompts."""
-        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
-        return generation_errors(source.programs[DENOISE].program, codec, facts, recipe, samples)
+        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
+        return generation_errors(source.programs[DENOISE].program, codec, settings, recipe, samples)
 
     def cost(
         self,
@@ -184,16 +186,16 @@ class Understanding:
         progress: Callable[[int, int], None],
     ) -> Calibrated:
         """Calibrate on the model's answers to the questions; `seed` does not matter."""
-        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
+        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
         program = source.programs[UNDERSTAND].program
-        return calibrate_mmu(program, codec, facts, recipe.mmu, samples.questions, progress=progress)
+        return calibrate_mmu(program, codec, settings, recipe.mmu, samples.questions, progress=progress)
 
     def linear_errors(
         self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
     ) -> tuple[LinearError, ...]:
         """Measure on the questions and their pictures."""
-        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
-        return understanding_errors(source.programs[UNDERSTAND].program, codec, facts, samples)
+        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
+        return understanding_errors(source.programs[UNDERSTAND].program, codec, settings, samples)
 
     def cost(
         self,
@@ -205,9 +207,9 @@ class Understanding:
         tell: Callable[[str], None],
     ) -> Cost:
         """Measure logits of the next token on teacher-forced answers."""
-        codec, facts = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
+        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
         program = source.programs[UNDERSTAND].program
-        return answer_cost(program, engines, codec, facts, recipe, samples, tell=tell)
+        return answer_cost(program, engines, codec, settings, recipe, samples, tell=tell)
 
 
 COMPILED_TASKS: Mapping[str, CompiledTask] = {

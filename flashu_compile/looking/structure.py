@@ -6,11 +6,11 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, fx, nn
 
-from flashu_compile.compiler.captured import Progress, Steps, open_model
+from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, Steps
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.attention import Attention, attention_sites
 from flashu_compile.passes.analysis.blocks import Block, residual_blocks
@@ -124,17 +124,15 @@ def model_structure(
     model: nn.Module | str | Path,
     tasks: Sequence[str],
     *,
-    vae: object = None,
-    tokenizer: object = None,
-    llm_config: Mapping[str, Any] | str | Path | None = None,
     progress: Progress | None = None,
+    **parts: Unpack[ModelParts],
 ) -> tuple[ProgramStructure, ...]:
     """The structure of every captured program of `tasks` that has stacks. Arguments are as for `export`.
 
     Raises `FlashuError` if the model cannot be loaded or captured; a structure that is not there is no error.
     """
     tell = Steps(progress)
-    source = open_model(model, tasks, vae=vae, tokenizer=tokenizer, llm_config=llm_config, tell=tell)
+    source = CapturedModel.load(model, tasks, tell, **parts)
     programs = [captured for captured in source.programs.values() if captured.spec.stacks]
     found = []
     for index, captured in enumerate(programs):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from flashu_compile.bundle.images import Picture, engine_pixels
-from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import CalibrationError, FlashuError, RecipeError
@@ -43,7 +43,7 @@ from flashu_compile.tasks import LLM
 ANSWER_TOKENS = 16
 _CURVE_POINTS = 41
 
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 Rows = Callable[[Tensor], Tensor]
 
 
@@ -171,12 +171,12 @@ class Statistics:
 def calibrate_t2i(
     program: Program,
     codec: PromptCodec,
-    facts: GenerationFacts,
+    settings: GenerationSettings,
     config: T2IConfig,
     prompts: Sequence[str],
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> Calibrated:
     """Decide for t2i, from the trajectories of `prompts` through the captured denoise `program`.
 
@@ -195,8 +195,8 @@ def calibrate_t2i(
         statistics.where = f"prompt {index} ({prompt!r})"
         phases.evaluation = 0
         try:
-            noise = initial_noise(seed + index, 0, (1, *facts.latent_shape))
-            sample(engine, plan, prompt_pair(codec, facts, prompt), noise)
+            noise = initial_noise(seed + index, 0, (1, *settings.latent_shape))
+            sample(engine, plan, prompt_pair(codec, settings, prompt), noise)
         except CalibrationError:
             raise
         except FlashuError as error:
@@ -279,11 +279,11 @@ def _live_rows(inputs: Mapping[str, Tensor]) -> Rows:
 def calibrate_mmu(
     program: Program,
     codec: PromptCodec,
-    facts: UnderstandingFacts,
+    settings: UnderstandingSettings,
     config: MMUConfig,
     questions: Sequence[tuple[Picture, str]],
     *,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> Calibrated:
     """Decide for mmu, from the model's answers to `questions` (image and text) through the `understand` program.
 
@@ -299,9 +299,9 @@ def calibrate_mmu(
     for index, (image, question) in enumerate(questions):
         statistics.where = f"question {index} ({question!r})"
         try:
-            pixels = torch.from_numpy(engine_pixels(image, facts.picture_size))
+            pixels = torch.from_numpy(engine_pixels(image, settings.picture_size))
             prefix = torch.tensor([codec.question_prefix()])
-            suffix = codec.question_suffix(question, facts.max_question_tokens)
+            suffix = codec.question_suffix(question, settings.max_question_tokens)
             inputs: dict[str, Tensor] = {Role.PIXELS: pixels, Role.PREFIX_IDS: prefix}
             answer = _greedy(program, inputs, suffix, codec.eos)
         except FlashuError as error:

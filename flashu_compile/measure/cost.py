@@ -24,7 +24,7 @@ from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture as Given
 from flashu_compile.bundle.images import engine_pixels, to_picture
-from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.measure.calibration import ANSWER_TOKENS
@@ -59,7 +59,7 @@ def picture_cost(
     decoder: Program,
     engines: Engines,
     codec: PromptCodec,
-    facts: GenerationFacts,
+    settings: GenerationSettings,
     recipe: Recipe,
     points: int,
     prompts: Sequence[str],
@@ -68,8 +68,8 @@ def picture_cost(
     tell: Tell,
 ) -> Cost:
     """`program` is the captured generation step, `points` the model's own; noise of prompt i is that of `seed + i`."""
-    texts = [prompt_pair(codec, facts, prompt) for prompt in prompts]
-    noises = [initial_noise(seed + i, 0, (1, *facts.latent_shape)) for i in range(len(prompts))]
+    texts = [prompt_pair(codec, settings, prompt) for prompt in prompts]
+    noises = [initial_noise(seed + i, 0, (1, *settings.latent_shape)) for i in range(len(prompts))]
     exact = dataclasses.replace(
         recipe, t2i=dataclasses.replace(recipe.t2i.published_sampler(), points=points)
     )
@@ -133,14 +133,14 @@ def answer_cost(
     program: Program,
     engines: Engines,
     codec: PromptCodec,
-    facts: UnderstandingFacts,
+    settings: UnderstandingSettings,
     recipe: Recipe,
     questions: Sequence[tuple[Given, str]],
     *,
     tell: Tell,
 ) -> Cost:
     """`program` is the captured understanding forward."""
-    asked = [_Question(codec, facts, *question) for question in questions]
+    asked = [_Question(codec, settings, *question) for question in questions]
     whole = _emulator(program, recipe)
     rows: list[dict[str, Any]] = []
     comparisons, truths = [], []
@@ -202,11 +202,11 @@ def _emulator(program: Program, recipe: Recipe) -> Emulator:
 class _Question:
     """A question about a picture, whose next tokens programs and engines are asked for."""
 
-    def __init__(self, codec: PromptCodec, facts: UnderstandingFacts, image: Given, text: str) -> None:
+    def __init__(self, codec: PromptCodec, settings: UnderstandingSettings, image: Given, text: str) -> None:
         self.text, self._end = text, codec.eos
-        self._pixels = engine_pixels(image, facts.picture_size)
+        self._pixels = engine_pixels(image, settings.picture_size)
         self._prefix = codec.question_prefix()
-        self._suffix = codec.question_suffix(text, facts.max_question_tokens)
+        self._suffix = codec.question_suffix(text, settings.max_question_tokens)
 
     @property
     def picture(self) -> Image.Image:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from flashu_compile.bundle.images import Picture, engine_pixels
-from flashu_compile.bundle.manifest import GenerationFacts, UnderstandingFacts
+from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
@@ -51,7 +51,7 @@ class LinearError:
 
 
 def generation_errors(
-    program: Program, codec: PromptCodec, facts: GenerationFacts, recipe: Recipe, prompts: Sequence[str]
+    program: Program, codec: PromptCodec, settings: GenerationSettings, recipe: Recipe, prompts: Sequence[str]
 ) -> tuple[LinearError, ...]:
     """On trajectories of the captured generation step; on its own sample if there are no prompts.
 
@@ -62,15 +62,15 @@ def generation_errors(
         watch.record(program.sample)
     plan = compile_plan(recipe.t2i.published_sampler(), points=_POINTS)
     for index, prompt in enumerate(prompts):
-        noise = initial_noise(index, 0, (1, *facts.latent_shape))
-        sample(RecordingEngine(watch, lambda _: None), plan, prompt_pair(codec, facts, prompt), noise)
+        noise = initial_noise(index, 0, (1, *settings.latent_shape))
+        sample(RecordingEngine(watch, lambda _: None), plan, prompt_pair(codec, settings, prompt), noise)
     return watch.errors()
 
 
 def understanding_errors(
     program: Program,
     codec: PromptCodec,
-    facts: UnderstandingFacts,
+    settings: UnderstandingSettings,
     questions: Sequence[tuple[Picture, str]],
 ) -> tuple[LinearError, ...]:
     """On pictures and questions through the captured understanding forward; on its own sample if there are none."""
@@ -78,10 +78,10 @@ def understanding_errors(
     if not questions:
         watch.record(program.sample)
     for image, question in questions:
-        suffix = codec.question_suffix(question, facts.max_question_tokens)
+        suffix = codec.question_suffix(question, settings.max_question_tokens)
         watch.record(
             {
-                Role.PIXELS: torch.from_numpy(engine_pixels(image, facts.picture_size)),
+                Role.PIXELS: torch.from_numpy(engine_pixels(image, settings.picture_size)),
                 Role.PREFIX_IDS: torch.tensor([codec.question_prefix()]),
                 Role.SUFFIX_IDS: torch.tensor([suffix]),
             }

@@ -33,11 +33,11 @@ def origin(
     )
 
 
-def _license(facts: Mapping[str, Any]) -> str | None:
+def _license(card: Mapping[str, Any]) -> str | None:
     """The licence that metadata names. Those the hub has no name for are `other`, with `license_name` beside it."""
-    named = facts.get("license")
+    named = card.get("license")
     if named == "other":
-        named = facts.get("license_name") or named
+        named = card.get("license_name") or named
     if isinstance(named, list):
         named = ", ".join(map(str, named))
     return named if isinstance(named, str) and named else None

@@ -18,7 +18,7 @@ _DEFAULT_BOUNDS = (2, 65536)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Capture:
+class CaptureSpec:
     """What to trace: a module taking `inputs` and returning a tuple of `outputs`, in these orders."""
 
     name: str
@@ -56,7 +56,7 @@ def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Ten
         return exported.run_decompositions({})
 
 
-def capture(spec: Capture) -> Program:
+def capture_program(spec: CaptureSpec) -> Program:
     """Trace a Capture. Raises `CaptureError` naming it when torch.export cannot."""
     try:
         exported = trace(spec.module, spec.inputs, spec.sample)

@@ -93,11 +93,11 @@ def _shown(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
 
 
 def _passes(
-    records: Sequence[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]]
+    records: Sequence[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Those that changed something, over all programs, in the order of their first appearance.
 
-    `proved`: what the same passes did to a copy of the model.
+    `validated`: what the same passes did to a copy of the model.
     """
     changing: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -109,7 +109,7 @@ def _passes(
             "kind": group[0]["kind"],
             "programs": len(group),
             "changes": sum(len(record["changes"]) for record in group),
-            "error": largest_error(group, proved),
+            "error": largest_error(group, validated),
         }
 
 

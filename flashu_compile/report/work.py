@@ -189,7 +189,9 @@ def _answer_text(told: Mapping[str, Any]) -> str:
     return f"{asked}{of_copy}, {held}"
 
 
-def largest_error(records: Sequence[Mapping[str, Any]], proved: Sequence[Mapping[str, Any]]) -> float | None:
-    """Of the records of one pass; and of those in `proved`, what passes did to a copy, that are of this pass too."""
-    alike = (*records, *(record for record in proved if record["name"] == records[0]["name"]))
+def largest_error(
+    records: Sequence[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """Of the records of one pass; and of those in `validated`, what passes did to a copy, that are of this pass too."""
+    alike = (*records, *(record for record in validated if record["name"] == records[0]["name"]))
     return max((record["error"] for record in alike if record["error"] is not None), default=None)

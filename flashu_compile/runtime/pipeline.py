@@ -20,9 +20,9 @@ from flashu_compile.bundle.manifest import (
     RECIPE,
     TOKENIZER,
     EngineSpec,
-    GenerationFacts,
+    GenerationSettings,
     Manifest,
-    UnderstandingFacts,
+    UnderstandingSettings,
     read_manifest,
 )
 from flashu_compile.bundle.noise import check_seed, initial_noise
@@ -44,7 +44,7 @@ from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
 from flashu_compile.tasks import LANGUAGE, MMU, T2I, VAE_DECODE, VISION, TaskRecord
 
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 Shape = tuple[int | None, ...]
 
 
@@ -115,9 +115,9 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
     """Every engine the tasks need is there, with the outputs they read. Raises `BundleError` otherwise."""
     needed: list[tuple[str, str, Shape]] = []
     if manifest.generation is not None:
-        steps, facts = plan.steps if plan else (), manifest.generation
+        steps, settings = plan.steps if plan else (), manifest.generation
         needed.append((VAE_DECODE, "pixels", (None, 3, None, None)))
-        needed.extend((step.engine, "velocity", (None, *facts.latent_shape)) for step in steps)
+        needed.extend((step.engine, "velocity", (None, *settings.latent_shape)) for step in steps)
         needed.extend((step.engine, "head_features", (None, None, None)) for step in steps if step.store)
     if manifest.understanding is not None:
         needed.append((VISION, "image_embeds", (None, None, None)))
@@ -184,7 +184,7 @@ class Pipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        progress: Progress | None = None,
+        progress: CountProgress | None = None,
     ) -> Image.Image: ...
 
     @overload
@@ -195,7 +195,7 @@ class Pipeline:
         seed: int | list[int] = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        progress: Progress | None = None,
+        progress: CountProgress | None = None,
     ) -> list[Image.Image]: ...
 
     def generate(
@@ -205,7 +205,7 @@ class Pipeline:
         seed: int | list[int] = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        progress: Progress | None = None,
+        progress: CountProgress | None = None,
     ) -> Image.Image | list[Image.Image]:
         """A picture of the prompt; for a list of prompts, a list of pictures.
 
@@ -233,7 +233,7 @@ class Pipeline:
         seed: int | list[int] = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        progress: Progress | None = None,
+        progress: CountProgress | None = None,
     ) -> NDArray[np.float32]:
         """The final latents float32 [prompts, c, h, w] that `generate` would decode; for measuring and checking."""
         rows = list(self._sample(prompt, seed, steps, guidance_scale, progress))
@@ -249,7 +249,7 @@ class Pipeline:
         that the recipe's rules give for it runs an engine that the bundle lacks.
         """
         self._generation()
-        assert self.plan is not None  # both read with the generation facts, in `load`
+        assert self.plan is not None  # both read with the generation settings, in `load`
         assert self.recipe is not None
         if steps is None and guidance_scale is None:
             return self.plan
@@ -275,10 +275,10 @@ class Pipeline:
         seed: int | list[int],
         steps: int | None,
         guidance_scale: float | None,
-        progress: Progress | None,
+        progress: CountProgress | None,
     ) -> Iterator[NDArray[np.float32]]:
         """Latents [1, c, h, w] of one prompt after another. All arguments are checked before the first is sampled."""
-        facts = self._generation()
+        settings = self._generation()
         plan = self.plan_for(steps, guidance_scale)
         prompts = arguments.texts("prompt", prompt)
         if isinstance(seed, Sequence) and (isinstance(prompt, str) or len(seed) != len(prompts)):
@@ -287,7 +287,7 @@ class Pipeline:
             )
         seeds = [check_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(prompts))]
         arguments.function("progress", progress, InputError)
-        texts = [prompt_pair(self._codec, facts, text) for text in prompts]
+        texts = [prompt_pair(self._codec, settings, text) for text in prompts]
         total, done = len(texts) * len(plan.steps), 0
 
         def evaluated() -> None:
@@ -297,7 +297,7 @@ class Pipeline:
                 progress(done, total)
 
         for text, one in zip(texts, seeds, strict=True):
-            noise = initial_noise(one, 0, (1, *facts.latent_shape))
+            noise = initial_noise(one, 0, (1, *settings.latent_shape))
             yield sample(self._engines, plan, text, noise, evaluated, self._schedules)
 
     @overload
@@ -367,16 +367,16 @@ class Pipeline:
         self, question: str | list[str], max_new_tokens: int | None
     ) -> tuple[list[list[int]], int]:
         """The ids behind the image for every question, and the limit of tokens."""
-        facts = self._understanding()
+        settings = self._understanding()
         suffixes = [
-            self._codec.question_suffix(text, facts.max_question_tokens)
+            self._codec.question_suffix(text, settings.max_question_tokens)
             for text in arguments.texts("question", question)
         ]
         if max_new_tokens is None:
-            return suffixes, facts.max_new_tokens
+            return suffixes, settings.max_new_tokens
         template = len(self._codec.question_suffix(""))
         longest = max((len(suffix) for suffix in suffixes), default=template) - template
-        room = facts.max_question_tokens + facts.max_new_tokens - longest
+        room = settings.max_question_tokens + settings.max_new_tokens - longest
         return suffixes, arguments.integer("max_new_tokens", max_new_tokens, 1, room, InputError)
 
     def _picture(self, image: Picture) -> decoding.Picture:
@@ -385,12 +385,12 @@ class Pipeline:
         Source.engine(self._engines, VISION).check("image_embeds", embeds)
         return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
 
-    def _generation(self) -> GenerationFacts:
+    def _generation(self) -> GenerationSettings:
         if self.manifest.generation is None:
             raise self._lacks(T2I)
         return self.manifest.generation
 
-    def _understanding(self) -> UnderstandingFacts:
+    def _understanding(self) -> UnderstandingSettings:
         if self.manifest.understanding is None:
             raise self._lacks(MMU)
         return self.manifest.understanding

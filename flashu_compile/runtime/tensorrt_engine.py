@@ -36,7 +36,7 @@ ADVICE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Built:
+class BuiltEngine:
     """An engine that was built: its file, and what it was built for."""
 
     file: str
@@ -51,7 +51,7 @@ class PlannedEngine:
 
     graph: str
     profile: Profile
-    built: Built | None = None
+    built: BuiltEngine | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class TensorRTPlan:
                         InputShapes(s["name"], tuple(s["min"]), tuple(s["opt"]), tuple(s["max"]))
                         for s in entry["profile"]
                     ),
-                    None if entry["built"] is None else Built(**entry["built"]),
+                    None if entry["built"] is None else BuiltEngine(**entry["built"]),
                 )
                 for name, entry in data["engines"].items()
             }
@@ -217,7 +217,7 @@ class TensorRTEngines:
             )
 
 
-def check_built_for(name: str, built: Built, plan: TensorRTPlan, libraries: Libraries) -> None:
+def check_built_for(name: str, built: BuiltEngine, plan: TensorRTPlan, libraries: Libraries) -> None:
     """Raises `BackendUnavailableError` if an engine was built for another device or version than those here."""
     device, capability = libraries.device()
     version = libraries.trt.__version__

@@ -17,7 +17,7 @@ import torch
 import flashu_compile
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE
 from flashu_compile.compiler.answering import shortened
-from flashu_compile.compiler.captured import CapturedModel, Steps, captured_model
+from flashu_compile.compiler.captured import CapturedModel, Steps
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.errors import BundleError
 from flashu_compile.exporters import backends as build_side
@@ -169,7 +169,7 @@ def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(tmp_path: 
     model.__class__ = SeesAll
     loaded = LoadedModel("seeing", model, VAE, tokenizer())
     path = flashu_compile.export(
-        captured_model(loaded, ["mmu"], Steps(None)), "mmu", output=tmp_path / "b"
+        CapturedModel.from_loaded(loaded, ["mmu"], Steps(None)), "mmu", output=tmp_path / "b"
     ).path
     pipe = flashu_compile.load(path)
     assert pipe.manifest.engine("language").prologue is None

@@ -24,9 +24,9 @@ from flashu_compile.errors import (
 from flashu_compile.measure.calibration import calibrate_mmu
 from flashu_compile.measure.cost import answer_cost
 from flashu_compile.models.loading import LoadedModel, load_model
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.recipe import Recipe
 from tests.support.tiny import VAE, tiny_model, tokenizer
@@ -103,8 +103,8 @@ def test_the_eager_model_says_so(broken: LoadedModel) -> None:
 
 def test_calibration_and_cost_say_so(broken: LoadedModel) -> None:
     assert broken.vae is not None
-    (spec,) = captures("mmu", broken.network, broken.vae)
-    program, codec, facts = capture(spec), PromptCodec(broken.tokenizer), understanding(broken)
+    (spec,) = capture_specs("mmu", broken.network, broken.vae)
+    program, codec, facts = capture_program(spec), PromptCodec(broken.tokenizer), understanding(broken)
     with pytest.raises(
         CalibrationError, match=r"failed on question 0 .*program 'understand', .* gave logits"
     ):

@@ -96,7 +96,7 @@ def test_the_engine_is_held_against_the_eager_model(captured: CapturedModel, all
     truth = captured.programs["understand"].truth["logits"].numpy()
     assert np.array_equal(recorded, truth)
     (job,) = jobs("understand", FEW)
-    programs, _ = job.run(captured.programs["understand"].program, proving=False)
+    programs, _ = job.run(captured.programs["understand"].program, validate=False)
     (language,) = (program for program in programs if program.name == "language")
     own = language.run(language.sample)["logits"].numpy()
     assert not np.array_equal(own, truth), "or nothing would show what it was held against"

@@ -17,14 +17,14 @@ from flashu_compile.compiler.fingerprints import (
     captured_fingerprint,
     environment,
 )
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from tests.support.tiny import CONFIG, VAE, PaddedSpaceToDepth, tiny_model
 
 
 def fingerprints(model: Showo2, vae: LatentCodec = VAE) -> dict[str, str]:
-    specs = [spec for task in ("t2i", "mmu") for spec in captures(task, model, vae)]
+    specs = [spec for task in ("t2i", "mmu") for spec in capture_specs(task, model, vae)]
     return {spec.name: captured_fingerprint(spec, TensorHashes()) for spec in specs}
 
 
@@ -62,7 +62,7 @@ def test_settings() -> None:
 
 def test_foreign_code_has_none() -> None:
     model, vae = tiny_model(latent_channels=16), PaddedSpaceToDepth()
-    denoise, decode = captures("t2i", model, vae)
+    denoise, decode = capture_specs("t2i", model, vae)
     assert captured_fingerprint(denoise, TensorHashes())
     with pytest.raises(UnknownCodeError, match="PaddedSpaceToDepth"):
         captured_fingerprint(decode, TensorHashes())

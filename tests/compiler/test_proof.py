@@ -16,7 +16,7 @@ import flashu_compile
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE, WEIGHTS
 from flashu_compile.compiler import proof
 from flashu_compile.compiler.building import Maker
-from flashu_compile.compiler.captured import Steps, captured_model
+from flashu_compile.compiler.captured import CapturedModel, Steps
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.compiler.metadata import checkpoint_bytes
 from flashu_compile.compiler.proof import needs_copy, proof_copy
@@ -128,16 +128,16 @@ def test_weights_are_found_under_their_new_names(whole: LoadedModel) -> None:
 
 @pytest.mark.slow
 def test_an_unproved_maker_runs_no_pass_of_a_precision_either(whole: LoadedModel, tmp_path: Path) -> None:
-    program = captured_model(whole, ["t2i"], Steps(None)).programs["denoise"].program
+    program = CapturedModel.from_loaded(whole, ["t2i"], Steps(None)).programs["denoise"].program
     maker = Maker(find_backend("torch"), Precision.of("bfloat16"), tmp_path, {})
     errors = []
-    for one in (maker, maker.unproved()):
+    for one in (maker, maker.without_validation()):
         _, (record,) = one.precision.carry_out(program)
         assert record.changes
         errors.append(record.error)
     assert errors[0] is not None
     assert errors[1] is None
-    assert maker.fingerprint() != maker.unproved().fingerprint()
+    assert maker.fingerprint() != maker.without_validation().fingerprint()
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +218,10 @@ def bundles(whole: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.mark.slow
 def test_engines_do_not_depend_on_what_was_proved_on(bundles: dict[str, Bundle]) -> None:
-    proved, unproved = bundles["whole"], bundles["copy"]
-    assert [e.name for e in unproved.manifest.engines] == [e.name for e in proved.manifest.engines]
-    for name in (WEIGHTS, *(engine.file for engine in proved.manifest.engines)):
-        assert (unproved.path / name).read_bytes() == (proved.path / name).read_bytes(), name
+    validated, not_validated = bundles["whole"], bundles["copy"]
+    assert [e.name for e in not_validated.manifest.engines] == [e.name for e in validated.manifest.engines]
+    for name in (WEIGHTS, *(engine.file for engine in validated.manifest.engines)):
+        assert (not_validated.path / name).read_bytes() == (validated.path / name).read_bytes(), name
 
 
 @pytest.mark.slow

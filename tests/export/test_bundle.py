@@ -24,7 +24,7 @@ from flashu_compile.bundle.manifest import FileEntry, Manifest, Origin, file_ent
 from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
 from flashu_compile.exporters import bundle
 from flashu_compile.exporters.backends import onnxruntime
-from flashu_compile.exporters.bundle import BundleFacts, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.program.program import Program
@@ -32,7 +32,7 @@ from flashu_compile.recipe.recipe import Recipe
 from tests.export.conftest import step_programs, word_tokenizer
 from tests.support.plans import uniform_plan
 
-FACTS = BundleFacts(
+FACTS = BundleMetadata(
     model="tiny",
     tasks=("t2i",),
     backend="onnxruntime",
@@ -104,7 +104,7 @@ def test_the_origin_of_weights_is_in_the_manifest(tmp_path: Path, write: Write) 
         {"b.bin": FileEntry("b" * 64, 2), "a.bin": FileEntry("a" * 64, 1)}, "some/body", "c" * 40, "mit"
     )
     origins = {"vae": Origin(None), "model": read}
-    manifest = write(tmp_path / "one", facts=dataclasses.replace(FACTS, origins=origins))
+    manifest = write(tmp_path / "one", metadata=dataclasses.replace(FACTS, origins=origins))
     assert read_manifest(tmp_path / "one").origins == manifest.origins == origins
     told = json.loads((tmp_path / "one" / "manifest.json").read_text())["origins"]
     assert told["vae"] == {"files": None, "repository": None, "revision": None, "license": None}
@@ -113,7 +113,7 @@ def test_the_origin_of_weights_is_in_the_manifest(tmp_path: Path, write: Write) 
         "model": dataclasses.replace(read, files=dict(reversed((read.files or {}).items()))),
         "vae": Origin(None),
     }
-    write(tmp_path / "two", facts=dataclasses.replace(FACTS, origins=turned))
+    write(tmp_path / "two", metadata=dataclasses.replace(FACTS, origins=turned))
     assert (tmp_path / "one" / "manifest.json").read_bytes() == (
         tmp_path / "two" / "manifest.json"
     ).read_bytes()
@@ -354,7 +354,7 @@ build_again(Path(sys.argv[1]))
 def build_again(output: Path) -> None:
     """A whole build from the network on, for a fresh process."""
     builds = [engine(program, emit_onnx(program)) for program in step_programs()]
-    write_bundle(output, engines=builds, facts=FACTS, tokenizer=word_tokenizer(), recipe=Recipe("exact"))
+    write_bundle(output, engines=builds, metadata=FACTS, tokenizer=word_tokenizer(), recipe=Recipe("exact"))
 
 
 def test_two_builds_in_two_processes_give_the_same_bytes(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from flashu_compile.looking.structure import (
     program_structure,
 )
 from flashu_compile.program.program import Input, Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.fused_lm import (
     DEPTH,
     EYE_HIDDEN,
@@ -40,7 +40,7 @@ from tests.support.tiny import CONFIG, tiny_model, tokenizer
 
 @pytest.fixture(scope="module")
 def fused() -> ProgramStructure:
-    return program_structure(capture(fused_capture(fused_model())))
+    return program_structure(capture_program(fused_capture(fused_model())))
 
 
 def sizes(structure: ProgramStructure) -> dict[str, tuple[int, int | str]]:
@@ -140,7 +140,7 @@ class Wrapped(nn.Module):
 
 
 def test_what_a_stack_lacks_is_told_apart() -> None:
-    spec = Capture(
+    spec = CaptureSpec(
         "odd",
         "mmu",
         Wrapped(),
@@ -149,7 +149,7 @@ def test_what_a_stack_lacks_is_told_apart() -> None:
         {"llm": "units"},
         {"x": torch.ones(2, 4)},
     )
-    found = program_structure(capture(spec))
+    found = program_structure(capture_program(spec))
     (stack,) = found.stacks
     assert [(b.feed_forward, b.attention) for b in stack.blocks] == [(None, ()), (None, ())]
     reasons = {row.what: row.why for row in found.not_found}

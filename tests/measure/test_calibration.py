@@ -28,12 +28,12 @@ from flashu_compile.measure.calibration import (
 from flashu_compile.measure.recorder import Recorder
 from flashu_compile.measure.samples import CalibrationSamples, calibration_samples
 from flashu_compile.models.loading import LoadedModel, load_model
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.program.program import Program, Role
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
@@ -83,7 +83,7 @@ def wanda(squares: Tensor, down: nn.Linear) -> np.ndarray:
 def test_scores_of_the_published_calibration(name: str) -> None:
     """Token ids as they stand in place of the image and the time row, every position counted: the oracle's scores."""
     oracle = load_oracle(name)
-    program = capture(captures("t2i", oracle.model, PaddedSpaceToDepth())[0])
+    program = capture_program(capture_specs("t2i", oracle.model, PaddedSpaceToDepth())[0])
     statistics = Statistics(program, ["llm"])
     ids, offset = oracle.text[:1], int(oracle.offsets[0])
     end = offset + oracle.model.config.span_length
@@ -227,7 +227,7 @@ def test_activations_that_are_not_finite_are_an_error(loaded: LoadedModel) -> No
     model: Showo2 = tiny_model()
     with torch.no_grad():
         model.showo.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
-    program = capture(captures("t2i", model, VAE)[0])
+    program = capture_program(capture_specs("t2i", model, VAE)[0])
     with pytest.raises(CalibrationError, match=r"FFN 1 of stack 'llm' are not finite on prompt 0 \('a red"):
         calibrate_t2i(program, PromptCodec(loaded.tokenizer), generation(loaded), CONFIG, PROMPTS)
 

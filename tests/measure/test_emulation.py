@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.program.program import Program, Role
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import compile_plan
@@ -38,7 +38,7 @@ def text_of(oracle: Oracle) -> dict[str, np.ndarray]:
 
 def test_the_published_decisions_give_the_published_latents(oracle: Oracle) -> None:
     """Pruning, skipping by phase, the head cache and the guidance schedule together."""
-    program = capture(captures("t2i", oracle.model, PaddedSpaceToDepth())[0])
+    program = capture_program(capture_specs("t2i", oracle.model, PaddedSpaceToDepth())[0])
     recipe = published_recipe("tiny")
     engines = EmulatedEngines(program, recipe)
     plan = compile_plan(recipe.t2i, recipe.decided("t2i"))
@@ -48,7 +48,7 @@ def test_the_published_decisions_give_the_published_latents(oracle: Oracle) -> N
 
 @pytest.fixture(scope="module")
 def understand(oracle: Oracle) -> Program:
-    return capture(captures("mmu", oracle.model, PaddedSpaceToDepth())[0])
+    return capture_program(capture_specs("mmu", oracle.model, PaddedSpaceToDepth())[0])
 
 
 def test_understanding_equals_the_eager_twin(oracle: Oracle, understand: Program) -> None:

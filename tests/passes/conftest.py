@@ -10,7 +10,7 @@ from flashu_compile.passes.last_row import LastRow
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Program
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
@@ -61,4 +61,4 @@ def parts(request: pytest.FixtureRequest, understand: Program) -> Decoding:
 @pytest.fixture(scope="session")
 def fused() -> Program:
     """The captured understanding forward of the second model, before any pass."""
-    return capture(fused_capture(fused_model()))
+    return capture_program(fused_capture(fused_model()))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from flashu_compile.passes.fold_constants import FoldConstants
 from flashu_compile.passes.manager import compare
 from flashu_compile.program.program import Input, Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.programs import only, targets
 
 
@@ -59,7 +59,7 @@ class Chained(nn.Module):
 def test_a_result_may_be_computed_from_another_that_was_folded() -> None:
     inputs = (Input("x", ("batch", None)),)
     sample = {"x": torch.rand(4, 3)}
-    program = capture(Capture("chained", "none", Chained().eval(), inputs, ("y",), {}, sample))
+    program = capture_program(CaptureSpec("chained", "none", Chained().eval(), inputs, ("y",), {}, sample))
     result = FoldConstants().call(program)
     after = only(result)
     assert targets(after) == {"aten.add.Tensor", "aten.mul.Tensor"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashu_compile.errors import ConfigurationError, PassError
 from flashu_compile.exporters.onnx import MODULE, emit_onnx
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
@@ -32,7 +32,7 @@ from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role, run_chain
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from tests.support.fused_lm import DEPTH, GRID, PATCH, VOCABULARY, FusedLM, fused_capture, fused_model
 from tests.support.programs import only
 from tests.support.tiny import CONFIG, VAE, tiny_model
@@ -56,7 +56,7 @@ def model() -> Showo2:
 @pytest.fixture(scope="module")
 def whole(model: Showo2) -> Program:
     """The understanding forward as captured."""
-    return capture(captures("mmu", model, VAE)[0])
+    return capture_program(capture_specs("mmu", model, VAE)[0])
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def reading(read: Callable[[Tensor], Tensor]) -> FusedLM:
 def test_sizes_computed_from_the_number_of_rows_follow() -> None:
     """Rows of the whole batch side by side: their number is a product."""
     network = reading(lambda x: x.reshape(x.shape[0] * x.shape[1], -1)[:, :99].relu().reshape(x.shape))
-    program = capture(fused_capture(network))
+    program = capture_program(fused_capture(network))
     found = only(GatherTokens("llm", 0, 0.5, "v_norm").call(program)).run(program.sample)
     with torch.no_grad():
         truth = gather_fused(network, *program.sample.values(), layer=0, ratio=0.5)
@@ -283,7 +283,7 @@ def test_sizes_computed_from_the_number_of_rows_follow() -> None:
 )
 def test_rows_that_cannot_be_followed_are_refused(read: Callable[[Tensor], Tensor], where: str) -> None:
     """Rows read by their place would be other rows, without any error."""
-    program = capture(fused_capture(reading(read)))
+    program = capture_program(fused_capture(reading(read)))
     with pytest.raises(PassError, match=where):
         PassManager((GatherTokens("llm", 0, 0.5, "v_norm"),)).run(program)
 

@@ -13,7 +13,7 @@ from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.group_heads import GroupHeads
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.program.program import Input, Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.programs import only
 from tests.support.row_programs import shape, working
 
@@ -38,8 +38,8 @@ def program(key: Repeat, value: Repeat | None = None) -> Program:
     torch.manual_seed(0)
     x = torch.randn(3, 5, 6)
     module = Attend(key, value or key).eval()
-    return capture(
-        Capture("attend", "none", module, (Input("x", ("batch", "rows", None)),), ("y",), {}, {"x": x})
+    return capture_program(
+        CaptureSpec("attend", "none", module, (Input("x", ("batch", "rows", None)),), ("y",), {}, {"x": x})
     )
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.halve_rotary import HalveRotary
 from flashu_compile.passes.manager import PassManager
 from flashu_compile.passes.pipelines import denoise
 from flashu_compile.program.program import Input, Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.rotating import HEADS, WIDTH, Rotating, rotated, turned
 from tests.support.row_programs import step_inputs
 from tests.support.tiny import CONFIG, VAE, tiny_model
@@ -21,7 +21,9 @@ from tests.support.tiny import CONFIG, VAE, tiny_model
 def program(module: nn.Module, dtype: torch.dtype = torch.float32) -> Program:
     torch.manual_seed(0)
     inputs = (Input("rows", ("batch", "length", None)), Input("positions", ("batch", "length")))
-    return capture(Capture("rotating", "none", module.to(dtype), inputs, ("out",), {}, given(2, 5, dtype)))
+    return capture_program(
+        CaptureSpec("rotating", "none", module.to(dtype), inputs, ("out",), {}, given(2, 5, dtype))
+    )
 
 
 def given(batch: int, length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -118,7 +120,7 @@ def test_rotations_of_pairs_are_left_alone(fused: Program) -> None:
 
 @pytest.fixture(scope="module")
 def whole() -> Program:
-    return capture(captures("t2i", tiny_model(torch.float64), VAE)[0])
+    return capture_program(capture_specs("t2i", tiny_model(torch.float64), VAE)[0])
 
 
 def test_every_rotation_of_the_model(whole: Program) -> None:

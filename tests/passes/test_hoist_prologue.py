@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.modeling import RowTables, Showo2
 from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.base import Pass
@@ -25,7 +25,7 @@ from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.program.program import Input, Program, Role, run_chain
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.fused_lm import DEPTH, GRID, PATCH, VOCABULARY
 from tests.support.renamed import rename_modules, renamed_roots
 from tests.support.row_programs import paths, placeholder_shape, shape, step_inputs, working
@@ -40,7 +40,7 @@ SIZES = [(1, 2, 2), (2, 10, 3), (3, 6, 9), (4, 23, 2)]
 
 @pytest.fixture(scope="module")
 def whole() -> Program:
-    program = capture(captures("t2i", tiny_model(torch.float64), VAE)[0])
+    program = capture_program(capture_specs("t2i", tiny_model(torch.float64), VAE)[0])
     return KeepOutputs((Role.VELOCITY,)).call(program).programs[0]
 
 
@@ -138,9 +138,9 @@ def test_the_whole_pipeline_in_single_precision(denoise: Program) -> None:
 
 @pytest.mark.slow
 def test_names_of_modules_do_not_matter(parts: tuple[Program, ...]) -> None:
-    spec = captures("t2i", tiny_model(torch.float64), VAE)[0]
+    spec = capture_specs("t2i", tiny_model(torch.float64), VAE)[0]
     names = rename_modules(spec.module)
-    renamed = capture(dataclasses.replace(spec, stacks=renamed_roots(spec.stacks, names)))
+    renamed = capture_program(dataclasses.replace(spec, stacks=renamed_roots(spec.stacks, names)))
     others, _ = PassManager((KeepOutputs((Role.VELOCITY,)), *ONCE)).run(renamed)
     for part, other in zip(parts, others, strict=True):
         assert called(part) == called(other)
@@ -168,7 +168,7 @@ class SeesAll(Showo2):
 def test_where_text_sees_the_image_the_program_is_left_alone() -> None:
     model = tiny_model(torch.float64)
     model.__class__ = SeesAll
-    program = capture(captures("t2i", model, VAE)[0])
+    program = capture_program(capture_specs("t2i", model, VAE)[0])
     (seeing,), _ = PassManager((KeepOutputs((Role.VELOCITY,)),)).run(program)
     (after,), records = PassManager(ONCE).run(seeing)
     assert records[-1].changes == ()
@@ -230,7 +230,7 @@ def test_what_is_as_long_as_what_changes_stays() -> None:
         return {"context": draw(context), "new": draw(new)}
 
     inputs = (Input("context", ("batch", "context", None)), Input("new", ("batch", "new", None)))
-    program = capture(Capture("repeating", "none", Repeating(), inputs, ("y",), {}, values(4, 3)))
+    program = capture_program(CaptureSpec("repeating", "none", Repeating(), inputs, ("y",), {}, values(4, 3)))
     (prologue, step), _ = PassManager((HoistPrologue(frozenset({"new"})),)).run(program)
     assert prologue.input_roles == ("context",)
     assert paths(prologue) == {"past"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.editing import module_path
 from flashu_compile.passes.group_heads import GroupHeads
@@ -18,7 +18,7 @@ from flashu_compile.passes.merge_duplicates import MergeDuplicates
 from flashu_compile.passes.pipelines import reuse, reused
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.program.program import Input, Program, Role, run_chain
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.row_programs import paths, shape, step_inputs, strided_inputs, working
 from tests.support.tiny import CONFIG, VAE, tiny_model
 
@@ -30,7 +30,7 @@ POINTS = (0.0, 0.37, 1.0)
 
 @pytest.fixture(scope="module")
 def whole() -> Program:
-    program = capture(captures("t2i", tiny_model(torch.float64), VAE)[0])
+    program = capture_program(capture_specs("t2i", tiny_model(torch.float64), VAE)[0])
     return KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)).call(program).programs[0]
 
 
@@ -115,8 +115,8 @@ class Timed(nn.Module):
 
 
 def timed(*, direct: bool) -> Program:
-    return capture(
-        Capture(
+    return capture_program(
+        CaptureSpec(
             name="timed",
             task="t2i",
             module=Timed(direct=direct),
@@ -161,5 +161,5 @@ class Averaged(nn.Module):
 def test_a_layer_that_needs_a_size_of_another_input_stays() -> None:
     inputs = (Input("x", ("batch", None)), Input("time", (None,)))
     sample = {"x": torch.randn(2, 4, dtype=torch.float64), "time": torch.rand(1, dtype=torch.float64)}
-    program = capture(Capture("averaged", "none", Averaged(), inputs, ("y",), {}, sample))
+    program = capture_program(CaptureSpec("averaged", "none", Averaged(), inputs, ("y",), {}, sample))
     assert HoistSchedule("time").call(program).programs == (program,)

@@ -16,7 +16,7 @@ from flashu_compile.passes.pipelines import denoise as denoise_passes
 from flashu_compile.passes.pipelines import understand as understand_passes
 from flashu_compile.passes.remove_dead_code import RemoveDeadCode
 from flashu_compile.program.program import Input, Program, Role, run_chain
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 
 
 @pytest.mark.parametrize("name", ["denoise", "understand", "understand64"])
@@ -164,7 +164,9 @@ class Negate(Pass):
 def test_masked_logits_hide_nothing() -> None:
     torch.manual_seed(0)
     inputs, sample = (Input("x", ("batch", None)),), {"x": torch.randn(3, 6)}
-    program = capture(Capture("masked", "mmu", Masked(5).eval(), inputs, (Role.LOGITS,), {}, sample))
+    program = capture_program(
+        CaptureSpec("masked", "mmu", Masked(5).eval(), inputs, (Role.LOGITS,), {}, sample)
+    )
     PassManager((Give(copies=True, changes=("nothing",)),)).run(program)
     with pytest.raises(PassError, match="declared exact but changed the outputs"):
         PassManager((Negate(),)).run(program)

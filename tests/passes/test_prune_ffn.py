@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashu_compile.errors import PassError
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
 from flashu_compile.passes.base import PassResult
@@ -20,7 +20,7 @@ from flashu_compile.passes.manager import PassManager, check_graph, relative_err
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.program.program import Program, run_chain
-from flashu_compile.program.trace import Capture
+from flashu_compile.program.trace import CaptureSpec
 from tests.support.fused_lm import DEPTH, EYE_HIDDEN, HIDDEN, fused_capture, fused_model
 from tests.support.programs import only
 from tests.support.tiny import VAE, tiny_model
@@ -46,15 +46,15 @@ _LAYOUT = {
 
 
 @pytest.fixture(scope="module")
-def specs() -> dict[str, Capture]:
+def specs() -> dict[str, CaptureSpec]:
     return {
-        "denoise": captures("t2i", tiny_model(), VAE)[0],
-        "understand": captures("mmu", tiny_model(), VAE)[0],
+        "denoise": capture_specs("t2i", tiny_model(), VAE)[0],
+        "understand": capture_specs("mmu", tiny_model(), VAE)[0],
         "fused": fused_capture(fused_model()),
     }
 
 
-def _pruned(spec: Capture, name: str, kept: dict[str, dict[int, list[int]]]) -> dict[str, Tensor]:
+def _pruned(spec: CaptureSpec, name: str, kept: dict[str, dict[int, list[int]]]) -> dict[str, Tensor]:
     """Outputs of the eager module with the rows and columns of its layers cut by hand."""
     module = copy.deepcopy(spec.module)
     for stack, blocks, width, ups, down in _LAYOUT[name]:
@@ -83,7 +83,7 @@ def _some(width: int) -> st.SearchStrategy[list[int]]:
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_kept_neurons(
-    data: st.DataObject, specs: dict[str, Capture], denoise: Program, understand: Program, fused: Program
+    data: st.DataObject, specs: dict[str, CaptureSpec], denoise: Program, understand: Program, fused: Program
 ) -> None:
     programs = {"denoise": denoise, "understand": understand, "fused": fused}
     name = data.draw(st.sampled_from(sorted(programs)))
@@ -170,7 +170,7 @@ def test_shared_weights_are_cut_for_each_reader(kept: dict[int, list[int]]) -> N
     assert whole == (len(kept) == 1)
 
 
-def test_pruning_removal_and_exact_passes_compose(fused: Program, specs: dict[str, Capture]) -> None:
+def test_pruning_removal_and_exact_passes_compose(fused: Program, specs: dict[str, CaptureSpec]) -> None:
     kept = {"llm": {index: [index, 10 + index, 39] for index in range(DEPTH)}}
     steps = (PruneFFN("llm", kept["llm"]), *pipelines.understand())
     programs, _ = PassManager(steps).run(fused)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flashu_compile.errors import PassError
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.program.program import Program, run_chain
-from flashu_compile.program.trace import Capture
+from flashu_compile.program.trace import CaptureSpec
 from tests.support.fused_lm import DEPTH, fused_capture, fused_model
 from tests.support.programs import only
 from tests.support.tiny import VAE, tiny_model
@@ -35,16 +35,16 @@ _CASES = [
 
 
 @pytest.fixture(scope="module")
-def specs() -> dict[str, Capture]:
+def specs() -> dict[str, CaptureSpec]:
     """What the programs were captured from, whose modules serve as the eager truth."""
     return {
-        "denoise": captures("t2i", tiny_model(), VAE)[0],
-        "understand": captures("mmu", tiny_model(), VAE)[0],
+        "denoise": capture_specs("t2i", tiny_model(), VAE)[0],
+        "understand": capture_specs("mmu", tiny_model(), VAE)[0],
         "fused": fused_capture(fused_model()),
     }
 
 
-def _without(spec: Capture, removed: dict[str, set[int]]) -> dict[str, torch.Tensor]:
+def _without(spec: CaptureSpec, removed: dict[str, set[int]]) -> dict[str, torch.Tensor]:
     """Outputs of the eager module with layers taken out of its lists."""
     module = copy.deepcopy(spec.module)
     for stack, layers in removed.items():
@@ -60,7 +60,7 @@ def _without(spec: Capture, removed: dict[str, set[int]]) -> dict[str, torch.Ten
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_subset_of_layers(
-    data: st.DataObject, specs: dict[str, Capture], denoise: Program, understand: Program, fused: Program
+    data: st.DataObject, specs: dict[str, CaptureSpec], denoise: Program, understand: Program, fused: Program
 ) -> None:
     programs = {"denoise": denoise, "understand": understand, "fused": fused}
     name = data.draw(st.sampled_from(sorted(programs)))
@@ -82,7 +82,7 @@ def test_any_subset_of_layers(
 
 @pytest.mark.parametrize(("name", "stack", "count"), _CASES)
 def test_all_layers_can_go(
-    name: str, stack: str, count: int, specs: dict[str, Capture], request: pytest.FixtureRequest
+    name: str, stack: str, count: int, specs: dict[str, CaptureSpec], request: pytest.FixtureRequest
 ) -> None:
     program: Program = request.getfixturevalue(name)
     (after,), _ = PassManager((RemoveLayers(stack, tuple(range(count))),)).run(program)
@@ -99,7 +99,7 @@ def test_the_rest_keeps_its_order(fused: Program) -> None:
     assert [list(b.exit.meta["nn_module_stack"].values())[-1][0] for b in blocks] == expected
 
 
-def test_removing_works_at_other_sizes(denoise: Program, specs: dict[str, Capture]) -> None:
+def test_removing_works_at_other_sizes(denoise: Program, specs: dict[str, CaptureSpec]) -> None:
     """Batch and text length stay dynamic."""
     after = only(RemoveLayers("llm", (0,)).call(denoise))
     sample = {role: value[:1] for role, value in denoise.sample.items()}

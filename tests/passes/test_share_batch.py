@@ -10,7 +10,7 @@ from flashu_compile.passes.base import PassResult
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.share_batch import ShareBatch
 from flashu_compile.program.program import Input, Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.programs import only
 from tests.support.row_programs import shape, working
 
@@ -50,7 +50,7 @@ def program(module: nn.Module) -> Program:
     torch.manual_seed(0)
     sample = {"x": torch.randn(3, WIDTH, dtype=torch.float64), "time": torch.rand(1, 1, dtype=torch.float64)}
     inputs = (Input("x", ("batch", None)), Input("time", (None, None)))
-    return capture(Capture("timed", "none", module.eval(), inputs, ("out",), {}, sample))
+    return capture_program(CaptureSpec("timed", "none", module.eval(), inputs, ("out",), {}, sample))
 
 
 def leading(program: Program, operator: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashu_compile.errors import PassError
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.group_heads import GroupHeads
@@ -20,7 +20,7 @@ from flashu_compile.passes.pipelines import understand as understand_passes
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from tests.support.programs import only
 from tests.support.row_programs import (
     CHANGING,
@@ -187,7 +187,7 @@ def test_unknown_inputs_are_refused(denoise: Program) -> None:
 
 @pytest.fixture(scope="module", params=[torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def step(request: pytest.FixtureRequest) -> Program:
-    program = capture(captures("t2i", tiny_model(request.param), VAE)[0])
+    program = capture_program(capture_specs("t2i", tiny_model(request.param), VAE)[0])
     return only(KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)).call(program))
 
 
@@ -226,7 +226,9 @@ def test_the_prompt_reads_neither_latents_nor_time(split: Program) -> None:
 
 def language_of(gather: GatherTokens | None = None) -> Program:
     """The language part of a model whose image does not see the question."""
-    program = capture(captures("mmu", tiny_model(torch.float64, understanding_span_start="time"), VAE)[0])
+    program = capture_program(
+        capture_specs("mmu", tiny_model(torch.float64, understanding_span_start="time"), VAE)[0]
+    )
     programs, _ = PassManager(understand_passes(gather=gather)).run(program)
     return programs[1]
 

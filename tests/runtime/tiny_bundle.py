@@ -23,11 +23,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from flashu_compile.bundle.manifest import (
     EngineSpec,
     FileEntry,
-    GenerationFacts,
+    GenerationSettings,
     Manifest,
     Origin,
     TensorSpec,
-    UnderstandingFacts,
+    UnderstandingSettings,
     file_entry,
 )
 from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
@@ -38,7 +38,7 @@ from tests.support.plans import uniform_plan
 SLOPE, TEXT, TIME = -0.5, 1e-3, 0.25
 LATENT_SHAPE = (12, 4, 4)
 PICTURE = 8
-FACTS = GenerationFacts(
+FACTS = GenerationSettings(
     latent_shape=LATENT_SHAPE, sequence_length=60, span_length=17, max_prompt_tokens=39, picture_size=PICTURE
 )
 POINTS, GUIDANCE, SHIFT = 6, 3.0, 3.0
@@ -284,7 +284,7 @@ def write_manifest(directory: Path, specs: tuple[EngineSpec, ...], tasks: tuple[
         recipe="exact",
         engines=specs,
         generation=FACTS if "t2i" in tasks else None,
-        understanding=UnderstandingFacts(PICTURE, MAX_QUESTION_TOKENS, MAX_NEW_TOKENS)
+        understanding=UnderstandingSettings(PICTURE, MAX_QUESTION_TOKENS, MAX_NEW_TOKENS)
         if "mmu" in tasks
         else None,
         versions={"flashu-compile": "0"},

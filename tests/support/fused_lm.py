@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashu_compile.program.program import Input, Role
-from flashu_compile.program.trace import Capture
+from flashu_compile.program.trace import CaptureSpec
 
 WIDTH, HEADS, KV_HEADS, HIDDEN, VOCABULARY, DEPTH = 32, 4, 2, 40, 64, 4
 PATCH, GRID, EYE_WIDTH, EYE_HIDDEN = 2, 3, 16, 24
@@ -120,11 +120,11 @@ def fused_model() -> FusedLM:
     return model
 
 
-def fused_capture(model: FusedLM) -> Capture:
+def fused_capture(model: FusedLM) -> CaptureSpec:
     """The adapter: roles of inputs and outputs, roots of stacks."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, (2, 9), generator=generator)
-    return Capture(
+    return CaptureSpec(
         name="understand",
         task="mmu",
         module=model,

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.editing import module_path
 from flashu_compile.program.program import Input, Program, Role
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.tiny import CONFIG
 
 WIDTH, PICTURE = 6, 4
@@ -37,7 +37,9 @@ def reading(read: Rows) -> Mixed:
 
 def mixed(read: Rows) -> Program:
     inputs = (Input("prompt", ("batch", "prompt", None)), Input("picture", (None, None, None)))
-    return capture(Capture("mixed", "none", reading(read), inputs, ("y",), {}, mixed_inputs(3, 5)))
+    return capture_program(
+        CaptureSpec("mixed", "none", reading(read), inputs, ("y",), {}, mixed_inputs(3, 5))
+    )
 
 
 def mixed_inputs(batch: int, prompt: int) -> dict[str, Tensor]:

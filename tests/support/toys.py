@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashu_compile.program.program import Input, Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 
 WIDTH, HIDDEN = 6, 10
 
@@ -73,4 +73,6 @@ def toy(module: nn.Module) -> Program:
     torch.manual_seed(0)
     x = torch.randn(3, 4, WIDTH)
     inputs = (Input("x", ("batch", "rows", None)),)
-    return capture(Capture("toy", "none", module.eval(), inputs, ("y",), {"stack": "blocks"}, {"x": x}))
+    return capture_program(
+        CaptureSpec("toy", "none", module.eval(), inputs, ("y",), {"stack": "blocks"}, {"x": x})
+    )

@@ -17,7 +17,7 @@ from flashu_compile.models.showo2.layout import row_positions
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec
 from flashu_compile.program.program import Input, Role
-from flashu_compile.program.trace import Capture
+from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.tasks import DENOISE, HEAD, LLM, MMU, SEMANTIC, T2I, UNDERSTAND, VAE_DECODE
 
 _STACKS = {
@@ -103,7 +103,7 @@ class LatentDecoder(nn.Module):
         return (self.vae.decode(latents),)
 
 
-def captures(task: str, model: Showo2, vae: LatentCodec) -> tuple[Capture, ...]:
+def capture_specs(task: str, model: Showo2, vae: LatentCodec) -> tuple[CaptureSpec, ...]:
     """The programs to capture for `task` ("t2i" or "mmu").
 
     Raises `ConfigurationError` for understanding at another resolution than the model's own: it is published for
@@ -114,7 +114,7 @@ def captures(task: str, model: Showo2, vae: LatentCodec) -> tuple[Capture, ...]:
     return (_understanding(model, vae),)
 
 
-def _generation(model: Showo2) -> Capture:
+def _generation(model: Showo2) -> CaptureSpec:
     config, dtype = model.config, model.dtype
     generator = torch.Generator().manual_seed(_SEED)
     # Bos, boi and what fits between them; at least eoi and eos after the image.
@@ -124,7 +124,7 @@ def _generation(model: Showo2) -> Capture:
     mask = torch.ones_like(prompt, dtype=torch.bool)
     mask[1, : length // 2] = False
     tail = torch.randint(config.llm.vocab_size, (2, text_rows - length), generator=generator)
-    return Capture(
+    return CaptureSpec(
         name=DENOISE,
         task=T2I.name,
         module=GenerationStep(model),
@@ -147,10 +147,10 @@ def _generation(model: Showo2) -> Capture:
     )
 
 
-def _decoder(model: Showo2, vae: LatentCodec) -> Capture:
+def _decoder(model: Showo2, vae: LatentCodec) -> CaptureSpec:
     generator = torch.Generator().manual_seed(_SEED)
     latents = torch.randn(2, *model.config.latent_shape, generator=generator, dtype=model.dtype)
-    return Capture(
+    return CaptureSpec(
         name=VAE_DECODE,
         task=T2I.name,
         module=LatentDecoder(vae),
@@ -161,7 +161,7 @@ def _decoder(model: Showo2, vae: LatentCodec) -> Capture:
     )
 
 
-def _understanding(model: Showo2, vae: LatentCodec) -> Capture:
+def _understanding(model: Showo2, vae: LatentCodec) -> CaptureSpec:
     config = model.config
     if config.latent_grid != config.position_grid:
         raise ConfigurationError(
@@ -171,7 +171,7 @@ def _understanding(model: Showo2, vae: LatentCodec) -> Capture:
     generator = torch.Generator().manual_seed(_SEED)
     side = config.latent_shape[1] * vae.spatial_factor
     ids = torch.randint(config.llm.vocab_size, (2, 20), generator=generator)
-    return Capture(
+    return CaptureSpec(
         name=UNDERSTAND,
         task=MMU.name,
         module=UnderstandingForward(model, vae),

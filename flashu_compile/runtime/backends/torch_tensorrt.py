@@ -67,24 +67,24 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Built:
+class BuiltFor:
     """What an engine was built for: its target, and the ranges of its inputs that have any."""
 
     target: Target
     profile: Profile
 
 
-def built_text(engines: Mapping[str, Built]) -> str:
+def built_text(engines: Mapping[str, BuiltFor]) -> str:
     """The file that tells of a bundle's engines, by name."""
     return json.dumps({name: dataclasses.asdict(built) for name, built in engines.items()}, indent=1) + "\n"
 
 
-def read_built(files: BundleFiles) -> dict[str, Built]:
+def read_built(files: BundleFiles) -> dict[str, BuiltFor]:
     """What `built_text` wrote. Raises `BundleError` on anything else."""
     text = files.text(BUILT_FILE)
     try:
         return {
-            name: Built(
+            name: BuiltFor(
                 Target(**entry["target"]),
                 tuple(
                     InputShapes(s["name"], tuple(s["min"]), tuple(s["opt"]), tuple(s["max"]))

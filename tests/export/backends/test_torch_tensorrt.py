@@ -41,7 +41,7 @@ from flashu_compile.program.program import Input, Program
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.backends.torch_tensorrt import (
     BUILT_FILE,
-    Built,
+    BuiltFor,
     Target,
     check_profile,
     check_target,
@@ -265,7 +265,7 @@ def bundle(step: Program, tmp_path: Path) -> BundleFiles:
     with torch.no_grad():
         truth = step.run(step.sample)
     profile = (InputShapes("tail", (1, 2), (2, 4), (2, 9)),)
-    model = TensorRTModel(TorchModel.of(step, b"an engine", {}), Built(TARGET, profile))
+    model = TensorRTModel(TorchModel.of(step, b"an engine", {}), BuiltFor(TARGET, profile))
     written = BACKEND.write([EngineBuild("step", "t2i", model, step.sample, truth)], tmp_path)
     assert written.provider == "cuda"
     files = {path.name: file_entry(path) for path in tmp_path.iterdir()}
@@ -279,7 +279,7 @@ def test_a_bundle_tells_what_its_engines_were_built_for(bundle: BundleFiles) -> 
     (spec,) = bundle.manifest.engines
     assert (spec.file, spec.inputs[0].shape) == ("step.pt2", ("batch", "prompt"))
     built = read_built(bundle)["step"]
-    assert built == Built(TARGET, (InputShapes("tail", (1, 2), (2, 4), (2, 9)),))
+    assert built == BuiltFor(TARGET, (InputShapes("tail", (1, 2), (2, 4), (2, 9)),))
     flip_byte(bundle.directory / BUILT_FILE, 1)
     with pytest.raises(BundleError, match="is damaged"):
         read_built(BundleFiles(bundle.directory, bundle.manifest))

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from flashu_compile.passes.analysis.graph import live_nodes, node_flow, value_flow
 from flashu_compile.program.program import Input, Program
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ class Network(nn.Module):
 def program() -> Program:
     inputs = (Input("x", ("batch", None)), Input("unread", ("batch", None)))
     sample = {"x": torch.rand(3, 4), "unread": torch.rand(3, 4)}
-    return capture(Capture("flows", "none", Network(), inputs, ("y",), {}, sample))
+    return capture_program(CaptureSpec("flows", "none", Network(), inputs, ("y",), {}, sample))
 
 
 def test_the_node_flow_has_every_node_in_order_and_an_edge_to_every_reader(program: Program) -> None:

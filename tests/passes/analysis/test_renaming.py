@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 from torch import fx
 
-from flashu_compile.models.showo2.adapter import captures
+from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.dependence import depends_on
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
 from flashu_compile.program.program import Program
-from flashu_compile.program.trace import capture
+from flashu_compile.program.trace import capture_program
 from tests.support.renamed import rename_modules, renamed_roots
 from tests.support.tiny import VAE, tiny_model
 
@@ -44,8 +44,8 @@ def test_renaming_every_submodule_changes_no_analysis(
     task: str, name: str, stacks: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
     original: Program = request.getfixturevalue(name)
-    spec = captures(task, tiny_model(), VAE)[0]
+    spec = capture_specs(task, tiny_model(), VAE)[0]
     paths = rename_modules(spec.module)
-    renamed = capture(dataclasses.replace(spec, stacks=renamed_roots(spec.stacks, paths)))
+    renamed = capture_program(dataclasses.replace(spec, stacks=renamed_roots(spec.stacks, paths)))
     assert not set(renamed.exported.state_dict) & set(original.exported.state_dict)
     assert _findings(renamed, stacks) == _findings(original, stacks)

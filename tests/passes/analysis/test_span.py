@@ -11,7 +11,7 @@ from flashu_compile.passes import pipelines
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.passes.editing import module_path
 from flashu_compile.program.program import Input, Program, Role
-from flashu_compile.program.trace import Capture, capture
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.support.tiny import CONFIG
 
 
@@ -69,7 +69,7 @@ class Joined(nn.Module):
 def joined(way: str, axes: tuple[str | None, ...] = ("batch", None, None)) -> Program:
     inputs = (Input("text", ("batch", "n", None)), Input(Role.IMAGE_EMBEDS, axes))
     sample = {"text": torch.randn(2, 5, 2), Role.IMAGE_EMBEDS: torch.randn(2, 3, 2)}
-    return capture(Capture("joined", "mmu", Joined(way), inputs, ("rows",), {}, sample))
+    return capture_program(CaptureSpec("joined", "mmu", Joined(way), inputs, ("rows",), {}, sample))
 
 
 def test_a_span_within_a_span() -> None:
