@@ -16,7 +16,7 @@ from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import app
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import capture_model
-from flashu_compile.compiler.specialise import jobs, undone
+from flashu_compile.compiler.tasks import jobs, undone
 from flashu_compile.errors import DeclinedError
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.recipe import Decisions, Phase, Recipe
@@ -95,7 +95,7 @@ def test_the_engine_is_held_against_the_eager_model(captured: CapturedModel, all
     recorded = load_file(allowed / spec.reference)["output.logits"]
     truth = captured.programs["understand"].truth["logits"].numpy()
     assert np.array_equal(recorded, truth)
-    (job,) = jobs("understand", FEW)
+    (job,) = jobs("mmu", "understand", FEW)
     programs, _ = job.run(captured.programs["understand"].program, validate=False)
     (language,) = (program for program in programs if program.name == "language")
     own = language.run(language.sample)["logits"].numpy()
@@ -144,6 +144,8 @@ UNDONE = {
 @pytest.mark.parametrize("name", UNDONE)
 def test_techniques_that_no_engine_has_are_undone(name: str) -> None:
     captured, recipe, expected = UNDONE[name]
-    found = undone(captured, recipe, jobs(captured, recipe))
+    task = "mmu" if captured == "understand" else "t2i"
+    recipe = recipe.resolved(points=3, guidance_scale=3.0, time_shift=3.0)
+    found = undone(task, captured, recipe, jobs(task, captured, recipe))
     assert [(record.name, record.technique, *record.declined) for record in found] == expected
     assert all(record.undone and record.kind == "lossy" for record in found)

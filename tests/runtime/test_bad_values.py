@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flashu_compile.errors import BundleError, ConfigurationError, FlashuError, InputError
-from flashu_compile.recipe.plan import StepPlan, uniform_plan
+from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.runtime.verify import verify
 from tests.runtime.tiny_bundle import MAX_NEW_TOKENS, MAX_QUESTION_TOKENS, PICTURE, RECIPE, edit_json
+from tests.support.plans import uniform_plan
 
 BRIGHT = np.full((PICTURE, PICTURE, 3), 200, np.uint8)
 
