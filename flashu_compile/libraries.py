@@ -28,7 +28,7 @@ class TelemetryWarning(UserWarning):
 
 
 def switch_telemetry_off() -> None:
-    """Do so by default, before any of the libraries is imported: users who want it set the variables to 0.
+    """Switch telemetry off by default, before a library that has some is imported; users who want it set 0.
 
     ONNX Runtime writes an identifier of the machine below the home directory and looks up a host as soon as it is
     imported, before its API could be called. The client of the Hugging Face hub tells it with every request which
@@ -72,7 +72,8 @@ def place_inductor() -> None:
     """Let PyTorch's compiler keep what it makes in our cache, not in a folder that all users of the machine share.
 
     To be called before it compiles. Parts of it name that folder in the variable as soon as they are imported, which
-    is not a user's choice.
+    is not a user's choice. Its precompiled headers, which are PyTorch's own text, stay in the system's temporary
+    directory: no variable moves them.
     """
     chosen = os.environ.get(_INDUCTOR, "")
     if Path(chosen).name.startswith("torchinductor_") and Path(chosen).parent == Path(tempfile.gettempdir()):

@@ -243,9 +243,10 @@ class TestFiles:
 
     @pytest.mark.slow
     def test_doctor(self, run: Run) -> None:
-        """Which compiles a function, where there is a C++ compiler."""
+        """Which compiles a function, where there is a C++ compiler; PyTorch puts its own headers where it wants."""
         traces = run("-m", "flashu_compile", "doctor")
-        assert (traces.looked_up, traces.foreign, traces.scratch) == (set(), [], [])
+        assert (traces.looked_up, traces.foreign) == (set(), [])
+        assert [name for name in traces.scratch if "/precompiled_headers/" not in name] == []
         assert ("compiled and ran a function" in traces.printed) == any(
             "inductor" in name for name in traces.home
         )

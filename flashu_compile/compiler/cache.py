@@ -101,7 +101,7 @@ class EngineCache:
                 path.unlink(missing_ok=True)
 
     def library_bytes(self) -> int:
-        """What libraries keep beside the entries, without a limit: compiled code, timings, lists of fonts."""
+        """Count the bytes that libraries keep beside the entries: compiled code, timings, lists of fonts."""
         return sum(path.stat().st_size for path in self._library_files())
 
     def clear(self) -> int:

@@ -645,6 +645,14 @@ class TestNames:
         with pytest.raises(CheckpointError, match=r"no connection.*hf download showlab/show-o2-1.5B.*path"):
             load_model("showlab/show-o2-1.5B")
 
+    def test_hub_without_a_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The client would make a folder called `~` in the current directory."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+        with pytest.raises(CheckpointError, match="set HF_HOME to a folder, or HOME"):
+            load_model("somebody/something")
+        assert not any(tmp_path.iterdir())
+
     def test_hub_refusals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(repository: str, **_: object) -> str:
             raise OSError("401 for this repository\nand much more")
