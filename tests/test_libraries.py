@@ -244,7 +244,7 @@ class TestFiles:
     @pytest.mark.slow
     def test_doctor(self, run: Run) -> None:
         """Which compiles a function, where there is a C++ compiler; PyTorch puts its own headers where it wants."""
-        traces = run("-m", "flashu_compile", "doctor")
+        traces = run("-m", "flashu_compile", "doctor", COLUMNS="300")
         assert (traces.looked_up, traces.foreign) == (set(), [])
         assert [name for name in traces.scratch if "/precompiled_headers/" not in name] == []
         assert ("compiled and ran a function" in traces.printed) == any(
