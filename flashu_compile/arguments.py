@@ -91,7 +91,7 @@ def flag(name: str, value: object, error: type[FlashuError] = ConfigurationError
 def name_of(what: str, value: object, error: type[FlashuError] = ConfigurationError) -> str:
     """Check a name: any text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise error(f"{what} must be a text, not {shown(value)}.")
+        raise error(f"{what} must be a text that is not empty, not {shown(value)}.")
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from flashu_compile.arguments import shown
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.profiles import Range
 from flashu_compile.errors import ConfigurationError
@@ -110,7 +111,7 @@ def find_backend(name: str) -> Backend:
     """Raises `ConfigurationError` on an unknown name, `MissingDependencyError` if a library is not installed."""
     if name not in backend_names(__path__):
         raise ConfigurationError(
-            f"Unknown backend {name!r}; known ones are: {', '.join(backend_names(__path__))}."
+            f"Unknown backend {shown(name)}; known ones are: {', '.join(backend_names(__path__))}."
         )
     return find_file(__name__, name).BACKEND
 
@@ -124,5 +125,5 @@ def check_precision(name: str, precision: Precision) -> None:
     for other in backend_names(__path__):
         rows.append(f"{other}: {', '.join(find_backend(other).precisions)}")
     raise ConfigurationError(
-        f"Unknown precision {unknown[0]!r} for backend {name!r}; there are {'; '.join(rows)}."
+        f"Unknown precision {shown(unknown[0])} for backend {name!r}; there are {'; '.join(rows)}."
     )

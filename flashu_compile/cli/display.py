@@ -59,7 +59,7 @@ def print_pairs(pairs: Mapping[str, Any]) -> None:
 def print_plan(plan: StepPlan) -> None:
     """A row for each stretch of evaluations that do the same."""
     rows, number = [], 1
-    for same, stretch in itertools.groupby(plan.steps, lambda step: dataclasses.replace(step, t=0.0, dt=0.0)):
+    for same, stretch in itertools.groupby(plan.steps, lambda step: dataclasses.replace(step, t=0.0, dt=1.0)):
         steps = list(stretch)
         ends = dict.fromkeys((number, number + len(steps) - 1))
         number += len(steps)

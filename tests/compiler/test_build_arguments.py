@@ -109,7 +109,7 @@ def test_calibration_and_cost_say_so(broken: LoadedModel) -> None:
         CalibrationError, match=r"failed on question 0 .*program 'understand', .* gave logits"
     ):
         calibrate_mmu(program, codec, facts, MMUConfig(), [QUESTION])
-    recipe = Recipe("pruned", mmu=MMUConfig(token_pruning=0.5))
+    recipe = Recipe("pruned", mmu=MMUConfig(token_pruning=0.5, token_layer=0))
     with pytest.raises(NotFiniteError, match="program 'understand'"):
         answer_cost(program, None, codec, facts, recipe, [QUESTION], tell=print)  # type: ignore[arg-type]
 

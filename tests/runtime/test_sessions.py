@@ -67,7 +67,7 @@ def test_engine_runs_and_refuses(bundle: Path) -> None:
         engines.engine("encode")
 
 
-@pytest.mark.parametrize("provider", ["gpu", "", "CPU!"])
+@pytest.mark.parametrize("provider", ["gpu", "CPU!"])
 def test_unknown_provider(bundle: Path, provider: str) -> None:
     with pytest.raises(ConfigurationError, match=r"Unknown provider .* cpu, cuda, tensorrt"):
         load(bundle, provider=provider)
