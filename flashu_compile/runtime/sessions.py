@@ -22,6 +22,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
+from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.bundle.profiles import dimension_ranges, engine_profile
@@ -253,7 +254,7 @@ def resolve_provider(provider: str) -> tuple[str, ...]:
     if provider.endswith("ExecutionProvider"):
         return (provider,)
     raise ConfigurationError(
-        f"Unknown provider {provider!r}: give {', '.join(PROVIDERS)}, or a name of ONNX Runtime's that ends in "
+        f"Unknown provider {shown(provider)}: give {', '.join(PROVIDERS)}, or a name of ONNX Runtime's that ends in "
         "ExecutionProvider."
     )
 

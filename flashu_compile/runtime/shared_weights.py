@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import onnxruntime as ort
 
+from flashu_compile.arguments import shown
 from flashu_compile.errors import BundleError, ConfigurationError
 from flashu_compile.runtime.external_data import ExternalWeight, external_weights
 
@@ -30,7 +31,7 @@ def check_memory(memory: str, provider: str) -> None:
     """Raises `ConfigurationError` if there is no such mode, or not on this provider (by ONNX Runtime's name)."""
     if memory not in get_args(Memory):
         raise ConfigurationError(
-            f"Unknown memory mode {memory!r}; known ones are: {', '.join(get_args(Memory))}."
+            f"Unknown memory mode {shown(memory)}; known ones are: {', '.join(get_args(Memory))}."
         )
     if memory == "low" and provider != "CPUExecutionProvider":
         raise ConfigurationError(

@@ -87,6 +87,16 @@ def test_arguments_of_calibrate(name: str, value: Any) -> None:
         flashu_compile.calibrate("no model", "t2i", **{name: value})
 
 
+@pytest.mark.parametrize("name", ["vae", "tokenizer"])
+@pytest.mark.parametrize(
+    "value", [5, True, "", "x" * 5000, "a\0b", b"x", [], {}, np.array([1]), "/etc/passwd"]
+)
+def test_parts_of_a_model(name: str, value: Any) -> None:
+    with pytest.raises(FlashuError) as told:
+        load_model(tiny_model(), **{"vae": VAE, "tokenizer": tokenizer(), name: value})
+    assert len(str(told.value)) < 500
+
+
 @pytest.fixture(scope="module")
 def broken() -> LoadedModel:
     """A model with one row of its vocabulary's matrix that is no number: every forward gives one NaN among logits."""

@@ -129,6 +129,10 @@ def compare_layers(
         []
     """
     arguments.function("progress", progress)
+    if not isinstance(against, str) or against not in (EAGER, ONNX):
+        against = absolute(against)
+    if engines is not None and (isinstance(engines, str) or not isinstance(engines, Sequence)):
+        raise ConfigurationError(f"engines must be a list of names, not {arguments.shown(engines)}.")
     path, tell = absolute(bundle), progress or (lambda stage: None)
     manifest = read_manifest(path)
     chosen = [manifest.engine(name) for name in engines] if engines else list(manifest.engines)

@@ -21,6 +21,7 @@ from torch._export.serde.serialize import SerializedArtifact, deserialize
 from torch.export import ExportedProgram
 
 import flashu_compile.operators.write_rows  # noqa: F401  # registers an operator that graphs may hold
+from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.signatures import check_inputs, check_outputs, updated
@@ -147,7 +148,9 @@ def _replayed(make: Maker, provider: str) -> Maker:
 def find_device(provider: str, threads: int | None) -> torch.device:
     """The device to run on. The number of threads is PyTorch's, and holds for the whole process."""
     if provider not in ("cpu", "cuda"):
-        raise ConfigurationError(f"Unknown provider {provider!r} for engines in PyTorch: give cpu or cuda.")
+        raise ConfigurationError(
+            f"Unknown provider {shown(provider)} for engines in PyTorch: give cpu or cuda."
+        )
     if provider == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"Provider 'cuda' does not work here: PyTorch {torch.__version__} sees no CUDA device; it needs an "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashu_compile.compiler.captured import CapturedModel
@@ -283,6 +284,22 @@ class TestErrors:
         for wrong in (-1.0, float("nan")):
             with pytest.raises(ConfigurationError, match="tolerance must be a number at least 0"):
                 compare_layers(bundle, "onnx", tolerance=wrong)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("against", value) for value in (5, True, b"x", [], np.array([1, 2]), "x" * 5000, "a\0b")),
+            *(("engines", value) for value in (5, True, 1.5, "step", ["absent"], [5])),
+            *(("bundle", value) for value in (5, None, "", "x" * 5000)),
+            *(("tolerance", value) for value in ("1", True, [])),
+            *(("threads", value) for value in (0, "2", 10**30)),
+            ("progress", 5),
+        ],
+    )
+    def test_values_of_no_use(self, bundle: Path, name: str, value: object) -> None:
+        with pytest.raises((ConfigurationError, BundleError)) as told:
+            compare_layers(**{"bundle": bundle, "against": "onnx", name: value})
+        assert len(str(told.value)) < 500
 
     @pytest.mark.parametrize("name", ["step.onnx", "weights.bin", "step.reference.safetensors"])
     def test_damaged_files(self, own_bundle: Path, name: str) -> None:
