@@ -303,7 +303,7 @@ def _refuse_llm_config(llm_config: object, what: str) -> None:
 
 def _resolve_vae(vae: Any, dtype: torch.dtype | None) -> LatentCodec:
     if isinstance(vae, (str, Path)):
-        return WanVAE.load(arguments.path("vae", vae, CheckpointError), dtype)
+        return WanVAE.load(absolute(vae), dtype)
     if all(hasattr(vae, name) for name in ("encode", "decode", "spatial_factor", "latent_channels")):
         _check_dtype(vae, dtype)
         return cast("LatentCodec", vae)

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.passes.fold_constants import FoldConstants
-from flashu_compile.passes.manager import compare
+from flashu_compile.passes.manager import PassManager, compare
 from flashu_compile.program.program import Input, Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
-from flashu_compile.passes.manager import PassManager, compare
-from flashu_compile.program.trace import Capture, capture
 from tests.support.programs import only, targets
 
 

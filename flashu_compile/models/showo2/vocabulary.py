@@ -9,8 +9,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import BundleError, CheckpointError
-from flashu_compile import arguments
-from flashu_compile.errors import CheckpointError
 from flashu_compile.models import hub
 from flashu_compile.paths import absolute
 
