@@ -35,5 +35,5 @@ def attention_mask(
 
 
 def row_positions(valid: Bool[Tensor, "b rows"]) -> Int[Tensor, "b rows"]:
-    """Number the valid rows 0, 1, 2, …; rows before the first get 0."""
+    """Return each row's position: 0, 1, 2, … over the valid rows, and 0 on rows before the first."""
     return (valid.long().cumsum(1) - 1).clamp(min=0)
