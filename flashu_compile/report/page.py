@@ -142,7 +142,7 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
 
 
 def _token_rule(recipe: Recipe) -> str:
-    """Explain how the norms of value vectors determine which tokens are dropped."""
+    """Describe which rows token pruning drops; "" where it is off."""
     if not recipe.mmu.token_pruning:
         return ""
     where = "after the layer marked by a dashed line"
