@@ -41,17 +41,17 @@ class Difference:
     reordered: bool = False
 
     def within(self, tolerance: float) -> bool:
-        """Tell whether the arrays agree to `tolerance`."""
+        """Return whether the arrays agree within `tolerance`."""
         return self.relative <= tolerance and not self.reordered
 
 
 def difference(given: NDArray[Any], expected: NDArray[Any]) -> Difference:
-    """Measure ‖given - expected‖₂ / ‖expected‖₂ and max |given - expected| in float64, over what is not masked.
+    """Measure ‖given - expected‖₂ / ‖expected‖₂ and max |given - expected| in float64 over the elements not masked.
 
-    Masked is what is infinite, or at or near the smallest number of the array's dtype; the arrays are infinitely far
-    from each other unless `given` is masked, with the same sign, where `expected` is, and nowhere else. So are arrays
-    of different shapes, and arrays that hold a NaN, which is equal to nothing, not even to another. Where all of
-    `expected` that counts is zero, the relative error is the absolute distance.
+    An element counts as masked if it is infinite, or at or near the smallest number of the array's dtype. The error
+    is infinite unless exactly the elements that `expected` masks are masked in `given`, with the same signs; it is
+    also infinite for arrays of different shapes, and for arrays that hold a NaN, which equals nothing, not even
+    another NaN. Where all unmasked elements of `expected` are zero, the relative error is the absolute distance.
     """
     if given.shape != expected.shape:
         return Difference(math.inf, math.inf, given.shape, expected.shape)
@@ -68,12 +68,12 @@ def difference(given: NDArray[Any], expected: NDArray[Any]) -> Difference:
 
 
 def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Measure the relative L2 error over what is not masked, as `difference` does; infinite where there is none."""
+    """Measure the relative L2 error over the elements not masked, as `difference` does; infinite where it has none."""
     return difference(given, expected).relative
 
 
 def output_difference(name: str, given: NDArray[Any], expected: NDArray[Any], tolerance: float) -> Difference:
-    """Measure as `difference` does, and for the output of logits also whether `keeps_best` holds to `tolerance`."""
+    """Measure an output as `difference` does; for logits check also whether `keeps_best` holds to `tolerance`."""
     found = difference(given, expected)
     if name == LOGITS and math.isfinite(found.relative) and not keeps_best(given, expected, tolerance):
         return dataclasses.replace(found, reordered=True)
@@ -81,10 +81,10 @@ def output_difference(name: str, given: NDArray[Any], expected: NDArray[Any], to
 
 
 def keeps_best(given: NDArray[Any], expected: NDArray[Any], tolerance: float) -> bool:
-    """Tell whether the best tokens of every row [..., tokens] of `expected` are as good in `given`.
+    """Return whether `given` keeps the order of the best tokens in every row [..., tokens] of `expected`.
 
-    Each of the five best must be above whatever is worse in `expected` by more than ten times `tolerance`, relative to
-    the largest magnitude among the five. Nearer ones may change places, and masked ones do not count.
+    Each of the five best must be above whatever is worse in `expected` by more than ten times `tolerance`, relative
+    to the largest magnitude among the five. Tokens nearer than that may swap places; masked ones do not count.
     """
     mine, truth = _unmasked_rows(given), _unmasked_rows(expected)
     count = min(_BEST, truth.shape[1])
@@ -100,17 +100,17 @@ def keeps_best(given: NDArray[Any], expected: NDArray[Any], tolerance: float) ->
 
 
 def _unmasked_rows(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the rows of logits in float64, with minus infinity where they are masked."""
+    """Return the rows of logits in float64, with minus infinity at masked elements."""
     numbers = values.astype(np.float64)
     return np.where(_masks(numbers, values.dtype) == 0, numbers, -np.inf).reshape(-1, values.shape[-1])
 
 
 def _masks(values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[np.int8]:
-    """Mark elements that stand for a mask: -1 or 1 by its sign, 0 for numbers.
+    """Mark masked elements with -1 or 1, by their sign, and all others with 0.
 
-    A smallest number that was cast (bfloat16's to float32, float32's to float64) or added to stays near it; no other
-    value of a network comes within half of float32's range. In float16 such values do occur, so that only its
-    very smallest counts there.
+    A smallest number that was cast (bfloat16's to float32, float32's to float64) or added to stays near it; no
+    other value of a network comes within half of float32's range. In float16 such values do occur, so only its very
+    smallest number counts there.
     """
     limit = float(np.finfo(np.float16).max) if dtype == np.float16 else _FLOAT32_MASK
     return (values == np.inf).astype(np.int8) - (values <= -limit).astype(np.int8)

@@ -19,7 +19,10 @@ class BundleFiles:
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
-        """Where the file is. Raises `BundleError` if it is absent, unlisted, outside the bundle, or changed."""
+        """Return the path of a file, which is checked against the manifest on first use.
+
+        Raises `BundleError` if it is absent, unlisted, outside the bundle, or changed.
+        """
         path = self.directory / _inside(name)
         with self._lock:
             if name not in self._checked:
@@ -28,7 +31,7 @@ class BundleFiles:
         return path
 
     def text(self, name: str) -> str:
-        """The content of a text file. Raises `BundleError` as `path` does, or if it is not UTF-8."""
+        """Return the content of a text file. Raises `BundleError` as `path` does, or if it is not UTF-8."""
         path = self.path(name)
         try:
             return path.read_text(encoding="utf-8")

@@ -20,28 +20,28 @@ _FULL = "float32"
 
 
 class Computing(Protocol):
-    """The engines of a bundle, of which errors tell the precision."""
+    """The engines of a bundle, whose precision error messages name."""
 
     @property
     def precision(self) -> str:
-        """What they compute in, as the manifest says it."""
+        """The precision the engines compute in, as recorded in the manifest."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Who gave values, as errors name it, and the precision it computes in."""
+    """The origin of values, as error messages name it, and the precision it computes in."""
 
     name: str
     precision: str
 
     @classmethod
     def engine(cls, engines: Computing, name: str) -> Source:
-        """Name an engine of a bundle."""
+        """Return the source that names an engine of a bundle."""
         return cls(f"Engine {name!r}", engines.precision)
 
     def error(self, gave: str) -> NotFiniteError:
-        """Make the error that says what it gave, and the way out by its precision."""
+        """Build the error that describes the output `gave` and advises on the precision."""
         lower = next((name for name in by_part(self.precision).values() if name != _FULL), None)
         if lower is None:
             advice = (
@@ -61,9 +61,10 @@ class Source:
             raise self.error(f"gave {what} that are not finite numbers")
 
     def greedy(self, logits: NDArray[Any]) -> list[int]:
-        """Choose the token with the largest logit of every row [rows, vocab], the first of equals.
+        """Return the token with the largest logit of every row [rows, vocab], the first among equals.
 
-        Entries of −inf are legal: they rule tokens out. Raises `NotFiniteError` if the largest of a row is not finite.
+        Entries of −inf are legal: they rule tokens out. Raises `NotFiniteError` if the largest of a row is not
+        finite.
         """
         tokens = logits.argmax(axis=1)  # of a row with a NaN, its place
         if not np.isfinite(np.take_along_axis(logits, tokens[:, None], axis=1)).all():
@@ -74,5 +75,5 @@ class Source:
 
 
 def is_broken(value: Any) -> bool:
-    """Tell whether an array or a kept value has a NaN or +inf. Masks that are added to scores hold −inf."""
+    """Return whether an array or a kept value has a NaN or +inf. Additive attention masks may hold −inf."""
     return bool(((value != value) | (value == math.inf)).any())

@@ -50,7 +50,7 @@ _DAMAGE = (
 
 
 def read_picture(source: Picture) -> Image.Image:
-    """The picture as RGB, upright (EXIF orientation applied), transparent parts on white; first frame only.
+    """Read a picture as RGB, upright (EXIF orientation applied), transparent parts on white; first frame only.
 
     `source` is a path, a PIL image, or a uint8 array [height, width], [height, width, 3] or [height, width, 4].
     Raises `InputError` if the file is absent, damaged or of no format in `FORMATS`, if it has more than
@@ -108,7 +108,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def engine_pixels(source: Picture, size: int) -> NDArray[np.float32]:
-    """A picture as the vision engine takes it: float32 [1, 3, size, size], (x / 255 - 0.5) / 0.5.
+    """Preprocess a picture for the vision engine: float32 [1, 3, size, size], (x / 255 - 0.5) / 0.5.
 
     The shorter side is resized to `size` (bicubic), then the centre is cropped, with the rounding of the published
     preprocessing. Raises `InputError` as `read_picture` does, and for a picture too elongated to be resized so.
@@ -128,9 +128,10 @@ def engine_pixels(source: Picture, size: int) -> NDArray[np.float32]:
 
 
 def to_picture(pixels: NDArray[np.float32], source: Source) -> Image.Image:
-    """Decoded pixels [3, height, width], [-1, 1] but for overshoot, as a PIL image: (x + 1) / 2 * 255, truncated.
+    """Convert decoded pixels [3, height, width] to a PIL image: (x + 1) / 2 * 255, clipped and truncated.
 
-    `source` is what gave them. Raises `NotFiniteError`, naming it, if one is no finite number.
+    Pixels lie in [-1, 1] but for overshoot; `source` is what computed them. Raises `NotFiniteError`, naming it, if
+    one is not finite.
     """
     source.check("pixels", pixels)
     levels = (np.clip(pixels.astype(np.float32, copy=False), -1, 1) + 1) / 2 * 255
@@ -138,7 +139,7 @@ def to_picture(pixels: NDArray[np.float32], source: Source) -> Image.Image:
 
 
 def check_picture_path(path: Path) -> None:
-    """Raises `InputError` if no picture can be saved there: to be called before the work of making one."""
+    """Check, before the work of making a picture, that it can be saved there. Raises `InputError` if it cannot."""
     path = absolute(path)
     if path.suffix.lower() not in _SAVED:
         raise InputError(f"Cannot save a picture as {path.name!r}: its name must end in {', '.join(_SAVED)}.")
@@ -149,9 +150,9 @@ def check_picture_path(path: Path) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write the picture in the format its name ends in; the file is complete, or as it was before.
+    """Write the picture in the format of its file extension; the file is complete, or as it was before.
 
-    Raises `InputError` if the name ends in nothing known or the file cannot be written.
+    Raises `InputError` if the extension is unknown or the file cannot be written.
     """
     check_picture_path(path)
     kind, options = _SAVED[path.suffix.lower()]

@@ -113,6 +113,8 @@ def _check_settings(settings: GenerationSettings | UnderstandingSettings, larges
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:
+    """The SHA-256 and the size in bytes of a file."""
+
     sha256: str
     bytes: int
 
@@ -149,7 +151,7 @@ class Manifest:
     schema: int = SCHEMA
 
     def engine(self, name: str) -> EngineSpec:
-        """The engine called `name`. Raises `BundleError` naming the engines there are."""
+        """Return the engine called `name`. Raises `BundleError` naming the engines there are."""
         for engine in self.engines:
             if engine.name == name:
                 return engine
@@ -157,6 +159,7 @@ class Manifest:
         raise BundleError(f"The bundle has no engine {name!r}; it has: {known}.")
 
     def to_json(self) -> str:
+        """Serialise the manifest as JSON text, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -216,14 +219,14 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file, read in pieces."""
+    """Compute the size and SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(digest, path.stat().st_size)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the bundle at `directory`. Raises `BundleError` if there is none."""
+    """Read the manifest of the bundle at `directory`. Raises `BundleError` if there is none."""
     path = absolute(directory / MANIFEST)
     if not path.is_file():
         reason = "does not exist" if not directory.exists() else f"has no {MANIFEST}"

@@ -24,12 +24,12 @@ def _word(name: str, value: int) -> int:
 
 
 def check_seed(seed: int) -> int:
-    """Check a seed, as an int. Raises `InputError` if it is no integer from 0 to 2**64 - 1."""
+    """Return `seed` as an int. Raises `InputError` if it is no integer from 0 to 2**64 - 1."""
     return _word("seed", seed)
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal noise [*shape]: the latents at t = 0.
+    """Draw standard normal noise of `shape`: the latents at t = 0.
 
     The Philox-4x64 key is the two 64-bit words (seed, index) as they are, without a hash, and the counter starts
     at 0. So pictures with different keys have independent noise, and none depends on how many others are drawn.

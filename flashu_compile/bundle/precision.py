@@ -14,7 +14,7 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 3e-2}
 
 
 def by_part(precision: str) -> dict[str, str]:
-    """The precision of every part. Parts that are not named are float32. The text must be well formed."""
+    """Return the precision of every part, float32 for those not named. The text must be well formed."""
     entries = [entry.partition("=") for entry in precision.split(",")]
     if len(entries) == 1 and not entries[0][1]:
         return dict.fromkeys(PARTS, precision)
@@ -22,5 +22,5 @@ def by_part(precision: str) -> dict[str, str]:
 
 
 def tolerance(precision: str) -> float:
-    """The largest of its parts'; that of float32 for a name that is not known here."""
+    """Return the largest tolerance of the precision's parts; that of float32 for a name that is not known here."""
     return max(TOLERANCES.get(name, TOLERANCES["float32"]) for name in by_part(precision).values())

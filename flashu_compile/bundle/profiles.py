@@ -50,9 +50,9 @@ Profile = tuple[InputShapes, ...]
 
 
 def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
-    """The range of every symbol in the signature's dynamic dimensions.
+    """Return the range of every symbol in the signature's dynamic dimensions.
 
-    Raises `ConfigurationError` on a symbol whose sizes nothing tells.
+    Raises `ConfigurationError` on a symbol whose sizes cannot be determined.
     """
     known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
     return ranges_of(spec, known)
@@ -61,7 +61,10 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
 def known_ranges(
     generation: GenerationSettings | None, understanding: UnderstandingSettings | None, image_rows: int
 ) -> dict[str, Range]:
-    """The ranges of all dimensions that engines of a model have. `image_rows` are a picture's keys and values."""
+    """Return the ranges of all dynamic dimensions that a model's engines have.
+
+    `image_rows` is the number of keys and values that a picture takes in caches.
+    """
     known = {"batch": Range(1, 2, 2)}
     if generation is not None:
         text = generation.sequence_length - generation.span_length
@@ -76,7 +79,7 @@ def known_ranges(
 
 
 def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
-    """Those of the symbols in a signature. Raises `ConfigurationError` on a symbol that is not known."""
+    """Return the ranges of the symbols in a signature. Raises `ConfigurationError` on an unknown symbol."""
     symbols = {
         name
         for tensor in spec.inputs
@@ -96,13 +99,13 @@ def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
 
 
 def _image_rows(manifest: Manifest) -> int:
-    """Rows of a picture in buffers of keys and values: its tokens, the time token before and the end token behind."""
+    """Count a picture's rows in key and value caches: its tokens, the time token before and the end token behind."""
     sizes = (t.shape[1] for e in manifest.engines for t in e.inputs if t.name == "image_embeds")
     return int(next(sizes, 0)) + 2
 
 
 def engine_profile(spec: EngineSpec, ranges: Mapping[str, Range]) -> Profile:
-    """The shapes of every input with a dynamic dimension, for these ranges of symbols."""
+    """Compute the shapes of every input with a dynamic dimension from these ranges of symbols."""
     sizes = {limit: {n: getattr(r, limit) for n, r in ranges.items()} for limit in ("min", "opt", "max")}
     return tuple(
         InputShapes(
@@ -118,7 +121,7 @@ def engine_profile(spec: EngineSpec, ranges: Mapping[str, Range]) -> Profile:
 
 
 def shapes_text(profile: Profile, limit: str) -> str:
-    """The `min`, `opt` or `max` shapes as trtexec and ONNX Runtime write them: `ids:2x5,mask:2x5`."""
+    """Format the `min`, `opt` or `max` shapes as trtexec and ONNX Runtime expect them: `ids:2x5,mask:2x5`."""
     return ",".join(f"{shapes.name}:{'x'.join(map(str, getattr(shapes, limit)))}" for shapes in profile)
 
 
@@ -131,7 +134,10 @@ _OPERATORS = {
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """A dimension such as `prefix + 66` for given sizes. Raises `ConfigurationError` if it is not arithmetic."""
+    """Evaluate a dimension such as `prefix + 66` for given sizes.
+
+    Raises `ConfigurationError` if it is not arithmetic.
+    """
 
     def value(node: ast.expr) -> int:
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

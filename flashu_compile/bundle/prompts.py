@@ -38,7 +38,7 @@ class PromptCodec:
 
     @classmethod
     def from_file(cls, path: Path, *, allow_control_tokens: bool = False) -> PromptCodec:
-        """The codec of a `tokenizer.json`. Raises `BundleError` if that is missing or damaged."""
+        """Load the codec of a `tokenizer.json`. Raises `BundleError` if the file is missing or damaged."""
         if not path.is_file():
             raise BundleError(f"Tokenizer file {path} does not exist.")
         try:
@@ -53,7 +53,7 @@ class PromptCodec:
         return identifier
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a user's text, none of which is of the added vocabulary unless control tokens are allowed.
+        """Encode a user's text to ids, none of them of the added vocabulary unless control tokens are allowed.
 
         Decoding them gives the text as the tokenizer normalises it (Qwen2.5's: Unicode's form NFC). Raises `InputError`
         if the tokenizer has no other ids for the text.
@@ -74,10 +74,11 @@ class PromptCodec:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Decode the ids of an answer to text."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def generation_prefix(self, prompt: str, limit: int) -> list[int]:
-        """`bos, prompt, boi`. Raises `InputError` if the prompt has more than `limit` tokens."""
+        """Return the ids `bos, prompt, boi`. Raises `InputError` if the prompt has more than `limit` tokens."""
         ids = self.encode(prompt)
         if len(ids) > limit:
             raise InputError(
@@ -86,15 +87,15 @@ class PromptCodec:
         return [self.bos, *ids, self.boi]
 
     def generation_tail(self, length: int) -> list[int]:
-        """`eoi, eos, pad…`: what follows the image in the padded sequence."""
+        """Return the `length` ids `eoi, eos, pad…` that follow the image in the padded sequence."""
         return ([self.eoi, self.eos] + [self.pad] * length)[:length]
 
     def question_prefix(self) -> list[int]:
-        """Everything before the image of an understanding sequence, up to boi."""
+        """Return the ids before the image in an understanding sequence, up to boi."""
         return [self.bos, *self._template(_SYSTEM), *self._template(_USER), self.boi]
 
     def question_suffix(self, question: str, limit: int | None = None) -> list[int]:
-        """Everything after the image: eoi, the question, and the start of the assistant's turn.
+        """Return the ids after the image: eoi, the question, and the start of the assistant's turn.
 
         Raises `InputError` if the question has more than `limit` tokens.
         """
@@ -107,7 +108,7 @@ class PromptCodec:
 
 
 def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer` without its added vocabulary; the same ids for every text that spells nothing of that.
+    """Return `tokenizer` without its added vocabulary; ids of texts that spell no added token stay the same.
 
     `Tokenizer.encode_special_tokens` would leave added tokens whole that are not special, such as `<image>`.
     """

@@ -16,18 +16,18 @@ Values = TypeVar("Values", bound=Mapping[str, Any])
 
 
 def updated(name: str) -> str:
-    """The output that input `name` becomes."""
+    """Return the name of the output that holds the new value of the state input `name`."""
     return f"{name}.updated"
 
 
 def state_of(spec: EngineSpec) -> list[str]:
-    """The inputs that are state."""
+    """List the inputs that are state."""
     outputs = {tensor.name for tensor in spec.outputs}
     return [tensor.name for tensor in spec.inputs if updated(tensor.name) in outputs]
 
 
 def check_inputs(spec: EngineSpec, inputs: Mapping[str, Any], kinds: Any = (np.ndarray,)) -> dict[str, int]:
-    """Compare names, dtypes and shapes with the signature; a dynamic dimension has one size in all inputs.
+    """Check names, dtypes and shapes against the signature; a dynamic dimension has one size in all inputs.
 
     Values are of one of the types `kinds`: NumPy's arrays, or PyTorch's tensors. Returns the sizes of dynamic
     dimensions. Raises `InputError` naming the engine and the input, with what is expected and what was given.
@@ -53,10 +53,10 @@ def check_inputs(spec: EngineSpec, inputs: Mapping[str, Any], kinds: Any = (np.n
 def check_outputs(
     spec: EngineSpec, outputs: Values, sizes: Mapping[str, int], kinds: Any = np.ndarray
 ) -> Values:
-    """Compare what an engine gave with its signature, and return it.
+    """Check an engine's outputs against its signature, and return them.
 
-    `sizes` are those of dynamic dimensions of the inputs; a dimension that does not follow from them may have any size.
-    Raises `BundleError` naming the engine and the output, with what is expected and what it gave.
+    `sizes` are those of the inputs' dynamic dimensions; a dimension that does not follow from them may have any
+    size. Raises `BundleError` naming the engine and the output, with what is expected and what it gave.
     """
     for tensor in spec.outputs:
         if tensor.name not in outputs:
@@ -76,7 +76,7 @@ def check_outputs(
 
 
 def _size(dimension: int | str, sizes: Mapping[str, int]) -> int | None:
-    """The size of an output's dimension, or None if it does not follow from those of inputs."""
+    """Return the size of an output's dimension, or None if it does not follow from the inputs' sizes."""
     if isinstance(dimension, int):
         return dimension
     if dimension in sizes:

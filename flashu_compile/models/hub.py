@@ -24,12 +24,12 @@ class Snapshot:
 
     @property
     def pinned(self) -> str:
-        """The hub id that gives this commit for ever."""
+        """The hub id that pins this commit."""
         return f"{self.repository}@{self.commit}"
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` has the form `organisation/name` or `organisation/name@revision`.
+    """Return whether `text` has the form `organisation/name` or `organisation/name@revision`.
 
     A revision is a branch, a tag or a commit. A path of two parts may have this form too: look on disk first.
     """
@@ -37,7 +37,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def fetch(hub_id: str, patterns: Iterable[str], *, instead: str) -> Snapshot:
-    """The files of a repository that match `patterns`, downloaded unless cached. `is_hub_id(hub_id)` holds.
+    """Download the files of a repository that match `patterns`, unless cached. `is_hub_id(hub_id)` holds.
 
     `instead` ends the error message: what to pass if the hub cannot be used.
 

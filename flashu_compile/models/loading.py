@@ -56,7 +56,7 @@ class LoadedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a model was found. `snapshot` is that of the hub, if it is from there."""
+    """The directory of a model. `snapshot` is that of the hub, if it is from there."""
 
     directory: Path
     name: str
@@ -149,7 +149,7 @@ def save_model(
 
 
 def _locate(model: str | Path) -> _Place:
-    """The local directory of a model given by name, path or hub id, and what to call it."""
+    """Find the local directory of a model given by name, path or hub id, and what to call it."""
     text = str(model)
     if text in BUNDLED:
         return _Place(BUNDLED[text], text)
@@ -169,7 +169,7 @@ def _locate(model: str | Path) -> _Place:
 
 
 def _fetch(hub_id: str) -> hub.Snapshot:
-    """A model's files from the hub: its weights as safetensors, or where there are none as pickles, never both."""
+    """Fetch a model's files from the hub, with its weights as safetensors, or as pickles where there are none."""
     instead = "pass the path of that directory"
     others = [_CONFIG, vocabulary.FILE, _CALIBRATION, CARD]
     snapshot = hub.fetch(hub_id, [*others, *weights.weight_patterns(".safetensors")], instead=instead)
@@ -245,7 +245,10 @@ def _from_published(
     llm_config: Mapping[str, Any] | str | Path | None,
     dtype: torch.dtype | None,
 ) -> LoadedModel:
-    """The layout of the published checkpoints. Tokenizer and LLM settings are those of `llm_model_path`."""
+    """Load a model in the layout of the published checkpoints.
+
+    Tokenizer and LLM settings are those of `llm_model_path`.
+    """
     directory, source = place.directory, settings.get("llm_model_path")
     if tokenizer is None and (directory / vocabulary.FILE).is_file():
         tokenizer = directory
@@ -266,7 +269,7 @@ def _from_published(
 
 
 def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:
-    """The tokenizer of the language model that a published checkpoint names as its base."""
+    """Load the tokenizer of the language model that a published checkpoint names as its base."""
     advice = "pass tokenizer: the path of that language model's directory or of its tokenizer.json"
     if not isinstance(source, str) or not source:
         raise CheckpointError(f"{directory} has no tokenizer and names no llm_model_path; {advice}.")
@@ -278,7 +281,7 @@ def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:
 
 
 def _llm_config_of(source: Any, *, needed: bool) -> dict[str, Any] | None:
-    """The configuration of the language model a checkpoint names: from disk, or if `needed` from the hub."""
+    """Return the configuration of the language model a checkpoint names: from disk, or if `needed` from the hub."""
     if not isinstance(source, str) or not source:
         return None
     if (file := absolute(source) / _CONFIG).is_file():

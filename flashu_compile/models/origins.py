@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 def origin(
     files: Sequence[Path], directory: Path, settings: Mapping[str, Any], snapshot: Snapshot | None = None
 ) -> Origin:
-    """The origin of weights that were read from `files`, whose model's card lies in `directory`.
+    """Describe the origin of weights that were read from `files`, whose model's card lies in `directory`.
 
     `settings` are the model's `config.json`; `snapshot` is given if all that came from the hub.
     """
@@ -34,7 +34,7 @@ def origin(
 
 
 def _license(card: Mapping[str, Any]) -> str | None:
-    """The licence that metadata names. Those the hub has no name for are `other`, with `license_name` beside it."""
+    """Return the licence that metadata names; one unknown to the hub is `other`, with `license_name` beside it."""
     named = card.get("license")
     if named == "other":
         named = card.get("license_name") or named
@@ -44,7 +44,7 @@ def _license(card: Mapping[str, Any]) -> str | None:
 
 
 def _card(path: Path) -> Mapping[str, Any]:
-    """The metadata at the head of a model's card; none if there is no card, or none that can be read."""
+    """Read the metadata at the head of a model's card; empty if there is no card, or none that can be read."""
     import huggingface_hub
 
     if not path.is_file():

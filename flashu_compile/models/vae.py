@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 
 class LatentCodec(Protocol):
-    """What the compiler needs of a VAE. `spatial_factor` is pixels per latent position."""
+    """The interface that the compiler needs of a VAE. `spatial_factor` is pixels per latent position."""
 
     spatial_factor: int
     latent_channels: int
 
-    def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]: ...
+    def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Encode pixels in [-1, 1] to normalised latents."""
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]: ...
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Decode normalised latents to pixels in [-1, 1]."""
 
 
 class SpaceToDepth(nn.Module):
@@ -33,7 +35,9 @@ class SpaceToDepth(nn.Module):
         self.mean, self.std = mean, std
 
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Encode pixels in [-1, 1] to normalised latents, without loss."""
         return (F.pixel_unshuffle(pixels, self.spatial_factor) - self.mean) / self.std
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Decode normalised latents to pixels."""
         return F.pixel_shuffle(latents * self.std + self.mean, self.spatial_factor)

@@ -99,13 +99,13 @@ class WanVAE(nn.Module):
         (directory / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        """Pixels in [-1, 1] → normalised latents, height and width divided by `spatial_factor`."""
+        """Encode pixels in [-1, 1] to normalised latents, height and width divided by `spatial_factor`."""
         frames = pixels.to(self.mean.dtype)[:, :, None]
         mean = self.quant_conv(self.encoder(frames)).chunk(2, dim=1)[0][:, :, 0]
         return (mean - self.mean) / self.std
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        """Normalised latents → pixels, clamped to [-1, 1]."""
+        """Decode normalised latents to pixels, clamped to [-1, 1]."""
         frames = (latents.to(self.mean.dtype) * self.std + self.mean)[:, :, None]
         return self.decoder(self.post_quant_conv(frames))[:, :, 0].clamp(-1.0, 1.0)
 
@@ -121,7 +121,7 @@ def _autoencoder_class() -> Any:
 
 
 def _build(settings: Mapping[str, Any], state: weights.StateDict, path: Path) -> nn.Module:
-    """The autoencoder on the tensors of `state` themselves."""
+    """Build the autoencoder on the tensors of `state` themselves."""
     kind = _autoencoder_class()
     try:
         with torch.device("meta"):
@@ -135,9 +135,9 @@ def _build(settings: Mapping[str, Any], state: weights.StateDict, path: Path) ->
 
 
 def _diffusers_names(state: weights.StateDict) -> weights.StateDict:
-    """The original Wan naming, as diffusers names things.
+    """Rename tensors from the original Wan naming to that of diffusers.
 
-    diffusers' converter is called by itself, as `from_single_file` would look for a configuration on the hub,
+    diffusers' converter is called directly, since `from_single_file` would look for a configuration on the hub,
     copy every weight, and accept missing names.
     """
     _autoencoder_class()

@@ -32,12 +32,12 @@ _SUFFIXES = (".safetensors", ".bin")
 
 
 def weight_patterns(suffix: str) -> list[str]:
-    """Names of weight files of a format (".safetensors" or ".bin") as a hub client's `allow_patterns`."""
+    """Return patterns of weight files in a format (".safetensors" or ".bin"), as a hub client's `allow_patterns`."""
     return [f"*{suffix}", f"*{suffix}.index.json"]
 
 
 def find_weights(directory: Path, suffix: str) -> list[Path]:
-    """The one file of weights in a format (".safetensors" or ".bin"), or its shards; none if there are none.
+    """Find the one file of weights in a format (".safetensors" or ".bin"), or its shards; empty if there are none.
 
     Raises:
         CheckpointError: there are several indices of shards, or one that is damaged.
@@ -53,7 +53,7 @@ def find_weights(directory: Path, suffix: str) -> list[Path]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the checkpoint in `directory`: safetensors sooner than pickles, one file sooner than shards.
+    """Find the files of the checkpoint in `directory`, preferring safetensors to pickles and one file to shards.
 
     Raises:
         CheckpointError: there are none, or `find_weights` raises it.
@@ -69,7 +69,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_weights(directory: Path, dtype: torch.dtype | None = None) -> StateDict:
-    """All tensors of the checkpoint in `directory`, floating ones converted to `dtype` (None: as stored).
+    """Read all tensors of the checkpoint in `directory`, floating ones converted to `dtype` (None: as stored).
 
     Tensors may be views of memory-mapped files: do not change the files while they are in use.
 
@@ -86,7 +86,7 @@ def read_weights(directory: Path, dtype: torch.dtype | None = None) -> StateDict
 
 
 def read_weight_file(path: Path, dtype: torch.dtype | None = None) -> StateDict:
-    """The tensors of one file, safetensors or pickled. Raises `CheckpointError` as `read_weights` does."""
+    """Read the tensors of one file, safetensors or pickled. Raises `CheckpointError` as `read_weights` does."""
     if not path.is_file():
         raise CheckpointError(f"Weight file {path} does not exist.")
     if path.suffix == ".safetensors":
@@ -95,7 +95,7 @@ def read_weight_file(path: Path, dtype: torch.dtype | None = None) -> StateDict:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError` if the file is missing or holds anything else."""
+    """Read a JSON object. Raises `CheckpointError` if the file is missing or holds anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,10 +108,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def convert(state: StateDict, dtype: torch.dtype | None) -> StateDict:
-    """`state` with floating tensors in `dtype` (None: as they are); the same tensors where nothing changes.
+    """Convert floating tensors to `dtype` (None: as they are); tensors that need no change are returned as they are.
 
-    Tensors that are one in `state` under two names (tied embeddings) stay one. Empties `state` as it goes, so
-    that a source can be released before the next tensor is converted.
+    Tensors shared in `state` under two names (tied embeddings) stay shared. Empties `state` as it goes, so that a
+    source can be released before the next tensor is converted.
     """
     if dtype is None:
         return state

@@ -15,7 +15,7 @@ _BYTE, _WEIGHT = 255, 127
 
 @torch.library.custom_op("flashu_compile::quantize", mutates_args=())
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x ≈ scale · (q - zero): q is uint8 of x's shape, scale float32 [] and zero uint8 []."""
+    """Quantize dynamically: x ≈ scale · (q - zero), with q uint8 of x's shape, scale float32 [] and zero uint8 []."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = (high - low) / _BYTE
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -33,7 +33,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def int8_linear(
     q: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """scale · weight_scale · ((q - zero) @ weight.T) + bias, with q uint8 [..., in] and weight int8 [out, in].
+    """Compute scale · weight_scale · ((q - zero) @ weight.T) + bias, with q uint8 [..., in] and weight int8 [out, in].
 
     Sums of products are whole numbers below 2^53, which float64 holds exactly.
     """
@@ -54,7 +54,7 @@ INT8_LINEAR = torch.ops.flashu_compile.int8_linear.default
 
 
 def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [out, in] in the layout of `weight` in memory, and its scales float32 [out]."""
+    """Quantize a weight to int8 [out, in], keeping its memory layout; return it with its scales float32 [out]."""
     scale = weight.detach().abs().amax(1) / _WEIGHT
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (weight.detach() / scale[:, None]).round().to(torch.int8), scale

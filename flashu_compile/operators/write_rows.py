@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def scatter_rows(buffer: Tensor, rows: Tensor, start: Tensor) -> Tensor:
-    """The operator in PyTorch's own."""
+    """Compute `write_rows` with PyTorch's own operators."""
     place = start[:, None] + torch.arange(rows.shape[2], device=start.device)
     return buffer.scatter(2, place[:, None, :, None].expand_as(rows), rows)
 
 
 @torch.library.custom_op("flashu_compile::write_rows", mutates_args=())
 def write_rows(buffer: Tensor, rows: Tensor, start: Tensor) -> Tensor:
-    """`buffer` with `rows[i]` written over its rows from `start[i]` on, all of which must be there.
+    """Return `buffer` with `rows[i]` written over its rows from `start[i]` on, all of which must exist.
 
     Shapes are [b, heads, capacity, width], [b, heads, new, width] and [b]; an operator's schema has no place for them.
     """

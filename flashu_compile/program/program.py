@@ -17,7 +17,7 @@ BATCH = "batch"
 
 
 class Role(StrEnum):
-    """What a program's input or output is. The role is also the name of the tensor in the engine."""
+    """The meaning of a program's input or output. The role is also the name of the tensor in the engine."""
 
     PROMPT_IDS = "prompt_ids"
     PROMPT_MASK = "prompt_mask"
@@ -73,10 +73,11 @@ class Program:
 
     @property
     def input_roles(self) -> tuple[str, ...]:
+        """The roles of the inputs, in order."""
         return tuple(i.role for i in self.inputs)
 
     def stored(self) -> dict[fx.Node, Tensor]:
-        """The parameter, buffer or constant behind each placeholder that is not an input."""
+        """Return the parameter, buffer or constant behind each placeholder that is not an input."""
         exported = self.exported
         placeholders = exported.graph.find_nodes(op="placeholder")
         values: dict[fx.Node, Tensor] = {}
@@ -90,10 +91,10 @@ class Program:
     def run(
         self, inputs: Mapping[str, Tensor], interpreter: fx.Interpreter | None = None
     ) -> dict[str, Tensor]:
-        """Run the graph eagerly. Takes at least the program's inputs by role, gives its outputs by role.
+        """Run the graph eagerly on inputs by role, at least the program's own, and return its outputs by role.
 
-        `interpreter`, of the program's graph module, may look at what it runs. An interpreter is also the cheap way:
-        `exported.module()` copies and compiles the graph at each call.
+        `interpreter`, of the program's graph module, may observe what it runs. An interpreter is also the cheap
+        way: `exported.module()` copies and compiles the graph at each call.
         """
         missing = [role for role in self.input_roles if role not in inputs]
         if missing:

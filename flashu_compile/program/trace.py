@@ -19,7 +19,7 @@ _DEFAULT_BOUNDS = (2, 65536)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptureSpec:
-    """What to trace: a module taking `inputs` and returning a tuple of `outputs`, in these orders."""
+    """What to trace: a module that takes `inputs` and returns a tuple of `outputs`, in these orders."""
 
     name: str
     task: str
@@ -31,7 +31,7 @@ class CaptureSpec:
 
 
 def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Tensor]) -> ExportedProgram:
-    """Export `module` with the dynamic dimensions of `inputs`, in the form analyses and passes read.
+    """Export `module` with the dynamic dimensions of `inputs`, in the form that analyses and passes read.
 
     Decomposing with an empty table inlines what export wraps (autograd guards) and keeps `linear` and
     `scaled_dot_product_attention` whole.
@@ -57,7 +57,7 @@ def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Ten
 
 
 def capture_program(spec: CaptureSpec) -> Program:
-    """Trace a Capture. Raises `CaptureError` naming it when torch.export cannot."""
+    """Trace the module of `spec` into a program. Raises `CaptureError` naming it when torch.export cannot."""
     try:
         exported = trace(spec.module, spec.inputs, spec.sample)
     except Exception as error:  # torch.export raises many unrelated types

@@ -111,7 +111,10 @@ class T2IConfig:
         return _only(self, (*_SAMPLER, *_IDLE))
 
     def is_lossy(self, points: int | None) -> bool:
-        """Tell whether this changes what t2i gives. `points`: the model's own number of time points, if known."""
+        """Return whether this configuration changes the outputs of t2i.
+
+        `points` is the model's own number of time points, if known.
+        """
         return self.published_sampler() != self or self.points != points
 
 
@@ -153,7 +156,7 @@ class MMUConfig:
         return {LLM: self.ffn_pruning, SEMANTIC: self.semantic_pruning}
 
     def is_lossy(self, points: int | None) -> bool:
-        """Tell whether this changes what mmu gives; `points`, of t2i, do not matter."""
+        """Return whether this configuration changes the outputs of mmu; `points`, which concern t2i, are ignored."""
         return self != MMUConfig()
 
 
@@ -163,7 +166,7 @@ CONFIGS: Mapping[str, type[T2IConfig] | type[MMUConfig]] = {T2I.name: T2IConfig,
 
 
 def config_from_dict(kind: type[T2IConfig] | type[MMUConfig], data: Mapping[str, Any], where: str) -> Any:
-    """A `kind` from the fields in `data`; absent ones keep their defaults.
+    """Build a configuration of type `kind` from the fields in `data`; absent fields keep their defaults.
 
     Raises `ConfigurationError` that names `where` and the field that is unknown, mistyped or out of range.
     """
@@ -178,13 +181,13 @@ def config_from_dict(kind: type[T2IConfig] | type[MMUConfig], data: Mapping[str,
 
 
 def _only(config: T2IConfig, names: tuple[str, ...]) -> T2IConfig:
-    """Return the defaults with the fields `names` of `config`."""
+    """Return the default configuration with the fields `names` taken from `config`."""
     return T2IConfig(**{name: getattr(config, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checks:
-    """Checks the fields of a configuration, and turns its numbers into floats so that equal means equal text."""
+    """Checks the fields of a configuration and converts its numbers to floats, so that equal ones have equal texts."""
 
     config: Any
 
@@ -201,7 +204,7 @@ class _Checks:
         above: bool = False,
         below: bool = False,
     ) -> None:
-        """In [low, high]; `above` and `below` leave out the ends."""
+        """Check that a field is a number in [low, high]; `above` and `below` exclude the ends."""
         value = getattr(self.config, name)
         if not (optional and value is None):
             self.store(name, arguments.number(name, value, low, high, above=above, below=below))

@@ -113,16 +113,16 @@ class Decisions:
     __hash__ = None  # type: ignore[assignment]
 
     def completed(self, other: Decisions) -> Decisions:
-        """These decisions, with what they leave open taken from `other`."""
+        """Return these decisions with whatever they leave open filled in from `other`."""
         return Decisions({**other.kept_neurons, **self.kept_neurons}, self.phases or other.phases)
 
     @property
     def complete(self) -> bool:
-        """Whether the kept neurons themselves are here, not only their number."""
+        """Whether the indices of the kept neurons are present, not only their number."""
         return self.kept_neurons.keys() == self.kept_widths.keys()
 
     def under(self, config: TaskConfig) -> Decisions:
-        """These decisions without those of techniques that `config` switches off."""
+        """Return these decisions without those of techniques that `config` switches off."""
         on = {stack for stack, share in config.pruning.items() if share > 0}
         return Decisions(
             {stack: blocks for stack, blocks in self.kept_neurons.items() if stack in on},
@@ -131,7 +131,7 @@ class Decisions:
         )
 
     def undecided(self, config: TaskConfig) -> tuple[str, ...]:
-        """The techniques, in words, that `config` switches on and nothing is decided about."""
+        """List, in words, the techniques that `config` switches on and for which no decision is present."""
         missing = [
             f"FFN pruning of stack {stack!r}"
             for stack, share in config.pruning.items()
@@ -169,7 +169,7 @@ def _is_block(value: Any) -> bool:
 
 
 def _by_block(name: str, value: object) -> dict[str, Mapping[Any, Any]]:
-    """What is said of blocks, by stack. Raises `RecipeError` unless it is a mapping of mappings."""
+    """Return the entries of each stack by block. Raises `RecipeError` unless `value` is a mapping of mappings."""
     stacks = arguments.mapping(name, value, RecipeError)
     for stack, blocks in stacks.items():
         if not isinstance(blocks, Mapping) or not all(map(_is_block, blocks)):

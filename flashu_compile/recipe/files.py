@@ -18,9 +18,9 @@ Tensors = dict[str, NDArray[np.int64]]
 
 
 def write_files(path: Path, text: str, tensors: Tensors) -> Path:
-    """Write `text` to `path`, and `tensors`, if there are any, beside it; return `path`.
+    """Write `text` to `path`, and `tensors`, if there are any, to the file beside it; return `path`.
 
-    At no moment do the two belong to different recipes. Raises `RecipeError` if something cannot be written.
+    At no moment do the two files belong to different recipes. Raises `RecipeError` if something cannot be written.
     """
     beside = path.with_suffix(".safetensors")
     drafts = [p.with_name(f".{p.name}.{os.getpid()}") for p in (path, beside)]
@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> tuple[Path, Tensors]:
-    """Return the file beside the JSON file `path`, and the tensors in it. Raises `RecipeError` if it is not there."""
+    """Return the path of the file beside the JSON file `path` and its tensors. Raises `RecipeError` if it is absent."""
     beside = path.with_suffix(".safetensors")
     try:
         return beside, load(beside.read_bytes())

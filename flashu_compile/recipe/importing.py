@@ -30,7 +30,7 @@ def published_decisions(
     stack: str = LLM,
     name: str = "published",
 ) -> Recipe:
-    """A t2i recipe that does what one run of the published code did.
+    """Convert the decisions of one run of the published code into an equivalent t2i recipe.
 
     Args:
         kept_neurons: by layer, the FFN neurons that were kept, in any order.
@@ -79,7 +79,7 @@ def published_decisions(
 def _factors(
     guidance: Sequence[tuple[int, float]], fallback: float, count: int
 ) -> tuple[tuple[float, float], ...]:
-    """(share of the trajectory, factor on the fallback scale) of each stretch that begins within it."""
+    """Return (share of the trajectory, factor on the fallback scale) of each stretch that begins within it."""
     if fallback <= 0:
         raise RecipeError(f"The last guidance scale must be positive, not {fallback!r}.")
     entries, step = [], 0

@@ -25,13 +25,13 @@ _KINDS = {
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """`recipe` with parameters set by texts `TASK.FIELD=VALUE`; of several for one field the last holds.
+    """Return `recipe` with parameters set by texts `TASK.FIELD=VALUE`; the last of several for one field holds.
 
-    A value is read by its field's type: a number may be a fraction, `none` takes the model's own, lists are JSON.
-    What changed is added to the recipe's name. Decisions that rest on a changed parameter are left out, so that they
-    are taken anew: an old choice of neurons says nothing about another ratio.
+    A value is parsed by its field's type: a number may be a fraction, `none` takes the model's own, lists are JSON.
+    The changes are appended to the recipe's name. Decisions that depend on a changed parameter are dropped, so that
+    calibration takes them anew: an old choice of neurons says nothing about another ratio.
 
-    Raises `ConfigurationError` that names the setting, and what its task has where it has no such field.
+    Raises `ConfigurationError` that names the setting, and lists its task's fields where it has no such field.
     """
     values: dict[str, dict[str, Any]] = {task: {} for task in TASKS}
     for setting in settings:
@@ -56,7 +56,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def _parse(recipe: Recipe, setting: str) -> tuple[str, str, Any]:
-    """Task, field and value of a setting."""
+    """Split a setting into task, field and parsed value."""
     target, equals, text = (part.strip() for part in setting.partition("="))
     task, dot, field = target.partition(".")
     if not equals or not dot or task not in TASKS:
@@ -72,7 +72,7 @@ def _parse(recipe: Recipe, setting: str) -> tuple[str, str, Any]:
 
 
 def _value(text: str, hint: Any, setting: str) -> Any:
-    """`text` as a value of type `hint`."""
+    """Parse `text` as a value of type `hint`."""
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     optional = types.NoneType in choices
     if optional and text.lower() == "none":
@@ -100,7 +100,7 @@ _READERS: dict[Any, Any] = {bool: _truth, int: int, float: _number, str: str, tu
 
 
 def _replaced(config: TaskConfig, task: str, values: dict[str, Any]) -> TaskConfig:
-    """All at once, since some parameters are allowed only beside others."""
+    """Replace all fields at once, since some parameters are allowed only beside others."""
     try:
         return dataclasses.replace(config, **values)
     except ConfigurationError as error:
@@ -109,7 +109,7 @@ def _replaced(config: TaskConfig, task: str, values: dict[str, Any]) -> TaskConf
 
 
 def _still_good(decided: Decisions, old: TaskConfig, new: TaskConfig) -> Decisions:
-    """The decisions that do not rest on what differs between two configurations."""
+    """Return the decisions that do not depend on a field in which the two configurations differ."""
     same = {
         stack
         for stack, share in new.pruning.items()

@@ -35,13 +35,16 @@ Value = TypeVar("Value")
 
 
 def time_grid(points: int, shift: float) -> list[float]:
-    """The sampler's times: `points` equal steps from 0 (noise) to 1 (data), warped by t / (t + shift - shift t)."""
+    """Compute the sampler's times, linspace(0, 1, points) from noise to data, warped by t / (t + shift - shift t)."""
     uniform = (index / (points - 1) for index in range(points))
     return [t / (t + shift - shift * t) for t in uniform]
 
 
 def branches(guidance_scale: float) -> tuple[int, ...]:
-    """The guidance branches that a scale needs: 0 the prompt, 1 the empty prompt. At 1 and at 0 one is enough."""
+    """Return the guidance branches that a scale needs: 0 (the prompt), 1 (the empty prompt) or both.
+
+    A scale of 1 needs the first alone, a scale of 0 the second.
+    """
     return {1.0: (0,), 0.0: (1,)}.get(guidance_scale, (0, 1))
 
 
@@ -72,7 +75,7 @@ class Step:
 
     @property
     def branches(self) -> tuple[int, ...]:
-        """The rows of the text that take part in this step."""
+        """The guidance branches that this step runs, as rows of the text."""
         return branches(self.guidance_scale)
 
 
@@ -110,11 +113,15 @@ class StepPlan:
             raise BundleError("The times of the steps do not rise.")
 
     def to_json(self) -> str:
+        """Serialise the plan as JSON text, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> StepPlan:
-        """Inverse of `to_json`. Raises `BundleError` on malformed text, or a plan that cannot be followed."""
+        """Parse a plan written by `to_json`.
+
+        Raises `BundleError` on malformed text, or a plan that cannot be followed.
+        """
         try:
             data: dict[str, Any] = json.loads(text)
             return cls(**{**data, "steps": tuple(Step(**row) for row in data["steps"])})
@@ -133,12 +140,13 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """The engine's name, `denoise` followed by what distinguishes the variant."""
         layers = f"_skip{'-'.join(map(str, self.skipped))}" if self.skipped else ""
         return DENOISE + ("_pruned" if self.pruned else "") + layers
 
 
 def variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
-    """Every denoise engine that a plan of these parameters and decisions may run, whatever its number of points."""
+    """List every denoise engine that a plan of these parameters and decisions may run, for any number of points."""
     decided = decisions.under(config)
     specialised = [Variant(_pruned(decided), phase.skipped) for phase in decided.phases]
     found = [Variant(), *(specialised or [Variant(_pruned(decided))])]
@@ -146,7 +154,7 @@ def variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
 
 
 def engines_needed(plan: StepPlan) -> tuple[str, ...]:
-    """The engines the plan runs, in the order of their first use."""
+    """List the engines the plan runs, in the order of their first use."""
     return tuple(dict.fromkeys(step.engine for step in plan.steps))
 
 
@@ -157,7 +165,7 @@ def compile_plan(
     points: int | None = None,
     guidance_scale: float | None = None,
 ) -> StepPlan:
-    """The plan that the rules above give. `points` and `guidance_scale` (s0) take the place of the config's.
+    """Compile the plan by the rules above. `points` and `guidance_scale` (s0) override the configuration's.
 
     Raises `RecipeError` if the config asks for something the decisions lack, `ConfigurationError` if points, scale
     or time shift are neither in the config nor given, or out of range.
@@ -181,7 +189,7 @@ def compile_plan(
 
 
 def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str, Any]]:
-    """What each of `count` evaluations runs: the fields of its `Step` but t and dt."""
+    """Decide what each of `count` evaluations runs: the fields of its `Step` except t and dt."""
     length = round(config.full_ffn * count)
     full = range(length) if config.full_ffn_at == "first" else range(count - length, count)
     phases = [(phase.start, phase.skipped) for phase in decided.phases] or [(0.0, ())]
@@ -223,5 +231,5 @@ def _pruned(decided: Decisions) -> bool:
 
 
 def _in_force(entries: Sequence[tuple[float, Value]], share: float) -> Value:
-    """The value of the last entry that has begun at `share` of the trajectory; the first begins at 0."""
+    """Return the value of the last entry that has begun at `share` of the trajectory; the first begins at 0."""
     return [value for start, value in entries if start <= share + _TOLERANCE][-1]

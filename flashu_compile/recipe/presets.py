@@ -80,7 +80,7 @@ PRESETS = tuple(_PRESETS)
 
 
 def preset(name: str) -> Recipe:
-    """A preset, as yet without decisions. Raises `RecipeError` on an unknown name."""
+    """Return the preset called `name`, without decisions. Raises `RecipeError` on an unknown name."""
     try:
         return _PRESETS[name]
     except KeyError:
@@ -88,7 +88,7 @@ def preset(name: str) -> Recipe:
 
 
 def find_recipe(source: str | os.PathLike[str] | Recipe) -> Recipe:
-    """A recipe as users give it: itself, a preset's name, or the path of its JSON file or directory.
+    """Resolve a recipe given as a `Recipe`, a preset's name, or the path of its JSON file or directory.
 
     Raises `RecipeError` if it is none of these, or the recipe there is not valid.
     """

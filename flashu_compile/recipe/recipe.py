@@ -42,7 +42,7 @@ FILE = "recipe.json"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A name, the parameters of both tasks, and by task what was decided. Raises `RecipeError` on nonsense."""
+    """A name, the parameters of both tasks, and the decisions by task. Raises `RecipeError` on inconsistent values."""
 
     name: str
     t2i: T2IConfig = dataclasses.field(default_factory=T2IConfig)
@@ -77,28 +77,28 @@ class Recipe:
             )
 
     def config(self, task: str) -> TaskConfig:
-        """The parameters of `task`. Raises `RecipeError` on an unknown task."""
+        """Return the parameters of `task`. Raises `RecipeError` on an unknown task."""
         if task not in TASKS:
             raise RecipeError(f"A recipe knows the tasks {', '.join(TASKS)}, not {shown(task)}.")
         config: TaskConfig = getattr(self, task)
         return config
 
     def decided(self, task: str) -> Decisions:
-        """What was decided for `task`, without what its parameters switch off."""
+        """Return the decisions for `task`, without those of techniques that its parameters switch off."""
         config = self.config(task)
         return self.decisions.get(task, Decisions()).under(config)
 
     def plan(self, *, points: int | None = None, guidance_scale: float | None = None) -> StepPlan:
-        """Return the trajectory of t2i that this recipe's rules give; see `compile_plan`."""
+        """Compile this recipe's step plan for t2i; see `compile_plan`."""
         return compile_plan(self.t2i, self.decided(T2I.name), points=points, guidance_scale=guidance_scale)
 
     def needs_calibration(self, task: str) -> bool:
-        """Whether the parameters of `task` ask for decisions that are not here."""
+        """Return whether the parameters of `task` require decisions that the recipe lacks."""
         decided = self.decided(task)
         return bool(decided.undecided(self.config(task))) or not decided.complete
 
     def resolved(self, *, points: int, guidance_scale: float, time_shift: float) -> Recipe:
-        """This recipe with a model's own sampler settings where it leaves them open."""
+        """Return this recipe with the model's own sampler settings where it leaves them open."""
         own = {"points": points, "guidance_scale": guidance_scale, "time_shift": time_shift}
         given: dict[str, Any] = {
             name: value for name, value in own.items() if getattr(self.t2i, name) is None
@@ -106,7 +106,7 @@ class Recipe:
         return dataclasses.replace(self, t2i=dataclasses.replace(self.t2i, **given))
 
     def to_json(self) -> str:
-        """All but the kept neurons, of which it has the number."""
+        """Serialise the recipe as JSON text, with the number of kept neurons in place of their indices."""
         data = {
             "schema": SCHEMA,
             "name": self.name,
@@ -123,7 +123,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Inverse of `to_json`. Raises `RecipeError` that names the field which is unknown, mistyped or wrong."""
+        """Parse a recipe written by `to_json`.
+
+        Raises `RecipeError` that names the field which is unknown, mistyped or wrong.
+        """
         try:
             data = _object(json.loads(text, object_pairs_hook=_distinct), "A recipe")
         except (ValueError, RecursionError) as error:
@@ -147,7 +150,7 @@ class Recipe:
             raise RecipeError(f"The recipe is not valid: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to `path`, a .json file or a directory (for its `recipe.json`), and return the JSON file's path.
+        """Write the recipe to `path`, a .json file or a directory (for its `recipe.json`); return the JSON file's path.
 
         The kept neurons go into a .safetensors file of the same name beside it. The two never belong to different
         recipes: a write that is cut short leaves no JSON file. Raises `RecipeError` if something cannot be written,
@@ -170,7 +173,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Inverse of `save`. Raises `RecipeError` if there is no recipe at `path`, or it is not whole."""
+        """Read a recipe written by `save`. Raises `RecipeError` if there is none at `path`, or it is incomplete."""
         from flashu_compile.recipe.files import read_tensors, read_text
 
         path = recipe_path(path)
@@ -188,7 +191,10 @@ class Recipe:
             raise RecipeError(f"{beside} does not belong to {path.name}: {error}") from error
 
     def _with_neurons(self, tensors: Mapping[str, NDArray[np.int64]]) -> Recipe:
-        """The recipe with its kept neurons. Raises `RecipeError` unless `tensors` has these, in the widths it names."""
+        """Return the recipe with its kept neurons.
+
+        Raises `RecipeError` unless `tensors` holds exactly these, in the recorded widths.
+        """
         left = dict(tensors)
         decisions = {}
         for task, part in self.decisions.items():
@@ -207,13 +213,13 @@ class Recipe:
 
 
 def recipe_path(path: str | os.PathLike[str]) -> Path:
-    """The JSON file of the recipe at `path`, which is that file or its directory."""
+    """Return the path of the recipe's JSON file, where `path` is that file or its directory."""
     whole = absolute(path)
     return whole if whole.suffix == ".json" else whole / FILE
 
 
 def merge(t2i: Recipe, mmu: Recipe, name: str | None = None) -> Recipe:
-    """What `t2i` says about pictures and `mmu` about questions; named after both unless `name` is given."""
+    """Combine the t2i part of `t2i` with the mmu part of `mmu`; named after both unless `name` is given."""
     own = t2i.name if t2i.name == mmu.name else f"{t2i.name}+{mmu.name}"
     sources = {T2I.name: t2i, MMU.name: mmu}
     decisions = {task: r.decisions[task] for task, r in sources.items() if task in r.decisions}
@@ -221,7 +227,7 @@ def merge(t2i: Recipe, mmu: Recipe, name: str | None = None) -> Recipe:
 
 
 def _decisions(value: object, where: str) -> Decisions:
-    """The decisions of one task from JSON, whose object keys are texts."""
+    """Parse the decisions of one task from JSON, where block indices are strings."""
     data = _object(value, where)
     _known(data, ("kept_widths", "phases"), where)
     phases = data.get("phases", [])
@@ -254,7 +260,7 @@ def _block(text: str) -> int:
 
 
 def _key(task: str, stack: str, block: int) -> str:
-    """Name the tensor that holds the kept neurons of a block."""
+    """Return the name of the tensor that holds the kept neurons of a block."""
     return f"{task}/{stack}/{block}"
 
 

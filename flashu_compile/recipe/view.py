@@ -17,7 +17,7 @@ _NOT_THERE = "–"  # the technique does not exist for the task
 
 
 def recipe_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """One row a technique, in the order of `COLUMNS`."""
+    """Return one table row for each technique, with the columns `COLUMNS`."""
     t2i, mmu = recipe.t2i, recipe.mmu
     decided = {task: recipe.decided(task) for task in TASKS}
     return [
@@ -35,7 +35,7 @@ def recipe_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 
 def diff(a: Recipe, b: Recipe) -> list[str]:
-    """What changes from recipe `a` to `b`, a line each; none if they are equal."""
+    """List the changes from recipe `a` to `b`, one line each; the list is empty if they are equal."""
     lines = [] if a.name == b.name else [f"name: {a.name} → {b.name}"]
     for task in TASKS:
         before, after = a.config(task), b.config(task)

@@ -35,7 +35,7 @@ def render(
     plan: StepPlan | None,
     comparisons: Mapping[str, Sequence[Comparison]],
 ) -> str:
-    """The page. The same arguments give the same text. Sections without anything to show are left out."""
+    """Render the page as HTML, the same text for the same arguments. Sections with nothing to show are left out."""
     environment = Environment(
         loader=PackageLoader("flashu_compile.report", "."),
         autoescape=True,
@@ -73,7 +73,7 @@ def render(
 
 
 def _cost(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What was measured, with the length of each technique's bar as a share of the longest."""
+    """Return the measured figures, with the length of each technique's bar as a share of the longest."""
     if figures is None or "not_measured" in figures:
         return None if figures is None else dict(figures)
     rows = figures["techniques"]
@@ -95,7 +95,7 @@ def _shown(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
 def _passes(
     records: Sequence[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Those that changed something, over all programs, in the order of their first appearance.
+    """Yield the passes that changed something, over all programs, in the order of their first appearance.
 
     `validated`: what the same passes did to a copy of the model.
     """
@@ -114,7 +114,7 @@ def _passes(
 
 
 def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> dict[str, Any]:
-    """The plots there is data for, by name; without any, the plotting library is not even imported."""
+    """Draw the plots there is data for, by name; without any, the plotting library is not even imported."""
     made: dict[str, Any] = {}
     figures = report.get("calibration", {})
     varied = plan is not None and len({(s.engine, s.guidance_scale) for s in plan.steps}) > 1
@@ -142,7 +142,7 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
 
 
 def _token_rule(recipe: Recipe) -> str:
-    """What the norms of value vectors have to do with the tokens that are dropped."""
+    """Describe which rows token pruning drops; "" where it is off."""
     if not recipe.mmu.token_pruning:
         return ""
     where = "after the layer marked by a dashed line"
@@ -153,7 +153,7 @@ def _token_rule(recipe: Recipe) -> str:
 
 
 def _error(value: float) -> str:
-    """A relative error: in per cent where that is readable."""
+    """Format a relative error: in per cent where that is readable."""
     return f"{100 * value:.3g} %" if value >= 1e-3 else f"{value:.1e}"
 
 

@@ -25,7 +25,7 @@ class Comparison:
 
 
 def data_uri(picture: Image.Image) -> str:
-    """PNG, scaled down to the page; small pictures stay as they are and are scaled up by the browser."""
+    """Encode a picture as a PNG data URI, scaled down to the page's width; the browser scales small ones up."""
     if max(picture.size) > _LARGEST:
         picture = picture.copy()
         picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
@@ -35,9 +35,9 @@ def data_uri(picture: Image.Image) -> str:
 
 
 def keep_map(picture: Image.Image, kept: NDArray[np.bool_]) -> Image.Image | None:
-    """The picture with the squares of dropped tokens dimmed; None where its tokens make no square grid.
+    """Return the picture with the squares of dropped tokens dimmed; None where its tokens form no square grid.
 
-    What stands before the grid among the span's rows (such as a row for the time) has no place in the picture.
+    Rows of the span before the grid (such as one for the time) have no place in the picture.
     """
     side = math.isqrt(len(kept))
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)

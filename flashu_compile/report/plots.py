@@ -57,7 +57,10 @@ _WIDTH = 8.6  # inches of 72 points: the width of the page's column
 
 @contextmanager
 def _figure(height: float, label: str) -> Iterator[tuple[Figure, Callable[[], Markup]]]:
-    """A figure and, to be called when all is drawn, what makes it SVG. `label` tells those who cannot see it."""
+    """Open a figure and yield it with a function that renders it as SVG, to be called when all is drawn.
+
+    `label` is the text alternative for screen readers.
+    """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -84,7 +87,7 @@ def _svg(figure: Figure, label: str) -> Markup:
 
 
 def timeline(plan: StepPlan) -> Markup:
-    """Which engine each evaluation runs, a lane for every engine, over the guidance scale."""
+    """Plot which engine each evaluation runs, a lane for every engine, over the guidance scale."""
     engines = list(dict.fromkeys(step.engine for step in plan.steps))
     label = f"Engines and guidance scale of {len(plan.steps)} evaluations"
     with _figure(1.5 + 0.3 * len(engines), label) as (figure, done):
@@ -113,7 +116,7 @@ def timeline(plan: StepPlan) -> Markup:
 
 
 def importance_map(phases: Sequence[Mapping[str, Any]], skipped: Sequence[Sequence[int]]) -> Markup:
-    """Layer importance, 1 − cosine, by phase of the trajectory: the darker the more; a cross where it is skipped."""
+    """Plot layer importance, 1 − cosine, by phase of the trajectory: darker is more; a cross marks skipped layers."""
     table = np.array([phase["importance"] for phase in phases])
     layers = table.shape[1]
     shades = _shades(table)
@@ -138,14 +141,14 @@ def importance_map(phases: Sequence[Mapping[str, Any]], skipped: Sequence[Sequen
 
 
 def _shades(table: np.ndarray) -> np.ndarray:
-    """Opacities in [0.08, 1], by the order of magnitude: importances span several."""
+    """Map importances to opacities in [0.08, 1] on a logarithmic scale, as they span several orders of magnitude."""
     levels = np.log10(np.maximum(table, table.max() * 1e-4) if table.max() > 0 else np.ones_like(table))
     spread = levels.max() - levels.min()
     return (0.08 + 0.92 * (levels - levels.min()) / (spread or 1.0)).round(3)
 
 
 def importance_bars(importance: Sequence[float], skipped: Sequence[int]) -> Markup:
-    """Layer importance, 1 − cosine, a bar for each layer; those skipped stand out."""
+    """Plot layer importance, 1 − cosine, a bar for each layer; those skipped stand out."""
     with _figure(1.9, "Importance of every layer") as (figure, done):
         axes = figure.subplots()
         colours = [SECOND if layer in skipped else FIRST for layer in range(len(importance))]
@@ -156,7 +159,7 @@ def importance_bars(importance: Sequence[float], skipped: Sequence[int]) -> Mark
 
 
 def score_curves(stacks: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
-    """How neuron scores fall from best to worst, a line for each block, and where they are cut."""
+    """Plot the neuron scores in descending order, a line for each block, and where they are cut."""
     with _figure(2.5, "Scores of FFN neurons from best to worst, with the cut") as (figure, done):
         panels = figure.subplots(1, max(len(stacks), 2), sharey=True, squeeze=False)[0]
         for axes, (stack, blocks) in zip(panels, stacks.items(), strict=False):
@@ -182,7 +185,7 @@ def _curves(axes: Axes, stack: str, blocks: Sequence[Mapping[str, Any]]) -> None
 
 
 def value_norms(norms: Sequence[Mapping[str, float]], layer: int | None) -> Markup:
-    """Mean norms of value vectors of picture and text rows by layer, and the layer after which tokens are dropped."""
+    """Plot mean norms of value vectors by layer, for picture and text rows, and mark where tokens are dropped."""
     with _figure(2.0, "Mean norms of value vectors by layer") as (figure, done):
         axes = figure.subplots()
         for kind, colour in (("image", FIRST), ("text", SECOND)):

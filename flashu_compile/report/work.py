@@ -14,7 +14,10 @@ from flashu_compile.tasks import DENOISE, LLM, MMU, UNDERSTAND, VAE_DECODE, VISI
 
 @dataclasses.dataclass(frozen=True)
 class ProgramWork:
-    """One run on the recorded inputs. `nodes`: of the ONNX graph, None for a program as captured. `rows`: as text."""
+    """The work of one run on the recorded inputs.
+
+    `nodes`: of the ONNX graph, None for a program as captured. `rows`: as text.
+    """
 
     name: str
     task: str
@@ -30,7 +33,7 @@ class ProgramWork:
 
 @dataclasses.dataclass(frozen=True)
 class ResultWork:
-    """What one result takes: as captured and published, and by the bundle's engines."""
+    """The work that one result takes: as captured and published, and by the bundle's engines."""
 
     what: str
     flops: tuple[float, float]
@@ -38,7 +41,7 @@ class ResultWork:
 
 
 def program_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> list[ProgramWork]:
-    """A row for each captured program, and after it those of the engines made from it."""
+    """Return a row for each captured program, followed by those of the engines made from it."""
     counts = report.get("engines", {})
     rows: list[ProgramWork] = []
     sources = dict.fromkeys(counts.get(e.name, {}).get("captured") for e in manifest.engines)
@@ -56,7 +59,7 @@ def program_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan |
 
 
 def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
-    """How often an engine runs, in words."""
+    """Describe in words how often an engine runs."""
     readers = [e.name for e in manifest.engines if e.prologue == name]
     if manifest.engine(name).task == MMU.name:
         once = name == VISION or readers
@@ -93,7 +96,7 @@ def _row(name: str, task: str, counts: Mapping[str, Any], runs: str, *, captured
 
 
 def rows_text(rows: Sequence[int]) -> str:
-    """Rows by layer in short: `904`, or `504 (3 layers), 374 (11)` where they differ."""
+    """Format the numbers of rows by layer: `904`, or `504 (3 layers), 374 (11)` where they differ."""
     stretches: list[list[int]] = []
     for count in rows:
         if stretches and stretches[-1][0] == count:
@@ -108,7 +111,7 @@ def rows_text(rows: Sequence[int]) -> str:
 
 
 def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> list[ResultWork]:
-    """What a first picture takes, and the first token of an answer; nothing where the report lacks the counts."""
+    """Compute the work of a first picture, and of an answer's first token; empty where the report lacks the counts."""
     captured, engines = report.get("captured", {}), report.get("engines", {})
     found: list[ResultWork] = []
     if plan is not None and {DENOISE, VAE_DECODE} <= captured.keys():
@@ -149,7 +152,7 @@ def _result(
 
 
 def engine_errors(report: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """The error of every engine output that a build has measured, by engine: of the proof copy's, if there was one."""
+    """Return the measured errors of engine outputs by engine: those of the proof copy, if there was one."""
     if "proof" in report:
         return dict(report["proof"]["engines"])
     return {name: told["errors"] for name, told in report.get("engines", {}).items() if "errors" in told}
@@ -157,7 +160,10 @@ def engine_errors(report: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Declined:
-    """What a pass left as it is, and why. `undone`: the technique, if it was asked for and nothing of it was done."""
+    """Something a pass left unchanged, and why.
+
+    `undone`: the technique, if it was requested and nothing of it was done.
+    """
 
     program: str
     name: str
@@ -166,7 +172,7 @@ class Declined:
 
 
 def declined(report: Mapping[str, Any]) -> list[Declined]:
-    """Return a row for each reason, those of techniques that were asked for and not done first."""
+    """Return a row for each reason, beginning with those of techniques that were requested and not done."""
     rows = [
         Declined(row["program"], row["name"], why, None if row["changes"] else row.get("technique"))
         for row in report.get("passes", [])
@@ -176,7 +182,7 @@ def declined(report: Mapping[str, Any]) -> list[Declined]:
 
 
 def answers_text(answered: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a build's bundle answered when it was asked, from the report's entry `answered`; "" if there is none."""
+    """Format the answers that a build's bundle gave, from the report's entry `answered`; "" if there is none."""
     return "; ".join(f"{task}: {_answer_text(told)}" for task, told in answered.items())
 
 
@@ -192,6 +198,9 @@ def _answer_text(told: Mapping[str, Any]) -> str:
 def largest_error(
     records: Sequence[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]]
 ) -> float | None:
-    """Of the records of one pass; and of those in `validated`, what passes did to a copy, that are of this pass too."""
+    """Return the largest error in one pass's `records`, and in the records of the same pass in `validated`.
+
+    `validated` records what passes did to a copy.
+    """
     alike = (*records, *(record for record in validated if record["name"] == records[0]["name"]))
     return max((record["error"] for record in alike if record["error"] is not None), default=None)

@@ -50,6 +50,7 @@ class BoundRuns:
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run on `inputs`, replaying the CUDA graph of their shapes if there is one; return copies of the outputs."""
         key = tuple(inputs[name].shape for name in sorted(inputs))
         with self._lock:
             buffers = self._buffers.get(key)
@@ -88,7 +89,7 @@ class BoundRuns:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _StateBinding:
-    """A binding, and the arrays that it was made for; they are their owner's."""
+    """A binding and the arrays it was made for, held by weak references."""
 
     binding: Any
     arrays: dict[str, weakref.ref[NDArray[Any]]]
@@ -98,11 +99,11 @@ class _StateBinding:
 
 
 class StateRuns:
-    """Runs of one session that takes and gives back state, in the arrays that hold it.
+    """Runs of one session that reads and updates state in place, in the arrays that hold it.
 
-    Each of these is bound as an input and as an output, and ONNX Runtime's TensorScatter writes new rows into what is
-    both. (Bound to two places, it would copy first.) On a CPU a binding serves again while the arrays are the same: a
-    decoding step has dozens, and binding them takes as long as a layer.
+    Each of these is bound as an input and as an output, so that ONNX Runtime's TensorScatter writes new rows into
+    it. (If they were bound to two places, it would copy first.) On a CPU a binding is reused while the arrays are
+    the same: a decoding step has dozens, and binding them takes as long as a layer.
     """
 
     def __init__(self, session: Any, spec: EngineSpec) -> None:
@@ -119,7 +120,7 @@ class StateRuns:
     def run(
         self, inputs: Mapping[str, NDArray[Any]], state: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
     ) -> dict[str, NDArray[Any]]:
-        """The outputs that are not state; `sizes` are those of dynamic dimensions."""
+        """Run once, updating `state`, and return the other outputs; `sizes` are those of dynamic dimensions."""
         bound = self._take(state)
         given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         for name, array in given.items():
@@ -143,7 +144,7 @@ class StateRuns:
         return results
 
     def _take(self, state: Mapping[str, NDArray[Any]]) -> _StateBinding:
-        """The binding of the last run, which no other run may use then, or a new one."""
+        """Return the last run's binding, reserving it for this run, or make a new one."""
         with self._lock:
             idle, self._idle = self._idle, None
         if idle is not None and idle.is_for(state):
@@ -159,7 +160,7 @@ class StateRuns:
 
 
 def _shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> list[int] | None:
-    """The shape of an output, or None if its dimensions are not all those of inputs."""
+    """Return the shape of an output, or None if it has a dimension that no input has."""
     shape = [sizes.get(size) if isinstance(size, str) else size for size in tensor.shape]
     return None if None in shape else shape  # type: ignore[return-value]
 

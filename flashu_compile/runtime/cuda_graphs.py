@@ -30,7 +30,7 @@ class _Captured:
 
 
 class Replayed:
-    """`call`, whose first run with new shapes is an ordinary one, and whose second is captured.
+    """Wraps `call`: the first run with new shapes is an ordinary one, the second is captured, later ones replay it.
 
     One run at a time. Beyond `MAX_SHAPES` sets of shapes runs are ordinary ones, with the same results.
     """
@@ -41,6 +41,7 @@ class Replayed:
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Run `call` on `inputs`, or replay the graph captured for their shapes; outputs are the caller's to keep."""
         shapes = tuple(tensor.shape for tensor in inputs)
         with self._lock:
             if shapes not in self._graphs:

@@ -30,23 +30,23 @@ ROOM = 64
 
 
 class Answers(Protocol):
-    """Answers on their way, all to questions about one picture."""
+    """Answers being decoded, all to questions about one picture."""
 
     def first(self) -> NDArray[np.float32]:
-        """Logits [answers, vocab] of each one's first token."""
+        """Return the logits [answers, vocab] of each answer's first token."""
         ...
 
     def after(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [answers, vocab] of the tokens after `tokens`, one for each, which follow what was given before."""
+        """Append one token to each answer, and return the logits [answers, vocab] of the next ones."""
         ...
 
     def drop(self, place: int) -> None:
-        """Forget the answer at `place`; the last one takes its place."""
+        """Remove the answer at `place`; the last one takes its place."""
         ...
 
 
 class Picture:
-    """A picture that questions are asked about: what answers share is computed once."""
+    """A picture that questions are asked about: whatever its answers share is computed once."""
 
     def __init__(self, engines: Engines, prefix: list[int], embeds: NDArray[np.float32]) -> None:
         self._engines, self._engine = engines, engines.engine(LANGUAGE)
@@ -54,7 +54,7 @@ class Picture:
         self._context: Mapping[str, Any] | None = None
 
     def answers(self, suffixes: Sequence[list[int]]) -> Answers:
-        """New answers to questions; each suffix holds the ids behind the image and begins with the same."""
+        """Begin answers to questions; each suffix holds the ids behind the image, and all suffixes begin alike."""
         if self._engine.spec.prologue is None:
             return _FullForward(self._engine, self._inputs, suffixes)
         if self._context is None:
@@ -65,7 +65,10 @@ class Picture:
         return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
 
     def greedy(self, logits: NDArray[np.float32]) -> list[int]:
-        """The next token of every answer. Raises `NotFiniteError`, naming the engine, if logits have no largest one."""
+        """Choose the next token of every answer; see `Source.greedy`.
+
+        Raises `NotFiniteError`, naming the engine at fault, if the largest logit is not finite.
+        """
         try:
             return Source.engine(self._engines, LANGUAGE).greedy(logits)
         except NotFiniteError:
@@ -79,7 +82,7 @@ class Picture:
 def tokens(
     picture: Picture, suffixes: Sequence[list[int]], end: int, limit: int
 ) -> Iterator[tuple[int, int]]:
-    """Greedy tokens of every answer, each with the number of its suffix: up to `limit` before the token `end`."""
+    """Yield greedy tokens, each with the index of its suffix: up to `limit` per answer, before the token `end`."""
     for start in range(0, len(suffixes), BATCH):
         for number, token in _batch(picture, suffixes[start : start + BATCH], end, limit):
             yield start + number, token
@@ -88,9 +91,9 @@ def tokens(
 def pieces(
     said: Iterator[tuple[int, int]], decode: Callable[[Sequence[int]], str]
 ) -> Iterator[tuple[int, str]]:
-    """The text of answers as their tokens come, each piece with the number of its answer.
+    """Yield the text of answers as their tokens arrive, each piece with the index of its answer.
 
-    A piece waits while its last character is not whole.
+    A piece is held back while its last character is incomplete.
     """
     ids: defaultdict[int, list[int]] = defaultdict(list)
     told: defaultdict[int, str] = defaultdict(str)
@@ -155,7 +158,7 @@ class _FullForward:
 
 
 class _CachedForward:
-    """Runs new rows alone, on keys and values of the rows before. `context`: those of the picture and what precedes."""
+    """Runs the new rows alone, on cached keys and values. `context`: those of the picture and what precedes it."""
 
     def __init__(self, engine: Engine, context: Mapping[str, Any], suffixes: Sequence[list[int]]) -> None:
         self._engine, self._suffixes = engine, suffixes
@@ -203,7 +206,7 @@ class Caches:
         self.lengths = np.full(count, most, dtype=np.int64)
 
     def state(self, *, room_for: int) -> State:
-        """The caches, with room for so many more rows of each answer."""
+        """Return the caches, grown if needed to hold `room_for` more rows of each answer."""
         needed = int(self.lengths.max()) + room_for
         for name, array in self._arrays.items():
             if array.shape[2] + self._fewer[name] < needed:
@@ -214,7 +217,7 @@ class Caches:
         return self._arrays
 
     def drop(self, place: int) -> None:
-        """Forget an answer; the last one takes its place. The rest stays where it is."""
+        """Remove an answer; the last one takes its place. The others stay where they are."""
         self.lengths[place] = self.lengths[-1]
         self.lengths = self.lengths[:-1]
         for name, array in self._arrays.items():

@@ -20,7 +20,7 @@ _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnx
 
 
 def examine() -> list[Finding]:
-    """Look at every backend. Takes seconds, and longer where TensorRT works or C++ is compiled. Raises nothing."""
+    """Examine every backend. Takes seconds, and longer where TensorRT works or C++ is compiled. Raises nothing."""
     return [*_backends(), *_onnxruntime(), *_libraries()]
 
 
@@ -79,7 +79,7 @@ def _tensorrt() -> Finding:
 
 
 def _installed(module: str, distribution: str) -> str | None:
-    """The version of a module that could be imported, without importing it; None if there is none."""
+    """Return the version of an importable module without importing it, or None if it is not installed."""
     try:
         if importlib.util.find_spec(module) is None:
             return None

@@ -25,41 +25,45 @@ class Engine(Protocol):
     """One compiled program, ready to run from any thread."""
 
     @property
-    def spec(self) -> EngineSpec: ...
+    def spec(self) -> EngineSpec:
+        """The engine's signature."""
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """Outputs by name. Raises `InputError` if an input is missing, unknown or of the wrong dtype or shape."""
+        """Run the engine and return its outputs by name.
+
+        Raises `InputError` if an input is missing, unknown or of the wrong dtype or shape.
+        """
         ...
 
 
 class Engines(Protocol):
-    """The engines of one bundle on one backend, each made ready when it is first asked for."""
+    """The engines of one bundle on one backend, each loaded when it is first requested."""
 
     @property
     def precision(self) -> str:
-        """What they compute in, as the manifest says it."""
+        """The precision the engines compute in, as recorded in the manifest."""
         ...
 
     def engine(self, name: str) -> Engine:
-        """Raises `BundleError` if there is no such engine or its files are damaged."""
+        """Return the engine called `name`. Raises `BundleError` if there is none or its files are damaged."""
         ...
 
 
 @runtime_checkable
 class Updating(Protocol):
-    """What an engine may offer besides `Engine`."""
+    """An engine that can update state in place; optional beside `Engine`."""
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
-        """Run on `inputs` and `state`, whose arrays are contiguous.
+        """Run on `inputs` and `state`, whose arrays are contiguous, and return the outputs that are not state by name.
 
-        `state` holds the new state afterwards: in the same arrays, or in others in the place of kept values.
-        The other outputs, by name. Raises as `Engine.run` does.
+        `state` holds the new state afterwards: arrays are overwritten, kept values may be replaced. Raises as
+        `Engine.run` does.
         """
         ...
 
 
 def update(engine: Engine, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
-    """`Updating.update` of an engine that offers it, or the same by `Engine.run` and a copy."""
+    """Run an engine and update `state`, by `Updating.update` if it offers that, else by `Engine.run` and a copy."""
     if isinstance(engine, Updating):
         return engine.update(inputs, state)
     outputs = engine.run({**inputs, **state})
@@ -70,20 +74,23 @@ def update(engine: Engine, inputs: Tensors, state: State) -> dict[str, NDArray[A
 
 @runtime_checkable
 class Keeping(Protocol):
-    """What an engine may offer besides `Engine`."""
+    """An engine that can leave outputs on the device that computed them; optional beside `Engine`."""
 
     def keep(self, inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-        """Outputs by name, those in `names` where they are. Inputs may be arrays or kept values. Raises as `run`."""
+        """Run and return the outputs by name, leaving those in `names` on the device.
+
+        Inputs may be arrays or kept values. Raises as `Engine.run` does.
+        """
         ...
 
 
 def keep(engine: Engine, inputs: Mapping[str, Any], names: Container[str] | None = None) -> dict[str, Any]:
-    """`Keeping.keep` of an engine that offers it, of all outputs if no names are given, or the same by `Engine.run`."""
+    """Run an engine, by `Keeping.keep` if it offers that, else by `Engine.run`; no `names` means all outputs."""
     if not isinstance(engine, Keeping):
         return engine.run(inputs)
     return engine.keep(inputs, {tensor.name for tensor in engine.spec.outputs} if names is None else names)
 
 
 def zeros_like(value: Any, shape: tuple[int, ...]) -> Any:
-    """Zeros of another shape, of the dtype and in the place of an array or a kept value."""
+    """Return zeros of another shape, with the dtype and on the device of an array or a kept value."""
     return np.zeros(shape, value.dtype) if isinstance(value, np.ndarray) else value.new_zeros(shape)

@@ -22,7 +22,7 @@ _VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
 
 @dataclasses.dataclass(frozen=True)
 class ExternalWeight:
-    """An initializer in a file. `data_type` is ONNX's number of it; `offset` and `length` are in bytes."""
+    """An initializer stored in a file. `data_type` is ONNX's number of it; `offset` and `length` are in bytes."""
 
     name: str
     data_type: int
@@ -33,7 +33,10 @@ class ExternalWeight:
 
 
 def external_weights(model: bytes, where: str) -> tuple[ExternalWeight, ...]:
-    """The initializers of a serialised model that lie in files. Raises `BundleError`, naming `where`, if it is none."""
+    """Return the initializers of a serialised model that are stored in files.
+
+    Raises `BundleError`, naming `where`, if `model` is no such model.
+    """
     view = memoryview(model)
     try:
         return tuple(
@@ -83,7 +86,7 @@ def _text(value: int | memoryview) -> str:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Number and value of each field; a value with a length as its bytes, which may be a message."""
+    """Yield the number and the value of each field; a length-delimited value, possibly a message, as its bytes."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)

@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One backend or library. `needed_for` says what one cannot do without it.
+    """The state of one backend or library. `needed_for` says what one cannot do without it.
 
     `status` is `works` (tried just now), `found` (there, but not tried, or good for a part) or `missing`; `detail` is
     the version or provider, or what is lacking and how to get it.

@@ -62,20 +62,19 @@ def load(
 ) -> Pipeline:
     """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
 
-    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime: what is asked for runs, or this
-    fails. `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
+    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; loading fails if it does not work.
+    `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
     `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
     one per core). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
     `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
     `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use. `trust=True` lets a
-    backend run whose engines are code: give it only for bundles whose builder you know. A prompt or question is text
-    and nothing else, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens in it
-    (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own, by name.
+    backend run whose engines are code: give it only for bundles whose builder you know. A prompt or question is plain
+    text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens in it (`<|im_end|>`,
+    `<image>`) are control tokens, as in the published scripts. `options` are the backend's own, by name.
 
     Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle or it is damaged,
-    `BundleVersionError` if its schema is newer,
-    `BackendUnavailableError` if its backend or the provider does not work here, `ConfigurationError` on an unknown
-    provider name, number of threads, memory mode or option, or if trust is needed.
+    `BundleVersionError` if its schema is newer, `BackendUnavailableError` if its backend or the provider does not work
+    here, `ConfigurationError` on an unknown provider, number of threads, memory mode or option, or if trust is needed.
     """
     directory = absolute(path)
     arguments.flag("verify_hashes", verify_hashes)
@@ -100,7 +99,7 @@ def load(
 
 
 def _read_recipe(files: BundleFiles) -> Recipe:
-    """The bundle's recipe, whose rules give plans. Raises `BundleError` if they do not."""
+    """Read the bundle's recipe, whose rules give plans. Raises `BundleError` if they do not."""
     try:
         recipe = Recipe.from_json(files.text(RECIPE))
         recipe.plan()
@@ -112,7 +111,7 @@ def _read_recipe(files: BundleFiles) -> Recipe:
 
 
 def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
-    """Every engine the tasks need is there, with the outputs they read. Raises `BundleError` otherwise."""
+    """Check that every engine the tasks need exists, with the outputs they read. Raises `BundleError` otherwise."""
     needed: list[tuple[str, str, Shape]] = []
     if manifest.generation is not None:
         steps, settings = plan.steps if plan else (), manifest.generation
@@ -130,7 +129,7 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
 
 
 def _check_output(spec: EngineSpec, name: str, shape: Shape) -> None:
-    """An output is there with this many dimensions, and of these sizes where the signature fixes them."""
+    """Check that an output exists with this rank, and with these sizes where the signature fixes them."""
     found = next((tensor for tensor in spec.outputs if tensor.name == name), None)
     if found is None:
         raise BundleError(f"Engine {spec.name!r} has no output {name!r}; build the bundle again.")
@@ -207,16 +206,15 @@ class Pipeline:
         guidance_scale: float | None = None,
         progress: CountProgress | None = None,
     ) -> Image.Image | list[Image.Image]:
-        """A picture of the prompt; for a list of prompts, a list of pictures.
+        """Generate a picture of the prompt; for a list of prompts, a list of pictures.
 
-        A prompt in a list gives exactly what it gives alone with the same seed: one `seed` holds for every prompt,
-        a list of seeds has one for each. `steps` counts time points (2 to 1,000), as in the published scripts: N points
+        A prompt in a list gives exactly what it gives alone with the same seed: one `seed` holds for every prompt, a
+        list of seeds has one for each. `steps` counts time points (2 to 1,000), as in the published scripts: N points
         are N - 1 evaluations. It and `guidance_scale` default to the bundle's plan; a scale of 1 follows the prompt
         alone, 0 ignores it. `progress(done, total)` is called after each evaluation, all prompts counted together.
 
-        Raises `UnknownTaskError` if the bundle lacks t2i, `InputError` on an unusable prompt, seed, number of
-        steps or guidance scale, `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine gives
-        what is no number.
+        Raises `UnknownTaskError` if the bundle lacks t2i, `InputError` on an unusable prompt, seed, number of steps or
+        guidance scale, `BundleError` if an engine's file is damaged, `NotFiniteError` on outputs that are not finite.
         """
         decoder: Engine | None = None
         pictures = []
@@ -235,18 +233,17 @@ class Pipeline:
         guidance_scale: float | None = None,
         progress: CountProgress | None = None,
     ) -> NDArray[np.float32]:
-        """The final latents float32 [prompts, c, h, w] that `generate` would decode; for measuring and checking."""
+        """Sample the latents float32 [prompts, c, h, w] that `generate` would decode; for measuring and checking."""
         rows = list(self._sample(prompt, seed, steps, guidance_scale, progress))
         empty = np.empty((0, *self._generation().latent_shape), dtype=np.float32)
         return np.concatenate([empty, *rows])
 
     def plan_for(self, steps: int | None = None, guidance_scale: float | None = None) -> StepPlan:
-        """The trajectory `generate` follows for these arguments; the bundle's own if both are None.
+        """Return the trajectory that `generate` follows for these arguments; the bundle's own if both are None.
 
-        `guidance_scale` is the scale that the recipe's guidance schedule refers to.
-
-        Raises `UnknownTaskError` if the bundle lacks t2i, `InputError` if an argument is out of range, or the plan
-        that the recipe's rules give for it runs an engine that the bundle lacks.
+        `guidance_scale` is the scale that the recipe's guidance schedule refers to. Raises `UnknownTaskError` if the
+        bundle lacks t2i, `InputError` if an argument is out of range, or the plan for it runs an engine that the bundle
+        lacks.
         """
         self._generation()
         assert self.plan is not None  # both read with the generation settings, in `load`
@@ -277,7 +274,7 @@ class Pipeline:
         guidance_scale: float | None,
         progress: CountProgress | None,
     ) -> Iterator[NDArray[np.float32]]:
-        """Latents [1, c, h, w] of one prompt after another. All arguments are checked before the first is sampled."""
+        """Yield the latents [1, c, h, w] of each prompt. All arguments are checked before the first is sampled."""
         settings = self._generation()
         plan = self.plan_for(steps, guidance_scale)
         prompts = arguments.texts("prompt", prompt)
@@ -309,15 +306,15 @@ class Pipeline:
     def ask(
         self, image: Picture, question: str | list[str], *, max_new_tokens: int | None = None
     ) -> str | list[str]:
-        """The answer to a question about a picture; for a list of questions, a list of answers.
+        """Answer a question about a picture; for a list of questions, return a list of answers.
 
         `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions, whose
-        answers are decoded side by side. A question in a list gets the answer that it gets alone.
-        Decoding is greedy and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A
-        question and its answer share as many positions as the longest of both have by the bundle's own limits.
+        answers are decoded side by side. A question in a list gets the answer that it gets alone. Decoding is greedy
+        and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A question and its
+        answer share as many positions as the longest of both have by the bundle's own limits.
 
-        Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable
-        question, `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine gives what is no number.
+        Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable question,
+        `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine's output is not finite.
         """
         suffixes, limit = self._questions(question, max_new_tokens)
         picture = self._picture(image)
@@ -328,9 +325,9 @@ class Pipeline:
         return texts[0] if isinstance(question, str) else texts
 
     def logits(self, image: Picture, question: str, *, tokens: int) -> tuple[list[int], NDArray[np.float32]]:
-        """Return the first `tokens` ids of the answer, and the logits [tokens, vocab] that they are the largest of.
+        """Return the first `tokens` ids of the answer, and the logits [tokens, vocab] whose argmax they are.
 
-        The end of an answer is a token as any other here; for measuring and checking. Errors as for `ask`.
+        The end-of-sequence token counts like any other here; for measuring and checking. Errors as for `ask`.
         """
         suffixes, count = self._questions(question, tokens)
         answers = self._picture(image).answers(suffixes)
@@ -353,10 +350,10 @@ class Pipeline:
     def stream(
         self, image: Picture, question: str | list[str], *, max_new_tokens: int | None = None
     ) -> Iterator[str] | Iterator[tuple[int, str]]:
-        """The answer piece by piece, as it is decoded: together the pieces are what `ask` gives.
+        """Return an iterator over the pieces of the answer as it is decoded; joined, they are what `ask` returns.
 
-        For a list of questions, which are answered side by side, pairs of a question's place in the list and the next
-        piece of its answer. Arguments and errors as for `ask`; all arguments are checked when this is called.
+        For a list of questions, which are answered side by side, it yields pairs of a question's index in the list and
+        the next piece of its answer. Arguments and errors as for `ask`; all arguments are checked when this is called.
         """
         suffixes, limit = self._questions(question, max_new_tokens)
         said = decoding.tokens(self._picture(image), suffixes, self._codec.eos, limit)
@@ -366,7 +363,7 @@ class Pipeline:
     def _questions(
         self, question: str | list[str], max_new_tokens: int | None
     ) -> tuple[list[list[int]], int]:
-        """The ids behind the image for every question, and the limit of tokens."""
+        """Encode every question to the ids behind the image, and return them with the limit of new tokens."""
         settings = self._understanding()
         suffixes = [
             self._codec.question_suffix(text, settings.max_question_tokens)

@@ -58,6 +58,7 @@ class Placement:
 
     @property
     def nodes(self) -> int:
+        """The number of nodes."""
         return sum(self.operators.values())
 
     def __str__(self) -> str:
@@ -66,18 +67,19 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class SessionRequest:
-    """What a session is asked for: providers with their options, in order, and entries of its configuration."""
+    """The providers to request for a session with their options, in order, and its configuration entries."""
 
     providers: tuple[tuple[str, dict[str, str]], ...]
     entries: dict[str, str]
 
     @property
     def cuda_graph(self) -> bool:
+        """Whether runs are to be captured as CUDA graphs."""
         return dict(self.providers).get(CUDA, {}).get(CUDA_GRAPH) == "1"
 
 
 def entered(options: ProviderOptions | None) -> dict[str, object]:
-    """Return the options as they are to be kept: folders by their absolute paths. Raises `PathError` as `absolute`."""
+    """Return the options with folders as absolute paths, to be kept. Raises `PathError` as `absolute` does."""
     return {
         name: absolute(value) if name in _FOLDERS and isinstance(value, str | os.PathLike) else value
         for name, value in (options or {}).items()
@@ -85,7 +87,7 @@ def entered(options: ProviderOptions | None) -> dict[str, object]:
 
 
 def session_request(provider: str, wanted: tuple[str, ...], options: ProviderOptions) -> SessionRequest:
-    """Sort options by who reads them. Raises `ConfigurationError` on one that nobody would, or that misleads.
+    """Route each option to its reader. Raises `ConfigurationError` on an option that has none, or that misleads.
 
     `trt_…` goes to TensorRT, `device_id` to every provider, the names in `SESSION_ENTRIES` to the session, all else
     to the last provider (which is CUDA beside TensorRT).
@@ -147,11 +149,11 @@ def engine_options(
     profile: Profile | None,
     given: ProviderOptions,
 ) -> dict[str, object]:
-    """What the TensorRT provider is told about one engine, beneath the options `given`.
+    """Return the TensorRT provider's options for one engine; those in `given` take precedence.
 
-    Built engines and timings are kept from run to run in a folder of their own for each content of graph and weights:
-    the provider's own key is the graph alone, so other weights would be served by an old engine. The ranges of dynamic
-    dimensions are given, so that no engine is built again when a longer prompt comes.
+    Built engines and timings are cached in a folder of their own for each content of graph and weights: the
+    provider's own key is the graph alone, so that other weights would be served by an old engine. The ranges of
+    dynamic dimensions are given, so that no engine is built again when a longer prompt comes.
     """
     if TENSORRT not in wanted:
         return dict(given)
@@ -180,13 +182,13 @@ def _content(manifest: Manifest, spec: EngineSpec) -> str:
 
 
 def configure(options: ort.SessionOptions, request: SessionRequest) -> None:
-    """Write the request's entries, and that assignments are to be recorded, into `options`."""
+    """Write the request's entries into `options`, and enable the recording of node assignments."""
     for name, value in {_RECORD_ASSIGNMENT: "1", **request.entries}.items():
         options.add_session_config_entry(name, value)
 
 
 def check_options(session: Any, request: SessionRequest) -> None:
-    """Every option was understood by the provider it was meant for. Raises `ConfigurationError` otherwise."""
+    """Check that every option was understood by its provider. Raises `ConfigurationError` otherwise."""
     got = session.get_provider_options()
     for provider, options in request.providers:
         unknown = sorted(options.keys() - got.get(provider, {}).keys())
@@ -195,7 +197,7 @@ def check_options(session: Any, request: SessionRequest) -> None:
 
 
 def placements(session: Any) -> tuple[Placement, ...]:
-    """Which provider runs which of a session's nodes; its session options went through `configure`."""
+    """Return which provider runs which of a session's nodes; its session options went through `configure`."""
     counts: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
         counts.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
@@ -205,9 +207,9 @@ def placements(session: Any) -> tuple[Placement, ...]:
 
 
 def check_placements(engine: str, provider: str, wanted: tuple[str, ...], got: Iterable[Placement]) -> None:
-    """Only the arithmetic of sizes may run elsewhere than on the providers asked for.
+    """Check that all nodes but the arithmetic of sizes run on the providers asked for.
 
-    Raises `BackendUnavailableError` naming the operators that do.
+    Raises `BackendUnavailableError` naming the operators that do not.
     """
     for placement in got:
         if placement.provider in wanted:

@@ -25,7 +25,7 @@ Schedules = Callable[[str, float], Mapping[str, Any]]
 
 
 def prompt_pair(codec: PromptCodec, settings: GenerationSettings, prompt: str) -> Tensors:
-    """The text of both guidance branches: row 0 the prompt, row 1 the empty prompt.
+    """Encode the text of both guidance branches: row 0 the prompt, row 1 the empty prompt.
 
     Both are padded on the left to the same length, so that their image spans stand in the same rows:
     `prompt_ids` int64 [2, prompt], `prompt_mask` bool [2, prompt] (false on padding), `tail_ids` int64 [2, tail],
@@ -49,16 +49,16 @@ def sample(
     progress: Callable[[], None] | None = None,
     scheduled: Schedules | None = None,
 ) -> NDArray[np.float32]:
-    """Latents float32 [1, c, h, w] at t = 1 from `noise` of the same shape at t = 0.
+    """Integrate from `noise` at t = 0 to the latents float32 [1, c, h, w] at t = 1, of the same shape.
 
     Each step computes v = v_u + s (v_c - v_u) from the two guidance branches, of which only one is run where s is 1
-    or 0, and advances the latents by Euler's method or, as the plan says, that of Adams and Bashforth of order 2.
-    State and arithmetic are float32. `text` is a `prompt_pair`; `progress` is called after every evaluation.
-    `scheduled`, of the same engines, may have been used by runs before.
+    or 0, and advances the latents by Euler's method or, if the plan says so, by the second-order Adams-Bashforth
+    method. State and arithmetic are float32. `text` is a `prompt_pair`; `progress` is called after every
+    evaluation. `scheduled`, of the same engines, may be shared between runs.
 
-    Raises `BundleError` if an engine asks for an input that this sampler does not know, or if head features are to be
-    reused that were not stored. If the latents stop being finite: `InputError` where the guidance scale has driven
-    them so far, `NotFiniteError` where an engine has.
+    Raises `BundleError` if an engine has an input unknown to this sampler, or if head features are to be reused
+    that were not stored. If the latents become non-finite: `InputError` where the guidance scale is the cause,
+    `NotFiniteError` where an engine is.
     """
     latents, cache = noise, _HeadCache()
     constants = _Constants(engines, text, scheduled or schedules(engines))
@@ -97,7 +97,7 @@ def _by_guidance(step: Step, when: str) -> InputError:
 
 
 def _by_engine(engines: Engines, step: Step, given: Mapping[str, Any], when: str) -> FlashuError:
-    """The error that names the engine of a step, or the one whose values it was given, if those are no numbers."""
+    """Build the error that names the engine of a step, or the engine that gave it non-finite inputs."""
     broken = next((name for name, value in given.items() if is_broken(value)), None)
     if broken is None:
         source = Source.engine(engines, step.engine)
@@ -111,7 +111,7 @@ def _by_engine(engines: Engines, step: Step, given: Mapping[str, Any], when: str
 
 
 def _guided(step: Step, velocities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The velocity [c, h, w] that those of the branches of a step [branches, c, h, w] make."""
+    """Combine the velocities of a step's branches [branches, c, h, w] into the guided velocity [c, h, w]."""
     if len(step.branches) == 1:
         return velocities[0]
     conditional, unconditional = velocities
@@ -126,9 +126,9 @@ def _velocities(
     cache: _HeadCache,
     constants: _Constants,
 ) -> tuple[Mapping[str, Any], NDArray[np.float32]]:
-    """What the engine of one step takes, and the velocities [branches, c, h, w] that it gives.
+    """Run the engine of one step; return its inputs and the velocities [branches, c, h, w].
 
-    Head features go into or come from the cache.
+    Head features are stored in the cache or read from it.
     """
     engine, rows = engines.engine(step.engine), step.branches
     wanted = [tensor.name for tensor in engine.spec.inputs]
@@ -155,7 +155,7 @@ def _velocities(
 
 
 def schedules(engines: Engines) -> Schedules:
-    """What `engines` give at time points, each computed when it is first asked for and kept for later runs."""
+    """Return a memoised function that runs an engine at a time point; later runs reuse its values."""
 
     @functools.lru_cache(maxsize=_POINTS_KEPT)
     def values(name: str, t: float) -> Tensors:
@@ -169,14 +169,14 @@ def _timestep(t: float) -> NDArray[np.float32]:
 
 
 class _Constants:
-    """What engines take that latents have no part in: of prologues, which run when first used, and of schedules."""
+    """The engine inputs that do not depend on latents: prologues' outputs, run on first use, and schedules'."""
 
     def __init__(self, engines: Engines, text: Tensors, scheduled: Schedules) -> None:
         self._engines, self._text, self._scheduled = engines, text, scheduled
         self._known: dict[str, Mapping[str, Any]] = {}
 
     def values(self, engine: Engine, rows: slice, t: float) -> Tensors:
-        """What `engine` takes for these rows of the text and this time point, of what is not given by the caller."""
+        """Return `engine`'s inputs from its prologue and schedule, for these rows of the text at time `t`."""
         schedule = engine.spec.schedule
         timed = {} if schedule is None else self._scheduled(schedule, t)
         return {**self._of_prologue(engine, rows), **timed}
@@ -199,7 +199,7 @@ class _Constants:
 
 
 class _HeadCache:
-    """The head features [branches, rows, width] of the last two steps that stored theirs, each with its step."""
+    """The head features [branches, rows, width] of the last two steps that stored any, each with its step."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[Step, Any]] = []  # arrays or kept values
@@ -208,7 +208,7 @@ class _HeadCache:
         self._entries = [*self._entries[-1:], (step, features)]
 
     def features(self, step: Step) -> Any:
-        """Those of the branches of `step`: as stored last or, if it says so, on the line through the last two."""
+        """Return the features for the branches of `step`: those stored last, or extrapolated if the step says so."""
         needed = 2 if step.extrapolate else 1
         recent = self._entries[-needed:]
         if len(recent) < needed or any(not set(step.branches) <= set(past.branches) for past, _ in recent):

@@ -28,7 +28,10 @@ _PRODUCT = base64.b64decode(
 
 @functools.cache
 def products_saturate() -> bool:
-    """Whether the largest products, added up, are wrong here without `session.x64quantprecision`, or fail."""
+    """Return whether int8 products saturate, or fail, on this processor without `session.x64quantprecision`.
+
+    Runs the largest products once to find out.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     depth = 64

@@ -97,9 +97,10 @@ _log = logging.getLogger(__name__)
 
 
 class OnnxRuntimeEngine:
-    """An ONNX Runtime session under its signature. `InferenceSession.run` may be called from several threads.
+    """An ONNX Runtime session with its signature. `InferenceSession.run` may be called from several threads.
 
-    `placements` tells which provider runs how many nodes. With `bound`, runs go through fixed buffers, one at a time.
+    `placements` says which provider runs how many nodes. With `bound`, runs go through fixed buffers, one at a
+    time.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class OnnxRuntimeEngine:
                 )
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the session; see `Engine.run`. Raises `BundleError` if ONNX Runtime fails."""
         sizes = check_inputs(self.spec, inputs)
         if self._state:
             state = {name: inputs[name].copy() for name in self._state}
@@ -146,7 +148,7 @@ class OnnxRuntimeEngine:
         return check_outputs(self.spec, dict(zip(self._outputs, values, strict=True)), sizes)
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
-        """As `Updating` says; see `StateRuns`."""
+        """Run the session and update `state` in place; see `Updating.update` and `StateRuns`."""
         sizes = check_inputs(self.spec, {**inputs, **state})
         try:
             outputs = self._stateful.run(inputs, state, sizes)
@@ -197,9 +199,11 @@ class OnnxRuntimeEngines:
 
     @property
     def precision(self) -> str:
+        """The precision the engines compute in, as recorded in the manifest."""
         return self._files.manifest.precision
 
     def engine(self, name: str) -> OnnxRuntimeEngine:
+        """Return the engine called `name`, creating its session on first use."""
         with self._lock:
             if name not in self._engines:
                 self._engines[name] = self._create(self._files.manifest.engine(name))
@@ -230,7 +234,10 @@ class OnnxRuntimeEngines:
     def _session(
         self, spec: EngineSpec, path: Path, options: ProviderOptions
     ) -> tuple[ort.InferenceSession, ProviderOptions]:
-        """A session and the options it got: an engine that cannot be captured has no CUDA graph, which is logged."""
+        """Create a session and return it with its options.
+
+        An engine that cannot be captured gets no CUDA graph, which is logged.
+        """
         try:
             session = create_session(
                 path, self.provider, self._threads, options, self._weights, contrib=self._contrib
@@ -248,7 +255,7 @@ class OnnxRuntimeEngines:
 
 
 def resolve_provider(provider: str) -> tuple[str, ...]:
-    """ONNX Runtime's names of the providers asked for. Raises `ConfigurationError` on an unknown name."""
+    """Return ONNX Runtime's names of the providers asked for. Raises `ConfigurationError` on an unknown name."""
     if provider in PROVIDERS:
         return PROVIDERS[provider]
     if provider.endswith("ExecutionProvider"):
@@ -268,9 +275,10 @@ def create_session(
     *,
     contrib: bool = True,
 ) -> ort.InferenceSession:
-    """A session that has every provider asked for, or an error. With `weights` it reads those, which must outlive it.
+    """Create a session that has every provider asked for, with no fallback to others.
 
-    `contrib`: ONNX Runtime may fuse nodes into operators of its own, when it loads the graph.
+    `weights`, if given, are where it reads its weights from, and must outlive it. `contrib`: ONNX Runtime may fuse
+    nodes into operators of its own when it loads the graph.
 
     Raises `BackendUnavailableError` if a provider is missing, `ConfigurationError` on an option that it does not
     know, and whatever ONNX Runtime raises on a bad model.
@@ -319,8 +327,8 @@ def create_session(
 def probe_provider(provider: str) -> list[str]:
     """Run a tiny model on the provider and return the providers its session really has.
 
-    This is the only honest test: `onnxruntime.get_available_providers` lists what was compiled in, not what works.
-    Raises `BackendUnavailableError` saying what is missing.
+    Nothing less is a test: `onnxruntime.get_available_providers` lists what was compiled in, not what works. Raises
+    `BackendUnavailableError` saying what is missing.
     """
     try:
         session = create_session(_PROBE, provider)
@@ -334,9 +342,9 @@ def probe_provider(provider: str) -> list[str]:
 
 
 def _shortfall(name: str, symptom: str = "it could not be created") -> str:
-    """What keeps a provider from working, and what it takes.
+    """Explain what keeps a provider from working, and what it requires.
 
-    To be called only after ONNX Runtime has tried: it must be first to load these libraries.
+    Call this only after ONNX Runtime has tried: it must be first to load these libraries.
     """
     stem = _LIBRARY_STEMS.get(name)
     if stem is not None and sys.platform == "linux":
@@ -357,7 +365,7 @@ def _preload_cuda_libraries() -> None:
 
 @functools.cache
 def _preload_once() -> None:
-    """Let ONNX Runtime find the CUDA libraries that pip installs; what it prints goes to the log."""
+    """Preload the CUDA libraries that pip installs for ONNX Runtime; its printed output goes to the log."""
     if not hasattr(ort, "preload_dlls"):
         return
     printed = io.StringIO()

@@ -28,7 +28,10 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def check_memory(memory: str, provider: str) -> None:
-    """Raises `ConfigurationError` if there is no such mode, or not on this provider (by ONNX Runtime's name)."""
+    """Check a memory mode. Raises `ConfigurationError` if it is unknown or not available on the provider.
+
+    `provider` is ONNX Runtime's name of it.
+    """
     if memory not in get_args(Memory):
         raise ConfigurationError(
             f"Unknown memory mode {shown(memory)}; known ones are: {', '.join(get_args(Memory))}."
@@ -42,11 +45,12 @@ def check_memory(memory: str, provider: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WeightsBeside:
-    """The weight store in `folder`, for sessions of graphs that are not files there, read as if they were."""
+    """The weight store in `folder`, for sessions of graphs in memory that refer to it."""
 
     folder: Path
 
     def configure(self, options: ort.SessionOptions) -> None:
+        """Make a session resolve external weights in `folder`."""
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.folder)
         )

@@ -37,7 +37,7 @@ ADVICE = (
 
 @dataclasses.dataclass(frozen=True)
 class BuiltEngine:
-    """An engine that was built: its file, and what it was built for."""
+    """A built engine: its file, and the device and version it was built for."""
 
     file: str
     tensorrt: str
@@ -47,7 +47,7 @@ class BuiltEngine:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedEngine:
-    """An engine to be built: its graph for TensorRT, the shapes it must take, and what was built of it."""
+    """An engine to be built: its graph for TensorRT, its range of input shapes, and the result once it is built."""
 
     graph: str
     profile: Profile
@@ -63,14 +63,16 @@ class TensorRTPlan:
 
     @property
     def carries_code(self) -> bool:
+        """Whether the engines carry a lean runtime, which is code."""
         return bool(self.options["version_compatible"]) and not self.options["exclude_lean_runtime"]
 
     def to_json(self) -> str:
+        """Serialise the plan as JSON text, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> TensorRTPlan:
-        """Raises `BundleError` on anything but a plan."""
+        """Parse a plan. Raises `BundleError` on anything else."""
         try:
             data = json.loads(text)
             engines = {
@@ -92,7 +94,7 @@ class TensorRTPlan:
 
 
 def read_plan(files: BundleFiles) -> TensorRTPlan:
-    """The plan of a bundle. Raises `BundleError` if there is none."""
+    """Read the plan of a bundle. Raises `BundleError` if there is none."""
     if PLAN_FILE not in files.manifest.files:
         raise BundleError(
             f"{files.directory} has no TensorRT plan; make one with `flashu-compile tensorrt {files.directory}`."
@@ -108,14 +110,14 @@ class Libraries:
     cuda: Any
 
     def checked(self, result: tuple[Any, ...]) -> Any:
-        """The value of a CUDA call. Raises `BackendUnavailableError` if it failed."""
+        """Return the value of a CUDA call's result. Raises `BackendUnavailableError` if the call failed."""
         error, *values = result
         if error != self.cuda.cudaError_t.cudaSuccess:
             raise BackendUnavailableError(f"CUDA failed: {error!s}. {ADVICE}")
         return values[0] if values else None
 
     def device(self) -> tuple[str, str]:
-        """Name and compute capability of the GPU in use."""
+        """Return the name and the compute capability of the GPU in use."""
         properties = self.checked(self.cuda.cudaGetDeviceProperties(self.checked(self.cuda.cudaGetDevice())))
         name = properties.name
         text = name.decode() if isinstance(name, bytes) else str(name)
@@ -123,7 +125,10 @@ class Libraries:
 
 
 def import_libraries() -> Libraries:
-    """Raises `BackendUnavailableError` saying which of library, driver and GPU is missing, and what to do."""
+    """Import TensorRT and the CUDA bindings, and check that there is a GPU.
+
+    Raises `BackendUnavailableError` saying which of library, driver and GPU is missing, and what to do.
+    """
     try:
         import tensorrt
     except (ImportError, OSError) as error:
@@ -143,7 +148,7 @@ def import_libraries() -> Libraries:
 
 
 class TensorRTEngines:
-    """The built engines of a bundle, each deserialised when it is first asked for.
+    """The built engines of a bundle, each deserialised when it is first requested.
 
     Raises `BundleError` without a plan, `ConfigurationError` if engines carry code and are not trusted,
     `BackendUnavailableError` if TensorRT does not work here.
@@ -172,9 +177,11 @@ class TensorRTEngines:
 
     @property
     def precision(self) -> str:
+        """The precision the engines compute in, as recorded in the manifest."""
         return self._files.manifest.precision
 
     def engine(self, name: str) -> TensorRTEngine:
+        """Return the engine called `name`, deserialising it on first use."""
         with self._lock:
             if name not in self._engines:
                 self._engines[name] = self._load(self._files.manifest.engine(name))
@@ -201,7 +208,7 @@ class TensorRTEngines:
         return TensorRTEngine(spec, engine, self._libraries)
 
     def _refit(self, engine: Any, spec: EngineSpec, planned: PlannedEngine) -> None:
-        """Put the bundle's weights into an engine that was built without."""
+        """Refit an engine that was built without weights with those of the bundle."""
         trt = self._libraries.trt
         logger = trt.Logger(trt.Logger.WARNING)
         refitter = trt.Refitter(engine, logger)
@@ -218,7 +225,7 @@ class TensorRTEngines:
 
 
 def check_built_for(name: str, built: BuiltEngine, plan: TensorRTPlan, libraries: Libraries) -> None:
-    """Raises `BackendUnavailableError` if an engine was built for another device or version than those here."""
+    """Check that an engine was built for this device and version. Raises `BackendUnavailableError` if not."""
     device, capability = libraries.device()
     version = libraries.trt.__version__
     if built.compute_capability != capability:
@@ -251,6 +258,7 @@ class TensorRTEngine:
             )
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the engine; see `Engine.run`. Raises `BackendUnavailableError` if a CUDA call fails."""
         sizes = check_inputs(self.spec, inputs)
         with self._lock:
             memory: list[int] = []
@@ -288,13 +296,16 @@ class TensorRTEngine:
         return outputs
 
     def _place(self, name: str, size: int, memory: list[int]) -> int:
-        """Device memory for a tensor, told to the context; at least a byte, since none may be without an address."""
+        """Allocate device memory for a tensor and set its address in the context.
+
+        At least one byte is allocated, since every tensor must have an address.
+        """
         address = int(self._lib.checked(self._lib.cuda.cudaMalloc(max(size, 1))))
         memory.append(address)
         self._context.set_tensor_address(name, address)
         return address
 
     def _copy(self, target: int, source: int, size: int, direction: Any) -> None:
-        """Copies in the stream and waits, so that host memory may go."""
+        """Copy in the stream and wait for it, so that host memory may be released."""
         self._lib.checked(self._lib.cuda.cudaMemcpyAsync(target, source, size, direction, self._stream))
         self._lib.checked(self._lib.cuda.cudaStreamSynchronize(self._stream))

@@ -29,22 +29,23 @@ TOLERANCE = TOLERANCES["float32"]
 
 @dataclasses.dataclass(frozen=True)
 class FileCheck:
-    """One file. `status` is `ok`, `missing`, `changed`, or `unexpected` (there, but not in the manifest)."""
+    """One file's check. `status` is `ok`, `missing`, `changed`, or `unexpected` (there, but not in the manifest)."""
 
     name: str
     status: str
 
     @property
     def ok(self) -> bool:
+        """Whether the file is as recorded."""
         return self.status == "ok"
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputCheck:
-    """One output of one engine: the relative L2 distance from its reference (infinite where it has no number).
+    """The check of one output of one engine: the relative L2 distance from its reference (infinite without a number).
 
-    `note` says why there is no distance: why an engine was not run (its row then has no output name), or what is
-    wrong in another way.
+    `note` says why there is no distance: why an engine was not run (its row then has no output name), or what else
+    is wrong.
     """
 
     engine: str
@@ -55,13 +56,16 @@ class OutputCheck:
 
     @property
     def ok(self) -> bool:
+        """Whether the output is within the tolerance."""
         return self.error <= self.tolerance
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """`placements` tells, for each engine that was run, which provider of ONNX Runtime
-    ran how many of its nodes."""
+    """The results of all checks.
+
+    `placements` says, for each engine that was run, which provider of ONNX Runtime ran how many of its nodes.
+    """
 
     files: tuple[FileCheck, ...]
     outputs: tuple[OutputCheck, ...]
@@ -69,6 +73,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether all checks passed."""
         return all(file.ok for file in self.files) and all(output.ok for output in self.outputs)
 
 
@@ -85,10 +90,10 @@ def verify(
 ) -> Verification:
     """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
 
-    `progress` is told the name of each file and engine before it is checked. Raises only what makes checking
+    `progress` is called with the name of each file and engine before it is checked. Raises only what makes checking
     impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider, number of threads, memory mode or option,
-    or if the engines are code and `trust` is not given; see `load` for these.
+    provider does not work here, `ConfigurationError` on an unknown provider, number of threads, memory mode or
+    option, or if the engines are code and `trust` is not given; see `load` for these.
     """
     directory = absolute(path)
     arguments.function("progress", progress)

@@ -48,6 +48,7 @@ class GenerationStep(nn.Module):
         latents: Float[Tensor, "1 c h w"],
         timestep: Float[Tensor, " 1"],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the velocity, the head features and the logits of one padded step."""
         model, config = self.model, self.model.config
         batch = prompt_ids.shape[0]
         latents, timestep = latents.expand(batch, -1, -1, -1), timestep.expand(batch)
@@ -80,6 +81,7 @@ class UnderstandingForward(nn.Module):
         prefix_ids: Int[Tensor, "b prefix"],
         suffix_ids: Int[Tensor, "b suffix"],
     ) -> tuple[Tensor, Tensor]:
+        """Compute the logits of the last row and the image embeddings."""
         model, config = self.model, self.model.config
         image = model.embed_image(self.vae.encode(pixels))
         batch, prefix = prefix_ids.shape
@@ -95,19 +97,22 @@ class UnderstandingForward(nn.Module):
 
 
 class LatentDecoder(nn.Module):
+    """The VAE's decoder, from normalised latents to pixels."""
+
     def __init__(self, vae: LatentCodec) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> tuple[Tensor]:
+        """Decode latents to pixels."""
         return (self.vae.decode(latents),)
 
 
 def capture_specs(task: str, model: Showo2, vae: LatentCodec) -> tuple[CaptureSpec, ...]:
-    """The programs to capture for `task` ("t2i" or "mmu").
+    """Return the specifications of the programs to capture for `task` ("t2i" or "mmu").
 
-    Raises `ConfigurationError` for understanding at another resolution than the model's own: it is published for
-    that one alone.
+    Raises `ConfigurationError` for understanding at another resolution than the model's own, the only one it is
+    published for.
     """
     if task == T2I.name:
         return _generation(model), _decoder(model, vae)

@@ -65,7 +65,7 @@ _SEQUENCE_MULTIPLE = 128
 
 
 class Declared(NamedTuple):
-    """What is said about a model beside its tensors. `None` and empty mappings mean: not said.
+    """What is declared about a model beside its tensors. `None` and empty mappings mean: not declared.
 
     `settings` are the constructor's arguments under their published names; `llm` is a Hugging Face Qwen2
     configuration as a dictionary; `semantic_heads` the attention heads of `und_trans`.
@@ -77,24 +77,24 @@ class Declared(NamedTuple):
 
 
 def declared_by(module: nn.Module) -> Declared:
-    """What an instance of the published class, or of one like it, says about itself."""
+    """Read what an instance of the published class, or of one like it, declares about itself."""
     heads = _mapping(getattr(getattr(module, "und_trans", None), "config", None)).get("num_attention_heads")
     llm = _mapping(getattr(getattr(module, "showo", None), "config", None))
     return Declared(_mapping(getattr(module, "config", None)), llm or None, heads)
 
 
 def missing_signature(names: Mapping[str, Any]) -> list[str]:
-    """The names of `SIGNATURE` that are absent: none if this is a Show-o2 state dict."""
+    """List the names of `SIGNATURE` that are absent: none if this is a Show-o2 state dict."""
     return [name for name in SIGNATURE if name not in names]
 
 
 def knows_llm(state: Mapping[str, Tensor]) -> bool:
-    """Whether the language model is of a published size, so that its configuration need not be looked up."""
+    """Return whether the language model is of a published size, so that its configuration need not be looked up."""
     return _llm_sizes(state) in _QWEN_ATTENTION
 
 
 def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Config:
-    """The configuration of a Show-o2 state dict in the published names.
+    """Infer the configuration of a Show-o2 state dict in the published names.
 
     Raises:
         CheckpointError: head counts are unknown (the message says to pass `llm_config`), or tensors and
@@ -137,7 +137,7 @@ def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Confi
 
 
 def build(config: Showo2Config, state: Mapping[str, Tensor]) -> Showo2:
-    """The network of `config` on the tensors of `state` themselves, in eval mode, taking no gradients.
+    """Build the network of `config` on the tensors of `state` themselves, in eval mode, taking no gradients.
 
     Nothing is copied or initialised. `showo.lm_head.weight` may be absent where it is tied. A
     `time_embed_proj` is left out where no time token asks for it (published models always carry one).
@@ -196,7 +196,7 @@ def _shape(state: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Layers under `prefix`: one more than the highest index."""
+    """Count the layers under `prefix`: one more than the highest index."""
     indices = {name.removeprefix(prefix).split(".", 1)[0] for name in state if name.startswith(prefix)}
     return 1 + max((int(index) for index in indices if index.isdecimal()), default=-1)
 
@@ -260,7 +260,7 @@ def _declared_attention(llm: Mapping[str, Any], hidden: int, ffn: int) -> Attent
 
 
 def _rope(llm: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters, from where transformers keeps them now or from where it kept them before v5."""
+    """Read the rotary parameters, from where transformers stores them now or stored them before v5."""
     parameters = dict(llm.get("rope_scaling") or {}) | dict(llm.get("rope_parameters") or {})
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     if "rope_theta" in llm:
@@ -269,7 +269,7 @@ def _rope(llm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tied(state: Mapping[str, Tensor], llm: Mapping[str, Any]) -> bool:
-    """Whether output and input embeddings are one: the tensors decide, where both are there."""
+    """Return whether output and input embeddings are tied: the tensors decide, where both are present."""
     if LM_HEAD not in state:
         return bool(llm.get("tie_word_embeddings", True))
     embedding, head = state[EMBEDDING], state[LM_HEAD]
@@ -309,7 +309,7 @@ def _head(state: Mapping[str, Tensor]) -> HeadConfig:
 
 
 def _latent_grid(settings: Mapping[str, Any], position_grid: int) -> int:
-    """Image tokens per side: as configured, else as many as there are learnt positions."""
+    """Return the number of image tokens per side: as configured, else as many as there are learnt positions."""
     height, width = (settings.get(f"image_latent_{side}") for side in ("height", "width"))
     if height != width:
         raise CheckpointError(f"Pictures must be square; the configuration says {height} × {width} tokens.")
@@ -326,7 +326,7 @@ def _sequence_length(latent_grid: int) -> int:
 
 
 def _published_run(llm: LLMConfig, latent_grid: int) -> Showo2Config | None:
-    """The published configuration of this size and resolution, for the settings no checkpoint stores."""
+    """Find the published configuration of this size and resolution, for the settings no checkpoint stores."""
     for known in CONFIGURATIONS.values():
         sizes = (known.llm.hidden_size, known.llm.intermediate_size, known.latent_grid)
         if sizes == (llm.hidden_size, llm.intermediate_size, latent_grid):
@@ -335,7 +335,7 @@ def _published_run(llm: LLMConfig, latent_grid: int) -> Showo2Config | None:
 
 
 def _mapping(config: Any) -> dict[str, Any]:
-    """A configuration object as a dictionary: a mapping, one with `to_dict`, or plain attributes."""
+    """Convert a configuration object to a dictionary: a mapping, one with `to_dict`, or plain attributes."""
     if config is None:
         return {}
     if isinstance(config, Mapping):

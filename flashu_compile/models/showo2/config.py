@@ -92,6 +92,7 @@ class Showo2Config:
 
     @property
     def image_tokens(self) -> int:
+        """The number of image tokens of a picture."""
         return self.latent_grid**2
 
     @property
@@ -106,15 +107,17 @@ class Showo2Config:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """The shape [channels, height, width] of a picture's latents."""
         side = self.latent_grid * self.patch_size
         return (self.latent_channels, side, side)
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert the configuration to nested dictionaries, which `from_dict` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Showo2Config:
-        """Inverse of `to_dict`. Raises `ConfigurationError` on unknown or missing keys."""
+        """Build a configuration from `to_dict`'s result. Raises `ConfigurationError` on unknown or missing keys."""
         try:
             llm, semantic, head = (
                 LLMConfig(**data["llm"]),
@@ -153,7 +156,7 @@ CONFIGURATIONS: dict[str, Showo2Config] = {
 
 
 def configuration(name: str) -> Showo2Config:
-    """The configuration of a published checkpoint by name. Raises `ConfigurationError` on an unknown name."""
+    """Return the configuration of a published checkpoint by name. Raises `ConfigurationError` on an unknown name."""
     try:
         return CONFIGURATIONS[name]
     except KeyError:

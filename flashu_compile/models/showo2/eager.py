@@ -31,7 +31,7 @@ from flashu_compile.recipe.config import LARGEST_SCALE
 
 
 class EagerPipeline:
-    """`generate` and `ask` as a Pipeline has them, on the model itself."""
+    """`generate` and `ask` with the interface of a `Pipeline`, run on the model itself."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         if loaded.vae is None:
@@ -48,7 +48,7 @@ class EagerPipeline:
         guidance_scale: float | None = None,
         time_shift: float | None = None,
     ) -> Trajectory:
-        """Sampler states for one prompt, in the published padded layout.
+        """Sample one prompt in the published padded layout; return the final latents and every guided velocity.
 
         Raises `InputError` if an argument is out of range, `NotFiniteError` if the latents are not finite at the end.
         """
@@ -80,6 +80,7 @@ class EagerPipeline:
     def generate(
         self, prompt: str, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
     ) -> Image.Image:
+        """Generate a picture of the prompt; see `Pipeline.generate`."""
         latents = self.trajectory(prompt, seed=seed, steps=steps, guidance_scale=guidance_scale).latents
         return to_picture(self.vae.decode(latents)[0].float().numpy(), model_source(self.network))
 
@@ -87,6 +88,7 @@ class EagerPipeline:
     def ask(
         self, image: str | Path | Image.Image | np.ndarray, question: str, *, max_new_tokens: int = 300
     ) -> str:
+        """Answer a question about a picture; see `Pipeline.ask`."""
         prefix, suffix = self.codec.question_prefix(), self.codec.question_suffix(question)
         reference = UnderstandingReference(self.network, self.latents(image))
         tokens = reference.greedy(
@@ -104,6 +106,6 @@ class EagerPipeline:
         return reference.logits(torch.tensor([prefix]), ids)[0, -len(answer) :]
 
     def latents(self, image: str | Path | Image.Image | np.ndarray) -> Float[Tensor, "1 c h w"]:
-        """Normalised latents of a picture, preprocessed as the runtime does."""
+        """Encode a picture, preprocessed as the runtime does, to normalised latents."""
         size = self.network.config.latent_shape[1] * self.vae.spatial_factor
         return self.vae.encode(torch.from_numpy(engine_pixels(image, size)))

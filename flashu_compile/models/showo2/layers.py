@@ -30,12 +30,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square layer normalisation with a learnt weight."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
+        """Normalise the last axis."""
         wide = at_least_float32(x)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -51,6 +54,7 @@ class TimeEmbedding(nn.Module):
         self.frequency_size = frequency_size
 
     def forward(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch hidden"]:
+        """Embed times in [0, 1]."""
         half = self.frequency_size // 2
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device).float() / half)
         angles = at_least_float32(t)[:, None] * frequencies[None]
@@ -59,16 +63,19 @@ class TimeEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
+    """Linear embedding of square patches of latents."""
+
     def __init__(self, channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch tokens hidden"]:
+        """Embed each patch as a token, in raster order."""
         return self.proj(latents).flatten(2).transpose(1, 2)
 
 
 def llama3_inverse_frequencies(head_dim: int, theta: float) -> Float[Tensor, " half"]:
-    """Rotary frequencies with llama 3 scaling: long wavelengths are stretched, short ones kept, a ramp between."""
+    """Compute rotary frequencies with Llama 3 scaling: long wavelengths stretched, short ones kept, a ramp between."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     wavelengths = 2 * math.pi / frequencies
     span = _LLAMA3_HIGH_FREQUENCY_FACTOR - _LLAMA3_LOW_FREQUENCY_FACTOR
@@ -77,6 +84,7 @@ def llama3_inverse_frequencies(head_dim: int, theta: float) -> Float[Tensor, " h
 
 
 def head_rotary(config: HeadConfig, positions: Int[Tensor, "batch rows"], dtype: torch.dtype) -> Rotary:
+    """Compute the diffusion head's rotary tables at `positions`."""
     head_dim = config.hidden_size // config.num_attention_heads
     frequencies = llama3_inverse_frequencies(head_dim, config.rope_theta).to(positions.device)
     return rotary_tables(positions, frequencies, dtype)
@@ -85,7 +93,7 @@ def head_rotary(config: HeadConfig, positions: Int[Tensor, "batch rows"], dtype:
 def rotary_tables(
     positions: Int[Tensor, "batch rows"], frequencies: Float[Tensor, " half"], dtype: torch.dtype
 ) -> Rotary:
-    """Cosines and sines [batch, rows, 2 half]; both halves are the same. Angles are float32."""
+    """Compute cosines and sines [batch, rows, 2 half]; both halves are the same. Angles are float32."""
     angles = positions[..., None].float() * frequencies.float()
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -102,6 +110,8 @@ def _rotate(x: Float[Tensor, "b heads rows d"], rotary: Rotary) -> Float[Tensor,
 
 
 class HeadAttention(nn.Module):
+    """Grouped-query attention with normalised queries and keys and rotary positions."""
+
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -126,6 +136,7 @@ class HeadAttention(nn.Module):
         rotary: Rotary,
         mask: Bool[Tensor, "b 1 rows rows"],
     ) -> Float[Tensor, "b rows hidden"]:
+        """Attend from every row to the rows that `mask` allows."""
         query = _rotate(self.q_norm(self._split(self.q_proj(x))).transpose(1, 2), rotary)
         key = _rotate(self.k_norm(self._split(self.k_proj(x))).transpose(1, 2), rotary)
         value = self._split(self.v_proj(x)).transpose(1, 2)
@@ -134,6 +145,8 @@ class HeadAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
+    """A SwiGLU feed-forward network without biases."""
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
@@ -141,11 +154,12 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """Apply the network to every row."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`x * (1 + scale) + shift` in float32, cast back."""
+    """Compute `x * (1 + scale) + shift` in float32, cast back."""
     wide = at_least_float32(x) * (1 + at_least_float32(scale)) + at_least_float32(shift)
     return wide.to(x.dtype)
 
@@ -153,7 +167,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def on_span(
     value: Float[Tensor, "b hidden"], span: Bool[Tensor, "b rows"], elsewhere: float
 ) -> Float[Tensor, "b rows hidden"]:
-    """`value` on the rows of the image span, the constant `elsewhere` on all others."""
+    """Return `value` on the rows of the image span and the constant `elsewhere` on all others."""
     return torch.where(span[..., None], value[:, None], elsewhere)
 
 
@@ -178,6 +192,7 @@ class HeadBlock(nn.Module):
         rotary: Rotary,
         mask: Bool[Tensor, "b 1 rows rows"],
     ) -> Float[Tensor, "b rows hidden"]:
+        """Apply attention and the feed-forward network, each with its residual connection."""
         parts = self.adaLN_modulation(time).chunk(6, dim=-1)
         shift_a, scale_a, shift_m, scale_m = (on_span(parts[i], span, 0.0) for i in (0, 1, 3, 4))
         gate_a, gate_m = (on_span(parts[i], span, 1.0) for i in (2, 5))
@@ -197,5 +212,6 @@ class FinalLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b rows hidden"], time: Float[Tensor, "b hidden"]
     ) -> Float[Tensor, "b rows patch"]:
+        """Project rows to latent patches, modulated by time."""
         shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))

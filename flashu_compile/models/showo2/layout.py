@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def span_rows(offsets: Int[Tensor, " b"], length: int, rows: int) -> Bool[Tensor, "b rows"]:
-    """True on the `length` rows from each offset on."""
+    """Return a mask that is true on the `length` rows from each offset on."""
     index = torch.arange(rows, device=offsets.device)[None]
     return (index >= offsets[:, None]) & (index < offsets[:, None] + length)
 
@@ -22,9 +22,10 @@ def span_rows(offsets: Int[Tensor, " b"], length: int, rows: int) -> Bool[Tensor
 def attention_mask(
     span: Bool[Tensor, "b rows"], valid: Bool[Tensor, "b rows"] | None = None
 ) -> Bool[Tensor, "b 1 rows rows"]:
-    """True where a row (second to last axis) may attend to a column: causal, and all-to-all inside the span.
+    """Return a mask that is true where a row (second to last axis) may attend to a column.
 
-    Columns that are not `valid` are seen by themselves alone, so that no softmax is over nothing.
+    Attention is causal, and all-to-all inside the span. Columns that are not `valid` are attended to by themselves
+    alone, so that no softmax is over an empty set.
     """
     index = torch.arange(span.shape[1], device=span.device)
     mask = (index[:, None] >= index[None]) | (span[:, :, None] & span[:, None, :])
@@ -34,5 +35,5 @@ def attention_mask(
 
 
 def row_positions(valid: Bool[Tensor, "b rows"]) -> Int[Tensor, "b rows"]:
-    """0, 1, 2, … over the valid rows; 0 on rows before the first."""
+    """Return each row's position: 0, 1, 2, … over the valid rows, and 0 on rows before the first."""
     return (valid.long().cumsum(1) - 1).clamp(min=0)

@@ -78,13 +78,15 @@ class Showo2(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.image_embedder_gen.proj.weight.dtype
 
     def embed_text(self, ids: Int[Tensor, "b rows"]) -> Float[Tensor, "b rows hidden"]:
+        """Look up the embeddings of token ids."""
         return self.showo.model.embed_tokens(ids)
 
     def embed_image(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens hidden"]:
-        """Latents [b, c, grid*patch, grid*patch] → image tokens as the LLM reads them, raster order."""
+        """Embed latents [b, c, grid*patch, grid*patch] as image tokens for the LLM, in raster order."""
         latents = latents.to(self.dtype)
         semantic = self.image_embedder_und(latents) + self._positions()
         semantic = self.und_trans(inputs_embeds=semantic).last_hidden_state
@@ -103,7 +105,7 @@ class Showo2(nn.Module):
     def embed_time(
         self, t: Float[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b head_hidden"], Float[Tensor, "b one hidden"] | None]:
-        """t → (time features for the head's modulation, the time token for the LLM or None)."""
+        """Embed t as (time features for the head's modulation, the time token for the LLM or None)."""
         features = self.time_embed(t)
         if not self.config.add_time_embeds:
             return features, None
@@ -116,6 +118,7 @@ class Showo2(nn.Module):
         positions: Int[Tensor, "b rows"],
         valid: Bool[Tensor, "b rows"] | None = None,
     ) -> RowTables:
+        """Compute the attention mask and the rotary tables of rows with these positions."""
         # Not transformers' own function, which some releases write as a product of matrices: what follows from one
         # position could not be told from what follows from another.
         llm_rotary = rotary_tables(positions, self.showo.model.rotary_emb.inv_freq, self.dtype)
@@ -123,23 +126,24 @@ class Showo2(nn.Module):
         return RowTables(span, mask, llm_rotary, head_rotary(self.config.head, positions, self.dtype))
 
     def published_tables(self, offsets: Int[Tensor, " b"], length: int, rows: int) -> RowTables:
-        """Tables of the published layout: spans of `length` rows at `offsets`, positions 0 … rows-1."""
+        """Compute the tables of the published layout: spans of `length` rows at `offsets`, positions 0 … rows-1."""
         positions = torch.arange(rows, device=offsets.device)[None].expand(len(offsets), -1)
         return self.tables(span_rows(offsets, length, rows), positions)
 
     def llm(self, rows: Float[Tensor, "b rows hidden"], tables: RowTables) -> Float[Tensor, "b rows hidden"]:
-        """Decoder layers and the final norm."""
+        """Apply the LLM's decoder layers and final norm."""
         for layer in self.showo.model.layers:
             rows = layer(rows, attention_mask=tables.mask, position_embeddings=tables.llm_rotary)
         return self.showo.model.norm(rows)
 
     def logits(self, hidden: Float[Tensor, "b rows hidden"]) -> Float[Tensor, "b rows vocab"]:
+        """Apply the language model's output head."""
         return self.showo.lm_head(hidden)
 
     def head(
         self, hidden: Float[Tensor, "b rows hidden"], time: Float[Tensor, "b head_hidden"], tables: RowTables
     ) -> Float[Tensor, "b rows head_hidden"]:
-        """The diffusion head's transformer stack, over all rows."""
+        """Apply the diffusion head's transformer stack to all rows."""
         rows = self.diff_proj(hidden) if self.bridged else hidden
         for block in self.diffusion_head_a:
             rows = block(rows, time, tables.span, tables.head_rotary, tables.mask)
@@ -148,7 +152,7 @@ class Showo2(nn.Module):
     def velocity(
         self, image_rows: Float[Tensor, "b tokens head_hidden"], time: Float[Tensor, "b head_hidden"]
     ) -> Float[Tensor, "b c h w"]:
-        """Head features of the image rows → velocity.
+        """Project the head features of the image rows to the velocity.
 
         The published model writes token k's patch to the raster positions p²k … p²k+p²-1 of the latent, not
         to the p×p square it was read from; it was trained so.

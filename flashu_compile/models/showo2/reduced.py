@@ -17,16 +17,16 @@ GRID, _VOCABULARY, _TEXT_ROWS = 8, 1024, 32
 
 
 def depths(config: Showo2Config) -> dict[str, int]:
-    """How many layers each stack has."""
+    """Return the number of layers of each stack."""
     return {stack: getattr(config, stack).num_hidden_layers for stack in STACKS}
 
 
 def reduced(network: Showo2, layers: Mapping[str, Sequence[int]], grid: int = GRID) -> Showo2:
-    """The copy with the `layers` of each stack, in that order. Widths and heads stay what they are.
+    """Return a copy with only the `layers` of each stack, in that order. Widths and heads stay what they are.
 
-    It shares the memory of `network`. Its picture has `grid` × `grid` tokens (two more a side where the model
-    interpolates its position table), its vocabulary the first 1024 words, its text 32 rows; its position table, words
-    and text no more than the model has.
+    It shares the memory of `network`. Its picture has `grid` × `grid` tokens (two more per side where the model
+    interpolates its position table), its vocabulary the first 1024 tokens, its text 32 rows; position table,
+    vocabulary and text are never larger than the model's.
     """
     config = _config(network.config, layers, grid)
     state: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]], grid: int
 
 
 def place_in_copy(name: str, layers: Mapping[str, Sequence[int]]) -> str | None:
-    """What a tensor of the model, whatever stands before its name, is called in the copy; None if it is not there."""
+    """Map a tensor's name in the model, with any prefix, to its name in the copy; None if the copy lacks it."""
     for stack, root in STACKS.items():
         before, found, rest = name.partition(root)
         if found:

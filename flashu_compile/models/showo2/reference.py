@@ -22,6 +22,8 @@ Guidance = float | Callable[[int], float]
 
 
 class StepOutput(NamedTuple):
+    """The outputs of one generation step."""
+
     velocity: Float[Tensor, "b c h w"]
     head_features: Float[Tensor, "b tokens head_hidden"]
     logits: Float[Tensor, "b rows vocab"]
@@ -35,7 +37,7 @@ class Trajectory(NamedTuple):
 
 
 def time_grid(points: int, shift: float) -> Float[Tensor, " points"]:
-    """The sampler's times in float64: `linspace(0, 1, points)` warped by t / (t + shift - shift * t)."""
+    """Compute the sampler's times in float64: `linspace(0, 1, points)` warped by t / (t + shift - shift * t)."""
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     return t / (t + shift - shift * t)
 
@@ -51,13 +53,13 @@ def place_span(
 
 
 def _added(tables: RowTables, dtype: torch.dtype) -> RowTables:
-    """With the mask as numbers to add to scores, which attention would make of truth values in every layer."""
+    """Replace the boolean mask by an additive one, so that attention need not convert it in every layer."""
     mask = torch.zeros(tables.mask.shape, dtype=dtype, device=tables.mask.device)
     return tables._replace(mask=mask.masked_fill_(~tables.mask, float("-inf")))
 
 
 def model_source(model: Showo2) -> Source:
-    """Name the model, for errors about what it gives."""
+    """Return the source that names the model in errors about its outputs."""
     return Source("The model", str(model.dtype).removeprefix("torch."))
 
 
@@ -73,6 +75,7 @@ class GenerationReference:
 
     @torch.inference_mode()
     def step(self, latents: Float[Tensor, "b c h w"], t: Float[Tensor, " b"]) -> StepOutput:
+        """Evaluate the model on the whole batch at times `t`, and return velocity, head features and logits."""
         model = self.model
         time, time_row = model.embed_time(t)
         image = model.embed_image(latents)
@@ -98,10 +101,11 @@ def generate(
     shift: float | None = None,
     stepping: Callable[..., GenerationReference] = GenerationReference,
 ) -> Trajectory:
-    """Euler from noise (t = 0) to latents (t = 1) with classifier-free guidance v = v_u + s (v_c - v_u).
+    """Integrate from noise (t = 0) to latents (t = 1) by Euler's method with classifier-free guidance.
 
-    Row 0 of `text` is the prompt, row 1 the empty prompt. `guidance_scale` is s, or a function of the 0-based
-    evaluation. State and guidance arithmetic stay in the dtype of `noise`. `stepping` makes what has the step.
+    The velocity is v = v_u + s (v_c - v_u). Row 0 of `text` is the prompt, row 1 the empty prompt. `guidance_scale`
+    is s, or a function of the 0-based evaluation. State and guidance arithmetic stay in the dtype of `noise`.
+    `stepping` makes the object whose `step` is called.
     """
     reference = stepping(model, text, offsets)
     times = time_grid(points, model.config.time_shift if shift is None else shift).tolist()
@@ -129,7 +133,10 @@ class UnderstandingReference:
     def logits(
         self, prefix: Int[Tensor, "1 prefix"], suffix: Int[Tensor, "1 suffix"]
     ) -> Float[Tensor, "1 rows vocab"]:
-        """Logits of every row of `prefix, time, image, suffix`. Prefix ends on boi, suffix begins with eoi."""
+        """Compute the logits of every row of `prefix, time, image, suffix`.
+
+        The prefix ends with boi, the suffix begins with eoi.
+        """
         model = self.model
         time = [] if self.time_row is None else [self.time_row]
         rows = torch.cat([model.embed_text(prefix), *time, self.image, model.embed_text(suffix)], dim=1)
@@ -142,7 +149,7 @@ class UnderstandingReference:
     def greedy(
         self, prefix: Int[Tensor, "1 prefix"], suffix: Int[Tensor, "1 suffix"], limit: int, stop: int | None
     ) -> list[int]:
-        """Up to `limit` greedy tokens, ending before the token `stop`.
+        """Decode up to `limit` tokens greedily, ending before the token `stop`.
 
         Raises `NotFiniteError` if the largest logit of a token is not finite.
         """

@@ -21,7 +21,7 @@ _PROBE = "What is in the picture?"
 
 
 def extend(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer` with the tokens Show-o2 adds to Qwen2.5's; the same object if it has `[PAD]` already."""
+    """Return `tokenizer` with the tokens Show-o2 adds to Qwen2.5's; the same object if it has `[PAD]` already."""
     if tokenizer.token_to_id(_PAD) is not None:
         return tokenizer
     extended = _written_and_read(tokenizer)
@@ -31,7 +31,7 @@ def extend(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def read(path: Path) -> Tokenizer:
-    """A tokenizer in the tokenizers format, from a file or a directory that holds `tokenizer.json`.
+    """Read a tokenizer in the tokenizers format, from a file or a directory that holds `tokenizer.json`.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -46,7 +46,7 @@ def read(path: Path) -> Tokenizer:
 
 
 def resolve(tokenizer: Any) -> Tokenizer:
-    """A tokenizer given by a user: of the tokenizers library, of transformers, a path, or a hub id.
+    """Resolve a tokenizer given by a user: of the tokenizers library, of transformers, a path, or a hub id.
 
     Raises:
         CheckpointError: it cannot be found or read, or is of another kind.
@@ -68,9 +68,9 @@ def resolve(tokenizer: Any) -> Tokenizer:
 
 
 def check_usable(tokenizer: Tokenizer) -> None:
-    """Raise `CheckpointError` if a bundle that holds `tokenizer` could not be loaded, or not encode its prompts.
+    """Raise `CheckpointError` if a bundle that holds `tokenizer` could not be loaded, or could not encode prompts.
 
-    A bundle has the tokenizer as a file, so what is tried is the one that is read back from that.
+    A bundle stores the tokenizer as a file, so the check is of the one read back from such a file.
     """
     read_back = _written_and_read(tokenizer)
     if read_back.get_vocab(with_added_tokens=True) != tokenizer.get_vocab(with_added_tokens=True):
@@ -98,7 +98,7 @@ def _written_and_read(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def check_size(tokenizer: Tokenizer, rows: int) -> None:
-    """Raises `CheckpointError` if the tokenizer has ids beyond the `rows` of the embedding table."""
+    """Raise `CheckpointError` if the tokenizer has ids beyond the `rows` of the embedding table."""
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= rows:
         raise CheckpointError(

@@ -27,7 +27,7 @@ class RunBackend(Protocol):
 
     @property
     def runs_code(self) -> bool:
-        """Whether its engines are code, which takes a user's word that the bundle is to be trusted."""
+        """Whether its engines are code, so that a user must declare the bundle trusted."""
         ...
 
     @property
@@ -37,33 +37,36 @@ class RunBackend(Protocol):
 
     @property
     def options(self) -> Mapping[str, str]:
-        """What `load(…, options={…})` may hold, and what it means."""
+        """The names that `load(…, options={…})` accepts, each with its meaning."""
         ...
 
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> Engines:
-        """Raises `ConfigurationError` on values that make no sense, `BackendUnavailableError` if it does not work."""
+        """Open the engines of a bundle.
+
+        Raises `ConfigurationError` on values that make no sense, `BackendUnavailableError` if it does not work.
+        """
         ...
 
     def examine(self) -> Iterator[Finding]:
-        """What works on this machine, found out by trying, and what is lacking. Raises nothing."""
+        """Try what works on this machine, and yield findings on what does and what is missing. Raises nothing."""
         ...
 
 
 def backend_names(path: Iterable[str] = __path__) -> list[str]:
-    """The backends in a folder: the default first, the others by name."""
+    """List the backends in a folder: the default first, the others by name."""
     return sorted((m.name for m in pkgutil.iter_modules(path)), key=lambda name: (name != DEFAULT, name))
 
 
 def find_file(package: str, name: str) -> Any:
-    """The module of a backend. Raises `MissingDependencyError` if a library it needs is not installed."""
+    """Import the module of a backend. Raises `MissingDependencyError` if a library it needs is not installed."""
     with naming_the_extra(f"Backend {name!r}"):
         return import_module(f"{package}.{name}")
 
 
 def find_run_backend(name: str) -> RunBackend:
-    """Raises `BackendUnavailableError` on a name that no file has."""
+    """Return the run side of the backend called `name`. Raises `BackendUnavailableError` if no file has that name."""
     if name not in backend_names():
         raise BackendUnavailableError(
             f"This version has no backend {name!r} to run a bundle with; it has {', '.join(backend_names())}."
@@ -81,10 +84,11 @@ def open_engines(
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Engines:
-    """The engines of a bundle, on the backend it was built for. Not every backend has `memory` and `provider_options`.
+    """Open the engines of a bundle on the backend it was built for.
 
-    Raises `BackendUnavailableError` if that does not work here, `ConfigurationError` if its engines are code and
-    `trust` is not given, on unknown options, or on a value of the wrong type or out of range.
+    Not every backend has `memory` and `provider_options`. Raises `BackendUnavailableError` if the backend does not
+    work here, `ConfigurationError` if its engines are code and `trust` is not given, on unknown options, or on a
+    value of the wrong type or out of range.
     """
     arguments.name_of("provider", provider)
     arguments.name_of("memory", memory)

@@ -24,6 +24,8 @@ from flashu_compile.runtime.findings import Finding
 
 @dataclasses.dataclass(frozen=True)
 class AOTInductor:
+    """The run side of an AOTInductor backend for one provider, `cpu` or `cuda`."""
+
     name: str
     provider: str
     runs_code = True
@@ -33,6 +35,7 @@ class AOTInductor:
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
+        """Open the engines of a bundle. Raises `ConfigurationError` on another provider than they were compiled for."""
         if provider != self.provider:
             raise ConfigurationError(
                 f"The engines in {files.directory} were compiled for {self.provider}: load the bundle with provider "
@@ -41,7 +44,7 @@ class AOTInductor:
         return TorchEngines(files, find_device(provider, threads), _packaged)
 
     def examine(self) -> Iterator[Finding]:
-        """Running needs PyTorch and the device; building, tried here on a function of one line, compilers too."""
+        """Try the device, which running needs, and compile a one-line function, as building needs compilers too."""
         purpose = f"bundles of backend {self.name!r}"
         try:
             device = find_device(self.provider, None)

@@ -13,6 +13,8 @@ from flashu_compile.runtime.sessions import PROVIDERS, OnnxRuntimeEngines, probe
 
 
 class OnnxRuntime:
+    """The run side of the default backend; see `RunBackend`."""
+
     runs_code = False
     weights = WEIGHTS
     options: Mapping[str, str] = {
@@ -24,9 +26,11 @@ class OnnxRuntime:
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> OnnxRuntimeEngines:
+        """Open the engines of a bundle in ONNX Runtime; see `OnnxRuntimeEngines` for options and errors."""
         return OnnxRuntimeEngines(files, provider=provider, threads=threads, **options)
 
     def examine(self) -> Iterator[Finding]:
+        """Run a tiny model on every provider and yield a finding for each."""
         for provider in PROVIDERS:
             name, purpose = f"onnxruntime: {provider}", f"load(…, provider={provider!r})"
             try:

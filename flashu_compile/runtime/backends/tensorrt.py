@@ -13,6 +13,8 @@ from flashu_compile.runtime.tensorrt_engine import TensorRTEngines, import_libra
 
 
 class TensorRT:
+    """The run side of the TensorRT backend; see `RunBackend`."""
+
     # A version compatible engine carries a runtime of its own, and TensorRT trusts any engine's contents.
     runs_code = True
     weights = WEIGHTS
@@ -21,9 +23,11 @@ class TensorRT:
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TensorRTEngines:
+        """Open the built engines of a bundle; see `TensorRTEngines` for errors."""
         return TensorRTEngines(files, trust=True)
 
     def examine(self) -> Iterator[Finding]:
+        """Import the libraries and query the GPU, and yield one finding."""
         purpose = "running TensorRT bundles"
         try:
             libraries = import_libraries()

@@ -44,15 +44,16 @@ class TorchEngine:
         self._call, self._device = call, device
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the function and copy all outputs to arrays; see `Engine.run`."""
         return self.keep(inputs, ())
 
     def keep(self, inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-        """As `Keeping` says: outputs in `names` are tensors on the engine's device."""
+        """Run and leave the outputs in `names` as tensors on the engine's device; see `Keeping.keep`."""
         outputs = self._tensors(inputs)
         return {name: value if name in names else _array(value) for name, value in outputs.items()}
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
-        """As `Updating` says."""
+        """Run and update `state`; see `Updating.update`."""
         outputs = self._tensors({**inputs, **state})
         for name, held in state.items():
             new = outputs.pop(updated(name))
@@ -92,7 +93,7 @@ def _array(value: Tensor) -> NDArray[Any]:
 
 
 class TorchEngines:
-    """Engines of a bundle that share one set of tensors, made when first asked for, by `make`."""
+    """The engines of a bundle, which share one set of tensors; `make` makes each when it is first requested."""
 
     def __init__(self, files: BundleFiles, device: torch.device, make: Maker) -> None:
         self._files, self._device, self._make = files, device, make
@@ -103,9 +104,11 @@ class TorchEngines:
 
     @property
     def precision(self) -> str:
+        """The precision the engines compute in, as recorded in the manifest."""
         return self._files.manifest.precision
 
     def engine(self, name: str) -> TorchEngine:
+        """Return the engine called `name`, making it on first use."""
         with self._lock:
             if name not in self._engines:
                 spec = self._files.manifest.engine(name)
@@ -115,7 +118,7 @@ class TorchEngines:
             return self._engines[name]
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
-        """The tensors of an engine, by its own names."""
+        """Return the tensors of an engine, by its own names."""
         path = self._files.path(TENSORS)
         try:
             with safe_open(path, framework="pt", device=str(self._device)) as file:
@@ -129,7 +132,7 @@ class TorchEngines:
 
 
 def _switched_on(name: str, options: Mapping[str, Any]) -> bool:
-    """An option that is on or off, and off if it is not given. Raises `ConfigurationError` on anything else."""
+    """Return the value of a boolean option, False if it is absent. Raises `ConfigurationError` on anything else."""
     value = options.get(name, False)
     if not isinstance(value, bool):
         raise ConfigurationError(f"Option {name!r} is True or False, not {value!r}.")
@@ -137,7 +140,7 @@ def _switched_on(name: str, options: Mapping[str, Any]) -> bool:
 
 
 def _replayed(make: Maker, provider: str) -> Maker:
-    """`make`, with functions that are replayed as CUDA graphs. Raises `ConfigurationError` on another device."""
+    """Wrap `make` so that its functions replay CUDA graphs. Raises `ConfigurationError` on another device."""
     if provider != "cuda":
         raise ConfigurationError("Option 'cuda_graph' is for provider 'cuda'; leave it out.")
     from flashu_compile.runtime.cuda_graphs import Replayed
@@ -146,7 +149,10 @@ def _replayed(make: Maker, provider: str) -> Maker:
 
 
 def find_device(provider: str, threads: int | None) -> torch.device:
-    """The device to run on. The number of threads is PyTorch's, and holds for the whole process."""
+    """Return the device of a provider, and set PyTorch's number of threads, which holds for the whole process.
+
+    Raises `ConfigurationError` on an unknown provider, `BackendUnavailableError` if there is no CUDA device.
+    """
     if provider not in ("cpu", "cuda"):
         raise ConfigurationError(
             f"Unknown provider {shown(provider)} for engines in PyTorch: give cpu or cuda."
@@ -162,6 +168,8 @@ def find_device(provider: str, threads: int | None) -> torch.device:
 
 
 class Torch:
+    """The run side of the PyTorch backend; see `RunBackend`."""
+
     runs_code = True
     weights = TENSORS
     options: Mapping[str, str] = {
@@ -172,12 +180,14 @@ class Torch:
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
+        """Open the engines of a bundle, eager or compiled. Raises `ConfigurationError` on unusable options."""
         make: Maker = _compiled if _switched_on("compile", options) else _eager
         if _switched_on("cuda_graph", options):
             make = _replayed(make, provider)
         return TorchEngines(files, find_device(provider, threads), make)
 
     def examine(self) -> Iterator[Finding]:
+        """Compute one sum on every device and yield a finding for each."""
         for provider in ("cpu", "cuda"):
             name, purpose = f"torch: {provider}", f"bundles of backend 'torch' with provider={provider!r}"
             try:
@@ -193,7 +203,7 @@ BACKEND = Torch()
 
 
 def read_program(files: BundleFiles, spec: EngineSpec) -> ExportedProgram:
-    """An engine of a bundle as the graph that was written. Raises `BundleError` if it cannot be read."""
+    """Read the exported graph of an engine. Raises `BundleError` if it cannot be read."""
     path, cpu = files.path(spec.file), torch.device("cpu")
     tensors = TorchEngines(files, cpu, _eager).tensors_of(spec.name)
     try:
@@ -225,7 +235,7 @@ def _eager(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: 
 
 
 def _sorted(graph: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """The tensors that the graph calls parameters and buffers, and those that it calls constants."""
+    """Split tensors into the graph's parameters and buffers, and its constants."""
     state: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     for spec in graph["graph_module"]["signature"]["input_specs"]:

@@ -35,7 +35,10 @@ ADVICE = (
 
 
 def import_torch_tensorrt() -> Any:
-    """Raises `BackendUnavailableError` saying what is missing and what can be done without it."""
+    """Import torch-tensorrt.
+
+    Raises `BackendUnavailableError` saying what is missing and what can be done without it.
+    """
     if importlib.util.find_spec("torch_tensorrt") is None:
         raise BackendUnavailableError(f"torch-tensorrt is not installed. {ADVICE}")
     # Before it is imported, which fails on an assertion of PyTorch's where there is no device.
@@ -50,7 +53,7 @@ def import_torch_tensorrt() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What an engine runs on: the GPU's name and compute capability, and the versions of the libraries."""
+    """The GPU's name and compute capability, and the versions of the libraries, that an engine runs on."""
 
     device: str
     compute_capability: str
@@ -59,6 +62,7 @@ class Target:
 
     @classmethod
     def here(cls, library: Any) -> Target:
+        """Return the target of this machine."""
         import tensorrt
 
         major, minor = torch.cuda.get_device_capability()
@@ -68,19 +72,19 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class BuiltFor:
-    """What an engine was built for: its target, and the ranges of its inputs that have any."""
+    """The target an engine was built for, and the ranges of its dynamic inputs."""
 
     target: Target
     profile: Profile
 
 
 def built_text(engines: Mapping[str, BuiltFor]) -> str:
-    """The file that tells of a bundle's engines, by name."""
+    """Serialise what each engine was built for, by name, as the text of the bundle's record file."""
     return json.dumps({name: dataclasses.asdict(built) for name, built in engines.items()}, indent=1) + "\n"
 
 
 def read_built(files: BundleFiles) -> dict[str, BuiltFor]:
-    """What `built_text` wrote. Raises `BundleError` on anything else."""
+    """Read the record that `built_text` wrote. Raises `BundleError` on anything else."""
     text = files.text(BUILT_FILE)
     try:
         return {
@@ -100,7 +104,7 @@ def read_built(files: BundleFiles) -> dict[str, BuiltFor]:
 
 
 def check_target(name: str, target: Target, here: Target) -> None:
-    """Raises `BackendUnavailableError` if an engine was built for another device or other versions than those here."""
+    """Check that an engine was built for this target. Raises `BackendUnavailableError` on another device or version."""
     if target.compute_capability != here.compute_capability:
         raise BackendUnavailableError(
             f"Engine {name!r} was built for {target.device} (compute capability {target.compute_capability}); this is "
@@ -118,7 +122,7 @@ def check_target(name: str, target: Target, here: Target) -> None:
 
 
 def check_profile(spec: EngineSpec, profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `BundleError` if an input, by name, is outside the ranges that the engine was built for."""
+    """Check that input shapes, by name, lie in the ranges the engine was built for. Raises `BundleError` if not."""
     for limits in profile:
         given = shapes[limits.name]
         if not all(
@@ -131,6 +135,8 @@ def check_profile(spec: EngineSpec, profile: Profile, shapes: Mapping[str, tuple
 
 
 class TorchTensorRT:
+    """The run side of the torch-tensorrt backend; see `RunBackend`."""
+
     runs_code = True
     weights = TENSORS  # which holds none: each engine has its own
     options: Mapping[str, str] = {}
@@ -138,6 +144,10 @@ class TorchTensorRT:
     def open(
         self, files: BundleFiles, *, provider: str, threads: int | None, options: Mapping[str, Any]
     ) -> TorchEngines:
+        """Open the engines of a bundle.
+
+        Raises `BackendUnavailableError` without torch-tensorrt or an NVIDIA GPU.
+        """
         library = import_torch_tensorrt()
         device = find_device(provider, threads)
         if device.type != "cuda":
@@ -155,6 +165,7 @@ class TorchTensorRT:
         return TorchEngines(files, device, make)
 
     def examine(self) -> Iterator[Finding]:
+        """Import torch-tensorrt and query the GPU, and yield one finding."""
         purpose = "bundles of backend 'torch_tensorrt'"
         try:
             here = Target.here(import_torch_tensorrt())
