@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass of decisions that, called with a Program, gives new Programs and a report."""
+"""The interface of passes: frozen dataclasses of decisions that, called with a Program, return a PassResult."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Kind = Literal["exact", "lossy"]
 
 @dataclasses.dataclass(frozen=True)
 class PassResult:
-    """The Programs a pass made and, a line each, what it changed, and why it left alone what it might have changed.
+    """The Programs a pass made, with a line for each change it made, and its reasons for each it declined.
 
-    Several programs form a chain: each reads, by role, the original inputs and the outputs of those before it;
-    together they give the original outputs, except those in `dropped`. An unchanged program is returned as the
-    same object with no changes, and with `reasons` if the pass declined: it found what it looks for, or was asked
-    for something, and could not do it. What is simply not there is no reason. A pass may change some places and
-    decline others.
+    Several programs form a chain: each reads, by role, the original inputs and the outputs of the programs
+    before it; together they compute the original outputs, except those in `dropped`. An unchanged program is
+    returned as the same object with no changes, and with `reasons` if the pass declined: it found what it
+    looks for, or was asked for something, and could not do it. Where there is nothing of the kind it looks
+    for, it gives no reason. A pass may change some places and decline others.
     """
 
     programs: tuple[Program, ...]
@@ -29,19 +29,22 @@ class PassResult:
 
     @classmethod
     def unchanged(cls, program: Program) -> PassResult:
-        """Return `program` as a pass leaves it that has nothing to do."""
+        """Return the result of a pass that finds nothing to do in `program`."""
         return cls((program,), ())
 
     @classmethod
     def declined(cls, program: Program, *reasons: str) -> PassResult:
-        """Return `program` as a pass leaves it that could do none of what it was to do, for `reasons`."""
+        """Return the result of a pass that could make none of its changes to `program`, for `reasons`."""
         return cls((program,), (), reasons=reasons)
 
 
 class Pass(ABC):
-    """A graph transformation. *Exact* passes are identities of real arithmetic; *lossy* ones report their cost.
+    """A graph transformation.
 
-    `technique` is what a recipe calls what the pass carries out. A build ends where such a pass declines altogether.
+    *Exact* passes are identities of real arithmetic; *lossy* ones report their error.
+
+    `technique` is the name by which a recipe asks for what the pass does. A build stops where such a pass
+    declines altogether.
     """
 
     kind: ClassVar[Kind] = "exact"
@@ -49,12 +52,13 @@ class Pass(ABC):
 
     @property
     def name(self) -> str:
+        """The name of the pass, which is that of its class."""
         return type(self).__name__
 
     def requires(self, program: Program) -> str | None:
-        """Why this pass cannot run on `program`, in words for the user, or None if it can."""
+        """Return why this pass cannot run on `program`, in words for the user, or None if it can."""
         return None
 
     @abstractmethod
     def call(self, program: Program) -> PassResult:
-        """Transform `program`, which is left as it is."""
+        """Transform `program`; the object itself is left unchanged."""

@@ -1,8 +1,10 @@
-"""Give out the keys and values of a program's own rows, so that later calls can take them as rows before. Exact.
+"""Output the keys and values of a program's own rows, so that later calls can take them as earlier rows.
 
-For a program that goes on from keys and values of earlier rows (`HoistPrologue`): wherever attention reads these
-followed by the program's own, its own become an output. Called again with both together as the earlier rows, the
-program goes on behind them: it tells where it stands from how many there are.
+Exact.
+
+For a program that continues from keys and values of earlier rows (`HoistPrologue`): wherever attention reads
+these concatenated with the program's own, its own become an output. Called again with both together as the
+earlier rows, the program continues after them: it derives positions from the number of earlier rows.
 """
 
 from __future__ import annotations
@@ -22,15 +24,16 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def new_rows(role: str) -> str:
-    """The output that holds a program's own rows of what it takes, of the rows before, as input `role`."""
+    """Return the role of the output with a program's own rows of the keys or values it takes as input `role`."""
     return f"{role}.new"
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheRows(Pass):
-    """Programs without such inputs are left alone."""
+    """Output the program's own keys and values. Programs without keys and values as inputs are left alone."""
 
     def call(self, program: Program) -> PassResult:
+        """Add an output for the own rows of each input of keys or values."""
         editor = GraphEditor(program)
         own = {
             role: found
@@ -46,7 +49,7 @@ class CacheRows(Pass):
 
 
 def _own_rows(past: fx.Node) -> fx.Node | None:
-    """What attention reads behind the rows of `past`, an input."""
+    """Return the rows that are concatenated to `past`, an input, for attention to read; None if there are none."""
     for user in past.users:
         parts = cast("list[fx.Node]", user.args[0]) if user.target is _CAT else []
         if len(parts) == 2 and parts[0] is past and any(reader.target is _ATTENTION for reader in user.users):

@@ -17,9 +17,10 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class CanonicalNames(Pass):
-    """Repeated operators of one module are numbered in graph order."""
+    """Name nodes by module path and operator; repeated operators of one module are numbered in graph order."""
 
     def call(self, program: Program) -> PassResult:
+        """Rename the nodes whose name differs from the canonical one."""
         editor = GraphEditor(program)
         wanted = _names(editor.graph)
         renamed = {node: name for node, name in wanted.items() if node.name != name}
@@ -34,6 +35,7 @@ class CanonicalNames(Pass):
 
 
 def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Return the canonical name of every operator node."""
     names: dict[fx.Node, str] = {}
     taken = {node.name for node in graph.nodes if node.op != "call_function"}
     counts: dict[str, int] = {}
@@ -54,6 +56,7 @@ def _names(graph: fx.Graph) -> dict[fx.Node, str]:
 
 
 def _operator(node: fx.Node) -> str:
+    """Return the name of a node's operator without namespace and overload."""
     target = node.target
     schema = getattr(target, "_schema", None)
     return schema.name.split("::")[-1] if schema is not None else getattr(target, "__name__", "op")

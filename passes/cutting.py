@@ -1,4 +1,4 @@
-"""Cutting a Program at values: the part that computes them, and the part that goes on from them as inputs."""
+"""Cutting a Program at values: the part that computes them, and the part that takes them as inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashu_compile.program.program import Input, Program
 
 
 def part_before(program: Program, role: str, name: str) -> Program:
-    """The program `name` that gives output `role` alone, from the inputs it needs."""
+    """Return the program `name` that computes output `role` alone, from the inputs it needs."""
     editor = GraphEditor(program)
     editor.set_outputs([editor.outputs()[role]])
     inputs = prune_inputs(editor)
@@ -26,9 +26,9 @@ def part_before(program: Program, role: str, name: str) -> Program:
 def part_after(
     program: Program, role: str, name: str, outputs: tuple[str, ...], axes: tuple[str | None, ...]
 ) -> Program:
-    """The program `name` that gives `outputs` from the value of output `role`, its last input, and what else it needs.
+    """Return the program `name` that computes `outputs` from the value of output `role` and the other inputs it needs.
 
-    `axes` are the dynamic dimensions of that value.
+    The value is its last input; `axes` are the dynamic dimensions of that value.
     """
     editor = GraphEditor(program)
     nodes = editor.outputs()
@@ -47,11 +47,11 @@ def part_after(
 def cut_at(
     program: Program, values: Mapping[str, fx.Node], name: str, given: Collection[str]
 ) -> tuple[Program, Program]:
-    """Return the program `name` that gives `values`, nodes of `program` by role, and `program` with them as its inputs.
+    """Return the program `name` that computes `values`, nodes of `program` by role, and `program` with these as inputs.
 
-    The first takes inputs in `given` alone; the values are the last inputs of the second, and sizes that it had from
-    other inputs are taken from them. Raises `StructureError` if the values cannot be computed from these inputs (see
-    `needed_beside`).
+    The first takes inputs in `given` alone; the values are the last inputs of the second, and sizes that it
+    read from other inputs are read from them. Raises `StructureError` if the values cannot be computed from
+    these inputs (see `needed_beside`).
     """
     editor = GraphEditor(program)
     copies = {node.name: node for node in editor.graph.nodes}
@@ -67,6 +67,7 @@ def cut_at(
 
 
 def _with_inputs(program: Program, values: Mapping[str, fx.Node], first: Program) -> Program:
+    """Return `program` with `values` as its last inputs, which the program `first` computes."""
     editor = GraphEditor(program)
     copies = {node.name: node for node in editor.graph.nodes}
     for role, original in values.items():
@@ -83,6 +84,7 @@ def _with_inputs(program: Program, values: Mapping[str, fx.Node], first: Program
 
 
 def _axes(node: fx.Node, sizes: Sizes) -> tuple[str | None, ...]:
+    """Return the dynamic dimensions of a node's value, by name; None for static ones."""
     return tuple(
         str(sizes.expression(size)) if isinstance(size, torch.SymInt) else None
         for size in node.meta["val"].shape
@@ -90,7 +92,7 @@ def _axes(node: fx.Node, sizes: Sizes) -> tuple[str | None, ...]:
 
 
 def new_roles(program: Program, names: Sequence[str], nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
-    """`nodes` by roles that `program` has not yet: their `names`, numbered where they repeat."""
+    """Assign `nodes` roles that `program` does not have yet: their `names`, numbered where they repeat."""
     roles: dict[str, fx.Node] = {}
     for base, node in zip(names, nodes, strict=True):
         role, count = base, 1
@@ -102,14 +104,14 @@ def new_roles(program: Program, names: Sequence[str], nodes: Sequence[fx.Node]) 
 
 
 def outputs_after(program: Program, role: str) -> tuple[str, ...]:
-    """The other outputs that depend on the value of output `role`."""
+    """List the other outputs that depend on the value of output `role`."""
     nodes = dict(zip(program.outputs, program.exported.graph.output_node().args[0], strict=True))
     following = downstream(node_flow(program.exported.graph), [nodes[role]])
     return tuple(other for other in program.outputs if other != role and nodes[other] in following)
 
 
 def axes_of(program: Program, role: str) -> tuple[str | None, ...]:
-    """The dynamic dimensions of output `role`, by the names they have in the inputs.
+    """Return the dynamic dimensions of output `role`, by the names they have in the inputs.
 
     Raises `PassError` where one of them is no input's dimension.
     """
@@ -133,13 +135,15 @@ def axes_of(program: Program, role: str) -> tuple[str | None, ...]:
 
 
 def _sample(program: Program, inputs: tuple[Input, ...]) -> dict[str, Tensor]:
+    """Select the sample values of `inputs`."""
     return {i.role: program.sample[i.role] for i in inputs}
 
 
 def prune_inputs(editor: GraphEditor, others: Collection[str] = ()) -> tuple[Input, ...]:
-    """Remove dead nodes and the inputs nothing reads any more, and return the inputs that stay.
+    """Remove dead nodes and the inputs that are no longer read, and return the inputs that stay.
 
-    An input that is read for its sizes alone stays where no other that is read has these; one of `others` is preferred.
+    An input that is read for its sizes alone stays only where no other that is read has these; one of
+    `others` is preferred.
     """
     editor.remove_unused()
     editor.take_sizes_from_read_inputs(others)

@@ -1,7 +1,7 @@
-"""Editing a Program's graph in place of a copy, and putting a valid ExportedProgram back together.
+"""Editing a copy of a Program's graph, and building a valid ExportedProgram from it.
 
-For local changes: nodes removed, replaced, renamed, outputs chosen, constants added. Signature, state dict and
-call specification follow from the edited graph, so a pass only touches nodes.
+For local changes: nodes removed, replaced, renamed, outputs chosen, constants added. Signature, state dict
+and call specification are derived from the edited graph, so a pass only changes nodes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 class GraphEditor:
-    """A private copy of a program's graph, or a `graph` with the same placeholders. Edit it, then call `finish`."""
+    """A private copy of a program's graph, or a `graph` with the same placeholders.
+
+    Edit it, then call `finish`.
+    """
 
     def __init__(self, program: Program, graph: fx.Graph | None = None) -> None:
         self.program = program
@@ -52,7 +55,7 @@ class GraphEditor:
         self._inputs = dict(zip(program.input_roles, users, strict=True))
 
     def stored(self, node: fx.Node) -> Tensor | None:
-        """The parameter, buffer or constant a placeholder stands for, or None."""
+        """Return the parameter, buffer or constant that a placeholder stands for, or None."""
         spec = self._specs.get(node)
         if spec is None or spec.kind not in _STORED:
             return None
@@ -60,22 +63,26 @@ class GraphEditor:
         return self._constants[name] if name in self._constants else self._state[name]
 
     def name(self, node: fx.Node) -> str:
-        """The name in the checkpoint of what a placeholder of a stored tensor stands for."""
+        """Return the name in the checkpoint of the stored tensor that a placeholder stands for."""
         return str(self._specs[node].target)
 
     def user_inputs(self) -> dict[str, fx.Node]:
-        """Placeholders of the program's inputs, by role."""
+        """Return the placeholders of the program's inputs, by role."""
         return dict(self._inputs)
 
     def outputs(self) -> dict[str, fx.Node]:
-        """Nodes of the program's outputs, by role."""
+        """Return the nodes of the program's outputs, by role."""
         return dict(zip(self.program.outputs, _results(self.graph), strict=True))
 
     def set_outputs(self, nodes: Sequence[fx.Node]) -> None:
+        """Make `nodes` the outputs of the graph, in this order."""
         self.graph.output_node().args = (tuple(nodes),)
 
     def add_constant(self, name: str, value: Tensor, like: fx.Node) -> fx.Node:
-        """A new constant, as a placeholder that carries the metadata of the node `like` which it replaces."""
+        """Add a constant, as a placeholder with the module path of the node `like` that it replaces.
+
+        `_` is appended to `name` while it is taken.
+        """
         while name in self._constants or name in self._state:
             name += "_"
         self._constants[name] = value
@@ -92,8 +99,9 @@ class GraphEditor:
     def narrow(self, reader: fx.Node, position: int, value: Tensor) -> bool:
         """Make `reader` take `value` for its argument at `position`, a stored tensor, which keeps its name.
 
-        A tensor that others read too stays as it is for them, and `reader` gets a constant of its own: whether it
-        did is returned. Shapes that follow from the new one are the caller's to bring up to date (`propagate`).
+        If other nodes read the tensor too, it stays as it is for them, and `reader` gets a constant of its
+        own. Returns whether it did. The caller has to update the shapes that depend on the new one
+        (`propagate`).
         """
         node = cast("fx.Node", reader.args[position])
         spec = self._specs[node]
@@ -112,7 +120,7 @@ class GraphEditor:
         return own
 
     def propagate(self, nodes: Iterable[fx.Node]) -> None:
-        """Work out shapes and dtypes of `nodes`, given in graph order, again from those of what they read."""
+        """Recompute shapes and dtypes of `nodes`, given in graph order, from those of their operands."""
         value_of = lambda source: source.meta["val"]  # noqa: E731
         with self._fake_mode(), torch.no_grad(), enable_python_dispatcher():
             for node in nodes:
@@ -121,7 +129,7 @@ class GraphEditor:
                 node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
 
     def settle(self, changed: Iterable[fx.Node]) -> None:
-        """Bring what reads `changed`, whose layout in memory may differ from before, up to date, as far as it reaches.
+        """Propagate a change of memory layout from `changed` to their users, as far as it has effects.
 
         A view that the new layout does not allow gets a contiguous copy.
         """
@@ -140,6 +148,7 @@ class GraphEditor:
                 waiting |= set(node.users)
 
     def _copy_before(self, view: fx.Node) -> None:
+        """Insert a contiguous copy of the operand of `view`."""
         source = cast("fx.Node", view.args[0])
         with self.graph.inserting_before(view):
             copied = self.graph.call_function(
@@ -150,15 +159,17 @@ class GraphEditor:
         self.propagate([copied, view])
 
     def _fake_mode(self) -> FakeTensorMode:
+        """Return the fake tensor mode of the graph's values."""
         values = [node.meta.get("val") for node in self.graph.find_nodes(op="placeholder")]
         mode = torch._guards.detect_fake_mode([v for v in values if isinstance(v, Tensor)])
         assert mode is not None, "a captured graph has fake values"
         return mode
 
     def add_input(self, role: str, like: Tensor) -> fx.Node:
-        """A new user input (the last one) with the shape and dtype of `like`.
+        """Add a user input (the last one) with the shape and dtype of `like`.
 
-        It is contiguous, as what engines are given is, whatever the strides of `like`: `settle` tells its readers.
+        It is contiguous, as the inputs of engines are, whatever the strides of `like`: call `settle` to
+        update its users.
         """
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
@@ -170,7 +181,7 @@ class GraphEditor:
         return placeholder
 
     def remove_unused(self) -> int:
-        """Drop nodes without users (assertions among them) and stored tensors nothing reads; how many nodes."""
+        """Remove nodes without users (assertions among them) and unread stored tensors; return the number of nodes."""
         before = len(self.graph.nodes)
         for node in reversed(list(self.graph.nodes)):
             if node.op != "output" and not node.users and not self._is_input(node):
@@ -179,10 +190,11 @@ class GraphEditor:
         return before - len(self.graph.nodes)
 
     def take_sizes_from_read_inputs(self, others: Collection[str] = ()) -> None:
-        """Take every symbolic size from an input whose values are read, where one has it, or from one of `others`.
+        """Read every symbolic size from an input whose values are read, where one has it, or from one of `others`.
 
-        torch.export takes a size that several inputs share from any of them; an input read for nothing but such
-        a size would be kept alive by it. Where no input has the size itself, one that differs by a number serves.
+        torch.export reads a size that several inputs share from any of them; an input read for nothing but
+        such a size would be kept alive by it. Where no input has the size itself, one that differs by a
+        constant is used.
         """
         read = [n for n in self._inputs.values() if any(not _is_size(user) for user in n.users)]
         spare = [n for role, n in self._inputs.items() if role in others and n not in read]
@@ -209,13 +221,14 @@ class GraphEditor:
             self.graph.erase_node(node)
 
     def drop_inputs(self, roles: Sequence[str]) -> None:
-        """Remove user inputs. They must be without users."""
+        """Remove user inputs, which must be without users."""
         for role in roles:
             node = self._inputs.pop(role)
             self.graph.erase_node(node)
             del self._specs[node]
 
     def _is_input(self, node: fx.Node) -> bool:
+        """Tell whether `node` is the placeholder of a user input."""
         return node in self._specs and self._specs[node].kind is InputKind.USER_INPUT
 
     def finish(
@@ -226,7 +239,7 @@ class GraphEditor:
         outputs: tuple[str, ...] | None = None,
         sample: dict[str, Tensor] | None = None,
     ) -> Program:
-        """The edited graph as a Program; what is not given stays as it was."""
+        """Return the edited graph as a Program; attributes that are not given are those of the original one."""
         program = self.program
         return dataclasses.replace(
             program,
@@ -238,6 +251,7 @@ class GraphEditor:
         )
 
     def _exported(self) -> ExportedProgram:
+        """Build the ExportedProgram of the edited graph."""
         old = self.program.exported
         placeholders = self.graph.find_nodes(op="placeholder")
         specs = [
@@ -265,22 +279,24 @@ class GraphEditor:
 
 
 def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Return the output nodes of `graph`."""
     return cast("tuple[fx.Node, ...]", graph.output_node().args[0])
 
 
 def _layout(node: fx.Node) -> str:
-    """Sizes and strides of a node's tensors, which may be symbolic."""
+    """Format sizes and strides of a node's tensors, which may be symbolic."""
     return str(
         [(v.shape, v.stride()) for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
     )
 
 
 def _is_size(node: fx.Node) -> bool:
+    """Tell whether `node` reads a symbolic size."""
     return node.target is torch.ops.aten.sym_size.int
 
 
 def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> ModuleCallEntry:
-    """The call specification of a program of flat positional tensors."""
+    """Make the call specification of a program of flat positional tensors."""
     in_spec = pytree.tree_structure(((0,) * inputs, {}))
     out_spec = pytree.tree_structure((0,) * outputs)
     arguments: list[Any] = [TensorArgument(str(name)) for name in signature.user_inputs]
@@ -289,25 +305,25 @@ def _call_entry(signature: ExportGraphSignature, inputs: int, outputs: int) -> M
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the module a node was traced in, such as `model.layers.0.mlp`; "" at the top."""
+    """Return the path of the module a node was traced in, such as `model.layers.0.mlp`; "" at the top."""
     stack = node.meta.get("nn_module_stack")
     path = list(stack.values())[-1][0] if stack else ""
     return "" if path == _NO_MODULE else path
 
 
 def stack_of(program: Program, node: fx.Node) -> str:
-    """The stack of the program that a node's module lies in; "" if it is none of them."""
+    """Return the stack of the program that a node's module lies in; "" if there is none."""
     return stack_at(module_path(node), program.stacks)
 
 
 def stack_at(path: str, stacks: Mapping[str, str]) -> str:
-    """The stack whose root is `path` or a parent of it, the longest root if several are; "" if none is."""
+    """Return the stack whose root is `path` or a parent of it, the longest root if several are; "" if none is."""
     found = [(len(root), name) for name, root in stacks.items() if f"{path}.".startswith(f"{root}.")]
     return max(found)[1] if found else ""
 
 
 def value_bytes(value: object) -> int | None:
-    """Bytes of a (fake) tensor with static shape; None for anything else."""
+    """Return the size in bytes of a (fake) tensor with static shape; None for anything else."""
     if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
         return None
     return value.numel() * value.element_size()

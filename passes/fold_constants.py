@@ -1,8 +1,9 @@
-"""Compute once, at compile time, what depends on weights and constants alone. Exact.
+"""Constant folding: compute at compile time what depends on weights and constants alone. Exact.
 
-Looks for maximal subgraphs without a path from any input (interpolated position tables, rotary frequencies, the
-time token at a fixed time) and replaces their results by constants. A result is folded only if it is no larger
-than `max_bytes` or than the tensors it is computed from, which bounds what folding can add to an engine.
+Looks for maximal subgraphs without a path from any input (interpolated position tables, rotary frequencies,
+the time token at a fixed time) and replaces their results by constants. A result is folded only if it is no
+larger than `max_bytes` or than the tensors it is computed from, which bounds what folding can add to an
+engine.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class FoldConstants(Pass):
-    """`max_bytes`: the largest result folded where it is larger than what it is computed from."""
+    """Fold constants.
+
+    `max_bytes`: the largest result folded where it is larger than what it is computed from.
+    """
 
     max_bytes: int = 1 << 20
 
     def call(self, program: Program) -> PassResult:
+        """Replace the result of every maximal constant subgraph that is worthwhile by a constant."""
         editor = GraphEditor(program)
         flow = node_flow(editor.graph)
         values = {n: tensor.detach() for n in flow if (tensor := editor.stored(n)) is not None}
@@ -55,39 +60,47 @@ class FoldConstants(Pass):
         return PassResult((editor.finish(),), tuple(changes), reasons=reasons)
 
     def _worthwhile(self, node: fx.Node, sources: set[fx.Node]) -> bool:
+        """Tell whether the value of `node` is small enough to be folded, given what it is computed from."""
         return _bytes(node) <= max(self.max_bytes, sum(map(_bytes, sources)))
 
 
 def _why_left(node: fx.Node) -> str:
+    """Write the reason for not folding `node`."""
     return f"{node.name} of {_module(node)} is larger than what it is computed from"
 
 
 def _module(node: fx.Node) -> str:
+    """Return the module path of `node` for a message."""
     return module_path(node) or "the top module"
 
 
 def _bytes(node: fx.Node) -> int:
+    """Return the size in bytes of the value of `node`; 0 if it is not static."""
     return value_bytes(node.meta["val"]) or 0
 
 
 def _input_free(flow: nx.DiGraph, stored: set[fx.Node]) -> set[fx.Node]:
-    """Nodes of static shape that no input, random number or symbolic size reaches."""
+    """Return the nodes of static shape that depend on no input, random number or symbolic size."""
     return set(flow) - downstream(flow, [n for n in flow if n not in stored and not _is_pure_call(n)])
 
 
 def _is_pure_call(node: fx.Node) -> bool:
-    """Whether it computes a tensor of static shape from its arguments alone."""
+    """Tell whether `node` computes a tensor of static shape from its arguments alone."""
     computes = node.op == "call_function" and not _is_impure(node)
     return computes and value_bytes(node.meta.get("val")) is not None
 
 
 def _is_impure(node: fx.Node) -> bool:
+    """Tell whether `node` draws random numbers or has side effects."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags or node.is_impure()
 
 
 def _evaluate(region: set[fx.Node], values: dict[fx.Node, Tensor]) -> None:
-    """Add to `values` those of `region` that it lacks. What `region` reads must lie in it, or have a value."""
+    """Compute the values of the nodes of `region` that `values` lacks, and add them to it.
+
+    Every operand of a node in `region` must lie in it or have a value.
+    """
     with torch.no_grad():
         for node in sorted(region - values.keys()):
             arguments, keywords = fx.map_arg((node.args, node.kwargs), values.__getitem__)

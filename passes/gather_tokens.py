@@ -1,15 +1,16 @@
 """Drop visual tokens after a layer of a stack; every later layer runs on the rows that are left. Lossy.
 
-Looks for the visual span (`analysis.span`), the residual blocks and the attention of the layer. Inserts behind the
-layer's exit: scores of the span's tokens from the layer's own keys and values (`token_scorers`), top-k, and the index
-of the kept rows in their old order. What crosses from before that point to behind it is gathered on the index along its
-rows (`row_gather`): hidden states, rotary tables, masks on both dimensions. So kept rows keep their positions, and text
-is never dropped.
+Looks for the visual span (`analysis.span`), the residual blocks and the attention of the layer. Inserts after
+the layer's exit: scores of the span's tokens from the layer's own keys and values (`token_scorers`), top-k,
+and the index of the kept rows in their old order. Every value that is computed before that point and read
+after it is gathered at the index along its rows (`row_gather`): hidden states, rotary tables, masks on both
+dimensions. So kept rows keep their positions, and text is never dropped.
 
-Where it stands among other passes: before `RemoveLayers`, since both count the blocks of the program they are given
-(`skipped` names those that will go); on either side of `PruneFFN`, which changes no rows; before `SplitAtOutput` in a
-list of passes, since a list runs every pass on every program and the visual part has no rows to drop. On the language
-part alone, after a split, it does the same.
+Order among passes: before `RemoveLayers`, since both count the blocks of the program they are given
+(`skipped` names those that will be removed); before or after `PruneFFN`, which changes no rows; before
+`SplitAtOutput` in a list of passes, since a list runs every pass on every program and the visual part has no
+rows to drop. On the language part alone, after a split, it does the same.
+
 Source: v-norm token pruning of Flash-Unified (arXiv 2603.15271), for understanding.
 """
 
@@ -43,11 +44,11 @@ _ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class GatherTokens(Pass):
-    """Drop ⌊ratio · length⌋ tokens of the visual span after block `layer` of `stack`, the worst by `scorer`.
+    """Drop the ⌊ratio · length⌋ tokens of the visual span that `scorer` scores highest, after block `layer` of `stack`.
 
-    The layer itself runs on all rows. If it is in `skipped`, the next layer that runs decides. `ratio` is in [0, 1); 0
-    leaves the program as it is, and so does, declining, a ratio of less than one token. Raises `ConfigurationError` on
-    a value out of range.
+    The layer itself runs on all rows. If it is in `skipped`, tokens are scored at the next layer that is not.
+    `ratio` is in [0, 1); 0 leaves the program as it is, and so does, declining, a ratio of less than one
+    token. Raises `ConfigurationError` on a value out of range.
     """
 
     kind: ClassVar[Kind] = "lossy"
@@ -72,6 +73,7 @@ class GatherTokens(Pass):
             )
 
     def requires(self, program: Program) -> str | None:
+        """Return which structure of the program is missing for dropping tokens, or None if none is."""
         if self.ratio == 0:
             return None
         try:
@@ -81,6 +83,7 @@ class GatherTokens(Pass):
         return None
 
     def call(self, program: Program) -> PassResult:
+        """Insert scores, top-k and the index of kept rows after the layer, and gather what is read after it."""
         if self.ratio == 0:
             return PassResult.unchanged(program)
         block, site, span = self._find(program)
@@ -112,7 +115,11 @@ class GatherTokens(Pass):
         return PassResult((editor.finish(),), changes)
 
     def _find(self, program: Program) -> tuple[Block, Attention, VisualSpan]:
-        """The block that decides, its attention, and the span whose rows it runs on."""
+        """Find the block whose attention scores the tokens, that attention, and the visual span.
+
+        Raises `PassError` if no layer from `layer` on runs, and `StructureError` if the block does not have
+        one attention over a dynamic number of rows, that of the span.
+        """
         span = visual_span(program)
         blocks = residual_blocks(program, self.stack)
         running = [block for block in blocks[self.layer :] if block.index not in self.skipped]
@@ -137,13 +144,13 @@ class GatherTokens(Pass):
 
 
 def _behind(boundary: fx.Node) -> list[fx.Node]:
-    """Every operation that depends on `boundary`, in graph order."""
+    """List every operator that depends on `boundary`, in graph order."""
     following = downstream(node_flow(boundary.graph), [boundary]) - {boundary}
     return sorted(node for node in following if node.op == "call_function")
 
 
 def _kept_rows(score: Score, span: VisualSpan, dropped: int) -> Callable[..., Tensor]:
-    """A function from keys and values [b, kv_heads, rows, d] and the span's `before` to kept rows [b, kept]."""
+    """Make a function from keys and values [b, kv_heads, rows, d] and the span's `before` to kept rows [b, kept]."""
     length = span.length
 
     def kept_rows(key: Tensor, value: Tensor, *before: Tensor) -> Tensor:

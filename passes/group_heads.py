@@ -1,7 +1,8 @@
-"""Let attention share keys and values between query heads by itself, instead of repeating them first. Exact.
+"""Let attention share keys and values between query heads itself, instead of repeating them first. Exact.
 
-Looks for attention whose keys and values are [b, kv_heads, rows, d] with each head repeated, in place, for a group of
-query heads. What is computed, stored or handed on for later rows is then as small as the model made it.
+Looks for attention whose keys and values are [b, kv_heads, rows, d] with each head repeated, in place, for a
+group of query heads, and makes it grouped-query attention. What is computed, stored or passed on for later
+rows is then as small as the model made it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _INTERLEAVE = torch.ops.aten.repeat_interleave.self_int
 
 @dataclasses.dataclass(frozen=True)
 class GroupHeads(Pass):
+    """Remove the repetition of key and value heads before grouped-query attention."""
+
     def call(self, program: Program) -> PassResult:
+        """Make every attention over repeated heads read the heads themselves."""
         editor = GraphEditor(program)
         grouped, reasons = 0, []
         for node in [n for n in editor.graph.nodes if n.target is _ATTENTION]:
@@ -51,9 +55,10 @@ class GroupHeads(Pass):
 
 
 def _in_place(node: fx.Node, source: fx.Node) -> bool:
-    """Whether `node` repeats each head of `source` [b, heads, rows, d] beside itself.
+    """Tell whether `node` repeats each head of `source` [b, heads, rows, d] next to itself.
 
-    Views keep the order of elements, so it does if only one step repeats, one dimension, right behind the heads.
+    Views keep the order of elements, so it does if only one step repeats, along one dimension, directly after
+    the heads.
     """
     steps = []
     while node is not source:
@@ -72,9 +77,11 @@ def _in_place(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _shape(node: object) -> list[sympy.Expr]:
+    """Return the shape of a node's value as symbolic expressions."""
     sizes = cast("fx.Node", node).meta["val"].shape
     return [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in sizes]
 
 
 def _count(sizes: list[sympy.Expr]) -> sympy.Expr:
+    """Return the product of sizes."""
     return sympy.expand(sympy.prod(sizes))

@@ -1,9 +1,12 @@
-"""Rotate by tables of half the width, where both halves of a table are the same. Exact, bit for bit.
+"""Apply rotary embeddings by tables of half the width, where both halves of a table are equal.
 
-Looks for x · cos + turned(x) · sin, where turned(x) puts the negated second half of the last dimension before the
-first, and where the tables of cosines and sines are made of angles that were put side by side twice. The halves (a, b)
-of x become (a · cos - b · sin, b · cos + a · sin) by half a table. That these tables serve both halves can then be seen
-at the rotation itself, wherever a table comes from: so it can be emitted as the standard operator.
+Exact, bit for bit.
+
+Looks for x · cos + turned(x) · sin, where turned(x) concatenates the negated second half of the last
+dimension and the first half, and where the tables of cosines and sines are computed from angles that were
+concatenated with themselves. The halves (a, b) of x become (a · cos - b · sin, b · cos + a · sin) by half a
+table. That one table serves both halves can then be seen at the rotation itself, wherever the table comes
+from, so it can be emitted as the standard operator.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _aten = torch.ops.aten
 
 
 class _Rotation(NamedTuple):
-    """What is rotated, and the tables."""
+    """A rotary embedding: the tensor that is rotated, and its tables."""
 
     x: fx.Node
     cos: fx.Node
@@ -34,7 +37,10 @@ class _Rotation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HalveRotary(Pass):
+    """Rewrite rotary embeddings to read tables of half the width."""
+
     def call(self, program: Program) -> PassResult:
+        """Replace every rotation whose tables have equal halves by one that reads half of each."""
         editor = GraphEditor(program)
         tables = _HalfTables(editor)
         rotated: list[fx.Node] = []
@@ -60,7 +66,7 @@ class HalveRotary(Pass):
 
 
 def _rotation(node: fx.Node) -> _Rotation | None:
-    """The rotation whose result `node` is, if it is one."""
+    """Match a rotary embedding whose result is `node`; return None if it is not one."""
     if node.target is not _aten.add.Tensor or node.kwargs:
         return None
     for direct, turned in itertools.permutations(arguments(node)):
@@ -72,7 +78,7 @@ def _rotation(node: fx.Node) -> _Rotation | None:
 
 
 def _factors(node: object) -> list[tuple[fx.Node, fx.Node]]:
-    """Both orders of the two tensors that `node` is the product of."""
+    """Return both orders of the two tensors that `node` is the product of."""
     if not isinstance(node, fx.Node) or node.target is not _aten.mul.Tensor:
         return []
     pairs = itertools.permutations(arguments(node))
@@ -80,7 +86,7 @@ def _factors(node: object) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _turned(node: fx.Node) -> fx.Node | None:
-    """The x that `node` is turned(x) of."""
+    """Return the x of which `node` is turned(x), or None."""
     if node.target is not _aten.cat.default or dimension(node) != node.meta["val"].ndim - 1:
         return None
     parts = arguments(node)[0]
@@ -91,7 +97,7 @@ def _turned(node: fx.Node) -> fx.Node | None:
 
 
 def _half_of(node: fx.Node, index: int) -> fx.Node | None:
-    """What `node` is the first (0) or second (1) half of, along the last dimension."""
+    """Return the tensor of which `node` is the first (0) or second (1) half along the last dimension, or None."""
     width = size(node, -1)
     source = None if width is None else fused_source(node, width)
     if source is None or width is None or size(source, -1) != 2 * width:
@@ -102,19 +108,20 @@ def _half_of(node: fx.Node, index: int) -> fx.Node | None:
 
 
 class _HalfTables:
-    """Tables of half the width, each made once."""
+    """Tables of half the width, each created once."""
 
     def __init__(self, editor: GraphEditor) -> None:
         self._editor = editor
         self._known: dict[fx.Node, fx.Node | None] = {}
 
     def half(self, table: fx.Node) -> fx.Node | None:
-        """Half of `table`, if its halves are the same; made where it stands."""
+        """Return half of `table` if its halves are equal, created next to it on first use; None otherwise."""
         if table not in self._known:
             self._known[table] = self._halved(table)
         return self._known[table]
 
     def _halved(self, table: fx.Node) -> fx.Node | None:
+        """Create half of `table`, by the same operators on half of what it is computed from."""
         if _is_doubled(table):
             return arguments(table)[0][0]  # type: ignore[no-any-return]
         source = _made_from(table)
@@ -128,6 +135,7 @@ class _HalfTables:
 
 
 def _is_doubled(node: fx.Node) -> bool:
+    """Tell whether `node` concatenates a tensor with itself along the last dimension."""
     if node.target is not _aten.cat.default or dimension(node) != node.meta["val"].ndim - 1:
         return False
     parts = arguments(node)[0]
@@ -135,7 +143,7 @@ def _is_doubled(node: fx.Node) -> bool:
 
 
 def _made_from(node: fx.Node) -> fx.Node | None:
-    """The one tensor that `node` is made of, if each of its elements follows from the one at the same place."""
+    """Return the one tensor that `node` is computed from position by position along its last dimension, or None."""
     tensors = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
     if len(tensors) != 1 or node.op != "call_function":
         return None
@@ -146,7 +154,7 @@ def _made_from(node: fx.Node) -> fx.Node | None:
 
 
 def _rotate(editor: GraphEditor, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node) -> fx.Node:
-    """Put the rotation of `x` by half tables in place of `node`."""
+    """Replace `node` by the rotation of `x` by half tables, and return the new node."""
     width, last = size(x, -1), x.meta["val"].ndim - 1
     assert width is not None, "it has halves"
     made: list[fx.Node] = []

@@ -1,9 +1,10 @@
 """Move what does not change from call to call into a program that runs once before them. Exact.
 
-Looks for the values that depend on inputs, but on none of those that change, and are read by what does. A new program,
-the prologue, computes them; the program itself takes them as inputs. After `SplitRows` these are the keys and values
-of the prompt in every layer, its mask and its rotary tables. Which attention may be relied on not to look at changing
-rows was proved there: where it could not be, nothing here is independent of them.
+This is loop-invariant code motion, with the calls as the loop. Looks for the values that depend on inputs,
+but on none of those that change, and are read by operators that do depend on them. A new program, the
+prologue, computes them; the program itself takes them as inputs. After `SplitRows` these are the keys and
+values of the prompt in every layer, its mask and its rotary tables. `SplitRows` has proved which attention
+does not see changing rows; where it could not, no keys or values are independent of them here.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ _ARGUMENTS = ("query", "key", "value", "mask")
 
 @dataclasses.dataclass(frozen=True)
 class HoistPrologue(Pass):
-    """`changing`: the inputs that differ from call to call."""
+    """Move invariant values into a prologue. `changing`: the inputs that differ from call to call."""
 
     changing: frozenset[str]
 
     def call(self, program: Program) -> PassResult:
+        """Split the program into a prologue that computes the invariant values, and the rest."""
         carried = _carried(program, self.changing)
         flow = node_flow(program.exported.graph)
         uses = {node: _uses(flow, node) for node in carried}
@@ -61,13 +63,14 @@ class HoistPrologue(Pass):
 
 
 def _staying(program: Program, changing: frozenset[str]) -> frozenset[str]:
+    """Return the roles of the inputs that do not change."""
     return frozenset(program.input_roles) - changing
 
 
 def _carried(program: Program, changing: frozenset[str]) -> list[fx.Node]:
-    """Return values of inputs that do not change, read by what does, in graph order.
+    """List the values that depend on unchanging inputs alone and are read by operators that do not, in graph order.
 
-    What has a size that only inputs that change have, changes with it.
+    A value whose size only changing inputs have is taken to change with them.
     """
     dependence = depends_on(program)
     needed = needed_beside(program, _staying(program, changing))
@@ -81,6 +84,7 @@ def _carried(program: Program, changing: frozenset[str]) -> list[fx.Node]:
 
 
 def _smaller(node: fx.Node, dependence: dict[fx.Node, frozenset[str]]) -> fx.Node:
+    """Return the value that `node` expands or copies, if it is not larger and can be carried instead, else `node`."""
     while node.target in _ENLARGING:
         source = node.all_input_nodes[0]
         if source.op != "call_function" or not dependence[source] or not _fewer(source, node):
@@ -90,7 +94,7 @@ def _smaller(node: fx.Node, dependence: dict[fx.Node, frozenset[str]]) -> fx.Nod
 
 
 def _fewer(source: fx.Node, node: fx.Node) -> bool:
-    """Whether `source` has no more elements than `node`, for all sizes."""
+    """Tell whether `source` has no more elements than `node`, for all sizes."""
     counts = [_elements(n.meta["val"]) for n in (source, node)]
     return (
         sympy.expand(counts[1] - counts[0]).subs({s: s + 1 for s in counts[0].free_symbols}).is_nonnegative
@@ -99,6 +103,7 @@ def _fewer(source: fx.Node, node: fx.Node) -> bool:
 
 
 def _elements(value: Tensor) -> sympy.Expr:
+    """Return the number of elements of a tensor as a symbolic expression."""
     count: Any = sympy.Integer(1)
     sizes: list[Any] = list(value.shape)
     for size in sizes:
@@ -107,7 +112,7 @@ def _elements(value: Tensor) -> sympy.Expr:
 
 
 def _uses(flow: nx.DiGraph, node: fx.Node) -> list[str]:
-    """What attention does with a value that reaches it by rearrangement alone."""
+    """List the operands of attention that a value reaches by operators that rearrange elements alone."""
     met = downstream(flow, [node], through=lambda n: n.target in _SHAPING)
     rearranged = {node, *(n for n in met if n.target in _SHAPING)}
     sites = [n for n in met if n.target is _ATTENTION]
@@ -116,7 +121,7 @@ def _uses(flow: nx.DiGraph, node: fx.Node) -> list[str]:
 
 
 def _roles(program: Program, carried: dict[fx.Node, list[str]]) -> dict[str, fx.Node]:
-    """A name for each carried value: the module it is from, and what attention does with it, or else what made it."""
+    """Assign each carried value a role: its module path, and the attention operand it becomes or else its operator."""
     names = [
         f"{module_path(node) or 'top'}.{next(iter(uses), _made_by(node))}" for node, uses in carried.items()
     ]
@@ -124,6 +129,7 @@ def _roles(program: Program, carried: dict[fx.Node, list[str]]) -> dict[str, fx.
 
 
 def _made_by(node: fx.Node) -> str:
+    """Return the name of the operator that computes `node`, apart from rearrangements."""
     while node.target in _SHAPING and node.all_input_nodes[0].op == "call_function":
         node = node.all_input_nodes[0]
     target: Any = node.target

@@ -1,9 +1,10 @@
-"""Move what follows from the time point alone into a program that runs once for each point of a plan. Exact.
+"""Move what depends on the time point alone into a program that runs once for each point of a plan. Exact.
 
-Looks for the linear layers whose values depend on the time point and on no other input, and of these for the last on
-every way to what depends on more: the modulation of each block, say, behind the embedding of time. A new program, the
-schedule, computes them; the program itself takes their values as inputs, and no longer the time point where nothing
-else reads it. What is done to them afterwards without a layer (taking them apart, adding one) stays where it is.
+Looks for the linear layers whose values depend on the time point and on no other input, and of these for the
+last on every path to values that depend on more: the modulation of each block, say, after the embedding of
+time. A new program, the schedule, computes them; the program itself takes their values as inputs, and no
+longer the time point where nothing else reads it. Operators without a linear layer that follow (slicing them,
+adding one) stay where they are.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ _LINEAR = torch.ops.aten.linear.default
 
 @dataclasses.dataclass(frozen=True)
 class HoistSchedule(Pass):
-    """`point`: the input that says where on the trajectory an evaluation is.
+    """Move linear layers on the time point into a schedule.
 
-    Values whose size is that of another input, such as a batch, are left where they are: `ShareBatch` frees them of it.
+    `point`: the input that says where on the trajectory an evaluation is. Values whose size is that of
+    another input, such as a batch, stay where they are: `ShareBatch` removes that dependence.
     """
 
     point: str
 
     def call(self, program: Program) -> PassResult:
+        """Split the program into a schedule that computes these layers, and the rest."""
         dependence, needed = depends_on(program), needed_beside(program, (self.point,))
         alone = [
             node
@@ -59,10 +62,11 @@ class HoistSchedule(Pass):
         return PassResult((schedule, step), (change,), reasons=reasons)
 
     def _alone(self, inputs: frozenset[str]) -> bool:
+        """Tell whether `inputs` is the time point alone."""
         return inputs == {self.point}
 
     def _leads_on(self, flow: nx.DiGraph, layer: fx.Node, dependence: dict[fx.Node, frozenset[str]]) -> bool:
-        """Whether what depends on other inputs too, or an output, is reached from `layer` through no further layer."""
+        """Tell whether an output, or a value that depends on other inputs too, is reached through no further layer."""
 
         def stays(node: fx.Node) -> bool:
             return node.op != "output" and self._alone(dependence[node])
@@ -72,4 +76,5 @@ class HoistSchedule(Pass):
 
 
 def _is_static(node: fx.Node) -> bool:
+    """Tell whether the value of `node` has a static shape."""
     return not any(isinstance(size, torch.SymInt) for size in node.meta["val"].shape)

@@ -1,4 +1,4 @@
-"""Putting plain PyTorch into a graph: a function is traced on the values of nodes and its operators inserted."""
+"""Inlining of plain PyTorch: a function is traced on the values of nodes, and its operators inserted into the graph."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def inline(
     after: fx.Node,
     scope: str,
 ) -> fx.Node:
-    """The node of `function(*arguments)`, whose operators are inserted right behind `after`.
+    """Insert the operators of `function(*arguments)` right after the node `after`, and return the node of the result.
 
-    `arguments` are tensors and stand before `after`, or are it; symbolic sizes read from them stay symbolic. Tensors
-    that the function closes over become constants of the program. The new nodes carry `scope` as their module path.
+    `arguments` are tensors and precede `after`, or are it; symbolic sizes read from them stay symbolic.
+    Tensors that the function closes over become constants of the program. The new nodes carry `scope` as
+    their module path.
     """
     values = [node.meta["val"] for node in arguments]
     fake_mode = torch._guards.detect_fake_mode(values)

@@ -1,4 +1,6 @@
-"""Keep only the outputs an engine is asked for; what computed the others becomes dead code. Exact on those kept.
+"""Keep only the outputs an engine is asked for; what computed the others becomes dead code.
+
+Exact on those kept.
 
 Source: the published generation step also computes vocabulary logits for every row, and nothing reads them.
 """
@@ -14,11 +16,15 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class KeepOutputs(Pass):
-    """Outputs by role. Programs that give none of them (later links of a chain) are left alone."""
+    """Keep the outputs in `roles`.
+
+    Programs that have none of them (later links of a chain) are left alone.
+    """
 
     roles: tuple[str, ...]
 
     def call(self, program: Program) -> PassResult:
+        """Drop the outputs that are not in `roles`."""
         kept = tuple(role for role in program.outputs if role in self.roles)
         dropped = tuple(role for role in program.outputs if role not in self.roles)
         if not kept or not dropped:

@@ -1,8 +1,8 @@
-"""Compute for the last row alone what is read of the last row alone. Exact.
+"""Compute only the last row of values of which only the last row is read. Exact.
 
-Looks upwards from where an output takes the last of its rows (the next token's logits), through everything that treats
-rows one by one and is read by nothing else: the final norm and vocabulary projection, and of the last layer all but
-keys and values. Queries of attention are rows of their own too.
+Looks backwards from where an output selects the last of its rows (the next token's logits), through operators
+that treat rows one by one and have no other users: the final norm and vocabulary projection, and of the last
+layer all but keys and values. Queries of attention are rows of this kind too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _VIEWS = (
 
 @dataclasses.dataclass(frozen=True)
 class LastRow(Pass):
+    """Narrow operators to the last row where no other row of their result is read."""
+
     def call(self, program: Program) -> PassResult:
+        """Narrow what is computed before each selection of the last row."""
         editor = GraphEditor(program)
         editor.remove_unused()
         narrowed = 0
@@ -52,12 +55,14 @@ class LastRow(Pass):
 
 
 class _Narrowing:
+    """The narrowing of what one selection of the last row reads; `rows` is the symbolic number of rows."""
+
     def __init__(self, editor: GraphEditor, select: fx.Node, rows: str) -> None:
         self.editor, self.select, self.rows = editor, select, rows
         self.cut: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> int:
-        """Narrow what only the selection reads; how many operations."""
+        """Narrow the operators that only the selection depends on; return their number."""
         inside = self._cone()
         for node in [n for n in self.editor.graph.nodes if n in inside]:
             for source in node.all_input_nodes:
@@ -76,18 +81,19 @@ class _Narrowing:
         return len(inside)
 
     def _cone(self) -> set[fx.Node]:
-        """Operations that keep rows apart, and are read by the selection or one another alone."""
+        """Return the operators that keep rows apart and whose users are the selection or such operators alone."""
         flow = node_flow(self.editor.graph)
         flow.remove_node(self.select)
         return set(flow) - upstream(flow, [node for node in flow if not self._can_narrow(node)])
 
     def _can_narrow(self, node: fx.Node) -> bool:
-        """Whether it can be computed for the last row alone, if that is all that its readers need."""
+        """Tell whether `node` can be computed for the last row alone, provided that its users need no other."""
         if not node.users or any(self._is_context(user, node) for user in node.users):
             return False
         return self._row_dim(node) is not None and self._keeps_rows_apart(node)
 
     def _keeps_rows_apart(self, node: fx.Node) -> bool:
+        """Tell whether each row of the result depends on that row of its operand (in attention: the query) alone."""
         if node.op != "call_function":
             return False
         if is_pointwise(node) or node.target in _ROW_BY_ROW or node.target is _ATTENTION:
@@ -97,10 +103,11 @@ class _Narrowing:
         return node.target in _VIEWS
 
     def _is_context(self, reader: fx.Node, source: fx.Node) -> bool:
-        """Whether attention reads `source` as keys, values or mask: rows that meet others."""
+        """Tell whether attention reads `source` as keys, values or mask, of which every query needs all rows."""
         return reader.target is _ATTENTION and any(a is source for a in reader.args[1:])
 
     def _row_dim(self, node: fx.Node) -> int | None:
+        """Return the one row dimension of the value of `node`, or None."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return None
@@ -108,6 +115,7 @@ class _Narrowing:
         return dims[0] if len(dims) == 1 else None
 
     def _last(self, source: fx.Node, dim: int | None = None) -> fx.Node:
+        """Return the last row of `source` along `dim`, its row dimension by default; the slice is created once."""
         if source not in self.cut:
             dim = cast("int", self._row_dim(source)) if dim is None else dim
             with self.editor.graph.inserting_after(source):

@@ -1,9 +1,10 @@
-"""Compute what costs the time in a 16-bit type, and the rest as before. Lossy.
+"""Compute the expensive operators in a 16-bit type, and the rest as before. Lossy.
 
-Looks for matrix products, convolutions, attention and embedding tables, and casts their operands, weights ahead of
-time. Values stay short where elementwise gating and reshaping alone stand between two of these; whatever else reads
-one (norms, rotations, residual sums, modulation) gets it cast back. What follows from the inputs in `keep` alone,
-such as the time embedding and the modulation made of it, is left in its own type, and so are inputs and outputs.
+Looks for matrix products, convolutions, attention and embedding tables, and casts their operands, weights at
+compile time. Values stay in 16 bits between two of these where there are only gating and reshaping; for all
+other users of such a value (norms, rotations, residual additions, modulation) it is cast back. What depends
+on the inputs in `keep` alone, such as the time embedding and the modulation computed from it, keeps its own
+type, and so do inputs and outputs.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ _LIGHT = {
 
 @dataclasses.dataclass(frozen=True)
 class LowerPrecision(Pass):
-    """`dtype`: "bfloat16" or "float16". `keep`: roles of inputs whose own functions stay in float32.
+    """Compute in `dtype`, "bfloat16" or "float16".
 
-    `stacks`: the stacks that are meant, "" for what is in none (None: all).
+    `keep`: roles of inputs; what depends on these alone stays in float32.
+
+    `stacks`: the stacks to lower, "" for nodes outside of all (None: everything).
     """
 
     dtype: str = "bfloat16"
@@ -58,6 +61,7 @@ class LowerPrecision(Pass):
     kind: ClassVar[Kind] = "lossy"
 
     def call(self, program: Program) -> PassResult:
+        """Cast the operands of expensive operators to 16 bits, and those of all but light ones back to float32."""
         editor = GraphEditor(program)
         casts = _Casts(editor, getattr(torch, self.dtype))
         kept = _kept(editor, self.keep)
@@ -87,24 +91,28 @@ class LowerPrecision(Pass):
 
 
 class _Casts:
-    """Casts of an editor's values, each made once."""
+    """Casts of an editor's values, each created once."""
 
     def __init__(self, editor: GraphEditor, dtype: torch.dtype) -> None:
         self._editor, self._dtype = editor, dtype
         self._known: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def lower(self, reader: fx.Node) -> None:
+        """Make `reader` read its float32 operands in 16 bits."""
         reader.args = fx.map_arg(reader.args, lambda n: self._short(n, reader))
         reader.kwargs = fx.map_arg(reader.kwargs, lambda n: self._short(n, reader))
 
     def raise_(self, reader: fx.Node) -> None:
+        """Make `reader` read its 16-bit operands in float32."""
         reader.args = fx.map_arg(reader.args, lambda n: self._full(n, reader))
         reader.kwargs = fx.map_arg(reader.kwargs, lambda n: self._full(n, reader))
 
     def _full(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """Return `node`, cast to float32 if it is in 16 bits."""
         return self._cast(node, torch.float32, reader) if _dtype(node) == self._dtype else node
 
     def _short(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """Return `node`, cast to 16 bits if it is in float32; a stored tensor becomes a 16-bit constant."""
         if _dtype(node) != torch.float32:
             return node
         stored = self._editor.stored(node)
@@ -118,6 +126,7 @@ class _Casts:
         return self._known[key]
 
     def _cast(self, node: fx.Node, dtype: torch.dtype, reader: fx.Node) -> fx.Node:
+        """Return the cast of `node` to `dtype`, inserted before `reader` on first use."""
         key = node, dtype
         if key not in self._known:
             graph = self._editor.graph
@@ -135,21 +144,24 @@ class _Casts:
 
 
 def _is_mask(node: fx.Node, reader: fx.Node) -> bool:
+    """Tell whether attention at `reader` reads `node` as its mask."""
     attends = reader.target is _aten.scaled_dot_product_attention.default
     return attends and node in (*reader.args[3:4], reader.kwargs.get("attn_mask"))
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
+    """Return the dtype of the value of `node`, or None if it is no tensor."""
     value: Any = node.meta.get("val")
     return value.dtype if isinstance(value, Tensor) else None
 
 
 def _kept(editor: GraphEditor, roles: tuple[str, ...]) -> set[fx.Node]:
-    """Nodes that no input reaches but those of the roles."""
+    """Return the nodes that depend on no inputs but those of `roles`."""
     others = [node for role, node in editor.user_inputs().items() if role not in roles]
     flow = node_flow(editor.graph)
     return set(flow) - downstream(flow, others)
 
 
 def _heavy(program: Program) -> int:
+    """Count the expensive operators of the program."""
     return sum(getattr(n.target, "overloadpacket", None) in _HEAVY for n in program.exported.graph.nodes)

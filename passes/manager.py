@@ -1,13 +1,14 @@
-"""Runs passes over a program in order and trusts none of them.
+"""Runs passes over a program in order and verifies the result of each.
 
-After every pass the graph is linted and run on the sample inputs, and the shape and dtype of every value must be what
-the metadata says. An exact pass must give what it got, to 1e-5 relative L2 in float32 (1e-12 in float64); what a lossy
-pass changes is measured the same way and reported. Behind the last pass shapes are propagated through each graph once
-more with its dynamic dimensions as symbols. Nodes that a pass made or touched are marked with its name.
+After every pass the graph is linted and run on the sample inputs, and the shape and dtype of every value are
+compared with its metadata. The outputs after an exact pass must equal those before it, to 1e-5 relative L2 in
+float32 (1e-12 in float64); the error of a lossy pass is measured the same way and reported. After the last
+pass shapes are propagated through each graph once more with its dynamic dimensions as symbols. Nodes that a
+pass made or modified are marked with its name.
 
-A program too large to be run after every pass may go without (`validate=False`) where the same passes were validated on
-a smaller copy of the model. After every pass its graphs are linted, and behind the last shapes are propagated, all the
-same.
+For a program that is too large to be run after every pass, this can be turned off (`validate=False`) where
+the same passes were validated on a smaller copy of the model. Its graphs are still linted after every pass,
+and shapes propagated after the last.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ _HALF_TOLERANCE = 2e-2
 
 @dataclasses.dataclass(frozen=True)
 class PassRecord:
-    """What one pass did to one program, and in `declined` why it left alone what it was to change.
+    """What one pass changed in one program, and in `declined` its reasons for changes it could not make.
 
-    `error` is the largest relative L2 error (`agreement`) over the outputs it kept; None if the pass changed nothing,
-    or was not validated on this program. `technique` is what a recipe calls what the pass carries out, if it does.
+    `error` is the largest relative L2 error (`agreement`) over the outputs it kept; None if the pass changed
+    nothing, or was not validated on this program. `technique` is the name by which a recipe asks for what the
+    pass does, if any.
     """
 
     program: str
@@ -52,13 +54,13 @@ class PassRecord:
 
     @property
     def undone(self) -> bool:
-        """Whether it is of a technique that a recipe asks for, of which nothing was done."""
+        """Whether a recipe asks for what the pass does, and it declined to do any of it."""
         return self.technique is not None and bool(self.declined) and not self.changes
 
 
 @dataclasses.dataclass(frozen=True)
 class PassManager:
-    """A pipeline. A pass that makes several programs hands each of them to the passes after it."""
+    """A pipeline of passes. Where a pass makes several programs, each later pass runs on each of them."""
 
     passes: tuple[Pass, ...]
     validate: bool = True
@@ -85,12 +87,13 @@ class PassManager:
 
 
 class _Checked:
-    """A program whose metadata was held against a run, and what it gave on its sample, computed when first asked."""
+    """A program whose metadata was checked against a run, and its outputs on its sample, computed on first use."""
 
     def __init__(self, program: Program, outputs: dict[str, Tensor] | None = None) -> None:
         self.program, self._outputs = program, outputs
 
     def outputs(self) -> dict[str, Tensor]:
+        """Return the program's outputs on its sample inputs."""
         if self._outputs is None:
             with torch.no_grad():
                 self._outputs = self.program.run(self.program.sample)
@@ -98,6 +101,7 @@ class _Checked:
 
 
 def _run_one(step: Pass, before: _Checked, *, validate: bool) -> tuple[list[_Checked], PassRecord]:
+    """Run one pass on one program and verify what it made. Raises `PassError` if that is not valid."""
     program = before.program
     reason = step.requires(program)
     if reason is not None:
@@ -128,15 +132,17 @@ def _run_one(step: Pass, before: _Checked, *, validate: bool) -> tuple[list[_Che
 
 
 def _record(step: Pass, program: Program, result: PassResult, error: float | None) -> PassRecord:
+    """Make the record of a pass that ran on `program`."""
     return PassRecord(
         program.name, step.name, step.kind, result.changes, error, result.reasons, step.technique
     )
 
 
 def _judged(step: Pass, found: Mapping[str, Difference], tolerance: float) -> float:
-    """Return the largest relative error. Raises `PassError` if `step` may not cause it.
+    """Return the largest relative error. Raises `PassError` if `step` is not allowed to cause it.
 
-    An exact pass keeps to `tolerance`, and the order of the best logits; a lossy one only has to give numbers.
+    An exact pass must keep within `tolerance`, and keep the order of the best logits; the outputs of a lossy
+    one only have to be finite.
     """
     errors = {role: difference.relative for role, difference in found.items()}
     # Not `error > tolerance`: a NaN must fail too.
@@ -150,18 +156,20 @@ def _judged(step: Pass, found: Mapping[str, Difference], tolerance: float) -> fl
 
 
 def _dtype(program: Program) -> torch.dtype:
+    """Return the dtype of the program's first floating-point input, or float32 if it has none."""
     floating = [v.dtype for v in program.sample.values() if v.dtype.is_floating_point]
     return floating[0] if floating else torch.float32
 
 
 def _where(before: Sequence[Pass], step: Pass, program: Program, problem: Exception) -> str:
+    """Write the message of a pass that failed, with the program and the passes before it."""
     ran = ", ".join(p.name for p in before) or "none"
     reason = problem if isinstance(problem, FlashuError) else repr(problem)
     return f"Pass {step.name} failed on program {program.name!r}: {reason} (passes before it: {ran})."
 
 
 class _ShapeCheck(fx.Interpreter):
-    """Holds shape and dtype of every value it computes against the node's metadata."""
+    """An interpreter that compares the shape and dtype of every value it computes with the node's metadata."""
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -172,7 +180,7 @@ class _ShapeCheck(fx.Interpreter):
 
 
 def _run_checked(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Lint the graph and run it. Raises `PassError` naming the node where a value is not what its metadata says."""
+    """Lint the graph and run it. Raises `PassError` naming the node whose value differs from its metadata."""
     graph_module = program.exported.graph_module
     try:
         graph_module.graph.lint()
@@ -183,9 +191,9 @@ def _run_checked(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def check_graph(program: Program) -> None:
-    """Lint the graph and propagate shapes through it, dynamic dimensions as symbols.
+    """Lint the graph and propagate shapes through it, with dynamic dimensions as symbols.
 
-    Raises `PassError` naming the node where they disagree.
+    Raises `PassError` naming the node whose shape or dtype differs from its metadata.
     """
     graph_module = program.exported.graph_module
     try:
@@ -205,6 +213,7 @@ def check_graph(program: Program) -> None:
 
 
 def _check_value(node: fx.Node, value: Tensor, declared: Tensor) -> None:
+    """Raise `PassError` if the dtype or shape of `value` is not that of the metadata of node `n`, `declared`."""
     if declared.dtype != value.dtype or not _same_shape(declared, value):
         raise PassError(
             f"it left node {node.name} as {value.dtype}{list(value.shape)}, "
@@ -213,19 +222,19 @@ def _check_value(node: fx.Node, value: Tensor, declared: Tensor) -> None:
 
 
 def _same_shape(first: Tensor, second: Tensor) -> bool:
-    """Equal ranks, and equal sizes wherever both are known numbers."""
+    """Tell whether two tensors have equal ranks, and equal sizes wherever both are known numbers."""
     sizes: list[Any] = list(zip(first.shape, second.shape, strict=False))
     known = [(a, b) for a, b in sizes if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt)]
     return len(first.shape) == len(second.shape) and all(a == b for a, b in known)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Measure as `agreement.relative_error` does."""
+    """Compute `agreement.relative_error` of two tensors."""
     return agreement.relative_error(_array(value), _array(truth))
 
 
 def compare(before: Program, after: PassResult) -> dict[str, float]:
-    """Measure the relative L2 error of every output the pass kept, on the sample inputs."""
+    """Compute the relative L2 error of every output the pass kept, on the sample inputs."""
     with torch.no_grad():
         truth = before.run(before.sample)
         values = run_chain(after.programs, {**before.sample, **after.programs[0].sample})
@@ -236,6 +245,7 @@ def compare(before: Program, after: PassResult) -> dict[str, float]:
 def _differences(
     truth: Mapping[str, Tensor], values: Mapping[str, Tensor], dropped: tuple[str, ...], tolerance: float
 ) -> dict[str, Difference]:
+    """Compare each output by role with its expected value, except those that were dropped."""
     return {
         role: output_difference(role, _array(values[role]), _array(expected), tolerance)
         for role, expected in truth.items()
@@ -244,5 +254,6 @@ def _differences(
 
 
 def _array(value: Tensor) -> NDArray[Any]:
+    """Convert a tensor to NumPy, bfloat16 as float32."""
     value = value.detach().cpu()
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

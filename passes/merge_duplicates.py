@@ -1,4 +1,7 @@
-"""Compute once what several nodes compute alike: the same operator on the same arguments. Exact, bit for bit."""
+"""Common subexpression elimination: compute the same operator on the same arguments once.
+
+Exact, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class MergeDuplicates(Pass):
+    """Merge nodes that apply the same operator to the same arguments."""
+
     def call(self, program: Program) -> PassResult:
+        """Replace every pure node that repeats an earlier one by that one."""
         editor = GraphEditor(program)
         first: dict[Any, fx.Node] = {}
         merged = 0

@@ -1,4 +1,4 @@
-"""Feed-forward groups by block index, the neurons chosen in one, and where its weights are stored."""
+"""Feed-forward groups by block index, the neurons chosen in each, and its stored weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Neurons = Sequence[int] | NDArray[np.int64]
 
 
 def chosen_groups(program: Program, stack: str, blocks: Iterable[int]) -> dict[int, FeedForward]:
-    """The groups of `blocks` of a stack, in block order. Raises `PassError` if the stack has no such block."""
+    """Return the feed-forward groups of `blocks` of a stack, in block order.
+
+    Raises `PassError` if the stack has no such block.
+    """
     groups = {group.block: group for group in feed_forwards(program, stack)}
     wanted = sorted(set(blocks))
     unknown = [block for block in wanted if block not in groups]
@@ -32,7 +35,10 @@ def chosen_groups(program: Program, stack: str, blocks: Iterable[int]) -> dict[i
 
 
 def chosen_neurons(neurons: Neurons, group: FeedForward) -> Tensor:
-    """The neurons kept in one group, int64 [kept]. Raises `PassError` unless they are a sorted set of its own."""
+    """Return the neurons kept in one group, int64 [kept].
+
+    Raises `PassError` unless they are different neurons of the group in ascending order.
+    """
     kept = torch.tensor(neurons, dtype=torch.int64)
     where = f"block {group.block} of stack {group.stack!r}"
     if kept.ndim != 1 or not len(kept):
@@ -45,12 +51,15 @@ def chosen_neurons(neurons: Neurons, group: FeedForward) -> Tensor:
 
 
 def neuron_rows(neurons: Tensor, weight: Tensor, width: int) -> Tensor:
-    """Rows of `weight` that make the `neurons` of `width`: a fused layer makes each several times, a width apart."""
+    """Return the rows of `weight` that compute `neurons`; a fused layer has several rows for each, `width` apart."""
     return torch.cat([neurons + start for start in range(0, len(weight), width)])
 
 
 def stored_weight(editor: GraphEditor, layer: fx.Node, position: int) -> Tensor:
-    """The stored tensor that `layer` reads at `position`. Raises `StructureError` if it is computed."""
+    """Return the stored tensor that `layer` reads at `position`.
+
+    Raises `StructureError` if it is computed.
+    """
     weight: fx.Node = arguments(layer)[position]
     stored = editor.stored(weight)
     if stored is None:
@@ -61,5 +70,5 @@ def stored_weight(editor: GraphEditor, layer: fx.Node, position: int) -> Tensor:
 
 
 def stored_positions(layer: fx.Node) -> list[int]:
-    """Where a linear layer takes its weight and, if it has one, its bias."""
+    """Return the positions of a linear layer's weight and, if it has one, its bias among its arguments."""
     return [position for position in range(1, len(layer.args)) if layer.args[position] is not None]

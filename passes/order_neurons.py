@@ -1,9 +1,10 @@
-"""Order the neurons of feed-forward groups so that what each of two tasks keeps is one range of them. Exact.
+"""Reorder the neurons of feed-forward groups so that those each of two tasks keeps are one range. Exact.
 
-Looks for the feed-forward group of each block of a stack (`analysis.feed_forward`) in which a task keeps only some
-neurons, and puts them in the order {first task only, both, second task only, neither}: rows of the layers that make
-them, columns of the one that reads them. That one's weight is laid out by columns, so that a range of neurons is a
-range of memory in every weight of the group, and pruned programs can share the bytes of the whole one.
+Looks for the feed-forward group of each block of a stack (`analysis.feed_forward`) in which a task keeps only
+some neurons, and puts them in the order {first task only, both, second task only, neither}: rows of the
+layers that compute them, columns of the one that reads them. That one's weight is stored by columns, so that
+a range of neurons is a range of memory in every weight of the group, and pruned programs can share the bytes
+of the whole one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Kept = Mapping[int, Neurons]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OrderedWeight:
-    """`weight`, and its rows (or columns) in another `order`."""
+    """A weight, and `ordered`, its rows (or columns) in another `order`."""
 
     weight: Tensor
     order: Tensor
@@ -48,10 +49,10 @@ OrderedWeights = dict[Hashable, OrderedWeight]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OrderNeurons(Pass):
-    """`first`, `second`: for each block index, the neurons that a task keeps, sorted; a block not named stays whole.
+    """Reorder neurons. `first`, `second`: for each block index, the neurons a task keeps, sorted.
 
-    `shared` holds the weights that were ordered already. Programs of one model that are given to one instance share
-    them, as they shared those they came with.
+    A block that is not named stays whole. `shared` holds the weights that were reordered already: programs of
+    one model that are given to the same instance share reordered weights, as they share the original ones.
     """
 
     kind: ClassVar[Kind] = "exact"
@@ -62,6 +63,7 @@ class OrderNeurons(Pass):
     shared: OrderedWeights = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def call(self, program: Program) -> PassResult:
+        """Permute the weights of every feed-forward group in which a task keeps only some neurons."""
         blocks = self.first.keys() | self.second.keys()
         if not blocks:
             return PassResult.unchanged(program)
@@ -81,7 +83,7 @@ class OrderNeurons(Pass):
         return PassResult((editor.finish(),), tuple(changes))
 
     def _order(self, group: FeedForward) -> Tensor | None:
-        """The neurons of a group in their new order, or None where both tasks keep all of them.
+        """Return the neurons of a group in their new order, or None where both tasks keep all of them.
 
         A task that is not named for the block asks for no order.
         """
@@ -102,7 +104,7 @@ class OrderNeurons(Pass):
     def _reorder(
         self, editor: GraphEditor, copies: Mapping[str, fx.Node], group: FeedForward, order: Tensor
     ) -> str:
-        """Put the weights of one group in order, and say so."""
+        """Permute the weights of one group, and return the line that reports it."""
         down = copies[group.down.name]
         whole = stored_weight(editor, down, 1)
         own = editor.narrow(down, 1, ordered_weight(whole, order, by_columns=True, shared=self.shared))
@@ -117,7 +119,7 @@ class OrderNeurons(Pass):
 
 
 def ordered_weight(weight: Tensor, order: Tensor, *, by_columns: bool, shared: OrderedWeights) -> Tensor:
-    """The rows or columns of `weight` in `order`, from `shared` or made and put there."""
+    """Return the rows or columns of `weight` in `order`, from `shared`, or computed and stored there."""
     memory = (weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
     key = (memory, by_columns, order.numpy().tobytes())
     if key not in shared:
@@ -129,7 +131,7 @@ def ordered_weight(weight: Tensor, order: Tensor, *, by_columns: bool, shared: O
 
 
 def kept_ranges(first: Neurons | None, second: Neurons | None) -> tuple[range | None, range | None]:
-    """Where `OrderNeurons` puts what each task keeps in a block; None for a task that keeps all."""
+    """Return the range in which `OrderNeurons` puts what each task keeps in a block; None for a task that keeps all."""
     if first is None or second is None:
         return tuple(None if kept is None else range(len(kept)) for kept in (first, second))  # type: ignore[return-value]
     start = len(first) - len(np.intersect1d(first, second))

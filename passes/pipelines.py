@@ -1,7 +1,8 @@
-"""The passes of each captured program, in order. This module is the whole truth about what runs.
+"""The passes of each captured program, in order: these lists define all that runs.
 
-Lossy passes come first, while block indices are still those of the captured program, and each counts on it: tokens
-are gathered before layers are removed, and neurons are pruned where all FFNs are still there.
+Lossy passes come first, while block indices are still those of the captured program, which each of them
+refers to: tokens are gathered before layers are removed, and neurons are pruned while all FFNs are still
+there.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ CLEAN: tuple[Pass, ...] = (RemoveDeadCode(), FoldConstants(), CanonicalNames())
 def denoise(
     *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), features: bool = False
 ) -> tuple[Pass, ...]:
-    """The generation step, after a prologue with what does not change during a trajectory, and its schedule.
+    """List the passes of the generation step.
 
-    `features`: it also gives what a reuse program takes.
+    They split it into a prologue with what does not change during a trajectory, a schedule with what depends
+    on the time point alone, and the step itself. `features`: the step also outputs what a reuse program
+    takes.
     """
     outputs = (Role.VELOCITY, Role.HEAD_FEATURES) if features else (Role.VELOCITY,)
     once = (*_PLAIN, SplitRows(_STEP), MergeDuplicates(), HoistPrologue(_STEP), _SCHEDULE)
@@ -50,19 +53,19 @@ def denoise(
 
 
 def reuse() -> tuple[Pass, ...]:
-    """The generation step, and the program that goes on from the diffusion head's features."""
+    """List the passes that derive, from the generation step, the program that reuses the diffusion head's features."""
     return (KeepOutputs((Role.VELOCITY, Role.HEAD_FEATURES)), ReuseFeatures())
 
 
 def reused() -> tuple[Pass, ...]:
-    """The program that goes on from the head's features, after its schedule."""
+    """List the passes of the program that reuses the head's features, which split its schedule off."""
     return (ShareBatch(), MergeDuplicates(), _SCHEDULE, *CLEAN)
 
 
 def understand(
     *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), gather: GatherTokens | None = None
 ) -> tuple[Pass, ...]:
-    """The understanding forward, split into what runs once per picture and what runs once per token."""
+    """List the passes of the understanding forward, which split it into a part per picture and a part per token."""
     # Rotations first: where a table's halves are the same cannot be seen behind a gather.
     tokens = () if gather is None else (HalveRotary(), gather)
     split = SplitAtOutput(Role.IMAGE_EMBEDS, (VISION, LANGUAGE), ("batch", None, None))
@@ -70,7 +73,11 @@ def understand(
 
 
 def decode() -> tuple[Pass, ...]:
-    """The language part, after a prologue over the picture's rows; it updates buffers of keys and values."""
+    """List the passes of the language part.
+
+    They split off a prologue over the picture's rows, and make the part itself update buffers of keys and
+    values.
+    """
     changing = frozenset({Role.SUFFIX_IDS})
     # The token that ends the image belongs to it: the published mask lets the image see it.
     separate = SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS)
@@ -80,5 +87,6 @@ def decode() -> tuple[Pass, ...]:
 
 
 def _cut(kept: KeptNeurons | None, skipped: tuple[int, ...]) -> tuple[Pass, ...]:
+    """List the passes that prune neurons and remove the `skipped` layers."""
     prune = tuple(PruneFFN(stack, blocks) for stack, blocks in (kept or {}).items())
     return (*prune, RemoveLayers(LLM, skipped)) if skipped else prune

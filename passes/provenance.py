@@ -1,8 +1,9 @@
-"""Which passes made or touched a node, noted on the node itself.
+"""Provenance: which passes made or modified a node, recorded in the node's metadata.
 
-A node that a pass left is known by what it computes: its module, its operator, its constant arguments, and the static
-sizes of what it reads and gives. A node for which there was none such before is the pass's doing. Names do not count,
-since programs that are traced anew change them all; nor does where a value comes from.
+Nodes are identified by what they compute: their module, operator, constant arguments, and the static sizes of
+what they read and compute. A node without a counterpart in the program before a pass is attributed to that
+pass. Names do not count, since programs that are traced anew change them all; nor does where a value comes
+from.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _KEY = "passes"
 
 
 def passes_of(node: fx.Node) -> tuple[str, ...]:
-    """The passes that made or touched it, in their order."""
+    """Return the names of the passes that made or modified `node`, in their order."""
     # Under "custom", which torch hands on when a graph is traced again.
     return tuple(node.meta.get("custom", {}).get(_KEY, ()))
 
 
 def note(name: str, before: Program, made: Iterable[Program]) -> None:
-    """Add pass `name` to the nodes of the programs it `made` of `before` that were not there like this."""
+    """Attribute to pass `name` the nodes of the programs it `made` that have no counterpart in `before`."""
     known: defaultdict[Any, list[tuple[str, ...]]] = defaultdict(list)
     for node in before.exported.graph.nodes:
         if node.op == "call_function":
@@ -48,18 +49,20 @@ def note(name: str, before: Program, made: Iterable[Program]) -> None:
 
 
 def _likeness(node: fx.Node) -> Any:
+    """Return the key by which counterparts of a node are found."""
     given = [_shape(value) if isinstance(value, fx.Node) else str(value) for value in _leaves(node)]
     return module_path(node), str(node.target), tuple(given), _shape(node)
 
 
 def _leaves(node: fx.Node) -> list[Any]:
+    """List the arguments of a node, nested ones included."""
     leaves: list[Any] = []
     fx.node.map_aggregate((node.args, tuple(sorted(node.kwargs.items()))), leaves.append)
     return leaves
 
 
 def _shape(node: fx.Node) -> str:
-    """Rank, static sizes and dtype; a dynamic size is one like another."""
+    """Format dtype, rank and static sizes of a node's value; all dynamic sizes look the same."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return type(value).__name__

@@ -1,8 +1,10 @@
-"""Cut neurons out of feed-forward groups: rows of the layers that make them, columns of the one that reads them. Lossy.
+"""Prune neurons of feed-forward groups: rows of the layers before them, columns of the one after. Lossy.
 
-Looks for the feed-forward group of each block of a stack (`analysis.feed_forward`), gated, fused or plain, and keeps
-the chosen hidden neurons, in their order. Sliced weights keep their names and dtype; no full-width weight remains.
-Neurons that are neighbours are a view of the whole weight's memory; others are copied out of it.
+Looks for the feed-forward group of each block of a stack (`analysis.feed_forward`), gated, fused or plain,
+and keeps the chosen hidden neurons, in their order. Sliced weights keep their names and dtype; no full-width
+weight remains. Neurons that are neighbours are a view of the whole weight's memory; others are copied out of
+it.
+
 Source: task-specific FFN pruning of Flash-Unified (arXiv 2603.15271).
 """
 
@@ -32,7 +34,9 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PruneFFN(Pass):
-    """`kept`: for each block index, the hidden neurons that stay, sorted. A block that is not named stays whole.
+    """Prune hidden neurons.
+
+    `kept`: for each block index, those that stay, sorted. A block that is not named stays whole.
 
     It declines if every block that is named keeps all its neurons; that some do is normal.
     """
@@ -44,6 +48,7 @@ class PruneFFN(Pass):
     kept: Mapping[int, Neurons]
 
     def call(self, program: Program) -> PassResult:
+        """Slice the weights of every feed-forward group of which some neurons are pruned."""
         if not self.kept:
             return PassResult.unchanged(program)
         groups = chosen_groups(program, self.stack, self.kept)
@@ -67,24 +72,26 @@ class PruneFFN(Pass):
 
 
 def _why_copied(group: FeedForward, kept: Tensor) -> str:
-    """What keeps the weights that stay from being ranges of the whole ones; nothing where nothing does."""
+    """Return why the kept weights are copies, not ranges of the whole ones; "" where none are."""
     if not _neighbours(kept):
         return ", as copies: they are not neighbours"
     return ", partly as copies: one layer makes several of each neuron" if group.fused else ""
 
 
 def _neighbours(numbers: Tensor) -> bool:
+    """Tell whether ascending numbers are consecutive."""
     return int(numbers[-1] - numbers[0]) == len(numbers) - 1
 
 
 def _taken(weight: Tensor, dim: int, numbers: Tensor) -> Tensor:
-    """Slices of a weight: a view where they are neighbours."""
+    """Return slices of a weight along `dim`: a view where they are neighbours, else a copy."""
     if _neighbours(numbers):
         return weight.narrow(dim, int(numbers[0]), len(numbers))
     return weight.index_select(dim, numbers)
 
 
 def _prune(editor: GraphEditor, copies: Mapping[str, fx.Node], group: FeedForward, kept: Tensor) -> None:
+    """Keep only the neurons `kept` of one group, in its weights and the shapes of its values."""
     down = copies[group.down.name]
     editor.narrow(down, 1, _taken(stored_weight(editor, down, 1), 1, kept))
     width = len(kept)
@@ -99,7 +106,7 @@ def _prune(editor: GraphEditor, copies: Mapping[str, fx.Node], group: FeedForwar
 
 
 def _resize(part: fx.Node, width: int, kept: int) -> None:
-    """Make a node that cuts one part of `width` out of a fused value cut the same part out of the narrower one."""
+    """Make a node that slices one part of `width` from a fused value slice the same part from the narrower one."""
     if part.target is torch.ops.aten.slice.Tensor:
         source, dim, start, *_ = slice_arguments(part)
         first = start // width * kept

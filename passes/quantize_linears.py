@@ -1,9 +1,9 @@
-"""Compute linear layers in int8: weights per output channel, activations as they come. Lossy.
+"""Quantize linear layers to int8: weights per output channel at compile time, activations at run time. Lossy.
 
-Looks for linear layers with stored float32 weights that are wide enough to pay, and replaces each by the integer
-product of its quantized input (`int8.py`); layers that read the same value share its quantization. Layers whose
-weights are named in `keep` stay as they are, and so do those that a choice of the largest follows from (such as the
-tokens that stay): a little less in a score would change rows altogether.
+Looks for linear layers with stored float32 weights that are wide enough to pay, and replaces each by the
+integer product of its quantized input (`int8.py`); layers that read the same value share its quantization.
+Layers whose weights are named in `keep` stay as they are, and so do those that a sort or top-k depends on
+(such as the choice of tokens that stay): a small error in a score would change which rows are chosen.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MIN_WIDTH = 128
 
 
 class QuantizedWeights:
-    """int8 weights, made once for all programs of a model.
+    """int8 weights, computed once for all programs of a model.
 
-    A weight that is a part of a whole one, such as that of the kept neurons of a layer, becomes the same part of the
-    whole one's int8 form, so that engines share its bytes. What is no part of one is quantized by itself.
+    A weight that is a part of a whole one, such as that of the kept neurons of a layer, becomes the same part
+    of the whole one's int8 form, so that engines share its bytes. Any other weight is quantized by itself.
     """
 
     def __init__(self) -> None:
@@ -43,13 +43,13 @@ class QuantizedWeights:
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def know(self, weights: Iterable[Tensor]) -> None:
-        """These [out, in] are whole weights."""
+        """Register weights [out, in] as whole ones, which others may be parts of."""
         for weight in weights:
             place = (weight.storage_offset(), tuple(weight.shape), weight.stride())
             self._whole.setdefault(weight.untyped_storage().data_ptr(), {})[place] = weight.detach()
 
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 [out, in] and scales float32 [out] of a float32 weight [out, in]."""
+        """Return the int8 form [out, in] and the scales float32 [out] of a float32 weight [out, in]."""
         for whole in self._whole.get(weight.untyped_storage().data_ptr(), {}).values():
             place = _place(weight, whole)
             if place is not None:
@@ -59,6 +59,7 @@ class QuantizedWeights:
         return self._quantized(weight.detach())
 
     def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize a weight, once for each place in memory."""
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
         if key not in self._made:
             # The weight is kept with it: while it lives, nothing else can have its address.
@@ -67,7 +68,7 @@ class QuantizedWeights:
 
 
 def _place(part: Tensor, whole: Tensor) -> tuple[slice, slice] | None:
-    """The rows and columns of `whole`, in the same storage, that `part` is, or None if it is not a block of it."""
+    """Return the rows and columns of `whole` that `part`, in the same storage, is; None if it is no block of it."""
     if part.stride() != whole.stride() or part.dtype != whole.dtype:
         return None
     distance = int(part.storage_offset()) - int(whole.storage_offset())
@@ -82,7 +83,10 @@ def _place(part: Tensor, whole: Tensor) -> tuple[slice, slice] | None:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeLinears(Pass):
-    """`keep`: names of weights. `stacks`: the stacks whose layers are meant, "" for what is in none (None: all)."""
+    """Quantize linear layers. `keep`: names of weights that stay in float32.
+
+    `stacks`: the stacks whose layers are quantized, "" for layers outside of all (None: all layers).
+    """
 
     keep: frozenset[str] = frozenset()
     stacks: frozenset[str] | None = None
@@ -90,6 +94,7 @@ class QuantizeLinears(Pass):
     kind: ClassVar[Kind] = "lossy"
 
     def call(self, program: Program) -> PassResult:
+        """Replace every layer that is quantizable and not to be kept by an integer product."""
         editor = GraphEditor(program)
         linears = editor.graph.find_nodes(op="call_function", target=_LINEAR)
         inputs: dict[fx.Node, list[fx.Node]] = {}
@@ -111,11 +116,13 @@ class QuantizeLinears(Pass):
         return PassResult((editor.finish(),), (change,), reasons=sensitive)
 
     def _is_meant(self, program: Program, editor: GraphEditor, node: fx.Node) -> bool:
+        """Tell whether a layer is quantizable and lies in one of the chosen stacks."""
         return is_quantizable(editor, node) and (
             self.stacks is None or stack_of(program, node) in self.stacks
         )
 
     def _replace(self, editor: GraphEditor, node: fx.Node, inputs: dict[fx.Node, list[fx.Node]]) -> None:
+        """Make a linear layer an integer product of its quantized input, taken from `inputs` or added there."""
         value, stored, *rest = node.args
         assert isinstance(value, fx.Node)
         assert isinstance(stored, fx.Node)
@@ -135,27 +142,30 @@ class QuantizeLinears(Pass):
 
 
 def _deciding(editor: GraphEditor) -> set[fx.Node]:
-    """Nodes that an order of values depends on."""
+    """Return the nodes that a sort or top-k depends on."""
     ordering = [n for n in editor.graph.nodes if getattr(n.target, "overloadpacket", None) in _ORDERING]
     return upstream(node_flow(editor.graph), ordering)
 
 
 def is_quantizable(editor: GraphEditor, node: fx.Node) -> bool:
-    """Whether a linear layer has a stored float32 weight that is wide enough to pay."""
+    """Tell whether a linear layer has a stored float32 weight that is wide enough to pay."""
     stored = node.args[1]
     weight = editor.stored(stored) if isinstance(stored, fx.Node) else None
     return weight is not None and weight.dtype == torch.float32 and min(weight.shape) >= MIN_WIDTH
 
 
 def weight_name(editor: GraphEditor, node: fx.Node) -> str:
-    """The checkpoint's name of a layer's weight; a copy that a pass made for some readers has it with `_` behind."""
+    """Return the checkpoint's name of a layer's weight.
+
+    A copy that a pass made for some readers has the same name with `_` appended, which is removed.
+    """
     stored = node.args[1]
     assert isinstance(stored, fx.Node)
     return editor.name(stored).rstrip("_")
 
 
 def _quantized(editor: GraphEditor, value: fx.Node, reader: fx.Node) -> list[fx.Node]:
-    """The bytes, scale and zero point of `value`, computed right behind it."""
+    """Insert the quantization of `value` right after it, and return the nodes of its bytes, scale and zero point."""
     graph = editor.graph
     behind = value if value.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(behind):
@@ -174,4 +184,5 @@ def _quantized(editor: GraphEditor, value: fx.Node, reader: fx.Node) -> list[fx.
 
 
 def _origin(node: fx.Node) -> dict[str, Any]:
+    """Return the metadata that a node made in place of `node` inherits: its module path."""
     return {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}

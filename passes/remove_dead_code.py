@@ -1,4 +1,7 @@
-"""Remove what no output depends on: runtime assertions, unread nodes, and the weights only they used. Exact."""
+"""Dead code elimination: remove nodes that no output depends on, runtime assertions, and unread weights.
+
+Exact.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class RemoveDeadCode(Pass):
-    """Inputs stay, read or not: they are the program's signature."""
+    """Remove dead nodes and weights. Inputs stay, read or not: they are the program's signature."""
 
     def call(self, program: Program) -> PassResult:
+        """Remove every node without users, and the weights that are then unread."""
         editor = GraphEditor(program)
         removed = editor.remove_unused()
         if not removed:

@@ -1,7 +1,8 @@
-"""Leave blocks of a stack out: what read a removed block's exit reads its entry. Lossy.
+"""Remove blocks of a stack: users of a removed block's exit read its entry instead. Lossy.
 
-Looks for the residual blocks of a stack (`analysis.blocks`) and removes the chosen ones with their weights. Which ones
-cost least is measured at calibration time; a program with a static list pays nothing for ranking.
+Looks for the residual blocks of a stack (`analysis.blocks`) and removes the chosen ones with their weights.
+Which ones cost least is measured at calibration time; a program with a static list pays nothing for ranking.
+
 Source: dynamic layer skipping of Flash-Unified (arXiv 2603.15271).
 """
 
@@ -20,9 +21,10 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class RemoveLayers(Pass):
-    """`layers`: indices of blocks, in the data flow of the program as given; run it after passes that count blocks.
+    """Remove the blocks of `stack` with the indices `layers`, in the data flow of the program as given.
 
-    None leaves the program as it is; all of them is allowed.
+    Run it after passes that count blocks. An empty tuple leaves the program as it is; all blocks may be
+    removed.
     """
 
     kind: ClassVar[Kind] = "lossy"
@@ -32,6 +34,11 @@ class RemoveLayers(Pass):
     layers: tuple[int, ...]
 
     def call(self, program: Program) -> PassResult:
+        """Replace the exit of every chosen block by its entry, and remove what is then dead.
+
+        Raises `PassError` if there is no such block, or if something outside it reads what its layers
+        compute.
+        """
         if not self.layers:
             return PassResult.unchanged(program)
         blocks = blocks_with_nodes(program, self.stack)

@@ -1,4 +1,4 @@
-"""A program traced anew: an interpreter of one's own carries its graph out, and what it does is the new graph."""
+"""Tracing a program anew: an interpreter runs its graph, and the operations it performs form the new graph."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Run = Callable[[Mapping[fx.Node, Tensor]], Sequence[Tensor]]
 
 
 def retraced(program: Program, run: Run) -> GraphEditor:
-    """An editor of the graph that `run` makes of the program's placeholders, which it gets by node.
+    """Trace `run`, called with the values of the program's placeholders by node, and return an editor of the new graph.
 
-    `run` gives the program's outputs in order. Nodes traced while the metadata of an old node is set
+    `run` returns the program's outputs in order. Nodes traced while the metadata of an old node is set
     (`torch.fx.traceback`) carry the module path of that node.
     """
     placeholders = program.exported.graph.find_nodes(op="placeholder")

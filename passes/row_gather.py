@@ -1,6 +1,7 @@
-"""Carrying a choice of rows across a boundary in a graph: what is read behind it holds the chosen rows only.
+"""Gathering chosen rows across a boundary in a graph: nodes behind it read values with the chosen rows only.
 
-Rows are told by provenance: the row dimensions of a value are those whose symbolic size is the number of rows.
+Rows are identified by their symbolic size: the row dimensions of a value are those whose size is the number
+of rows.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ _END = 2**63 - 1
 
 
 class RowGather:
-    """Gathers, along each of their row dimensions, the values that cross the boundary, once each.
+    """Gathers the values that cross the boundary, along each of their row dimensions, once each.
 
-    `boundary` [b, rows, …] is the value that everything behind it depends on; `index` [b, kept] the rows that stay, in
-    the order they are to have. `last_stays` says that the last row is always among them.
+    `boundary` [b, rows, …] is the value that all nodes behind it depend on; `index` [b, kept] are the rows
+    that stay, in the order they are to have. `last_stays` says that the last row is always among them.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class RowGather:
         self._sizes: dict[fx.Node, fx.Node] = {}
 
     def cross(self, behind: list[fx.Node]) -> tuple[str, ...]:
-        """Make `behind`, all that depends on the boundary in graph order, read kept rows; says what was gathered.
+        """Make `behind`, all nodes that depend on the boundary, read kept rows; return what was gathered.
+
+        `behind` is in graph order.
 
         Raises `StructureError` naming the node whose rows cannot be followed.
         """
@@ -81,6 +84,7 @@ class RowGather:
         return tuple(self._gathers)
 
     def _crossing(self, source: fx.Node, reader: fx.Node) -> fx.Node:
+        """Return what `reader`, behind the boundary, is to read instead of `source`, before it."""
         value = source.meta.get("val")
         if isinstance(value, torch.SymInt):
             return self._size(source)
@@ -97,7 +101,7 @@ class RowGather:
         return self._gathered(source, missing)
 
     def _gathered(self, source: fx.Node, missing: int) -> fx.Node:
-        """`source` with the kept rows, after `missing` dimensions of size 1 are put before its own."""
+        """Return `source` with the kept rows, after `missing` dimensions of size 1 are put before its own."""
         if (source, missing) in self._tensors:
             return self._tensors[source, missing]
         if not missing and source is not self.boundary and self._is_view(source):
@@ -120,7 +124,7 @@ class RowGather:
         return node
 
     def _is_view(self, node: fx.Node) -> bool:
-        """Whether a node is a view or copy of another value with the same batch dimension and rows."""
+        """Tell whether a node is a view or copy of another value with the same batch dimension and rows."""
         if node.target not in _VIEWS:
             return False
         rank, arguments = node.meta["val"].ndim, cast("tuple[Any, ...]", node.args)
@@ -133,7 +137,7 @@ class RowGather:
         return first_stays and len(self._row_dims(arguments[0])) == len(self._row_dims(node))
 
     def _size(self, source: fx.Node) -> fx.Node:
-        """A size as it is behind the boundary: the number of rows is another, and so is what is computed from it."""
+        """Return the node of a size behind the boundary, computed from the number of kept rows where it counts rows."""
         value: Any = source.meta.get("val")
         if source in self._sizes or not self._counts_rows(value):
             return self._sizes.get(source, source)
@@ -154,11 +158,14 @@ class RowGather:
         return node
 
     def _counts_rows(self, size: Any) -> bool:
-        """Whether a size is, or may be computed from, the number of rows."""
+        """Tell whether a size is, or may be computed from, the number of rows."""
         return isinstance(size, torch.SymInt) and self.rows.free_symbols <= _expression(size).free_symbols
 
     def _row_dims(self, node: fx.Node) -> list[int]:
-        """Dimensions of a tensor that are the rows; raises where rows are mixed with something else."""
+        """Return the row dimensions of a tensor.
+
+        Raises `StructureError` where a dimension mixes rows with others.
+        """
         dims = []
         for dim, size in enumerate(node.meta["val"].shape):
             if _expression(size) == self.rows:
@@ -168,7 +175,10 @@ class RowGather:
         return dims
 
     def _check_places(self, node: fx.Node) -> None:
-        """Refuse what tells rows by their place: picking some, but for the last where that stays, or numbering them."""
+        """Raise `StructureError` if a node depends on the position of rows: if it selects some by it, or numbers them.
+
+        The last row may be selected where it stays.
+        """
         sizes = getattr(node.meta["val"], "shape", ())
         if any(map(self._counts_rows, sizes)) and not any(map(carries_tensor, node.all_input_nodes)):
             raise self._lost(node, f"{node.target} makes rows from nothing but their number")
@@ -184,6 +194,7 @@ class RowGather:
             raise self._lost(node, f"{node.target} picks rows by their place")
 
     def _is_harmless(self, node: fx.Node) -> bool:
+        """Tell whether a selection or slice means the same on the kept rows."""
         if node.target is _aten.select.int:
             return self.last_stays and argument(node, "index") == -1
         if node.target is _aten.slice.Tensor:
@@ -192,6 +203,10 @@ class RowGather:
         return False
 
     def _propagate(self, node: fx.Node) -> None:
+        """Recompute the shape of a node.
+
+        Raises `StructureError` if it does not run on fewer rows, or still has all.
+        """
         try:
             self.editor.propagate([node])
         except Exception as error:  # an operator may raise anything on shapes it cannot take
@@ -202,6 +217,7 @@ class RowGather:
             raise self._lost(node, "it still has all rows")
 
     def _lost(self, node: fx.Node, reason: str) -> StructureError:
+        """Make the error that says why rows cannot be dropped before `node`."""
         return StructureError(
             f"Rows of program {self.editor.program.name!r} cannot be dropped before {node.name} "
             f"(module {module_path(node) or 'at the top'}): {reason}."
@@ -209,7 +225,10 @@ class RowGather:
 
 
 def _take(value: Tensor, index: Tensor, dims: list[int], missing: int) -> Tensor:
-    """The rows `index` [b, kept] along each of `dims` of `value` [b or 1, …], `missing` dimensions put before it."""
+    """Gather the rows `index` [b, kept] along each of `dims` of `value` [b or 1, …].
+
+    `missing` dimensions of size 1 are put before its own first.
+    """
     if missing:
         value = value[(None,) * missing]
     if isinstance(value.shape[0], int):
@@ -222,9 +241,10 @@ def _take(value: Tensor, index: Tensor, dims: list[int], missing: int) -> Tensor
 
 
 def _expression(size: int | torch.SymInt) -> sympy.Expr:
+    """Convert a size to a symbolic expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _operand(node: fx.Node) -> fx.Node:
-    """The tensor an operator is applied to."""
+    """Return the tensor an operator is applied to."""
     return cast("fx.Node", node.args[0])

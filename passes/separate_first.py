@@ -1,7 +1,8 @@
 """Give the first of a sequence of ids an input of its own. Exact by composition.
 
-For sequences whose first id belongs with the rows before them, such as the token that ends an image. The embedding of
-the whole becomes the embeddings of both parts, so that their rows stand apart from the start.
+For sequences whose first id belongs with the rows before them, such as the token that ends an image. The
+embedding of the whole becomes the concatenated embeddings of both parts, so that their rows are separate
+values from the start.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ _aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class SeparateFirst(Pass):
-    """Input `role` [b, n] becomes `first` [b, 1] and `role` [b, n - 1]."""
+    """Split input `role` [b, n] into inputs `first` [b, 1] and `role` [b, n - 1]."""
 
     role: str
     first: str
 
     def requires(self, program: Program) -> str | None:
+        """Return that the program has no input `role`, or None if it has."""
         return (
             None
             if self.role in program.input_roles
@@ -33,6 +35,7 @@ class SeparateFirst(Pass):
         )
 
     def call(self, program: Program) -> PassResult:
+        """Replace the input by its two parts, and make its users read these."""
         editor = GraphEditor(program)
         whole = editor.user_inputs()[self.role]
         value = whole.meta["val"]
@@ -53,7 +56,7 @@ class SeparateFirst(Pass):
 
 
 def _read_parts(editor: GraphEditor, user: fx.Node, whole: fx.Node, parts: list[fx.Node]) -> None:
-    """Make `user` read both parts of `whole`: an embedding each on its own, anything else put together again."""
+    """Make `user` read the parts of `whole`: an embedding is applied to each, anything else reads them concatenated."""
     made: list[fx.Node] = list(parts)
     with editor.graph.inserting_before(user):
         if user.target is _aten.embedding.default:
@@ -69,5 +72,5 @@ def _read_parts(editor: GraphEditor, user: fx.Node, whole: fx.Node, parts: list[
 
 
 def _copy(editor: GraphEditor, node: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node:
-    """A copy of `node` that reads `new` in the place of `old`."""
+    """Copy `node`, with `new` in place of its operand `old`."""
     return editor.graph.node_copy(node, lambda argument: new if argument is old else argument)

@@ -1,7 +1,7 @@
-"""Compute once what is the same for all of a batch, and repeat it where values that differ meet it. Exact.
+"""Compute what is equal for a whole batch once, and expand it where it meets values that differ. Exact.
 
-Looks for tensors of batch one that are expanded to a batch before they are worked on, such as the time of an evaluation
-that several guidance branches share. `SplitRows` does the same on its way.
+Looks for tensors of batch size one that are expanded to a batch before they are used, such as the time of an
+evaluation that several guidance branches share. `SplitRows` does the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _CLONE = torch.ops.aten.clone.default
 
 @dataclasses.dataclass(frozen=True)
 class ShareBatch(Pass):
-    """Programs in which nothing is repeated for a batch are left alone."""
+    """Defer expansion to a batch. Programs in which nothing is expanded to a batch are left alone."""
 
     def call(self, program: Program) -> PassResult:
+        """Retrace the program with every expansion to a batch moved to where an operator needs it."""
         nowhere = Space((sympy.Dummy("no size"),))  # no dimension is split
         try:
             shared = by_segments(program, nowhere, Sizes(program))
@@ -40,7 +41,7 @@ class ShareBatch(Pass):
 
 
 def _of_batch_one(program: Program) -> int:
-    """Return the number of operations that give a tensor of batch one, copies aside."""
+    """Count the operators whose result has batch size one, copies aside."""
     values = [
         node.meta.get("val")
         for node in program.exported.graph.nodes

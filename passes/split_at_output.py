@@ -1,8 +1,8 @@
-"""Cut a Program in two at one of its outputs: what computes it, and what goes on from it. Exact.
+"""Cut a Program in two at one of its outputs: what computes it, and what depends on it. Exact.
 
-The first program gives the cut value from the inputs it needs; the second takes the value as an input and gives
-the remaining outputs. Used where one part runs less often than the other (image embeddings once per picture, the
-language part once per token).
+The first program computes the cut value from the inputs it needs; the second takes the value as an input and
+computes the remaining outputs. Used where one part runs less often than the other (image embeddings once per
+picture, the language part once per token).
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from flashu_compile.program.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class SplitAtOutput(Pass):
-    """`role`: the output to cut at. `names`: what the two programs are called. `axes`: its dynamic dimensions."""
+    """Split at output `role`.
+
+    `names`: what the two programs are called. `axes`: the output's dynamic dimensions.
+    """
 
     role: str
     names: tuple[str, str]
     axes: tuple[str | None, ...]
 
     def requires(self, program: Program) -> str | None:
+        """Return that the program lacks output `role`, or has no other; None if it has both."""
         if self.role not in program.outputs:
             return (
                 f"program {program.name!r} has no output '{self.role}'; it gives {', '.join(program.outputs)}"
@@ -34,6 +38,7 @@ class SplitAtOutput(Pass):
         return None
 
     def call(self, program: Program) -> PassResult:
+        """Split the program into the part before the output and the part after it."""
         before, after = self.names
         kept = tuple(role for role in program.outputs if role != self.role)
         programs = (

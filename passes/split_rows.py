@@ -1,9 +1,10 @@
-"""Split every value by segments of rows, and compute of each only what is read. Exact.
+"""Split every value by segments of rows, and of each segment compute only what is read. Exact.
 
-A sequence is made of rows of text and rows of a picture. After this pass there is a tensor for each run of rows that
-change together from call to call: the prompt, the image span, what follows. Attention between two segments is left
-out where the mask is proved to forbid it for any lengths, so the graph shows which rows depend on which. Rows that
-nothing reads are gone. What a batch shares is computed once and repeated where rows that differ meet it.
+A sequence consists of rows of text and rows of a picture. After this pass there is a tensor for each run of
+rows that change together from call to call: the prompt, the image span, what follows. Attention between two
+segments is left out where the mask is proved to forbid it for any lengths, so the graph shows which rows
+depend on which. Rows that nothing reads are removed. What is equal for a whole batch is computed once and
+expanded where it meets rows that differ.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ _CAT = torch.ops.aten.cat.default
 
 @dataclasses.dataclass(frozen=True)
 class SplitRows(Pass):
-    """`changing`: the inputs whose values differ between calls that share everything else."""
+    """Split rows. `changing`: the inputs whose values differ between calls that share everything else."""
 
     changing: frozenset[str]
 
     def requires(self, program: Program) -> str | None:
+        """Return which of the changing inputs the program lacks, or None if it has all."""
         unknown = sorted(self.changing - set(program.input_roles))
         return f"program {program.name!r} has no input {', '.join(unknown)}" if unknown else None
 
     def call(self, program: Program) -> PassResult:
+        """Retrace the program by segments of rows that depend, or do not depend, on the changing inputs."""
         sizes = Sizes(program)
         try:
             space = row_segments(program, self.changing, sizes)
@@ -51,9 +54,9 @@ class SplitRows(Pass):
 
 
 def by_segments(program: Program, space: Space, sizes: Sizes) -> Program:
-    """The program that computes by segments of `space`, and repeats what a batch shares where it must.
+    """Retrace the program by segments of `space`, with expansion to a batch deferred until an operator needs it.
 
-    Raises `StructureError` if it has no such form.
+    Raises `StructureError` if the program cannot be computed so.
     """
     interpreter = RowInterpreter(program.exported.graph, sizes, space, RULES, pointwise)
     editor = retraced(program, interpreter.run)
@@ -62,7 +65,7 @@ def by_segments(program: Program, space: Space, sizes: Sizes) -> Program:
 
 
 def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Space:
-    """Runs of rows that do, or do not, depend on the inputs `changing`, told at the concatenation that makes them.
+    """Find the runs of rows that do, or do not, depend on the inputs `changing`, at the concatenation that joins them.
 
     Raises `StructureError` if there is no such concatenation.
     """
@@ -90,12 +93,13 @@ def row_segments(program: Program, changing: frozenset[str], sizes: Sizes) -> Sp
 
 
 def _total(node: fx.Node) -> int | torch.SymInt:
+    """Return the size of a concatenation along its dimension; 0 if that is the batch."""
     dim = dimension(node)
     return node.meta["val"].shape[dim] if dim else 0
 
 
 def _parts(node: fx.Node) -> tuple[list[fx.Node], int]:
-    """The operands of a concatenation along its dimension, those of nested ones included."""
+    """Return the operands of a concatenation, those of nested ones along its dimension included, and the dimension."""
     dim = dimension(node)
     flat: list[fx.Node] = []
     for operand in node.args[0]:  # type: ignore[union-attr]
@@ -106,6 +110,7 @@ def _parts(node: fx.Node) -> tuple[list[fx.Node], int]:
 
 
 def _changes(program: Program, split: Program, space: Space) -> tuple[str, ...]:
+    """Write the lines that report the segments and the inputs that are no longer read."""
     lengths = " | ".join(str(length) for length in space.lengths)
     dropped = [role for role in program.input_roles if role not in split.input_roles]
     unread = f"; {', '.join(dropped)} is read no longer" if dropped else ""

@@ -1,8 +1,8 @@
-"""Which visual tokens to drop: a score for each, the larger the sooner it goes.
+"""Scorers of visual tokens: a score for each token; those with the highest are dropped first.
 
-A scorer is made for a span of `length` tokens of which `kept` stay. It reads the keys and values of one attention
-layer, [b, kv_heads, length, d], before heads are repeated, in plain PyTorch, and gives scores [b, length]. To add one,
-write it and name it in `SCORERS`.
+A scorer is made for a span of `length` tokens of which `kept` stay. It reads the keys and values of one
+attention layer, [b, kv_heads, length, d], before heads are repeated, in plain PyTorch, and returns scores [b,
+length]. To add one, write it and name it in `SCORERS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PIVOTS = 4
 
 
 def v_norm(length: int, kept: int) -> Score:
-    """L2 norm of a token's value vectors, of all key/value heads together.
+    """Score by the L2 norm of a token's value vectors, of all key/value heads together.
 
     Tokens with large values are the least attended. Source: Flash-Unified (arXiv 2603.15271).
     """
@@ -36,7 +36,7 @@ def v_norm(length: int, kept: int) -> Score:
 
 
 def random(length: int, kept: int) -> Score:
-    """A control: the same random order for every picture."""
+    """Score in the same random order for every picture. A control for experiments."""
     order = np.random.Generator(np.random.Philox(key=_SEED)).permutation(length)
     ranks = torch.from_numpy(order).float()
 
@@ -47,10 +47,12 @@ def random(length: int, kept: int) -> Score:
 
 
 def duplication(length: int, kept: int) -> Score:
-    """A control: the largest cosine between a token's keys and those of a few pivots, which stay.
+    """Score by the largest cosine between a token's keys and those of a few pivots, which stay.
 
-    Pivots stand at equal distances along the span. In the manner of DART (arXiv 2502.11494), which finds their choice
-    to matter little.
+    A control for experiments.
+
+    Pivots stand at equal distances along the span. In the manner of DART (arXiv 2502.11494), which finds
+    their choice to matter little.
     """
     count = min(_PIVOTS, kept)
     pivots = [(2 * i + 1) * length // (2 * count) for i in range(count)]
@@ -68,7 +70,7 @@ def duplication(length: int, kept: int) -> Score:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Half precision widened, so that close scores stay apart."""
+    """Convert half precision to float32, so that close scores stay apart."""
     return x if x.dtype == torch.float64 else x.float()
 
 

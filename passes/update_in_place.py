@@ -1,13 +1,17 @@
-"""Keep keys and values in buffers of fixed capacity that every call writes its own rows into. Exact by composition.
+"""Keep keys and values in buffers of fixed capacity that every call writes its own rows into.
 
-For a program that goes on from keys and values of earlier rows and gives its own (`CacheRows`). Their inputs become
-buffers with room for more rows, their outputs the same buffers updated, and a new input says how many rows of the
-largest buffer hold something, for each element of the batch. So elements may differ in length, nothing is copied from
-call to call where a runtime writes in place, and rows behind the end may hold anything.
+Exact by composition.
 
-Three things follow from the number of earlier rows, where it was a size and is now a value: where rows are written;
-what the mask lets them see, of the earlier rows all and of their own what the program's mask says; and their positions.
-The last are computed for each element as they were for all: by the same operators, vectorised.
+For a program that continues from keys and values of earlier rows and outputs its own (`CacheRows`). Their
+inputs become buffers with room for more rows, their outputs the same buffers updated, and a new input says
+how many rows of the largest buffer are filled, for each element of the batch. So elements may differ in
+length, nothing is copied from call to call where a runtime writes in place, and rows behind the filled ones
+may hold anything.
+
+Three things depend on the number of earlier rows, which was a size and becomes a value: where rows are
+written; the mask, which lets them see all earlier rows, and of their own those that the program's mask
+allows; and their positions. Positions are computed for each element by the operators that computed them for
+all, vectorised.
 """
 
 from __future__ import annotations
@@ -44,16 +48,19 @@ _ROOM = 3
 
 @dataclasses.dataclass(frozen=True)
 class UpdateInPlace(Pass):
-    """`counter` is the role of the new input, the number of rows before, int64 [batch].
+    """Update buffers in place.
 
-    Programs without such inputs and outputs are left alone. Raises `StructureError` where one has them and more follows
-    from the number of earlier rows than is known here, or where one takes other values of a prologue than those that
-    become buffers: answers are decoded on buffers or not at all.
+    `counter` is the role of the new input, the number of earlier rows, int64 [batch].
+
+    Programs without such inputs and outputs are left alone. Raises `StructureError` where one has them and
+    more than writes, masks and positions depends on the number of earlier rows, or where one takes other
+    values of a prologue than those that become buffers: answers are decoded on buffers or not at all.
     """
 
     counter: str
 
     def call(self, program: Program) -> PassResult:
+        """Turn the inputs of earlier keys and values, and the outputs of new ones, into buffers that are updated."""
         roles = tuple(role for role in program.input_roles if new_rows(role) in program.outputs)
         # All inputs but those that `HoistPrologue` has made are of a known kind.
         others = [role for role in program.input_roles if role not in roles and role not in set(Role)]
@@ -70,6 +77,11 @@ class UpdateInPlace(Pass):
 
 
 class _Updating:
+    """The rewriting of one program whose inputs `roles` become buffers.
+
+    Raises `StructureError` unless their numbers of rows differ by constants.
+    """
+
     def __init__(self, program: Program, roles: tuple[str, ...], counter: str) -> None:
         self.program, self.roles, self.counter = program, roles, counter
         self.editor = GraphEditor(program)
@@ -87,6 +99,10 @@ class _Updating:
         self.most = free[max(free)]
 
     def run(self) -> Program:
+        """Rewrite writes, masks and positions, and return the new program.
+
+        Raises `StructureError` if anything else depends on the number of earlier rows.
+        """
         count = self._add_counter()
         starts = {rows: self._start(count, rows) for rows in dict.fromkeys(self.rows.values())}
         self._write(starts)
@@ -101,16 +117,17 @@ class _Updating:
         return self._finish()
 
     def _add_counter(self) -> fx.Node:
-        """A new input with one whole number for each element of the batch."""
+        """Add an input with one integer for each element of the batch."""
         buffer = next(iter(self.buffers.values())).meta["val"]
         return self.editor.add_input(self.counter, buffer.new_empty(buffer.shape[:1], dtype=torch.int64))
 
     def _start(self, count: fx.Node, rows: sympy.Expr) -> fx.Node:
-        """Where new rows go in buffers that have `rows` where the largest have the most."""
+        """Return where new rows are written in buffers of `rows` rows, given the number of rows in the largest ones."""
         fewer = int(self.most - rows)
         return self._insert(count, _aten.sub.Tensor, (count, fewer)) if fewer else count
 
     def _insert(self, after: fx.Node, target: Any, arguments: tuple[Any, ...]) -> fx.Node:
+        """Insert an operator of this pass after a node."""
         with self.editor.graph.inserting_after(after):
             node = self.editor.graph.call_function(target, arguments)
         node.meta = {"nn_module_stack": {_SCOPE: (_SCOPE, "")}}
@@ -118,7 +135,10 @@ class _Updating:
         return node
 
     def _write(self, starts: dict[sympy.Expr, fx.Node]) -> None:
-        """Attention reads the updated buffer where it read earlier rows and new ones; it is an output."""
+        """Replace each concatenation of earlier and new rows by a buffer updated with the new ones, and output that.
+
+        Raises `StructureError` where they are not concatenated in exactly one place.
+        """
         outputs = self.editor.outputs()
         for role, buffer in self.buffers.items():
             own = outputs[new_rows(role)]
@@ -136,7 +156,10 @@ class _Updating:
         self.editor.set_outputs(list(outputs.values()))
 
     def _hide(self, starts: dict[sympy.Expr, fx.Node]) -> None:
-        """Masks over earlier and new rows become masks over buffers."""
+        """Replace masks over earlier and new rows by masks over buffers.
+
+        Raises `StructureError` where attention has no mask, or one that hides earlier rows.
+        """
         buffers = {rows: role for role, rows in self.rows.items()}
         made: dict[fx.Node, fx.Node] = {}
         for attention in [n for n in self.editor.graph.nodes if n.target is _ATTENTION]:
@@ -153,7 +176,10 @@ class _Updating:
             attention.replace_input_with(mask, made[mask])
 
     def _place(self, count: fx.Node) -> None:
-        """What follows from where new rows stand is computed for each element of the batch."""
+        """Compute what depends on the positions of new rows for each element of the batch.
+
+        Raises `StructureError` where the operators that do cannot be vectorised over it.
+        """
         additions = self.editor.graph.find_nodes(op="call_function", target=_aten.add.Tensor)
         moved = {node for node in additions if self._is_size(node.args[1])}
         flow = node_flow(self.editor.graph)
@@ -176,18 +202,22 @@ class _Updating:
             node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in region)
 
     def _is_size(self, argument: object) -> bool:
-        """Whether it is a number that follows from how many earlier rows there are."""
+        """Tell whether an argument is a size that depends on the number of earlier rows."""
         value = argument.meta["val"] if isinstance(argument, fx.Node) else None
         return isinstance(value, torch.SymInt) and self.symbol in value.node.expr.free_symbols
 
     def _surplus(self, argument: object) -> int:
-        """By how much it is more than the rows of the largest buffer."""
+        """Return by how much a size exceeds the number of rows of the largest buffer.
+
+        Raises `StructureError` unless that is a constant.
+        """
         difference = sympy.expand(cast("fx.Node", argument).meta["val"].node.expr - self.most)
         if not difference.is_Integer:
             raise StructureError(f"positions move by {difference} more than there are rows")
         return int(difference)
 
     def _finish(self) -> Program:
+        """Build the program with its new inputs, outputs and sample."""
         program = self.program
         first = next(role for role in self.roles if self.rows[role] == self.most)
         batch, _, count, _ = program.sample[first].shape
@@ -208,7 +238,7 @@ class _Updating:
         )
 
     def _new_rows(self, role: str) -> int:
-        """How many rows the sample adds."""
+        """Return how many rows the sample adds. Raises `StructureError` if no input has as many."""
         new = GraphEditor(self.program).outputs()[new_rows(role)].meta["val"].shape[2]
         for name, node in self.editor.user_inputs().items():
             for dim, size in enumerate(node.meta["val"].shape):
@@ -218,6 +248,7 @@ class _Updating:
 
 
 def _rows(buffer: fx.Node) -> sympy.Expr:
+    """Return the symbolic number of rows of a buffer. Raises `StructureError` if it is fixed."""
     size = buffer.meta["val"].shape[2]
     if not isinstance(size, torch.SymInt):
         raise StructureError(f"{buffer.name} has a fixed number of rows")
@@ -225,7 +256,10 @@ def _rows(buffer: fx.Node) -> sympy.Expr:
 
 
 def _parts(mask: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The mask over earlier rows, and that over new ones."""
+    """Return the mask over earlier rows and that over new ones.
+
+    Raises `StructureError` if there are no such two.
+    """
     parts = cast("list[fx.Node]", mask.args[0]) if mask.target is _aten.cat.default else []
     if len(parts) != 2 or not isinstance(parts[0].meta["val"].shape[-1], torch.SymInt):
         raise StructureError(f"mask {mask.name} is not one of earlier rows and new ones")
@@ -233,13 +267,14 @@ def _parts(mask: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _all_true(mask: fx.Node) -> bool:
+    """Tell whether a mask is the constant true, expanded or viewed."""
     while mask.target in (_aten.expand.default, _aten.unsqueeze.default, _aten.view.default):
         mask = cast("fx.Node", mask.args[0])
     return mask.target is _aten.full.default and mask.args[1] is True
 
 
 def _visible(own: Tensor, start: Tensor, buffer: Tensor) -> Tensor:
-    """Return what new rows see of a buffer: all before `start`, and of their own what the mask `own` says.
+    """Return the mask of new rows over a buffer: they see all rows before `start`, and of their own what `own` allows.
 
     `own` is [new, new], or [b or 1, 1, new, new].
     """
@@ -255,23 +290,24 @@ def _visible(own: Tensor, start: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _last(nodes: Sequence[fx.Node]) -> fx.Node:
-    """The one that stands last in the graph."""
+    """Return the node that is last in graph order."""
     return max(nodes)
 
 
 def _without_data(flow: nx.DiGraph, sources: set[fx.Node]) -> set[fx.Node]:
-    """`sources` and what follows from them and constants alone."""
+    """Return `sources` and the nodes that depend on them and constants alone."""
     tensors = flow.subgraph([node for node in flow if isinstance(node.meta.get("val"), Tensor)])
     data = downstream(tensors, filter(_is_data, tensors), through=lambda node: node not in sources)
     return (downstream(tensors, sources) - data) | sources
 
 
 def _is_data(node: fx.Node) -> bool:
-    """Whether it is an input, or something that this pass has made of one."""
+    """Tell whether `node` is an input, or an operator that this pass inserted."""
     return (node.op == "placeholder" and not _is_stored(node)) or module_path(node) == _SCOPE
 
 
 def _is_stored(node: fx.Node) -> bool:
+    """Tell whether `node` is a placeholder of static shape, which stands for a stored tensor."""
     return node.op == "placeholder" and not any(
         isinstance(size, torch.SymInt) for size in node.meta["val"].shape
     )
@@ -280,7 +316,7 @@ def _is_stored(node: fx.Node) -> bool:
 def _for_each(
     nodes: Sequence[fx.Node], given: Sequence[fx.Node], surplus: dict[fx.Node, int]
 ) -> Callable[..., Tensor]:
-    """A function from counts [b] and the values `given` to the last of `nodes` [b, ...], computed for each count alone.
+    """Make a function from counts [b] and the values `given` to the last of `nodes` [b, ...], computed per count.
 
     Nodes in `surplus` add the count and a number to their first argument.
     """

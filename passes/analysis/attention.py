@@ -1,4 +1,4 @@
-"""Attention sites of a stack: where queries meet keys, what each comes from, under which mask and rotary tables."""
+"""Attention sites of a stack: the query, key and value of each, its mask and its rotary tables."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ _REPETITION = (
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """One `scaled_dot_product_attention` (`node`).
+    """One attention operator, `scaled_dot_product_attention` (`node`), and its operands.
 
-    `query` is [b, heads, rows, d]; `key` and `value` are [b, kv_heads, rows, d], before heads are repeated. `rotary`
-    are the tables that turn query and key: what reaches them from outside the block beside the residual stream.
+    `query` is [b, heads, rows, d]; `key` and `value` are [b, kv_heads, rows, d], before heads are repeated.
+    `rotary` are the tables by which query and key are rotated: the values from outside the block, other than
+    the residual stream, that they are computed from.
     """
 
     stack: str
@@ -49,7 +50,10 @@ class Attention:
 
 
 def attention_sites(program: Program, stack: str) -> tuple[Attention, ...]:
-    """Every attention of `stack`, in block order. Raises `StructureError` where a block has none."""
+    """List every attention operator of `stack`, in block order.
+
+    Raises `StructureError` where a block has none.
+    """
     flow, stored = value_flow(program), stored_nodes(program)
     sites = []
     for block, nodes in blocks_with_nodes(program, stack):
@@ -64,7 +68,7 @@ def attention_sites(program: Program, stack: str) -> tuple[Attention, ...]:
 
 
 def attention_mask(node: fx.Node) -> fx.Node | None:
-    """The mask an attention is given, or None."""
+    """Return the mask operand of an attention operator, or None if it has none."""
     return (*arguments(node), *(None,) * 4)[3] or cast("fx.Node | None", node.kwargs.get("attn_mask"))
 
 
@@ -76,6 +80,10 @@ def _site(
     inside: frozenset[fx.Node],
     stored: frozenset[fx.Node],
 ) -> Attention:
+    """Collect the operands of the attention `node` of `block`.
+
+    Raises `StructureError` where the number of heads is not static.
+    """
     query, key, value = (before_repetition(source, arguments(node)[0]) for source in arguments(node)[:3])
     heads, kv_heads = size(query, 1), size(key, 1)
     if heads is None or kv_heads is None:
@@ -99,7 +107,7 @@ def _site(
 
 
 def before_repetition(node: fx.Node, query: fx.Node) -> fx.Node:
-    """`node`, or the [b, fewer heads, rows, d] value whose heads it repeats."""
+    """Return the [b, fewer heads, rows, d] value whose heads `node` repeats, or `node` if it repeats none."""
     heads, source = size(query, 1), node
     while source.target in _REPETITION:
         source = arguments(source)[0]
@@ -116,7 +124,10 @@ def _outside(
     inside: frozenset[fx.Node],
     stored: frozenset[fx.Node],
 ) -> set[fx.Node]:
-    """What reaches `node` from outside the block, not through a linear layer; vectors of weights left out."""
+    """Return the values from outside the block that `node` depends on without a linear layer in between.
+
+    Stored vectors (biases, norm weights) and scalars are left out.
+    """
     met = upstream(flow, [node], through=lambda n: n in inside and not is_linear(n) and n is not block.entry)
     return {
         n
@@ -126,5 +137,6 @@ def _outside(
 
 
 def _is_table(node: fx.Node) -> bool:
+    """Tell whether the value of `node` is a tensor of more than one dimension."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.ndim > 1

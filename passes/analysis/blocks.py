@@ -1,8 +1,8 @@
-"""Residual blocks of a stack: what goes in and out of each on the residual stream, in the order of the data flow.
+"""Residual blocks of a stack: the entry and exit of each on the residual stream, in data-flow order.
 
-A stack's root groups nodes by the child of the root they were traced in. The exit of a block is the last value of
-its group, the one that nothing else in the group reads; its entry is where the path that skips every branch (the
-additions, or additions and norms) leaves the group.
+A stack's root groups nodes by the child of the root they were traced in. The exit of a block is the last
+value of its group, the one that no other node of the group reads; its entry is the value from outside the
+group that reaches the exit through the skip connections alone (the additions, or additions and norms).
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ _NORM = (
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """`index` is the position in the data flow of this program; the exit of a block is the entry of the next one.
+    """One residual block. `index` is its position in the data flow of this program.
 
-    `entry` and `exit` have one shape and dtype, so a block can be left out. Only where a pass put something between
-    two blocks (a gather of tokens) does the next entry differ from the exit before it, and follows from it.
+    The exit of a block is the entry of the next one. `entry` and `exit` have the same shape and dtype, so a
+    block can be left out. Only where a pass inserted operators between two blocks (a gather of tokens) does
+    the entry of the next block differ from the exit before it, and depend on it.
     """
 
     stack: str
@@ -52,12 +53,15 @@ class Block:
 
 
 def residual_blocks(program: Program, stack: str) -> tuple[Block, ...]:
-    """The blocks of `stack`. Raises `StructureError` where they are not a chain of residual blocks."""
+    """List the blocks of `stack`. Raises `StructureError` where they are not a chain of residual blocks."""
     return tuple(block for block, _ in blocks_with_nodes(program, stack))
 
 
 def blocks_with_nodes(program: Program, stack: str) -> tuple[tuple[Block, tuple[fx.Node, ...]], ...]:
-    """As `residual_blocks`, each with its live tensor operations in graph order."""
+    """List the blocks of `stack`, each with its live tensor operators in graph order.
+
+    Raises `StructureError` as `residual_blocks` does.
+    """
     flow, stored = value_flow(program), stored_nodes(program)
     groups = _groups(program, flow, stack)
     ends = {child: _ends(program, flow, stack, child, nodes, stored) for child, nodes in groups.items()}
@@ -74,7 +78,10 @@ def blocks_with_nodes(program: Program, stack: str) -> tuple[tuple[Block, tuple[
 
 
 def stack_root(program: Program, stack: str) -> str:
-    """Module path of the stack's root. Raises `StructureError` where the program declares no such stack."""
+    """Return the module path of the stack's root.
+
+    Raises `StructureError` where the program declares no such stack.
+    """
     if stack not in program.stacks:
         raise StructureError(
             f"Program {program.name!r} declares no stack {stack!r}; it declares {', '.join(program.stacks) or 'none'}."
@@ -83,7 +90,10 @@ def stack_root(program: Program, stack: str) -> str:
 
 
 def _groups(program: Program, flow: nx.DiGraph, stack: str) -> dict[str, tuple[fx.Node, ...]]:
-    """Live tensor operations of each child of the stack's root, by the child's name."""
+    """Group the live tensor operators under the stack's root by the name of the root's child they belong to.
+
+    Raises `StructureError` if there are none.
+    """
     root = stack_root(program, stack)
     groups: dict[str, list[fx.Node]] = {}
     for node in flow:
@@ -106,7 +116,10 @@ def _ends(
     nodes: tuple[fx.Node, ...],
     stored: frozenset[fx.Node],
 ) -> tuple[fx.Node, fx.Node]:
-    """Entry and exit of one group of nodes."""
+    """Find the entry and the exit of one group of nodes.
+
+    Raises `StructureError` unless there is one of each.
+    """
     where = (
         f"child {child!r} of stack {stack!r} (module {program.stacks[stack]!r}) in program {program.name!r}"
     )
@@ -128,7 +141,10 @@ def _ends(
 def _sources(
     flow: nx.DiGraph, exit_node: fx.Node, group: frozenset[fx.Node], stored: frozenset[fx.Node]
 ) -> list[fx.Node]:
-    """What enters the group and reaches `exit_node` without passing a layer; additions alone if that finds any."""
+    """Return the values from outside the group that reach `exit_node` along skip connections.
+
+    Additions alone are followed first, and norms and other pointwise operators too only if that finds none.
+    """
     if not isinstance(exit_node.meta.get("val"), Tensor):
         return []
     return _walk(flow, exit_node, group, stored, _is_addition) or _walk(
@@ -143,6 +159,7 @@ def _walk(
     stored: frozenset[fx.Node],
     follows: Callable[[fx.Node], bool],
 ) -> list[fx.Node]:
+    """Return the values of the exit's layout, from outside the group, that reach it through nodes `follows` accepts."""
     if not follows(exit_node):
         return []
     met = upstream(flow, [exit_node], through=lambda node: node in group and follows(node))
@@ -150,8 +167,10 @@ def _walk(
 
 
 def _is_addition(node: fx.Node) -> bool:
+    """Tell whether `node` is an addition, a cast or a copy."""
     return node.target in _ADD or node.target in _CAST
 
 
 def _keeps_rows(node: fx.Node) -> bool:
+    """Tell whether `node` is a pointwise operator or a norm (or the mean that is part of one)."""
     return is_pointwise(node) or node.target in _NORM

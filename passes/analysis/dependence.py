@@ -1,4 +1,4 @@
-"""Which inputs each node depends on: by their values, or by what it takes to compute it, sizes included."""
+"""Data dependence: which inputs each node depends on by value, or needs, sizes included, to be computed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SHAPE_ONLY = (
 
 
 def depends_on(program: Program) -> dict[fx.Node, frozenset[str]]:
-    """Return the roles of the inputs whose values each node of the graph depends on, directly or not.
+    """Return, for each node of the graph, the roles of the inputs whose values it depends on.
 
-    Reading an input's size alone is no dependence.
+    The dependence may be direct or transitive. Reading an input's size alone is no dependence.
     """
     users = program.exported.graph_signature.user_inputs
     roles = dict(zip(users, program.input_roles, strict=True))
@@ -41,10 +41,10 @@ def depends_on(program: Program) -> dict[fx.Node, frozenset[str]]:
 
 
 def needed_beside(program: Program, given: Collection[str]) -> dict[fx.Node, frozenset[str]]:
-    """Return the roles of the inputs, other than `given`, without which each node of the graph cannot be computed.
+    """Return, for each node of the graph, the roles of the inputs, other than `given`, that computing it takes.
 
-    Unlike `depends_on`, this counts inputs that are read for their sizes, unless an input in `given` has that size, or
-    one that differs from it by a number.
+    Unlike `depends_on`, this counts inputs that are read for their sizes, unless an input in `given` has that
+    size, or one that differs from it by a constant.
     """
     users = program.exported.graph_signature.user_inputs
     roles = dict(zip(users, program.input_roles, strict=True))

@@ -1,8 +1,8 @@
 """Feed-forward groups: the linear layers of a block that share a hidden dimension.
 
-Found backwards from each linear layer of a block: its input must come, through pointwise operations alone and at
-least one that is not linear, from linear layers of the same block that read the residual stream. Gated groups have
-two of them (gate and up), or a fused one that is split in equal parts; plain groups have one.
+Found backwards from each linear layer of a block: its input must be computed, by pointwise operators alone of
+which at least one is not linear, from linear layers of the same block that read the residual stream. Gated
+groups have two of these (gate and up), or a fused one that is split in equal parts; plain groups have one.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _SPLITS: tuple[object, ...] = (torch.ops.aten.split.Tensor, torch.ops.aten.split
 
 @dataclasses.dataclass(frozen=True)
 class FeedForward:
-    """`hidden` [..., width] is what the linear layer `down` reads; `ups` are the layers it is made from.
+    """The linear layers that share a hidden dimension.
 
-    `fused`: the one layer of `ups` gives several widths side by side, which `parts` cut out.
-    `inner` are all nodes between `ups` and `down`, in graph order; nothing else reads them or `ups`.
+    `ups` produce `hidden` [..., width], and `down` reads it. `fused`: the one layer of `ups` produces several
+    widths side by side, which the nodes `parts` slice apart. `inner` are all nodes between `ups` and `down`,
+    in graph order; no other node reads them or `ups`.
     """
 
     stack: str
@@ -49,7 +50,7 @@ class FeedForward:
 
 
 def feed_forwards(program: Program, stack: str) -> tuple[FeedForward, ...]:
-    """The one feed-forward group of every block of `stack`, in block order.
+    """List the one feed-forward group of every block of `stack`, in block order.
 
     Raises `StructureError` where a block has none, several, or one whose hidden dimension is read elsewhere.
     """
@@ -84,7 +85,7 @@ def feed_forwards(program: Program, stack: str) -> tuple[FeedForward, ...]:
 
 
 def _group(flow: nx.DiGraph, block: Block, down: fx.Node, reached: frozenset[fx.Node]) -> FeedForward | None:
-    """The group that ends in `down`, or None where there is none."""
+    """Match the feed-forward group whose last layer is `down`; return None if there is none."""
     if not is_linear(down) or down not in reached:
         return None
     hidden: fx.Node = arguments(down)[0]
@@ -127,13 +128,16 @@ def _group(flow: nx.DiGraph, block: Block, down: fx.Node, reached: frozenset[fx.
 
 
 def _broadcast_scalar(node: fx.Node) -> bool:
-    """Whether a value is one number along the last dimension, so that no neuron of it is any other's."""
+    """Tell whether the value of `node` has a single element along the last dimension.
+
+    Such a value is broadcast over the hidden dimension and belongs to no neuron.
+    """
     value = node.meta.get("val")
     return isinstance(value, Tensor) and (value.ndim == 0 or size(node, -1) == 1)
 
 
 def fused_source(node: fx.Node, width: int) -> fx.Node | None:
-    """What a node cuts a whole part of `width` out of along the last dimension, or None where it does not."""
+    """Return the tensor that `node` is one of the equal parts of, `width` along the last dimension, or None."""
     if node.target is torch.ops.aten.slice.Tensor:
         if not _cuts_at_numbers(node):
             return None
@@ -155,14 +159,14 @@ def fused_source(node: fx.Node, width: int) -> fx.Node | None:
 
 
 def _cuts_at_numbers(node: fx.Node) -> bool:
-    """Whether a slice begins and ends at fixed places, not at places that follow from dynamic sizes."""
+    """Tell whether the bounds of a slice are numbers, not computed from dynamic sizes."""
     return not any(isinstance(bound, fx.Node) for bound in arguments(node)[2:])
 
 
 def slice_arguments(node: fx.Node) -> tuple[fx.Node, int, int, int, int]:
-    """Return source, dimension, start, end and step of a slice, non-negative; those left out are filled in.
+    """Return source, dimension, start, end and step of a slice, start and end counted from the front.
 
-    Start, end and step must be numbers.
+    Arguments that are left out get their defaults. Start, end and step must be numbers.
     """
     source, dim, start, end, step = (*arguments(node), *(None,) * 5)[:5]
     total = size(source, dim or 0) or 0

@@ -1,6 +1,6 @@
-"""Regions of a data-flow graph: what follows from some nodes, and what they follow from.
+"""Regions of a data-flow graph: the nodes that depend on given nodes, and those that given nodes depend on.
 
-A flow is a networkx graph with an edge from each node to whatever reads it, such as `graph.node_flow` makes of the
+A flow is a networkx graph with an edge from each node to its users, such as `graph.node_flow` builds from the
 nodes of a Program. Nodes are anything that can be hashed: this module needs neither torch nor onnx.
 """
 
@@ -18,10 +18,11 @@ Node = TypeVar("Node", bound=Hashable)
 def downstream(
     flow: nx.DiGraph, starts: Iterable[Node], through: Callable[[Node], bool] | None = None
 ) -> set[Node]:
-    """Return `starts` and every node that follows from them.
+    """Return `starts` and every node that depends on them, directly or transitively.
 
-    Given `through`, the walk continues only from `starts` and from nodes for which it is true; a node where the walk
-    ends is still part of the result. Raises `networkx.NetworkXError` if `flow` lacks one of `starts`.
+    Given `through`, the walk continues only from `starts` and from nodes for which it is true; a node where
+    the walk ends is still part of the result. Raises `networkx.NetworkXError` if `flow` lacks one of
+    `starts`.
     """
     origins = set(starts)
     if through is not None:
@@ -32,5 +33,5 @@ def downstream(
 def upstream(
     flow: nx.DiGraph, starts: Iterable[Node], through: Callable[[Node], bool] | None = None
 ) -> set[Node]:
-    """Return `starts` and every node that they follow from; `through` and errors are as for `downstream`."""
+    """Return `starts` and every node that they depend on; `through` and errors are as for `downstream`."""
     return downstream(flow.reverse(copy=False), starts, through)

@@ -1,4 +1,4 @@
-"""A program's symbolic sizes in the names it gives its dynamic dimensions."""
+"""Symbolic sizes of a program, expressed in the names it gives its dynamic dimensions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flashu_compile.program.program import Program
 
 
 class Sizes:
-    """Sizes as expressions in named symbols, which are whole numbers of at least 0."""
+    """Sizes as expressions in the names of dynamic dimensions, which stand for non-negative integers."""
 
     def __init__(self, program: Program) -> None:
         self._symbols: dict[sympy.Symbol, sympy.Expr] = {}
@@ -21,7 +21,10 @@ class Sizes:
                     self._learn(size.node.expr, axis)
 
     def _learn(self, size: sympy.Expr, axis: str) -> None:
-        """Names the symbol in `size`, which may be one and a number, as `axis` names a dimension."""
+        """Record what the symbol in `size` is called, given the name `axis` of the dimension.
+
+        Each may be a symbol plus an integer.
+        """
         called = _named(axis)
         if len(size.free_symbols) == len(called.free_symbols) == 1:
             (symbol,) = size.free_symbols
@@ -29,21 +32,26 @@ class Sizes:
                 self._symbols.setdefault(symbol, called - (size - symbol))
 
     def rename(self, text: str) -> str:
-        """An expression in torch's symbols (`s47 + s76`) in the names, in an order that depends on these alone."""
+        """Rewrite an expression in torch's symbols (`s47 + s76`) in the dimensions' names.
+
+        The order of its terms depends on these names alone.
+        """
         names = {sympy.Symbol(symbol.name): called for symbol, called in self._symbols.items()}
         return str(sympy.expand(sympy.sympify(text).subs(names)))
 
     def expression(self, size: int | torch.SymInt) -> sympy.Expr:
+        """Convert a size to an expression in the dimensions' names."""
         if isinstance(size, torch.SymInt):
             return sympy.expand(size.node.expr.subs(self._symbols))
         return sympy.Integer(size)
 
     def shape(self, tensor: Tensor) -> tuple[sympy.Expr, ...]:
+        """Convert the shape of `tensor` to expressions in the dimensions' names."""
         return tuple(self.expression(size) for size in tensor.shape)
 
 
 def _named(axis: str) -> sympy.Expr:
-    """A dimension's name as an expression: a symbol, or one and a number, such as "prefix + 11"."""
+    """Parse a dimension's name: a symbol, or a symbol and a number, such as "prefix + 11"."""
     if axis.isidentifier():
         return sympy.Symbol(axis, integer=True, nonnegative=True)
     expression = sympy.sympify(axis)
@@ -53,7 +61,10 @@ def _named(axis: str) -> sympy.Expr:
 
 
 def size_surplus(size: object, other: object) -> int | None:
-    """Return how much larger a symbolic size is than another, if that is a number. Adds no guard."""
+    """Return by how much one symbolic size exceeds another if that is a constant, else None.
+
+    Adds no guard.
+    """
     if not isinstance(size, torch.SymInt) or not isinstance(other, torch.SymInt):
         return None
     difference = size.node.expr - other.node.expr

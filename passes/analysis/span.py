@@ -1,7 +1,8 @@
-"""The visual span: which rows of a sequence are a picture's, and what stands before and after them.
+"""The visual span: which rows of a sequence are a picture's, and which values precede and follow them.
 
-Found forwards from the value with the role of image embeddings, be it an input or an output: through pointwise
-operations on that value alone to the concatenation along its rows, and on where that is part of a larger one.
+Found forwards from the value with the role of image embeddings, be it an input or an output: through
+pointwise operators on that value alone to the concatenation along its rows, and on through every
+concatenation that this is an operand of.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.alias.default)
 
 @dataclasses.dataclass(frozen=True)
 class VisualSpan:
-    """`rows` [b, rows, width] concatenates along `axis` the values `before`, `image` and the values `after`.
+    """The rows of a picture in a sequence.
 
-    `image` holds the `length` rows of the picture, the same for every batch row.
+    `rows` [b, rows, width] concatenates the values `before`, `image` and the values `after` along `axis`.
+    `image` holds the `length` rows of the picture, the same number for every element of the batch.
     """
 
     rows: fx.Node
@@ -37,7 +39,10 @@ class VisualSpan:
 
 
 def visual_span(program: Program) -> VisualSpan:
-    """The one visual span. Raises `StructureError` where there is none, several, or one of unknown length."""
+    """Find the one visual span.
+
+    Raises `StructureError` where there is none, several, or one of unknown length.
+    """
     embeds = _image_embeds(program)
     axis = embeds.meta["val"].ndim - 2
     length = size(embeds, axis)
@@ -78,7 +83,7 @@ def visual_span(program: Program) -> VisualSpan:
 
 
 def _image_embeds(program: Program) -> fx.Node:
-    """The value with the role of image embeddings."""
+    """Find the value with the role of image embeddings. Raises `StructureError` if there is none."""
     graph = program.exported.graph
     named = dict(zip(program.input_roles, program.exported.graph_signature.user_inputs, strict=True))
     named |= dict(zip(program.outputs, program.exported.graph_signature.user_outputs, strict=True))
@@ -91,7 +96,7 @@ def _image_embeds(program: Program) -> fx.Node:
 
 
 def _copies(flow: nx.DiGraph, start: fx.Node) -> set[fx.Node]:
-    """`start` and what is made of it alone, element by element: casts, copies, scaled rows."""
+    """Return `start` and every value computed from it alone by copies, casts and other pointwise operators."""
 
     def is_copy(node: fx.Node) -> bool:
         return flow.in_degree(node) == 1 and (is_pointwise(node) or node.target in _COPIES)

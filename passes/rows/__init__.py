@@ -1,1 +1,1 @@
-"""Sequences as segments of rows: what is known about values, operators on segments, and the rebuilt graph."""
+"""Sequences as segments of rows: facts about values, rules for operators, and the interpreter that applies them."""

@@ -1,7 +1,7 @@
-"""What is known about the numbers in a tensor without running it: bounds, and whether they count on by one.
+"""Abstract values of integer tensors: bounds on their elements, and whether these count upwards by one.
 
-Truth values are 0 and 1. Bounds are expressions of the sizes of a program's dynamic dimensions, which are at least 0;
-a comparison is decided only where it holds for all of them.
+Truth values are 0 and 1. Bounds are expressions of the sizes of a program's dynamic dimensions, which are at
+least 0; a comparison is decided only where it holds for all of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ COUNTED = (torch.bool, torch.int32, torch.int64)
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Every element lies in [`low`, `high`] (None: no bound).
+    """What is known of a tensor's elements: each lies in [`low`, `high`] (None: no bound).
 
-    `counts`: along one dimension the elements are low, low + 1, … up to high, in this order, and along all others they
-    are equal.
+    `counts`: along one dimension the elements are low, low + 1, … up to high, in this order, and along all
+    others they are equal.
     """
 
     low: Bound = None
@@ -33,10 +33,12 @@ class Fact:
 
     @property
     def is_true(self) -> bool:
+        """Whether every element is known to be true (1)."""
         return self.low == 1 and self.high == 1
 
     @property
     def is_false(self) -> bool:
+        """Whether every element is known to be false (0)."""
         return self.low == 0 and self.high == 0
 
     @property
@@ -45,16 +47,16 @@ class Fact:
         return self.low is not None and self.low == self.high
 
     def counts_all(self, offset: sympy.Expr, length: sympy.Expr, rows: sympy.Expr) -> bool:
-        """Whether these `rows` numbers are those from `offset` on, `length` of them, in order.
+        """Tell whether these `rows` elements are the `length` numbers from `offset` on, in order.
 
-        That it is these rows along which they count is for the caller to know.
+        The caller has to know that `rows` is the size of the dimension along which they count.
         """
         if not self.counts or self.low is None or self.high is None:
             return False
         return self.low == offset and rows == length and sympy.expand(self.high - self.low + 1 - rows) == 0
 
     def loose(self) -> Fact:
-        """The same bounds, for elements in another order."""
+        """Return the same bounds for elements in another order."""
         return dataclasses.replace(self, counts=False)
 
 
@@ -64,7 +66,7 @@ _EITHER = Fact(sympy.Integer(0), sympy.Integer(1))
 
 
 def constant(value: object) -> Fact:
-    """The fact of a tensor that holds one number, or of a number."""
+    """Return the fact of a number, or of a tensor that holds this number alone."""
     if isinstance(value, bool | int) or (isinstance(value, sympy.Expr) and value.is_integer):
         number = sympy.Integer(int(value)) if isinstance(value, bool | int) else value
         return Fact(number, number)
@@ -72,18 +74,18 @@ def constant(value: object) -> Fact:
 
 
 def at_least(first: Bound, second: Bound) -> bool:
-    """Whether first >= second for all sizes."""
+    """Tell whether first >= second for all sizes of the dynamic dimensions."""
     return first is not None and second is not None and sympy.expand(first - second).is_nonnegative is True
 
 
 def as_number(size: sympy.Expr) -> int | None:
-    """A size that is the same for all sizes of the dynamic dimensions."""
+    """Return a size as an integer if it is the same for all sizes of the dynamic dimensions, else None."""
     size = sympy.expand(size)
     return int(size) if size.is_Integer else None
 
 
 def union(facts: list[Fact]) -> Fact:
-    """What holds for elements of any of these tensors."""
+    """Return the fact that holds for the elements of all these tensors."""
     low, high = facts[0].low, facts[0].high
     for fact in facts[1:]:
         low = _lower(low, fact.low)
@@ -92,16 +94,18 @@ def union(facts: list[Fact]) -> Fact:
 
 
 def pointwise(target: Any, arguments: Sequence[Fact | None]) -> Fact:
-    """The fact of an elementwise operator's result. None: an argument that is not given."""
+    """Derive the fact of a pointwise operator's result from those of its arguments (None: not given)."""
     rule = _RULES.get(target)
     return UNKNOWN if rule is None else rule(*arguments)
 
 
 def _lower(a: Bound, b: Bound) -> Bound:
+    """Return the lower of two bounds, or None if they cannot be compared."""
     return b if at_least(a, b) else a if at_least(b, a) else None
 
 
 def _upper(a: Bound, b: Bound) -> Bound:
+    """Return the upper of two bounds, or None if they cannot be compared."""
     return a if at_least(a, b) else b if at_least(b, a) else None
 
 
@@ -144,7 +148,10 @@ def _sub(a: Fact, b: Fact, *scale: Fact) -> Fact:
 
 
 def _clamp(a: Fact, low: Fact | None = None, high: Fact | None = None) -> Fact:
-    """As torch does it: the lower limit first, so that the upper one wins where they cross. None: no such limit."""
+    """Derive the fact of a clamp (None: no such limit).
+
+    As in torch, the lower limit is applied first, so that the upper one wins where they cross.
+    """
     result = a
     if low is not None and not at_least(a.low, low.high):
         bottom = a.low if low.low is None or at_least(a.low, low.low) else low.low

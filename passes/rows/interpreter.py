@@ -1,4 +1,7 @@
-"""Runs a program's graph on segments of rows. Traced, this gives the same program segment by segment."""
+"""An interpreter that runs a program's graph on segments of rows.
+
+Traced, its operations form the same program, segment by segment.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,10 @@ Rule = Callable[["RowInterpreter", fx.Node], Any]
 class RowInterpreter:
     """Computes a graph's live nodes as `Segmented` values, by the rules of `operators`.
 
-    Every dimension whose size is the total of `space` holds rows and is split. An operator without a rule, or whose
-    rule declines (None), runs on whole tensors; so a missing rule costs speed, not truth. Tensors of batch one that
-    the graph repeats for a batch stay as they are until something needs the repetition.
+    Every dimension whose size is the total of `space` holds rows and is split. An operator without a rule, or
+    whose rule declines (returns None), runs on whole tensors; so a missing rule costs speed, not correctness.
+    Tensors of batch size one that the graph expands to a batch stay as they are until an operator needs them
+    expanded.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class RowInterpreter:
         self._inputs: dict[sympy.Expr, Size] = {}
 
     def run(self, placeholders: Mapping[fx.Node, Tensor]) -> list[Tensor]:
-        """The graph's outputs, whole."""
+        """Run the graph on the values of its placeholders and return its outputs, with all rows joined."""
         live = live_nodes(self.graph)
         for tensor in placeholders.values():
             for size in tensor.shape:
@@ -60,18 +64,21 @@ class RowInterpreter:
     # --- sizes ---
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
-        """The shape of the whole result of `node`."""
+        """Return the symbolic shape of the whole result of `node`."""
         return self.sizes.shape(node.meta["val"])
 
     def row_spaces(self, node: fx.Node) -> dict[int, Space]:
-        """The dimensions of the result of `node` that hold rows, told by their sizes."""
+        """Map the dimensions of the result of `node` that hold rows, identified by their sizes, to their spaces."""
         return self._row_dims(node.meta["val"])
 
     def _row_dims(self, value: Tensor) -> dict[int, Space]:
         return {d: self.spaces[e] for d, e in enumerate(self.sizes.shape(value)) if e in self.spaces}
 
     def size(self, expected: sympy.Expr) -> Size:
-        """A size of the original graph as a size in this one, from those of the inputs."""
+        """Compute a size of the original graph in the traced one, from the sizes of its inputs.
+
+        Raises `StructureError` if no input has a size that it takes.
+        """
         if expected.is_Integer:
             return int(expected)
         if expected in self._inputs:
@@ -82,11 +89,12 @@ class RowInterpreter:
         return functools.reduce(operator.add if expected.is_Add else operator.mul, operands)
 
     def learn(self, space: Space, segment: int, length: Size) -> None:
-        """`length` is the number of rows of a segment, as a size in the graph."""
+        """Record `length`, a size in the graph, as the number of rows of a segment."""
         self.spaces.setdefault(space.total, space)
         self._lengths.setdefault((space, segment), length)
 
     def length(self, space: Space, segment: int) -> Size:
+        """Return the number of rows of a segment: an integer where it is static, else a size in the graph."""
         known = space.lengths[segment]
         if known.is_Integer:
             return int(known)
@@ -94,17 +102,17 @@ class RowInterpreter:
         return self.size(known) if found is None else found
 
     def offset(self, space: Space, segment: int) -> Size:
-        """The number of rows before a segment."""
+        """Return the number of rows before a segment."""
         return sum((self.length(space, s) for s in range(segment)), cast("Size", 0))
 
     # --- values ---
 
     def value(self, argument: Any) -> Any:
-        """An argument of a node, with nodes replaced by their values."""
+        """Replace the nodes in an argument of a node by their values."""
         return fx.map_arg(argument, self.values.__getitem__)
 
     def filled(self, value: Segmented, key: Key) -> Tensor:
-        """The part at `key` with all its rows, where it may be thin."""
+        """Return the part at `key` with all its rows, expanded where it is thin."""
         tensor = value.parts[key].tensor
         sizes: list[Any] = [-1] * tensor.ndim
         for (dim, space), segment in zip(value.spaces.items(), key, strict=True):
@@ -113,7 +121,7 @@ class RowInterpreter:
         return repeated(tensor, sizes)
 
     def joined(self, value: Segmented) -> Tensor:
-        """All rows in one tensor; the batch may still be one."""
+        """Concatenate all segments into one tensor; its batch size may still be one."""
         if not value.spaces:
             return value.whole.tensor
         (dim, space), *others = value.spaces.items()
@@ -124,7 +132,7 @@ class RowInterpreter:
         return torch.cat(same_batch(pieces) if dim else pieces, dim)
 
     def whole(self, node: fx.Node) -> Any:
-        """The value of `node` in the shape it has in the original graph."""
+        """Return the value of `node` in the shape it has in the original graph."""
         value = self.values[node]
         if not isinstance(value, Segmented):
             return value
@@ -136,7 +144,7 @@ class RowInterpreter:
         return repeated(tensor, sizes)
 
     def first_waits(self, node: Any) -> bool:
-        """Whether the first dimension of the value of `node` is one that has yet to be repeated."""
+        """Tell whether the first dimension of the value of `node` has yet to be expanded to the batch size."""
         value = self.values[node]
         if 0 in value.spaces or not value.sample.ndim or self.shape(node)[0] == 1:
             return False
@@ -145,6 +153,7 @@ class RowInterpreter:
     # --- nodes ---
 
     def _call(self, node: fx.Node) -> Any:
+        """Compute one node by its rule, or on whole tensors where there is none or it declines."""
         target: Any = node.target
         value = node.meta.get("val")
         if target is operator.getitem:
@@ -170,6 +179,7 @@ class RowInterpreter:
         return made if several else made[0]
 
     def _read_size(self, source: Any, dim: Any) -> Size:
+        """Return the whole size of dimension `dim` of `source`, as a size in the traced graph."""
         value: Segmented = self.values[source]
         dim %= value.sample.ndim
         if dim not in value.spaces:
@@ -179,7 +189,7 @@ class RowInterpreter:
         return self.offset(space, len(space.lengths))
 
     def _rows_split(self, value: Segmented, spaces: Mapping[int, Space]) -> Segmented:
-        """`value` with those of its row dimensions split that a rule left whole."""
+        """Split the row dimensions of `value` that a rule left whole."""
         missing = {dim: space for dim, space in spaces.items() if dim not in value.spaces}
         if not missing:
             return value
@@ -200,13 +210,16 @@ class RowInterpreter:
 
 
 def repeated(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
-    """`tensor` expanded to `sizes`, of which -1 is any; itself if all are."""
+    """Expand `tensor` to `sizes`, where -1 keeps a dimension; return it as it is if all are kept."""
     as_is = all(isinstance(size, int) and size == -1 for size in sizes)
     return tensor if as_is else _aten.expand.default(tensor, sizes)
 
 
 def decided(part: Part, rows: Iterable[int]) -> Part:
-    """A truth value that is known needs nothing to be computed from: a constant, thin in dimensions `rows`."""
+    """Replace a mask whose elements are all known to be equal by a constant, thin in dimensions `rows`.
+
+    Any other part is returned as it is.
+    """
     if part.tensor.dtype != torch.bool or not (part.fact.is_true or part.fact.is_false):
         return part
     sizes: list[Any] = [1 if d == 0 or d in rows else size for d, size in enumerate(part.tensor.shape)]
@@ -215,11 +228,12 @@ def decided(part: Part, rows: Iterable[int]) -> Part:
 
 
 def is_one(size: Size) -> bool:
+    """Tell whether a size is the number 1."""
     return isinstance(size, int) and size == 1
 
 
 def same_batch(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with the first dimension of those where it is one repeated to that of the others."""
+    """Expand the tensors of batch size one to the batch size of the others."""
     larger = [t.shape[0] for t in tensors if not is_one(t.shape[0])]
     if not larger:
         return list(tensors)

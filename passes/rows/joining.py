@@ -1,6 +1,6 @@
-"""How concatenation and gathering act on segments: what puts rows together, and what picks some of them.
+"""Rules for concatenation, stacking and gathering on segments: operators that join rows or pick some of them.
 
-Rules as in `operators`.
+See `operators` for what a rule is.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _END = 2**63 - 1
 
 
 def cat(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Concatenate segment by segment, where every segment of the result is a run of whole operands."""
     dim = dimension(node)
     sources = _flat(it, node, dim)
     operands: list[Segmented] = [it.value(source) for source in sources]
@@ -67,7 +68,10 @@ def cat(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def _flat(it: RowInterpreter, node: fx.Node, dim: int) -> list[fx.Node]:
-    """What is concatenated along `dim`, the parts of concatenations that are no rows of their own included."""
+    """List the operands of a concatenation along `dim`, with nested concatenations replaced by theirs.
+
+    A nested one whose result is split into segments itself stays an operand.
+    """
     flat: list[fx.Node] = []
     for source in cast("list[fx.Node]", node.args[0]):
         nested = source.target is node.target and dimension(source) == dim
@@ -78,7 +82,7 @@ def _flat(it: RowInterpreter, node: fx.Node, dim: int) -> list[fx.Node]:
 def _at_segments(
     it: RowInterpreter, operands: Sequence[Segmented], lengths: Sequence[sympy.Expr], dim: int
 ) -> tuple[list[Segmented], list[sympy.Expr]]:
-    """Operands that count on across the start of a segment, in two."""
+    """Split each operand that counts on across the start of a segment in two there; return operands and lengths."""
     starts = {segment: it.space.offset(segment) for segment in range(1, len(it.space.lengths))}
     parts: list[tuple[Segmented, sympy.Expr]] = []
     for operand, length in zip(operands, lengths, strict=True):
@@ -112,6 +116,7 @@ def _at_segments(
 def _catenated(
     it: RowInterpreter, operands: Sequence[Segmented], spaces: Mapping[int, Space], key: Key, dim: int
 ) -> Part:
+    """Concatenate the parts of the operands that meet the result's part at `key`."""
     segment = dict(zip(spaces, key, strict=True))
     chosen = [(o, tuple(segment[d] for d in o.spaces)) for o in operands]
     if len(chosen) == 1:
@@ -125,7 +130,7 @@ def _catenated(
 def _groups(
     operands: Sequence[Segmented], lengths: Sequence[sympy.Expr], space: Space
 ) -> list[list[Segmented]] | None:
-    """The operands of each segment; None where one of them lies in two."""
+    """Assign the operands to the segments of the result; return None where an operand spans two of them."""
     groups: list[list[Segmented]] = []
     waiting = list(zip(operands, lengths, strict=True))
     for wanted in space.lengths:
@@ -143,7 +148,10 @@ def _groups(
 def _kept_segments(
     it: RowInterpreter, operands: Sequence[Segmented], lengths: Sequence[sympy.Expr]
 ) -> Space | None:
-    """The row numbering of an index that, at its end, lists all rows of the last segments, in their order."""
+    """Return the space of rows picked by an index that ends in all rows of the last segments, in their order.
+
+    Return None for any other index.
+    """
     kept: list[sympy.Expr] = []
     pieces = [(o.whole.fact, length) for o, length in zip(operands, lengths, strict=True) if not o.spaces]
     if len(pieces) != len(operands):
@@ -160,6 +168,7 @@ def _kept_segments(
 
 
 def stack(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Stack operands that are split alike, segment by segment."""
     sources = cast("list[fx.Node]", node.args[0])
     first, *others = operands = [it.value(source) for source in sources]
     dim = dimension(node)
@@ -173,7 +182,7 @@ def stack(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def gather(it: RowInterpreter, node: fx.Node) -> Segmented | None:
-    """Rows picked by an index of which it is known, segment by segment, which segment it picks from."""
+    """Gather segment by segment, where the bounds of each part of the index tell the segment it picks from."""
     value, dim, index = it.value(node.args[:3])
     dim %= value.sample.ndim
     if dim not in index.spaces or dim not in value.spaces or dim == 0:
@@ -207,6 +216,7 @@ def gather(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def _picked_segment(fact: Fact, space: Space) -> int | None:
+    """Return the segment that the bounds of an index lie in, or None if that is not known."""
     for segment, length in enumerate(space.lengths):
         offset = space.offset(segment)
         if (

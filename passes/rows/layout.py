@@ -1,6 +1,6 @@
-"""How operators that arrange elements act on segments: views, slices, concatenation, gathering, and new tensors.
+"""Rules for operators that arrange elements, on segments: views, slices, selections, and tensor constructors.
 
-Rules as in `operators`.
+See `operators` for what a rule is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _REORDERING = (_aten.transpose.int, _aten.permute.default)
 
 
 def _moved(value: Segmented, dims: Mapping[int, int], function: Any) -> Segmented:
-    """`function` on each part, whose row dimension d becomes `dims[d]`."""
+    """Apply `function`, which moves row dimension d to `dims[d]`, to each part."""
     order = sorted(value.spaces, key=dims.__getitem__)
     places = [list(value.spaces).index(d) for d in order]
     parts = {tuple(k[i] for i in places): Part(function(p.tensor), p.fact) for k, p in value.parts.items()}
@@ -41,13 +41,14 @@ def _moved(value: Segmented, dims: Mapping[int, int], function: Any) -> Segmente
 
 
 def same(it: RowInterpreter, node: fx.Node) -> Segmented:
-    """Copies and aliases."""
+    """Copy or alias each part."""
     first, *rest = it.value(node.args)
     call: Any = node.target
     return _moved(first, {d: d for d in first.spaces}, lambda t: call(t, *rest, **node.kwargs))
 
 
 def unsqueeze(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Insert a dimension of size one into each part."""
     value = it.value(node.args[0])
     dim = cast("int", node.args[1]) % node.meta["val"].ndim
     if dim == 0 and it.first_waits(node.args[0]):
@@ -56,6 +57,7 @@ def unsqueeze(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def squeeze(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Remove a dimension of size one from each part."""
     value = it.value(node.args[0])
     dim = cast("int", node.args[1]) % value.sample.ndim
     if dim in value.spaces or it.shape(cast("fx.Node", node.args[0]))[dim] != 1:
@@ -64,6 +66,7 @@ def squeeze(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def transpose(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Swap two dimensions of each part."""
     value = it.value(node.args[0])
     first, second = (cast("int", d) % value.sample.ndim for d in node.args[1:3])
     if 0 in (first, second) and it.first_waits(node.args[0]):
@@ -75,6 +78,7 @@ def transpose(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def permute(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Permute the dimensions of each part."""
     value = it.value(node.args[0])
     order = [d % value.sample.ndim for d in cast("list[int]", node.args[1])]
     if order[0] != 0 and it.first_waits(node.args[0]):
@@ -83,7 +87,7 @@ def permute(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def view(it: RowInterpreter, node: fx.Node) -> Segmented | None:
-    """A view in which each row dimension stays a dimension."""
+    """View each part in another shape, where each row dimension stays a dimension."""
     source = cast("fx.Node", node.args[0])
     value, before, after = it.value(source), it.shape(source), it.shape(node)
     dims: dict[int, int] = {}
@@ -123,7 +127,7 @@ def view(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def expand(it: RowInterpreter, node: fx.Node) -> Segmented | None:
-    """Repetition along the batch and along rows waits until something needs it."""
+    """Expand each part, except along the batch and rows, where expansion is deferred until an operator needs it."""
     source = cast("fx.Node", node.args[0])
     value, before, after = it.value(source), it.shape(source), it.shape(node)
     lead = len(after) - len(before)
@@ -153,6 +157,7 @@ def expand(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def slice_(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Slice each part, or along rows the segment that the bounds lie in."""
     value = it.value(node.args[0])
     dim = argument(node, "dim") % value.sample.ndim
     start, end = argument(node, "start"), argument(node, "end")
@@ -191,6 +196,7 @@ def slice_(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def _bound(it: RowInterpreter, given: Any, space: Space, default: sympy.Expr) -> sympy.Expr:
+    """Return a bound of a slice along rows as a non-negative expression; `default` where it is left out."""
     if given is None or given == _END:
         return default
     value = it.sizes.expression(given.meta["val"]) if isinstance(given, fx.Node) else sympy.Integer(given)
@@ -198,7 +204,7 @@ def _bound(it: RowInterpreter, given: Any, space: Space, default: sympy.Expr) ->
 
 
 def _inside(it: RowInterpreter, given: Any, place: sympy.Expr, space: Space, segment: int) -> Size | None:
-    """A bound of a slice, counted from the start of a segment."""
+    """Return a bound of a slice counted from the start of a segment, or None if it is not known."""
     number = as_number(place)
     if number is None and isinstance(given, fx.Node):
         return it.value(given) - it.offset(space, segment)
@@ -206,7 +212,7 @@ def _inside(it: RowInterpreter, given: Any, place: sympy.Expr, space: Space, seg
 
 
 def _within(it: RowInterpreter, value: Segmented, dim: int, segment: int) -> Segmented:
-    """The rows of one segment, no longer a row dimension."""
+    """Return the rows of one segment, whose dimension `dim` is then no row dimension any more."""
     place = list(value.spaces).index(dim)
     spaces = {d: s for d, s in value.spaces.items() if d != dim}
     parts = {}
@@ -222,6 +228,7 @@ def _within(it: RowInterpreter, value: Segmented, dim: int, segment: int) -> Seg
 
 
 def select(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Select an index along a dimension of each part, or along rows the first or last one."""
     value, index = it.value(node.args[0]), node.args[2]
     dim = cast("int", node.args[1]) % value.sample.ndim
     if dim == 0 and it.first_waits(node.args[0]):
@@ -239,6 +246,7 @@ def select(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def arange(it: RowInterpreter, node: fx.Node) -> Segmented:
+    """Create the integers from 0 on, segment by segment if there are as many as rows."""
     count = it.shape(node)[0]
     end, call = it.value(node.args[0]), cast("Any", torch.arange)
     if count not in it.spaces:
@@ -258,7 +266,7 @@ def arange(it: RowInterpreter, node: fx.Node) -> Segmented:
 
 
 def filled_with(number: int) -> Any:
-    """`ones`, `zeros`: thin along rows."""
+    """Make the rule of `ones` or `zeros`, whose result is thin along rows."""
 
     def rule(it: RowInterpreter, node: fx.Node) -> Segmented:
         spaces = it.row_spaces(node)
@@ -273,7 +281,7 @@ def filled_with(number: int) -> Any:
 
 
 def like(number: int) -> Any:
-    """`ones_like`, `zeros_like`."""
+    """Make the rule of `ones_like` or `zeros_like`."""
 
     def rule(it: RowInterpreter, node: fx.Node) -> Segmented:
         value = it.value(node.args[0])

@@ -1,4 +1,7 @@
-"""How operators act on segments. A rule gives the node's value, or None where the rows of segments mix."""
+"""Rules: how operators act on segments.
+
+A rule computes the value of a node, or returns None where the operator would mix rows of different segments.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _END = 2**63 - 1
 
 
 def _tree(function: Callable[[Segmented], Any], argument: Any) -> Any:
-    """`argument` with `function` applied to every segmented value in it."""
+    """Apply `function` to every segmented value in `argument`."""
     return pytree.tree_map(
         lambda a: function(a) if isinstance(a, Segmented) else a,
         argument,
@@ -38,12 +41,13 @@ def _tree(function: Callable[[Segmented], Any], argument: Any) -> Any:
 
 
 def _segmented(argument: Any) -> list[Segmented]:
+    """List the segmented values in `argument`."""
     leaves = pytree.tree_leaves(argument, is_leaf=lambda a: isinstance(a, Segmented))
     return [leaf for leaf in leaves if isinstance(leaf, Segmented)]
 
 
 def _aligned(operands: Sequence[Segmented], ndim: int) -> dict[int, Space] | None:
-    """Row dimensions of a broadcast result; None where operands split a dimension differently."""
+    """Return the row dimensions of a broadcast result; None where operands split a dimension differently."""
     spaces: dict[int, Space] = {}
     for operand in operands:
         for dim, space in operand.spaces.items():
@@ -53,7 +57,7 @@ def _aligned(operands: Sequence[Segmented], ndim: int) -> dict[int, Space] | Non
 
 
 def _picked(operand: Segmented, key: Key, spaces: Mapping[int, Space], ndim: int) -> Key:
-    """The key of the part of `operand` that meets the result's part at `key`."""
+    """Return the key of the part of `operand` that is broadcast to the result's part at `key`."""
     segment = dict(zip(spaces, key, strict=True))
     return tuple(segment[dim + ndim - operand.sample.ndim] for dim in operand.spaces)
 
@@ -62,6 +66,7 @@ def _picked(operand: Segmented, key: Key, spaces: Mapping[int, Space], ndim: int
 
 
 def pointwise(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Apply a pointwise operator to each part of its operands, and replace a mask that it decides by a constant."""
     arguments, keywords = it.value(node.args), it.value(node.kwargs)
     ndim = node.meta["val"].ndim
     spaces = _aligned(_segmented((arguments, keywords)), ndim)
@@ -83,12 +88,14 @@ def pointwise(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def _fact(it: RowInterpreter, operand: Any, of: Callable[[Segmented], Fact]) -> Fact | None:
+    """Return the fact of an operand of a pointwise operator, by `of` if it is segmented; None if it is not given."""
     if operand is None or isinstance(operand, Segmented):
         return None if operand is None else of(operand)
     return facts.constant(it.sizes.expression(operand) if isinstance(operand, torch.SymInt) else operand)
 
 
 def _pointwise_fact(node: fx.Node, known: list[Fact | None], dims: int) -> Fact:
+    """Derive the fact of a pointwise result; `UNKNOWN` where dtypes or options make `facts` unsound."""
     dtypes = {
         n.meta["val"].dtype for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)
     }
@@ -106,7 +113,7 @@ def _pointwise_fact(node: fx.Node, known: list[Fact | None], dims: int) -> Fact:
 
 
 def where(it: RowInterpreter, node: fx.Node) -> Segmented | None:
-    """Where a segment's condition is decided, the other branch is not read there."""
+    """Select element by element; a segment whose condition is decided reads the selected branch alone."""
     result = pointwise(it, node)
     condition, *choices = it.value(node.args)
     if result is None:
@@ -121,7 +128,7 @@ def where(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def _chosen(choice: Any, key: Key, result: Segmented) -> Part:
-    """One branch of a `where`, thin and of batch one as far as it can be."""
+    """Return one branch of a `where`, thin and of batch size one as far as possible."""
     like, ndim = result.parts[key].tensor, result.sample.ndim
     sizes: list[Any] = [1 if d == 0 or d in result.spaces else like.shape[d] for d in range(ndim)]
     if not isinstance(choice, Segmented):
@@ -149,7 +156,7 @@ def _each(
     spaces: Mapping[int, Space],
     fact: Callable[[Fact], Fact] = lambda f: UNKNOWN,
 ) -> Segmented:
-    """The operator on each part of its first argument; `spaces` are the result's row dimensions, in that order."""
+    """Apply an operator to each part of its first argument; `spaces` are the result's row dimensions, in that order."""
     first = it.value(node.args[0])
     rest, keywords = fx.map_arg((node.args[1:], node.kwargs), it.whole)
     parts = {
@@ -163,7 +170,7 @@ def _each(
 
 
 def rows_alone(count: Callable[[fx.Node], int]) -> Callable[[RowInterpreter, fx.Node], Segmented | None]:
-    """An operator that mixes the last dimensions of its first argument only; `count` says how many."""
+    """Make the rule of an operator that mixes the last `count(node)` dimensions of its first argument alone."""
 
     def rule(it: RowInterpreter, node: fx.Node) -> Segmented | None:
         first = it.value(node.args[0])
@@ -176,6 +183,7 @@ def rows_alone(count: Callable[[fx.Node], int]) -> Callable[[RowInterpreter, fx.
 
 
 def reduction(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Reduce each part over dimensions that are no rows."""
     first, given = it.value(node.args[0]), node.args[1] if len(node.args) > 1 else None
     if not isinstance(given, list | tuple):
         return None
@@ -195,12 +203,14 @@ def reduction(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def embedding(it: RowInterpreter, node: fx.Node) -> Segmented:
+    """Look up the embeddings of each part's ids."""
     weight, ids = it.whole(cast("fx.Node", node.args[0])), it.value(node.args[1])
     parts = {k: Part(_aten.embedding.default(weight, p.tensor)) for k, p in ids.parts.items()}
     return Segmented(ids.spaces, parts)
 
 
 def cumsum(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Sum cumulatively along rows, each segment starting from the last sum of the one before."""
     first, dim = it.value(node.args[0]), cast("int", node.args[1]) % node.meta["val"].ndim
     if dim not in first.spaces or len(first.spaces) > 1:
         return None if first.spaces or it.first_waits(node.args[0]) else _each(it, node, {})
@@ -215,7 +225,7 @@ def cumsum(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def split_tensor(it: RowInterpreter, node: fx.Node) -> list[Segmented] | None:
-    """`split` and `chunk` along a dimension that is no rows."""
+    """Apply `split` or `chunk` to each part, along a dimension that is no rows."""
     first, given = it.value(node.args[:2])
     dim = argument(node, "dim") % first.sample.ndim
     if dim in first.spaces or (dim == 0 and it.first_waits(node.args[0])):
@@ -230,7 +240,7 @@ def split_tensor(it: RowInterpreter, node: fx.Node) -> list[Segmented] | None:
 
 
 def attention(it: RowInterpreter, node: fx.Node) -> Segmented | None:
-    """Each segment's queries meet only the keys that the mask may let them see."""
+    """Compute attention of each segment's queries over only the segments of keys that the mask may let them see."""
     query, key, value, *given = it.value(node.args[:4])
     mask = given[0] if given else it.value(node.kwargs.get("attn_mask"))
     options = {n: v for n, v in node.kwargs.items() if n != "attn_mask"}
@@ -266,7 +276,7 @@ def attention(it: RowInterpreter, node: fx.Node) -> Segmented | None:
 
 
 def _meets(mask: Segmented, keys_split: bool) -> bool:
-    """Whether a mask is split by rows of queries and keys alone, and by keys if these are."""
+    """Tell whether a mask is split along no other rows than those of queries and keys, and along keys as these are."""
     rows, columns = mask.sample.ndim - 2, mask.sample.ndim - 1
     return not set(mask.spaces) - {rows, columns} and (columns in mask.spaces) == keys_split
 
@@ -274,12 +284,13 @@ def _meets(mask: Segmented, keys_split: bool) -> bool:
 def _seen(
     it: RowInterpreter, mask: Segmented | None, place: Key, keys: Iterable[int | None], rows: int
 ) -> list[tuple[int | None, Part | None]]:
-    """Segments of keys that queries at `place` may see, each with its part of the mask."""
+    """List the segments of keys that queries at `place` may attend to, each with its part of the mask."""
     parts = [(j, _mask_part(it, mask, place, j, rows, rows + 1)) for j in keys]
     return [(j, part) for j, part in parts if part is None or not part.fact.is_false]
 
 
 def _rows_of(it: RowInterpreter, value: Segmented, segments: list[int | None], dim: int) -> Tensor:
+    """Concatenate the given segments of `value` along its row dimension `dim`."""
     parts = [it.filled(value, () if s is None else (s,)) for s in segments]
     return torch.cat(same_batch(parts), dim) if len(parts) > 1 else parts[0]
 
@@ -287,6 +298,7 @@ def _rows_of(it: RowInterpreter, value: Segmented, segments: list[int | None], d
 def _mask_part(
     it: RowInterpreter, mask: Segmented | None, place: Key, j: int | None, rows: int, columns: int
 ) -> Part | None:
+    """Return the part of the mask between queries at `place` and segment `j` of the keys; None without a mask."""
     if mask is None:
         return None
     lead = rows + 2 - mask.sample.ndim

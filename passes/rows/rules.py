@@ -1,4 +1,4 @@
-"""Which rule an operator follows."""
+"""The table of rules: which one each operator follows."""
 
 from __future__ import annotations
 

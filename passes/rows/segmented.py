@@ -1,4 +1,4 @@
-"""A tensor whose rows are kept as separate tensors, one for each segment of the sequence."""
+"""Tensors whose rows are kept as separate tensors, one for each segment of the sequence."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ class Space:
 
     @property
     def total(self) -> sympy.Expr:
+        """The number of rows of all segments."""
         return sympy.expand(sum(self.lengths, sympy.Integer(0)))
 
     def offset(self, segment: int) -> sympy.Expr:
+        """Return the number of rows before a segment."""
         return sympy.expand(sum(self.lengths[:segment], sympy.Integer(0)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """The rows of one segment. Where all of them are equal, the tensor may have one row (`thin`)."""
+    """The rows of one segment.
+
+    Where all of them are equal, the tensor may have one row; it is then called thin.
+    """
 
     tensor: Tensor
     fact: Fact = UNKNOWN
@@ -38,7 +43,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmented:
-    """A tensor by segments. `spaces`: its row dimensions, in order; none for a tensor without rows.
+    """A tensor split into segments. `spaces`: its row dimensions, in order; none for a tensor without rows.
 
     `parts` has the tensor of each combination of segments, one for each row dimension.
     """
@@ -48,11 +53,12 @@ class Segmented:
 
     @classmethod
     def plain(cls, tensor: Tensor, fact: Fact = UNKNOWN) -> Segmented:
+        """Wrap a tensor without row dimensions."""
         return cls({}, {(): Part(tensor, fact)})
 
     @classmethod
     def build(cls, spaces: Mapping[int, Space], make: Callable[[Key], Part]) -> Segmented:
-        """The segmented tensor whose parts `make` gives."""
+        """Build the segmented tensor whose part at each key is what `make` returns."""
         ordered = dict(sorted(spaces.items()))
         return cls(ordered, {key: make(key) for key in keys(ordered)})
 
@@ -68,4 +74,5 @@ class Segmented:
 
 
 def keys(spaces: Mapping[int, Space]) -> Iterator[Key]:
+    """Iterate over the keys of all parts: each combination of segments, one for each row dimension."""
     return itertools.product(*(range(len(space.lengths)) for space in spaces.values()))
