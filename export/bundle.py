@@ -205,7 +205,7 @@ def _readable(directory: Path) -> None:
 
 
 def _put_in_place(directory: Path, output: Path, *, overwrite: bool) -> None:
-    """Rename `directory` to `output`. A bundle it replaces is left beside `directory`, or in its place, to be deleted.
+    """Rename `directory` to `output`. A bundle that it replaces is moved into the scratch directory, to be deleted.
 
     Raises `OutputExistsError` if another build has created `output` since it was checked, unless it may be
     replaced.

@@ -29,7 +29,7 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
 def shown(value: object) -> str:
-    """Return `repr` of a value, on one line and cut to some 60 characters; a value that cannot be printed shows its type."""
+    """Return `repr` of a value on one line, cut to some 60 characters, or its type if it cannot be printed."""
     try:
         return " ".join(_repr.repr(value).split())
     except Exception:  # an integer of thousands of digits raises, and foreign types do what they like

@@ -1,4 +1,4 @@
-"""Side effects of libraries on a user's machine: telemetry is switched off, and their files go to this package's cache.
+"""Side effects of libraries on a user's machine: telemetry is off, and their files go to this package's cache.
 
 All of it is set by environment variables; what a user has set in them wins.
 """
@@ -27,7 +27,7 @@ class TelemetryWarning(UserWarning):
 
 
 def switch_telemetry_off() -> None:
-    """Switch telemetry off by default, before any of the libraries is imported; to have it, set the variables to 0.
+    """Switch telemetry off by default, before any of the libraries is imported; users can set the variables to 0.
 
     ONNX Runtime writes an identifier of the machine below the home directory and looks up a host as soon as
     it is imported, before its API could be called. The client of the Hugging Face hub sends the list of
@@ -51,7 +51,7 @@ def _telling(library: object) -> bool:
 
 
 def place_matplotlib() -> None:
-    """Let matplotlib keep its list of fonts in our cache, unless it is imported already or the user has settings for it.
+    """Let matplotlib keep its list of fonts in our cache, unless it is in use or the user has settings for it.
 
     Call this before it is first imported, which reads the variable and writes both.
     """

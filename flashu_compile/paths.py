@@ -101,7 +101,7 @@ def cache_directory() -> Path | None:
 
 @functools.cache
 def _entered(named: str) -> Path:
-    """Resolve the named directory once per process, so that a change of the working directory does not move it."""
+    """Resolve the named directory once per process, so that later changes of directory do not move it."""
     return absolute(named)
 
 

@@ -39,7 +39,7 @@ class TaskRecord:
         program: the captured program that techniques change.
         sample_field: the field of `CalibrationSamples` that it is calibrated on.
         sample_kind: what these samples are, in words.
-        describe: returns a sentence on an engine of this task, to be read in its graph; empty for an unknown name.
+        describe: returns a sentence on an engine of this task, for its graph; empty for an unknown name.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The build side of backends: each file here is a backend, found by its name, and no other code needs to know of it.
+"""The build side of backends: each file here is a backend that is found by its name; no list needs changing.
 
 `NAME.py` defines `BACKEND`, an object with the members of `Backend`. The file of the same name in
 `flashu_compile/runtime/backends/` runs its engines.
@@ -55,7 +55,7 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """Engines on disk: their manifest entries, the file of their weights, and the backend's entries in the report.
+    """Engines on disk: their manifest entries, the file of their weights, and the backend's report entries.
 
     `weights` is None where engines contain their weights. `provider` is where they run on the machine that
     built them.
@@ -88,7 +88,7 @@ class Backend(Protocol):
         ...
 
     def pack(self, model: Any) -> Packed | None:
-        """Return a `model` that `emit` made as data for other builds to reuse, or None if each should make its own."""
+        """Return a `model` of `emit` as data for other builds to reuse, or None if each should make its own."""
         ...
 
     def unpack(self, packed: Packed) -> Any:

@@ -1,4 +1,4 @@
-"""Programs compiled ahead of time by PyTorch's AOTInductor: one package of machine code per engine, and shared tensors.
+"""Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code each, and shared tensors.
 
 Weights stay outside the packages, so engines share them. Only on a CPU in bfloat16 Inductor makes constants
 of its own, which a package without constants would lack, so there each package holds its weights. Building
@@ -93,7 +93,7 @@ def _check_compiler(backend: str) -> None:
 
 
 def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchModel:
-    """Compile a program to a package of machine code for `device`. Raises `EmissionError` if AOTInductor cannot."""
+    """Compile a program to machine code for `device`. Raises `EmissionError` if AOTInductor cannot."""
     exported = _with_named_constants(plain_copy(program))
     tensors = {} if holds_weights else dict(exported.state_dict)
     place_inductor()

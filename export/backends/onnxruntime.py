@@ -30,7 +30,7 @@ class OnnxRuntime:
     precisions = ("float32", "float16", "int8")
 
     def check(self) -> None:
-        """Pass: ONNX Runtime is part of every installation."""
+        """Accept every machine, since ONNX Runtime is part of every installation."""
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         """Emit the program as an ONNX model. Raises `EmissionError` if an operator has no ONNX form."""

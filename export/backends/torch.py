@@ -1,4 +1,4 @@
-"""Programs unchanged, for PyTorch: torch.export's own JSON form of a graph, with the tensors in one safetensors file.
+"""Programs unchanged, for PyTorch: torch.export's own JSON form of a graph, and one safetensors file of tensors.
 
 `torch.export.save` is not used: its archives hold the example inputs, and some tensors, as pickles, and hold
 the weights once for every engine.
@@ -42,7 +42,7 @@ class Torch:
     precisions = PRECISIONS
 
     def check(self) -> None:
-        """Pass: PyTorch is needed to compile at all."""
+        """Accept every machine, since compiling needs PyTorch anyway."""
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
         """Serialize the program. Raises `EmissionError` if torch.export cannot."""

@@ -1,4 +1,4 @@
-"""Programs compiled for an NVIDIA GPU by torch-tensorrt: one TensorRT engine each, in a program that PyTorch loads.
+"""Programs compiled for NVIDIA GPUs by torch-tensorrt: one TensorRT engine each, in a program PyTorch loads.
 
 Networks are strongly typed, as all are in TensorRT 11: the precision is the graph's, and no option lowers it.
 Every engine contains its weights. This could not be run where it was written, for want of a GPU; it keeps to
@@ -70,7 +70,7 @@ class TorchTensorRT:
     precisions = PRECISIONS
 
     def check(self) -> None:
-        """Raise `BackendUnavailableError` or `MissingDependencyError` if torch-tensorrt cannot be used."""
+        """Raise `BackendUnavailableError`, saying what is missing, if torch-tensorrt cannot be used."""
         import_torch_tensorrt()
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
@@ -90,7 +90,7 @@ class TorchTensorRT:
         return Emitted(TensorRTModel(saved, BuiltFor(target, profile)), traced_statistics(program), records)
 
     def pack(self, model: TensorRTModel) -> None:
-        """Return None: engines depend on the device, the driver and on what ran beside them when tactics were timed."""
+        """Return None: engines depend on the device, the driver and what ran while tactics were timed."""
 
     def unpack(self, packed: Packed) -> TensorRTModel:
         """Raise `EmissionError`, since `pack` packs no engine."""
