@@ -104,7 +104,7 @@ class EngineCache:
                 path.unlink(missing_ok=True)
 
     def library_bytes(self) -> int:
-        """Return the bytes of libraries' files beside the entries, without a limit: compiled code, timings, fonts."""
+        """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts."""
         return sum(path.stat().st_size for path in self._library_files())
 
     def clear(self) -> int:
