@@ -108,7 +108,7 @@ class EngineShelf:
 
 
 def _encode(built: BuiltEngines, backend: Backend, weights: WeightSources) -> bytes | None:
-    """Serialise engines; None if the backend's cannot be kept. Raises `_TooLargeError`."""
+    """Serialise engines, or return None if the backend's cannot be kept. Raises `_TooLargeError`."""
     tensors: dict[str, Tensor] = {}
     engines = []
     for number, engine in enumerate(built.engines):

@@ -29,7 +29,7 @@ _Found = TypeVar("_Found")
 
 @dataclasses.dataclass(frozen=True)
 class TensorFacts:
-    """An input or output. `shape` names dynamic dimensions; `reads` are the inputs an output depends on, by value."""
+    """An input or output. `shape` names dynamic dimensions; `reads` are inputs whose values an output depends on."""
 
     role: str
     shape: Shape

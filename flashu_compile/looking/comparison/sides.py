@@ -118,7 +118,7 @@ class ModelSide:
             ) from error
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
-        """Return the values of the engine's program. Raises `BundleError` if there is none or its inputs differ."""
+        """Return the values of the engine's program. Raises `BundleError` if it is missing or takes other inputs."""
         from flashu_compile.looking.comparison.traced_program import ProgramValues
 
         program = self.programs.get(spec.name)
