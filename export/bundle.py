@@ -1,4 +1,4 @@
-"""Engines → a bundle directory: complete, checked and reproducible, or not there at all."""
+"""Write engines to a bundle directory that is complete, checked and reproducible, or not there at all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ from flashu_compile.runtime.pipeline import Pipeline, load
 
 @dataclasses.dataclass(frozen=True)
 class BundleMetadata:
-    """What the manifest says about the bundle as a whole; `recipe` is the recipe's name, `origins` those of weights."""
+    """What the manifest says about the bundle as a whole.
+
+    `recipe` is the recipe's name; `origins` are the sources of the weights, by part.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -71,11 +74,15 @@ def write_bundle(
 ) -> Manifest:
     """Write a bundle to `output`, which appears whole or not at all.
 
-    Everything is written and checked in a temporary directory beside `output` and renamed into place. `report` is
-    stored with the entries `sizes` (in bytes) and the backend's own added, and those that `measure` gives. It is given
-    a function that opens the bundle that was written, as `flashu_compile.load` does with the same keyword arguments,
-    and what it raises ends the build. `page` makes a web page of the whole. `overwrite` replaces an existing bundle,
-    and nothing but a bundle.
+    Everything is written and checked in a temporary directory beside `output` and then renamed into place.
+
+    Args:
+        report: stored in the bundle, together with the entry `sizes` (in bytes), the backend's own entries and those
+            that `measure` returns.
+        measure: called with a function that opens the bundle just written, as `flashu_compile.load` does with the
+            same keyword arguments. An exception that it raises ends the build.
+        page: renders the bundle's web page from its manifest and report.
+        overwrite: replace an existing bundle at `output`; nothing but a bundle is ever replaced.
 
     Raises:
         OutputExistsError: `output` exists and is not empty.
@@ -121,7 +128,7 @@ def write_bundle(
 
 
 def ensure_writable(output: Path, *, overwrite: bool = False) -> None:
-    """Raise what `write_bundle` would raise for `output` later, before any work is done."""
+    """Raise, before any work is done, the error that `write_bundle` would later raise for `output`."""
     if not os.path.lexists(output):
         return
     if not output.is_dir():
@@ -160,7 +167,7 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _entries(directory: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
-    """The entries of all files but the manifest; those in `known` are not read again."""
+    """Return the manifest entries of all files but the manifest; files in `known` are not read again."""
     known = known or {}
     return {
         path.name: known[path.name] if path.name in known else file_entry(path)
@@ -190,7 +197,7 @@ def _manifest(specs: Sequence[EngineSpec], metadata: BundleMetadata, files: dict
 
 
 def _readable(directory: Path) -> None:
-    """Give files the permissions of any new file; safetensors writes them for their owner alone."""
+    """Give files the permissions of any new file; safetensors makes them readable by their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     for path in directory.iterdir():
@@ -198,9 +205,10 @@ def _readable(directory: Path) -> None:
 
 
 def _put_in_place(directory: Path, output: Path, *, overwrite: bool) -> None:
-    """Rename `directory` to `output`. An old bundle there ends up at `directory`, for the caller to delete.
+    """Rename `directory` to `output`. A bundle that it replaces is moved into the scratch directory, to be deleted.
 
-    Raises `OutputExistsError` if another build has put one there since it was looked for, unless it may be replaced.
+    Raises `OutputExistsError` if another build has created `output` since it was checked, unless it may be
+    replaced.
     """
     try:
         if output.exists() and not any(output.iterdir()):
@@ -224,7 +232,10 @@ def _put_in_place(directory: Path, output: Path, *, overwrite: bool) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one step, where the system can (Linux's renameat2 with RENAME_EXCHANGE)."""
+    """Swap two directories atomically, where the system can (Linux's renameat2 with RENAME_EXCHANGE).
+
+    Returns whether they were swapped.
+    """
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False

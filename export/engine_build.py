@@ -1,4 +1,4 @@
-"""EngineBuild: an engine on its way into a bundle, with one eager run of what it was made from."""
+"""EngineBuild: an emitted engine before it is written to a bundle, with one eager reference run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EngineBuild:
-    """An engine on its way into a bundle: what the backend emitted and one eager run of what it was made from.
+    """An emitted engine before it is written to a bundle, with one eager reference run of its program.
 
-    `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from the
-    engine itself. `prologue` names the engine that gives what this one takes with every call, `schedule` the one that
-    gives what it takes at each time point.
+    `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from
+    the engine itself. `prologue` names the engine that computes what this one takes with every call,
+    `schedule` the one that computes what it takes at each time point.
     """
 
     name: str
@@ -30,7 +30,7 @@ class EngineBuild:
 
 
 def write_reference(engine: EngineBuild, directory: Path) -> str:
-    """Write the engine's eager run into `directory`; the file's name."""
+    """Write the engine's reference run into `directory` and return the file's name."""
     tensors = {f"input.{role}": tensor for role, tensor in engine.reference_inputs.items()}
     tensors |= {f"output.{role}": tensor for role, tensor in engine.reference_outputs.items()}
     name = f"{engine.name}.reference.safetensors"

@@ -1,4 +1,4 @@
-"""Weights of an ONNX graph in the layout they have in memory. Exact: the same products, said the other way round."""
+"""Store the weights of an ONNX graph in the layout they have in memory. Exact: the products stay the same."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor
 
 
 def follow_memory(model: ir.Model) -> None:
-    """Read a weight that lies by columns as its transpose, which lies by rows, where all readers can be told so.
+    """Replace each weight stored by columns with its transpose, stored by rows, where all readers allow it.
 
-    Those are Gemm, and Transpose, which then has nothing to do.
-
-    Otherwise the graph would store a turned copy of it, which shares no bytes with anything.
+    The readers that allow it are Gemm, whose attribute is flipped, and Transpose, which is removed. Otherwise
+    the graph would store a transposed copy of the weight, which shares no bytes with anything.
     """
     for value in model.graph.initializers.values():
         raw = getattr(value.const_value, "raw", None)

@@ -1,10 +1,10 @@
-"""Program → ONNX model, through torch.onnx, in the form ONNX Runtime runs well and a person can read.
+"""Emit a Program as an ONNX model, through torch.onnx, in a form ONNX Runtime runs well and a person can read.
 
-What the result promises:
+Guarantees about the result:
 
 * inputs and outputs carry their roles as names; dynamic dimensions carry the names of `Input.axes`;
 * every parameter is one initializer, under its name in the program's state dict and in the layout it has in memory;
-* every node is called after the module it came from and says in two short `metadata_props` where it was born;
+* every node is named after the module it came from and records its origin in short `metadata_props`;
 * nothing in it depends on paths, time or hash seeds.
 """
 
@@ -53,7 +53,7 @@ _KEPT = (MODULE, OPERATOR, PASSES)
 
 
 def emit_onnx(program: Program) -> ir.Model:
-    """The program as an ONNX model whose weights are still torch's memory (nothing is copied).
+    """Return the program as an ONNX model whose weights are still torch's memory (nothing is copied).
 
     Raises `EmissionError`, naming the module, if an operator has no ONNX form.
     """
@@ -76,8 +76,9 @@ def _tensors(program: Program) -> Mapping[str, Any]:
 class _Decomposed(ExportedProgram):
     """A private copy of a decomposed program that is not traced again when there is nothing to decompose.
 
-    The exporter decomposes whatever it is given. For a Program, which has been decomposed by capture, that is most
-    of its time, spent on the identity (9 s become 3 for a decoder of 14 layers).
+    The exporter decomposes whatever it is given. For a Program, which capture has already decomposed, that
+    would take most of the exporter's time to change nothing (skipping it: 9 s become 3 for a decoder of 14
+    layers).
     """
 
     @classmethod
@@ -99,7 +100,7 @@ class _Decomposed(ExportedProgram):
 
     @property
     def translated(self) -> ExportedProgram:
-        """What the exporter got to translate."""
+        """Return the program that the exporter translated."""
         return self.__dict__.get("_translated", self)
 
     def run_decompositions(
@@ -131,7 +132,7 @@ def _translate(program: Program) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of optional torch extensions that are absent, and of lists whose shape it cannot set."""
+    """Silence the exporter's warnings of absent torch extensions, and of lists whose shape it cannot set."""
     loggers = [
         logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in ("_registration", "_core")
     ]
@@ -146,7 +147,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _failure(exported: ExportedProgram, error: BaseException) -> tuple[str, str]:
-    """Where translation stopped, as a module path and an operator, and the innermost reason."""
+    """Return where translation stopped, as a module path and an operator, and the innermost reason."""
     nodes = {node.name: node for node in exported.graph.nodes}
     where, reason = "an unknown node", ""
     current: BaseException | None = error
@@ -163,7 +164,7 @@ def _failure(exported: ExportedProgram, error: BaseException) -> tuple[str, str]
 
 
 def _record_origins(model: ir.Model) -> None:
-    """A few short facts replace what the exporter writes about a node: whole stack traces with absolute paths."""
+    """Replace what the exporter records about a node (stack traces with absolute paths) by a few short facts."""
     for node in model.graph:
         traced = node.meta.get("node")
         node.metadata_props.clear()
@@ -175,7 +176,7 @@ def _record_origins(model: ir.Model) -> None:
 
 
 def operator_name(target: Any) -> str:
-    """As the lists of `tensorrt_support` write it: `aten.add.Tensor`, `sub` (of sizes)."""
+    """Return an operator's name as `tensorrt_support` lists it: `aten.add.Tensor`, `sub` (of sizes)."""
     overload = isinstance(target, torch._ops.OpOverload)
     return str(target) if overload else getattr(target, "__name__", str(target))
 
@@ -207,7 +208,7 @@ def _finish(program: Program, model: ir.Model) -> None:
 
 
 def _own_outputs(graph: ir.Graph) -> None:
-    """Every output gets a value of its own: not an input, a weight, or another output's value."""
+    """Give every output a value of its own, which is not an input, a weight or another output's value."""
     seen: set[ir.Value] = set()
     for index, value in enumerate(graph.outputs):
         if value.producer() is None or value in seen:
@@ -244,7 +245,7 @@ def _name_nodes(program: Program, graph: ir.Graph) -> None:
 
 
 def _inherit_modules(graph: ir.Graph) -> None:
-    """A node that simplification made belongs to the module that reads it."""
+    """Assign a node that simplification made to the module that reads it."""
     for node in reversed(graph):
         readers = [use.node for value in node.outputs for use in value.uses()]
         if MODULE not in node.metadata_props and readers:
@@ -252,7 +253,7 @@ def _inherit_modules(graph: ir.Graph) -> None:
 
 
 def _name_constants(program: Program, graph: ir.Graph) -> None:
-    """Parameters keep their names; a small constant is called by its value, a large one by its first reader."""
+    """Name small constants by value and large ones by their first reader; parameters keep their names."""
     known = _tensors(program)
     readers: dict[ir.Value, str] = {}
     for node in graph:
@@ -278,7 +279,7 @@ def _name_constants(program: Program, graph: ir.Graph) -> None:
 
 
 def _name_dimensions(program: Program, graph: ir.Graph) -> None:
-    """torch's symbols (`s47 + s76 + 145`) become the names the program gives its dimensions."""
+    """Replace torch's symbols (`s47 + s76 + 145`) by the names that the program gives its dimensions."""
     _check_dimensions(program)
     sizes = Sizes(program)
 
@@ -296,7 +297,7 @@ def _name_dimensions(program: Program, graph: ir.Graph) -> None:
 
 
 def _check_dimensions(program: Program) -> None:
-    """Dimensions with a name are dynamic, and those with different names differ. Raises `EmissionError`."""
+    """Raise `EmissionError` if a named dimension is fixed, or if two with different names are always equal."""
     placeholders = {n.name: n for n in program.exported.graph.nodes if n.op == "placeholder"}
     names: dict[str, str] = {}
     for given, name in zip(program.inputs, program.exported.graph_signature.user_inputs, strict=True):

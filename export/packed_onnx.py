@@ -1,4 +1,4 @@
-"""An ONNX model before it is written ↔ plain data: the graph's bytes, and beside them the tensors that are torch's."""
+"""Convert an unwritten ONNX model to data and back: the graph's bytes, and the tensors of torch beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BESIDE = "beside"
 
 
 def pack_model(model: ir.Model) -> Packed:
-    """Constants that are small, or not torch's, are among the graph's bytes."""
+    """Pack a model as data. Constants that are small, or not torch's, are stored among the graph's bytes."""
     beside = {name: value for name, value in model.graph.initializers.items() if _is_beside(value)}
     tensors = {name: value.const_value for name, value in beside.items()}
     try:
@@ -29,6 +29,7 @@ def pack_model(model: ir.Model) -> Packed:
 
 
 def unpack_model(packed: Packed) -> ir.Model:
+    """Rebuild the model that `pack_model` packed. Raises `ValueError` if a tensor is missing."""
     model = ir.from_proto(onnx.ModelProto.FromString(packed.content))
     for name, tensor in packed.tensors.items():
         model.graph.initializers[name].const_value = TorchTensor(tensor, name=name)

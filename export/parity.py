@@ -1,4 +1,4 @@
-"""How far an emitted engine is from what it was made from, in PyTorch, measured by running it before it is shipped."""
+"""The error of an emitted engine against its program in PyTorch, found by running it before it is shipped."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from flashu_compile.runtime.sessions import create_session
 
 
 def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
-    """Relative L2 error of every output on the reference inputs, on ONNX Runtime's CPU provider.
+    """Measure the relative L2 error of every output on the reference inputs, on ONNX Runtime's CPU provider.
 
-    The engine is written, with its weights, to a temporary directory in `scratch_parent`. One thread, so that the
-    figures do not depend on the machine's cores. Raises `EmissionError` if ONNX Runtime cannot run the engine, or if
-    an output is off by more than its precision allows (relative L2, `agreement`) or not a number.
+    The engine is written, with its weights, to a temporary directory in `scratch_parent`. It runs on one
+    thread, so that the figures do not depend on the machine's cores. Raises `EmissionError` if ONNX Runtime
+    cannot run the engine, or if an output is off by more than its precision allows (relative L2, `agreement`)
+    or not a number.
     """
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
         path = Path(scratch) / "engine.onnx"
@@ -50,7 +51,11 @@ def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> d
 def written_errors(
     build: EngineBuild, backend: Backend, name: str, precision: str, scratch_parent: Path
 ) -> dict[str, float]:
-    """The same for an engine of any backend, run by that backend's own run side, where such engines run."""
+    """Measure the errors of `engine_errors` for an engine of any backend, run by that backend's own runtime.
+
+    The engine is written to a temporary directory in `scratch_parent` and run where the backend's engines
+    run. Raises `EmissionError` as `engine_errors` does.
+    """
     with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
         directory = Path(scratch)
         written = backend.write([build], directory)
@@ -70,9 +75,10 @@ def written_errors(
 
 
 def output_errors(build: EngineBuild, values: Mapping[str, NDArray[Any]], allowed: float) -> dict[str, float]:
-    """Relative L2 error of every output.
+    """Return the relative L2 error of every output.
 
-    Raises `EmissionError` if one is above `allowed` or not a number, or the best logits are in another order.
+    Raises `EmissionError` if one is above `allowed` or not a number, or if the best logits are in another
+    order.
     """
     errors = {}
     for name, truth in build.reference_outputs.items():

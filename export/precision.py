@@ -1,4 +1,4 @@
-"""What engines compute in, by part, and the passes that make a program do so."""
+"""The precision that the parts of a model compute in, and the passes that convert a program to it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FULL, _INT8 = "float32", "int8"
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """`parts`: the precision of each of `PARTS`.
+    """The precision of each of `PARTS`, in `parts`.
 
-    `sensitive` names, by task, the weights of linear layers that stay in float32 where their part is int8; `weights`
-    are the int8 forms of weights, which engines share. `validate`: what its passes give is held against what they got,
-    see `PassManager`.
+    `sensitive` names, by task, the weights of linear layers that stay in float32 where their part is int8;
+    `weights` are the int8 forms of weights, which engines share. `validate`: compare the results of the
+    passes with their input, see `PassManager`.
     """
 
     parts: Mapping[str, str]
@@ -33,9 +33,10 @@ class Precision:
 
     @classmethod
     def of(cls, given: str | Mapping[str, str]) -> Precision:
-        """From a name, a mapping from parts to names (parts that are not named are float32), or `part=name,…`.
+        """Parse a precision name, a mapping from parts to names, or a text `part=name,…`.
 
-        Raises `ConfigurationError` on an unknown part; names are checked against a backend (`check_precision`).
+        Parts that are not named are float32. Raises `ConfigurationError` on an unknown part; names are
+        checked against a backend (`check_precision`).
         """
         if not isinstance(given, str):
             given = arguments.mapping("precision", given)
@@ -51,18 +52,24 @@ class Precision:
 
     @property
     def names(self) -> frozenset[str]:
+        """Return the names of all precisions in use."""
         return frozenset(self.parts.values())
 
     @property
     def is_exact(self) -> bool:
+        """Return whether every part computes in float32."""
         return self.names == {_FULL}
 
     @property
     def has_int8(self) -> bool:
+        """Return whether some part computes in int8."""
         return _INT8 in self.names
 
     def of_copy(self, name: Callable[[str], str | None]) -> Precision:
-        """The same for a copy of the model, with int8 weights of its own, which has some weights, under other names."""
+        """Return this precision for a copy of the model that holds some of its weights; int8 weights are its own.
+
+        `name` gives the name of a weight in the copy, or None if the copy lacks it.
+        """
         sensitive = {
             task: frozenset(new for old in names if (new := name(old)) is not None)
             for task, names in self.sensitive.items()
@@ -70,7 +77,7 @@ class Precision:
         return dataclasses.replace(self, sensitive=sensitive, weights=QuantizedWeights())
 
     def fingerprint(self) -> str:
-        """Equal for precisions that do the same to the same program."""
+        """Return a text that is equal for precisions that do the same to the same program."""
         return f"{self} {sorted((task, sorted(names)) for task, names in self.sensitive.items())}"
 
     def __str__(self) -> str:
@@ -79,7 +86,7 @@ class Precision:
         return ",".join(f"{part}={name}" for part, name in self.parts.items() if name != _FULL)
 
     def carry_out(self, program: Program) -> tuple[Program, tuple[PassRecord, ...]]:
-        """The program in this precision, and what was done to it."""
+        """Return the program converted to this precision, and the records of the passes that converted it."""
         passes: list[Pass] = []
         for name in sorted(self.names - {_FULL}):
             stacks = frozenset(_stack(part) for part, precision in self.parts.items() if precision == name)

@@ -1,8 +1,8 @@
-"""Rotary positions as the standard operator, which is RotaryEmbedding from opset 23 on.
+"""Fuse rotary positions into the standard operator RotaryEmbedding, in ONNX from opset 23 on.
 
 Looks for the form that the pass `HalveRotary` leaves: halves (a, b) of x [b, heads, rows, d] that become
-(a·cos - b·sin, b·cos + a·sin) by tables [b, 1, rows, d / 2]. The operator takes a table for every x of a batch; where
-the batch shares one table, or one x, that is expanded.
+(a·cos - b·sin, b·cos + a·sin) by tables [b, 1, rows, d / 2]. The operator takes a table for every x of a
+batch; where the batch shares one table, or one x, that is expanded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FLOATING = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class _Rotation(NamedTuple):
-    """`x` is rotated, after a cast to `cast` if there is one, by the tables, to a value of these `sizes`."""
+    """A rotation of `x` by the tables, after a cast to `cast` if there is one, to a value of these `sizes`."""
 
     sizes: tuple[Any, ...]
     x: ir.Value
@@ -26,7 +26,7 @@ class _Rotation(NamedTuple):
 
 
 def fuse_rotary(model: ir.Model) -> None:
-    """Put the operator in the place of every rotation. What computed it stays for others to read, or to be removed."""
+    """Replace every rotation by the operator; the nodes that computed it stay, for other readers or removal."""
     for node in list(model.graph):
         found = _rotation(node)
         if found is not None:
@@ -37,7 +37,7 @@ def fuse_rotary(model: ir.Model) -> None:
 
 
 def _rotation(node: ir.Node) -> _Rotation | None:
-    """What `node` is the result of rotating, if it is one."""
+    """Match `node` as the result of a rotation; return None if it is not one."""
     result = node.outputs[0]
     if node.op_type != "Concat" or len(node.inputs) != 2 or result.dtype not in _FLOATING:
         return None
@@ -57,7 +57,7 @@ def _rotation(node: ir.Node) -> _Rotation | None:
 
 
 def _inputs(value: ir.Value | None, operator: str) -> tuple[ir.Value, ...]:
-    """The inputs of the node that gives `value`, if it is an `operator`."""
+    """Return the inputs of the node that gives `value` if it is an `operator`, else nothing."""
     node = None if value is None else value.producer()
     if node is None or node.op_type != operator:
         return ()
@@ -70,7 +70,7 @@ def _cast(value: ir.Value) -> tuple[ir.Value, ir.DataType] | None:
 
 
 def _whole(first: ir.Value, second: ir.Value) -> ir.Value | None:
-    """The value that these are the halves of along its last dimension."""
+    """Return the value that these are the halves of along its last dimension, or None."""
     cuts = [_inputs(half, "Slice") for half in (first, second)]
     if any(len(cut) != 5 for cut in cuts) or cuts[0][0] is not cuts[1][0]:
         return None
@@ -90,7 +90,7 @@ def _number(value: ir.Value) -> int | None:
 
 
 def _is_table(table: ir.Value, result: ir.Value) -> bool:
-    """Whether `table` is [b or 1, 1, rows, d / 2] beside `result` [b, heads, rows, d], of its type."""
+    """Tell whether `table` is [b or 1, 1, rows, d / 2] beside `result` [b, heads, rows, d], of its type."""
     if table.shape is None or result.shape is None or len(table.shape) != 4 or table.dtype != result.dtype:
         return False
     (batch, one, rows, width), whole = table.shape, result.shape
@@ -99,7 +99,7 @@ def _is_table(table: ir.Value, result: ir.Value) -> bool:
 
 
 def _same(size: Any, other: Any) -> bool:
-    """Sizes that broadcast are equal where both are symbols, which may be two for one size."""
+    """Tell whether two sizes can be equal: two different symbols may stand for one size."""
     return size == other or not (isinstance(size, int) or isinstance(other, int))
 
 
@@ -123,7 +123,7 @@ def _fused(node: ir.Node, rotation: _Rotation) -> list[ir.Node]:
         return new.outputs[0]
 
     def for_all(value: ir.Value, other: ir.Value, shape: Sequence[Any]) -> ir.Value:
-        """`value` for each of the batch that `other` has, where it is one for all."""
+        """Expand `value` to the batch size of `other` where it is shared by the whole batch."""
         if batch == 1 or value.shape is None or value.shape[0] != 1:
             return value
         ones = call("Constant", [], [len(shape) - 1], value_ints=[1] * (len(shape) - 1))
@@ -133,7 +133,7 @@ def _fused(node: ir.Node, rotation: _Rotation) -> list[ir.Node]:
         )
 
     def flat(table: ir.Value) -> ir.Value:
-        """[b or 1, rows, d / 2]."""
+        """Return the table as [b or 1, rows, d / 2]."""
         before = _inputs(table, "Unsqueeze")
         if before and _number(before[1]) == 1:
             return before[0]

@@ -1,7 +1,7 @@
-"""A translated ONNX graph → the graph that ships: constants folded, redundant nodes gone, operators fused.
+"""Simplify a translated ONNX graph: fold constants, remove redundant nodes, and fuse operators.
 
-Exact: every rewrite is an identity of real arithmetic. Weights are never rearranged, repeated or merged with other
-weights that happen to be equal, so that each keeps its name and its layout.
+Exact: every rewrite is an identity of real arithmetic. Weights are never rearranged, repeated or merged with
+other weights that happen to be equal, so that each keeps its name and its layout.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def simplify(model: ir.Model, tensors: Mapping[str, Any]) -> None:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Never trade a stored weight for a rearranged or repeated copy of it."""
+    """Forbid folding that would trade a stored weight for a rearranged or repeated copy of it."""
     large = any(
         i is not None and i.const_value is not None and i.const_value.size > 1024 for i in node.inputs
     )
@@ -100,7 +100,7 @@ def _may_fold(node: ir.Node) -> bool | None:
 
 
 def _share_shape_vectors(model: ir.Model) -> None:
-    """One Shape node for all values that have the same symbolic dimensions, instead of one per linear layer."""
+    """Share one Shape node among all values with equal symbolic dimensions, not one per linear layer."""
     first: dict[tuple[Any, ...], ir.Value] = {}
     for node in model.graph:
         source = node.inputs[0] if node.inputs else None
@@ -119,7 +119,7 @@ def _share_shape_vectors(model: ir.Model) -> None:
 
 
 def _share_constants(model: ir.Model, tensors: Mapping[str, Any]) -> None:
-    """Equal constants become one; of parameters, only those that are one tensor (tied) already."""
+    """Merge equal constants; of parameters, only those that are one tensor (tied) already."""
     first: dict[tuple[Any, ...], ir.Value] = {}
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():

@@ -1,4 +1,4 @@
-"""What is in a program and in its engine: operators, parameters, operations, memory traffic and rows, by component."""
+"""Statistics of programs and engines by component: operators, parameters, operations, memory traffic and rows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _PICKING = (
 
 
 def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
-    """Counts of an engine, as data for a report: those of `program_statistics`, and of the ONNX graph.
+    """Count an engine's contents for a report: the entries of `program_statistics`, and those of the ONNX graph.
 
-    `nodes` and `operators` count the ONNX graph; `parameters` (elements, a tied tensor once) are those it holds.
+    `nodes` and `operators` count the ONNX graph; `parameters` (elements, a tied tensor once) are those it
+    holds.
     """
     operators = Counter(node.op_type for node in model.graph)
     return {
@@ -40,13 +41,14 @@ def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
 
 
 def program_statistics(program: Program) -> dict[str, Any]:
-    """Counts of a program at the sizes of its sample; by component is by the stack under whose root a thing lies.
+    """Count a program's contents at the sizes of its sample.
 
-    `batch`: sequences or pictures in the sample. `operations`: calls in the traced graph. `parameters`: elements, by
-    component. `flops`: a multiplication and an addition are two, by component. `bytes`: what operators read and
-    write, by component, as if nothing was fused and no cache helped; views move nothing, and picking rows reads those
-    rows. `rows`: for every layer of a stack, how many rows its linear layers run on (the most, where they differ),
-    over the whole batch.
+    A component is the stack under whose root a module lies. `batch`: sequences or pictures in the sample.
+    `operations`: calls in the traced graph. `parameters`: elements, by component. `flops`: by component, with
+    a multiplication and an addition counted as two. `bytes`: what operators read and write, by component, as
+    if nothing was fused and no cache helped; views move nothing, and picking rows reads those rows. `rows`:
+    for every layer of a stack, how many rows its linear layers run on (the most, where they differ), over the
+    whole batch.
     """
     counted = _run_on_shapes(program)
     return {
@@ -60,7 +62,7 @@ def program_statistics(program: Program) -> dict[str, Any]:
 
 
 def traced_statistics(program: Program) -> dict[str, Any]:
-    """Counts of an engine that is the program's own graph: as `graph_statistics`, of the traced operators."""
+    """Count, as `graph_statistics` does, an engine that is the program's own graph, by its traced operators."""
     targets = [n.target for n in program.exported.graph.nodes if n.op == "call_function"]
     names = (str(getattr(t, "overloadpacket", None) or getattr(t, "__name__", t)) for t in targets)
     operators = Counter(name.removeprefix("aten.") for name in names)
@@ -72,14 +74,14 @@ def traced_statistics(program: Program) -> dict[str, Any]:
 
 
 def _value_name(name: str) -> str:
-    """The name of the weight that an initializer is, or a shorter form of."""
+    """Return the name of the weight that an initializer holds, which may be a shorter form of it."""
     for short in ("_int8", "_float16", "_bfloat16"):
         name = name.removesuffix(short)
     return name
 
 
 def component(path: str, stacks: Mapping[str, str]) -> str:
-    """The stack whose root is `path` or a parent of it; the longest root if several are."""
+    """Return the stack whose root is `path` or a parent of it; the longest root if several are."""
     return stack_at(path, stacks) or OTHER
 
 
@@ -122,7 +124,7 @@ def _run_on_shapes(program: Program) -> _Counter:
 
 
 class _Counter(fx.Interpreter):
-    """Runs a graph on shapes alone and books what every node takes on its component."""
+    """Runs a graph on shapes alone and adds the work of every node to its component."""
 
     def __init__(self, module: fx.GraphModule, stacks: Mapping[str, str]) -> None:
         super().__init__(module)

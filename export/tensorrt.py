@@ -1,8 +1,9 @@
-"""ONNX graphs → TensorRT engines, through TensorRT's Python API, as a bundle's plan says.
+"""Build TensorRT engines from ONNX graphs with TensorRT's Python API, as a bundle's plan says.
 
-Networks are strongly typed, as all are in TensorRT 11: types are the graph's, and no flag lowers them. TF32 is off,
-for an engine called float32 computes in float32. Timings are kept in the bundle, so that building again is quick.
-This could not be run where it was written, for want of a GPU; it keeps to the API of TensorRT 11.0.
+Networks are strongly typed, as all are in TensorRT 11: types are the graph's, and no flag lowers them. TF32
+is off, since an engine called float32 computes in float32. Timings are kept in the bundle, so that building
+again is quick. This could not be run where it was written, for want of a GPU; it keeps to the API of TensorRT
+11.0.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ DEVICE_FILE = "tensorrt.device"  # what build_engines.sh leaves: name and comput
 
 
 def build_engines(bundle: Path) -> TensorRTPlan:
-    """Build every engine of the bundle's plan for the GPU here, into the bundle.
+    """Build every engine of the bundle's plan for this machine's GPU, into the bundle.
 
-    Raises `BackendUnavailableError` if TensorRT or a GPU is missing, `BundleError` without a plan, `EmissionError`
-    if TensorRT does not build a graph, with its reason; then the bundle is as it was.
+    Raises `BackendUnavailableError` if TensorRT or a GPU is missing, `BundleError` without a plan, and
+    `EmissionError` with TensorRT's reason if it does not build a graph; then the bundle is unchanged.
     """
     bundle = absolute(bundle)
     manifest = read_manifest(bundle)
@@ -63,7 +64,10 @@ def build_engines(bundle: Path) -> TensorRTPlan:
 def build_engine(
     graph: Path, planned: PlannedEngine, options: BuildOptions, timings: bytes, libraries: Libraries
 ) -> tuple[bytes, bytes]:
-    """One engine, serialised, and the timings known after it. Raises `EmissionError` with TensorRT's reason."""
+    """Build one engine; return it serialised, with the updated timing cache.
+
+    Raises `EmissionError` with TensorRT's reason.
+    """
     trt = libraries.trt
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -108,9 +112,10 @@ def _configuration(builder: Any, planned: PlannedEngine, options: BuildOptions, 
 
 
 def collect_engines(bundle: Path, tensorrt: str) -> TensorRTPlan:
-    """Take the engines that `build_engines.sh` left in the bundle into its manifest.
+    """Add the engines that `build_engines.sh` left in the bundle to its manifest.
 
-    `tensorrt` is the version that built them. Raises `BundleError` if an engine or the device's name is missing.
+    `tensorrt` is the version that built them. Raises `BundleError` if an engine or the device's name is
+    missing.
     """
     bundle = absolute(bundle)
     plan = read_plan(BundleFiles(bundle, read_manifest(bundle)))
@@ -130,7 +135,7 @@ def collect_engines(bundle: Path, tensorrt: str) -> TensorRTPlan:
 
 
 def _record(bundle: Path, plan: TensorRTPlan, version: str, device: str, capability: str) -> TensorRTPlan:
-    """Write what was built into plan and manifest; from now on the bundle runs on TensorRT."""
+    """Record the built engines in plan and manifest, after which the bundle runs on TensorRT."""
     built = {
         name: dataclasses.replace(engine, built=BuiltEngine(f"{name}.engine", version, device, capability))
         for name, engine in plan.engines.items()

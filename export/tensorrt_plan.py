@@ -1,8 +1,8 @@
-"""How a bundle's engines become TensorRT's, as files in the bundle: graphs, `tensorrt.json` and `build_engines.sh`.
+"""The plan for building a bundle's TensorRT engines, as files: graphs, `tensorrt.json`, `build_engines.sh`.
 
-Nothing here needs a GPU or TensorRT. The plan can be carried out on another machine, with trtexec by the script or
-with TensorRT's Python API by `export/tensorrt.py`. Types are in the graphs: TensorRT 11 knows no precision flags, and
-10 is told to take the graph's.
+Nothing here needs a GPU or TensorRT. The plan can be carried out on another machine, with trtexec by the
+script or with TensorRT's Python API by `export/tensorrt.py`. Types are in the graphs: TensorRT 11 knows no
+precision flags, and 10 is told to take the graph's.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ TIMING_CACHE = "tensorrt.timing"
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """How engines are built.
+    """Options of an engine build.
 
-    `version_compatible` engines run on later versions of TensorRT too; they carry code (a lean runtime), which needs
-    the user's trust to be loaded, unless `exclude_lean_runtime` leaves it out. `strip_weights` leaves the weights
-    out; they are refitted from the bundle's when the engine is loaded. `refit` keeps engines refittable with their
-    weights in. `workspace_mib` limits TensorRT's scratch memory, `optimization_level` (0 to 5) its search.
+    `version_compatible` engines run on later versions of TensorRT too; they carry code (a lean runtime),
+    which needs the user's trust to be loaded, unless `exclude_lean_runtime` leaves it out. `strip_weights`
+    leaves the weights out; they are refitted from the bundle's when the engine is loaded. `refit` keeps
+    engines refittable with their weights in. `workspace_mib` limits TensorRT's scratch memory,
+    `optimization_level` (0 to 5) its search.
     """
 
     version_compatible: bool = False
@@ -55,7 +56,7 @@ class BuildOptions:
             raise ConfigurationError(f"workspace_mib must be positive, not {self.workspace_mib}.")
 
     def flags(self) -> list[str]:
-        """As trtexec takes them."""
+        """Return the options as command-line flags of trtexec."""
         chosen = {
             "--versionCompatible": self.version_compatible,
             "--excludeLeanRuntime": self.exclude_lean_runtime,
@@ -71,10 +72,11 @@ class BuildOptions:
 
 
 def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPlan:
-    """Add the plan to a bundle of ONNX graphs, and list its files in the manifest. A plan that is there is replaced.
+    """Add the plan to a bundle of ONNX graphs, replacing an earlier one, and list its files in the manifest.
 
-    Raises `BundleError` if there is no bundle or it cannot be written, `EmissionError` if a graph holds what TensorRT
-    does not take, `ConfigurationError` if a dimension has no known range; then the bundle is as it was.
+    Raises `BundleError` if there is no bundle or it cannot be written, `EmissionError` if a graph holds nodes
+    that TensorRT does not take, and `ConfigurationError` if a dimension has no known range; then the bundle
+    is unchanged.
     """
     bundle, options = absolute(bundle), options or BuildOptions()
     manifest = read_manifest(bundle)
@@ -130,7 +132,7 @@ def _variant(path: Path, spec: EngineSpec) -> ir.Model:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    """Beside the weights that it refers to, under another name until it is checked."""
+    """Save the graph beside its weights, and check it. Raises `EmissionError` if the check fails."""
     ir.save(model, path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -141,7 +143,7 @@ def _save(model: ir.Model, path: Path) -> None:
 def update_manifest(
     bundle: Path, manifest: Manifest, added: list[str], *, removed: list[str] | None = None
 ) -> Manifest:
-    """List `added` files in the manifest, with their hashes, and no longer `removed` ones. Replaced in one step."""
+    """Replace the manifest atomically: list `added` files, with their hashes, and drop `removed` ones."""
     kept = {name: entry for name, entry in manifest.files.items() if name not in (removed or ())}
     files = {**kept, **{name: file_entry(bundle / name) for name in added}}
     updated = dataclasses.replace(manifest, files=dict(sorted(files.items())))
@@ -182,7 +184,7 @@ fi
 
 
 def script(plan: TensorRTPlan, options: BuildOptions) -> str:
-    """The shell script: one trtexec call for each engine."""
+    """Return the shell script, with one trtexec call for each engine."""
     flags = "".join(f"{shlex.quote(flag)} " for flag in options.flags())
     lines = [_HEAD.format(script=SCRIPT, cache=TIMING_CACHE, flags=flags)]
     for name, engine in plan.engines.items():

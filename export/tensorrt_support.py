@@ -1,9 +1,9 @@
-"""What TensorRT would not take of a graph, found by reading: no GPU and none of its libraries are needed.
+"""The nodes of a graph that TensorRT would refuse, found by reading: no GPU and none of its libraries are needed.
 
-Every node is held against two published lists that lie beside this file as data, with version, source and licence:
+Every node is checked against two published lists that lie beside this file as data, with version, source and licence:
 the support matrix of TensorRT's ONNX parser (operators, types, restrictions), and, by the aten operator a node was
-translated from, the converters and decompositions of torch-tensorrt. A clean graph is one that these lists do not
-speak against; only a build on a GPU proves more.
+translated from, the converters and decompositions of torch-tensorrt. That a graph has no objections means that these
+lists do not rule it out; only a build on a GPU proves more.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Objection:
-    """A node that would not convert. `library` is the one that says so; `operator` is ONNX's name, or aten's."""
+    """A node that would not convert. `library` is who objects; `operator` is ONNX's name, or aten's."""
 
     node: str
     operator: str
@@ -55,19 +55,19 @@ class Objection:
 
 @functools.cache
 def published(name: str) -> Mapping[str, Any]:
-    """One of the two lists, as it is stored."""
+    """Load one of the two lists as it is stored."""
     folder = resources.files("flashu_compile.exporters") / "support"
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def objections(model: ir.Model) -> list[Objection]:
-    """What the two lists have against the nodes of a graph that is meant for TensorRT, in the order of nodes."""
+    """Return both lists' objections to a graph that is meant for TensorRT, each in node order."""
     return [*_parser_objections(model), *_converter_objections(model)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What became of one engine of a bundle: its nodes, what its TensorRT variant changes, what is refused of that."""
+    """The outcome for one engine: its nodes, the changes of its TensorRT variant, and the objections to that."""
 
     engine: str
     nodes: int
@@ -77,11 +77,12 @@ class Conversion:
 
     @property
     def clean(self) -> bool:
+        """Return whether the lists have no objections."""
         return not self.objections
 
 
 def inspect_bundle(bundle: Path) -> list[Conversion]:
-    """Hold the TensorRT variant of every engine against the lists. Raises `BundleError` on a damaged bundle."""
+    """Check the TensorRT variant of every engine against the lists. Raises `BundleError` on a damaged bundle."""
     bundle = absolute(bundle)
     manifest = read_manifest(bundle)
     files = BundleFiles(bundle, manifest)
@@ -130,7 +131,7 @@ def _refusals(node: ir.Node, matrix: Mapping[str, Any], opset: int) -> Iterator[
 
 
 def _type_refusals(node: ir.Node, types: list[str], opset: int) -> Iterator[str]:
-    """The types that the matrix lists are those of the operator's data, not of indices, shapes and conditions."""
+    """Yield refused types: the matrix lists those of data, not of indices, shapes and conditions."""
     schema = onnx.defs.get_schema(node.op_type, opset, "")
     formal = [schema.inputs[min(i, len(schema.inputs) - 1)] for i in range(len(node.inputs)) if schema.inputs]
     given = [(value, parameter.type_str) for value, parameter in zip(node.inputs, formal, strict=True)]
@@ -246,11 +247,11 @@ def _converter_objections(model: ir.Model) -> Iterator[Objection]:
 
 
 def converts(operator: str) -> bool:
-    """Whether torch-tensorrt takes an operator, such as `aten.add.Tensor` or `sub` (of sizes).
+    """Tell whether torch-tensorrt takes an operator, such as `aten.add.Tensor` or `sub` (of sizes).
 
-    It has a converter, or is decomposed before: by a rule of its own or, being composite (defined by other operators,
-    as conv2d is by convolution), by PyTorch's. The lists name overloads (`aten.add.Tensor`) or all overloads of an
-    operator at once (`aten.add`).
+    It does if it has a converter, or decomposes the operator first: by a rule of its own or, for a composite
+    operator (defined by other operators, as conv2d is by convolution), by PyTorch's. The lists name overloads
+    (`aten.add.Tensor`) or all overloads of an operator at once (`aten.add`).
     """
     lists = published(TORCH_TENSORRT)
     names = {operator, operator.rpartition(".")[0]} if "." in operator else {f"operator.{operator}"}
@@ -260,7 +261,10 @@ def converts(operator: str) -> bool:
 
 
 def takes_dynamic_shapes(operator: str) -> bool:
-    """Whether one of an operator's converters does; True for an operator without one, whose parts decide."""
+    """Tell whether one of an operator's converters takes dynamic shapes.
+
+    True for an operator without a converter, since its parts decide.
+    """
     lists = published(TORCH_TENSORRT)["converters"]
     declared = [lists[name]["dynamic"] for name in (operator, operator.rpartition(".")[0]) if name in lists]
     return any(declared) or not declared

@@ -1,10 +1,11 @@
-"""The form of an engine's graph that TensorRT's ONNX parser takes, where it differs from the one ONNX Runtime runs.
+"""Rewrite an engine's graph for TensorRT's ONNX parser, where that needs another form than ONNX Runtime runs.
 
-Exact: every rewrite computes the same numbers. What no rewrite covers stays as it is, for `tensorrt_support` to name.
+Exact: every rewrite computes the same numbers. Nodes that no rewrite covers stay, for `tensorrt_support` to
+name.
 
 * Running sums of truth values, counted in integers: the parser has them in floating point only, where whole numbers
   below 2²⁴ are exact.
-* Integers held within bounds: Clip is for floating point, Min and Max take integers too.
+* Integers clipped to bounds: Clip is for floating point, Min and Max take integers too.
 * Attention's attributes at their defaults, of which the parser refuses some by name.
 """
 
@@ -22,7 +23,7 @@ _ATTENTION_DEFAULTS = {"qk_matmul_output_mode": 0, "softcap": 0.0}
 
 
 def make_tensorrt_variant(model: ir.Model) -> list[str]:
-    """Rewrite the graph in place. Returns what was changed, one line for each kind."""
+    """Rewrite the graph in place and return what was changed, one line for each kind."""
     changes = []
     for what, rewrite in _REWRITES.items():
         count = sum(rewrite(model.graph, node) for node in list(model.graph))
@@ -99,7 +100,7 @@ def _node(
     attributes: dict[str, Any],
     dtype: ir.DataType | None,
 ) -> ir.Node:
-    """A node in place of `origin`, with its provenance and its output's shape."""
+    """Make a node that replaces `origin`, with its provenance and its output's shape."""
     made = ir.node(operator, inputs, attributes=attributes, name=f"{origin.name}/{suffix}")
     made.metadata_props.update(origin.metadata_props)
     output = made.outputs[0]

@@ -1,4 +1,4 @@
-"""What the backends that stay in PyTorch have in common: precision, signatures, and a bundle's file of tensors."""
+"""Code shared by the backends that stay in PyTorch: precisions, signatures, and a bundle's file of tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TENSORS = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchModel:
-    """An engine of these backends: what is written to its file, and the tensors that this refers to by name."""
+    """An engine of these backends: the content of its file, and the tensors that this refers to by name."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -36,7 +36,7 @@ class TorchModel:
 
     @classmethod
     def of(cls, program: Program, content: bytes, tensors: Mapping[str, Tensor]) -> TorchModel:
-        """With the signature of `program`."""
+        """Make a model with the signature of `program`."""
         graph, signature = program.exported.graph, program.exported.graph_signature
         nodes, sizes = {node.name: node for node in graph.nodes}, Sizes(program)
 
@@ -48,12 +48,14 @@ class TorchModel:
         return cls(inputs, specs(program.outputs, signature.user_outputs), content, tensors)
 
     def pack(self) -> Packed:
+        """Return the model as data that other builds may use."""
         specs = {"inputs": self.inputs, "outputs": self.outputs}
         metadata = {name: [dataclasses.asdict(spec) for spec in found] for name, found in specs.items()}
         return Packed(self.content, self.tensors, metadata)
 
     @classmethod
     def unpack(cls, packed: Packed) -> TorchModel:
+        """Rebuild the model that `pack` returned."""
         inputs, outputs = (
             tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in packed.metadata[name])
             for name in ("inputs", "outputs")
@@ -62,7 +64,7 @@ class TorchModel:
 
 
 def plain_copy(program: Program) -> ExportedProgram:
-    """The program's graph with its sample as example inputs, without assertions and paths of source files."""
+    """Copy the program's graph without assertions and source paths, with its sample as example inputs."""
     old = GraphEditor(program).finish().exported
     graph = old.graph
     for node in reversed(list(graph.nodes)):
@@ -83,7 +85,7 @@ def plain_copy(program: Program) -> ExportedProgram:
 
 
 def write_engines(engines: list[EngineBuild], directory: Path, suffix: str) -> Written:
-    """A file an engine, and one for the tensors of all, in which tensors of equal content are stored once."""
+    """Write one file per engine and one for all tensors, in which equal ones are stored once."""
     stored: dict[str, Tensor] = {}
     by_content: dict[bytes, str] = {}
     keys: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""ONNX forms of operators that torch.onnx has none for, or a worse one."""
+"""ONNX forms of operators for which torch.onnx has none, or a worse one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flashu_compile.operators.write_rows import WRITE_ROWS
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """`aten.linear` as Gemm on the weight as the checkpoint stores it.
+    """Translate `aten.linear` to Gemm on the weight as the checkpoint stores it.
 
-    The exporter's own form is MatMul by a transposed copy of the weight, under another name; or by a Transpose, which
-    ONNX Runtime carries out when it loads, into memory of its own. Gemm is as fast: 437 against 457 ms for 14 layers
-    × 512 at 2 × 452 rows, 6.9 against 6.8 ms at 4 rows.
+    The exporter's own form is MatMul by a transposed copy of the weight, under another name; or by a
+    Transpose, which ONNX Runtime carries out when it loads, into memory of its own. Gemm is as fast: 437
+    against 457 ms for 14 layers × 512 at 2 × 452 rows, 6.9 against 6.8 ms at 4 rows.
     """
     width, depth = weight.shape
     if len(x.shape) == 1:
@@ -61,10 +61,10 @@ def _quantize(x: Any) -> Any:
 
 
 def _int8_linear(q: Any, scale: Any, zero: Any, weight: Any, weight_scale: Any, bias: Any = None) -> Any:
-    """The form that ONNX Runtime fuses into one kernel, with the weight as it is stored.
+    """Translate to the form that ONNX Runtime fuses into one kernel, with the weight as it is stored.
 
-    Transposing happens when the engine is loaded. 498 rows, 512 to 2048, one AVX2 core: 10.4 ms, as with the weight
-    stored the other way round or in the contrib operator QGemm; Gemm in float32 takes 23.8.
+    Transposing happens when the engine is loaded. 498 rows, 512 to 2048, one AVX2 core: 10.4 ms, as with the
+    weight stored transposed or in the contrib operator QGemm; Gemm in float32 takes 23.8.
     """
     sums = op.MatMulInteger(q, op.Transpose(weight, perm=[1, 0]), zero)
     product = op.Mul(op.Cast(sums, to=ir.DataType.FLOAT), op.Mul(scale, weight_scale))

@@ -1,9 +1,10 @@
 """The weight store: one file with the weights of all engines of a bundle.
 
-Memory that several tensors share is stored once: a tensor that is a range of another (the kept neurons of a weight)
-refers to a range of the other's place. So are tensors of equal content, whichever engines and names they belong to.
-Tensors lie in the order the engines first read them, large ones on page boundaries so that a reader can map them.
-They are hashed and written one after another: no second copy of the weights is ever in memory.
+Memory that several tensors share is stored once: a tensor that is a range of another (the kept neurons of a
+weight) refers to a range of the other's place. Tensors of equal content are stored once too, whichever
+engines and names they belong to. Tensors are in the order in which the engines first read them, large ones on
+page boundaries so that a reader can map them. They are hashed and written one after another: no second copy
+of the weights is ever in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PAGE, _LINE = 4096, 64
 
 @dataclasses.dataclass(frozen=True)
 class StoreSummary:
-    """`bytes`: size of the file. `tensors`: stored pieces of memory. `references`: initializers that point at them."""
+    """`bytes`: size of the file. `tensors`: stored pieces of memory. `references`: initializers that use them."""
 
     bytes: int
     tensors: int
@@ -39,9 +40,10 @@ class StoreSummary:
 
 @dataclasses.dataclass
 class _Region:
-    """Memory that is stored as one piece: that of one tensor, or of several which overlap.
+    """Memory that is stored as one piece: that of one tensor, or of several that overlap.
 
-    Its bytes are those from `start` to `end` of torch's memory, or those of `largest`, which may lie scattered.
+    Its bytes are those from `start` to `end` of torch's memory, or those of `largest`, which need not be
+    contiguous.
     """
 
     start: int
@@ -95,7 +97,7 @@ def weight_store(models: Sequence[ir.Model], path: Path) -> Iterator[StoreSummar
 
 
 def _initializers(models: Sequence[ir.Model]) -> Iterator[ir.Value]:
-    """Every initializer once, in the order the graphs first read them; unread ones last."""
+    """Yield every initializer once, in the order the graphs first read them; unread ones last."""
     for model in models:
         seen: set[ir.Value] = set()
         for node in model.graph:
@@ -119,10 +121,10 @@ def _inline(tensor: ir.TensorProtocol) -> bool:
 
 
 def _regions(tensors: Iterable[ir.TensorProtocol]) -> list[tuple[_Region, int]]:
-    """The region of each tensor, and where in it the tensor begins.
+    """Return the region of each tensor, and the offset in bytes of the tensor in it.
 
-    Tensors of torch that lie in one piece share a region where they overlap; one that lies scattered shares it with
-    tensors that are the same memory.
+    Contiguous tensors of torch share a region where they overlap; a strided one shares it only with tensors
+    that are views of the same memory.
     """
     found: list[tuple[_Region, int] | None] = []
     pieces: list[tuple[int, int, int, ir.TensorProtocol]] = []
@@ -168,7 +170,7 @@ def _store(region: _Region, file: BinaryIO, by_content: dict[bytes, int]) -> int
 
 
 def _data(tensor: ir.TensorProtocol) -> bytes | memoryview:
-    """The tensor's bytes as ONNX stores them: a view where memory already has that form."""
+    """Return the tensor's bytes as ONNX stores them: a view where memory already has that form."""
     if sys.byteorder == "big" or ir.DataType(tensor.dtype).bitwidth < 8:
         return tensor.tobytes()
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data

@@ -1,7 +1,7 @@
 """Checks of what callers and files give: its type, and the bounds that keep work and memory finite.
 
-Each check returns the value, in plain Python types, or raises the error that the caller names, with one sentence that
-says what was expected and what was given.
+Each check returns the value, in plain Python types, or raises the error class that the caller passes, with
+one sentence that says what was expected and what was given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
 def shown(value: object) -> str:
-    """`repr` of a value on one line and cut to some 60 characters; what cannot be printed is told by its type."""
+    """Return `repr` of a value on one line, cut to some 60 characters, or its type if it cannot be printed."""
     try:
         return " ".join(_repr.repr(value).split())
     except Exception:  # an integer of thousands of digits raises, and foreign types do what they like
@@ -37,13 +37,13 @@ def shown(value: object) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether `value` is a finite real number; a bool is none."""
+    """Tell whether `value` is a finite real number; a bool is not one."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return real and bool(-math.inf < value < math.inf)
 
 
 def is_integer(value: Any) -> bool:
-    """Tell whether `value` is an integer; a bool is none."""
+    """Tell whether `value` is an integer; a bool is not one."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -72,7 +72,7 @@ def number(
     above: bool = False,
     below: bool = False,
 ) -> float:
-    """Check a finite real number in [low, high]; `above` and `below` leave out the ends."""
+    """Check a finite real number in [low, high]; `above` and `below` exclude the lower and the upper end."""
     ok = is_number(value) and low <= value <= high
     if not ok or (above and value == low) or (below and value == high):
         least = f"above {low:g}" if above else f"at least {low:g}"
@@ -82,7 +82,7 @@ def number(
 
 
 def flag(name: str, value: object, error: type[FlashuError] = ConfigurationError) -> bool:
-    """Check a truth value: a text such as "no" would count as true."""
+    """Check a bool; a text such as "no", which would count as true, is refused."""
     if not isinstance(value, bool):
         raise error(f"{name} must be true or false, not {shown(value)}.")
     return value
@@ -96,7 +96,7 @@ def name_of(what: str, value: object, error: type[FlashuError] = ConfigurationEr
 
 
 def mapping(name: str, value: object, error: type[FlashuError] = ConfigurationError) -> dict[str, Any]:
-    """Check a mapping by names, as a dict; None is an empty one."""
+    """Check a mapping by names and return it as a dict; None becomes an empty one."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -105,13 +105,13 @@ def mapping(name: str, value: object, error: type[FlashuError] = ConfigurationEr
 
 
 def function(name: str, value: object, error: type[FlashuError] = ConfigurationError) -> None:
-    """Check something to call, or None."""
+    """Check that `value` is callable or None."""
     if value is not None and not callable(value):
         raise error(f"{name} must be a function or None, not {shown(value)}.")
 
 
 def texts(name: str, value: object) -> list[str]:
-    """Check a prompt or question, or a list of them. Raises `InputError`."""
+    """Check a prompt or question, or a list of them, and return a list. Raises `InputError`."""
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list | tuple):
         raise InputError(f"A {name} is a string or a list of strings, not {type(value).__name__}.")

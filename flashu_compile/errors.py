@@ -2,7 +2,7 @@
 
 
 class FlashuError(Exception):
-    """Common base: `except FlashuError` catches whatever flashu_compile reports about its input."""
+    """Common base: `except FlashuError` catches every error that flashu_compile reports about its input."""
 
 
 class MissingDependencyError(FlashuError):
@@ -18,11 +18,11 @@ class CheckpointError(FlashuError):
 
 
 class UnsupportedModelError(FlashuError):
-    """The model is of no kind an adapter exists for."""
+    """No adapter supports this kind of model."""
 
 
 class UnknownTaskError(FlashuError):
-    """The task is not one the compiler or the bundle knows."""
+    """The compiler or the bundle does not know the task."""
 
 
 class RecipeError(FlashuError):
@@ -30,7 +30,7 @@ class RecipeError(FlashuError):
 
 
 class DeclinedError(RecipeError):
-    """A recipe asks for a technique that does nothing to the model; the message says why."""
+    """A technique that a recipe asks for does nothing to the model; the message says why."""
 
 
 class CalibrationError(FlashuError):
@@ -70,15 +70,15 @@ class BackendUnavailableError(FlashuError):
 
 
 class PathError(FlashuError):
-    """No file can have a path that was given; the message says why."""
+    """A given path cannot be that of a file; the message says why."""
 
 
 class CacheError(FlashuError):
-    """A directory cannot serve as the cache, or none is known."""
+    """A directory cannot serve as the cache, or no cache directory is known."""
 
 
 class NotFiniteError(FlashuError):
-    """An engine or a model gave values that are not finite numbers; the message names it, and the way out."""
+    """An engine or a model computed values that are not finite; the message names it, and says what to do."""
 
 
 class InputError(FlashuError):

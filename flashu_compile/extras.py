@@ -26,7 +26,7 @@ COMPILE_MODULES = frozenset(
 
 @contextmanager
 def naming_the_extra(what: str) -> Iterator[None]:
-    """Around an import: raises `MissingDependencyError` if `what` needs a library that the extra installs."""
+    """Wrap an import: raise `MissingDependencyError` if `what` needs a library that the extra installs."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,7 +1,6 @@
-"""What libraries do by themselves on a user's machine: what they would tell others is switched off, and what they
-write is put into this package's cache.
+"""Side effects of libraries on a user's machine: telemetry is off, and their files go to this package's cache.
 
-All of it goes by environment variables, which win where a user has set them.
+All of it is set by environment variables; what a user has set in them wins.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ class TelemetryWarning(UserWarning):
 
 
 def switch_telemetry_off() -> None:
-    """Switch telemetry off by default, before a library that has some is imported; users who want it set 0.
+    """Switch telemetry off by default, before any of the libraries is imported; users can set the variables to 0.
 
-    ONNX Runtime writes an identifier of the machine below the home directory and looks up a host as soon as it is
-    imported, before its API could be called. The client of the Hugging Face hub tells it with every request which
-    libraries are installed.
+    ONNX Runtime writes an identifier of the machine below the home directory and looks up a host as soon as
+    it is imported, before its API could be called. The client of the Hugging Face hub sends the list of
+    installed libraries with every request. Warns with `TelemetryWarning` if ONNX Runtime was imported before.
     """
     if _ONNXRUNTIME not in os.environ and _telling(sys.modules.get("onnxruntime")):
         warnings.warn(
@@ -46,15 +45,15 @@ def switch_telemetry_off() -> None:
 
 
 def _telling(library: object) -> bool:
-    """Whether it is a version of ONNX Runtime that has telemetry on every platform."""
+    """Tell whether `library` is a version of ONNX Runtime that has telemetry on every platform."""
     numbers = str(getattr(library, "__version__", "0.0")).split(".")[:2]
     return all(map(str.isdecimal, numbers)) and tuple(map(int, numbers)) >= _FIRST_WITH_TELEMETRY
 
 
 def place_matplotlib() -> None:
-    """Let matplotlib keep its list of fonts in our cache, unless it is in use or its user has settings for it.
+    """Let matplotlib keep its list of fonts in our cache, unless it is in use or the user has settings for it.
 
-    To be called before it is first imported, which reads the variable and writes both.
+    Call this before it is first imported, which reads the variable and writes both.
     """
     if "matplotlib" not in sys.modules and not _has_matplotlib_settings():
         _place(_MATPLOTLIB, "matplotlib")
@@ -69,11 +68,10 @@ def _has_matplotlib_settings() -> bool:
 
 
 def place_inductor() -> None:
-    """Let PyTorch's compiler keep what it makes in our cache, not in a folder that all users of the machine share.
+    """Let PyTorch's compiler keep its files in our cache, not in a folder that all users of the machine share.
 
-    To be called before it compiles. Parts of it name that folder in the variable as soon as they are imported, which
-    is not a user's choice. Its precompiled headers, which are PyTorch's own text, stay in the system's temporary
-    directory: no variable moves them.
+    Call this before it compiles. Parts of it name that folder in the variable as soon as they are imported,
+    which is not a user's choice.
     """
     chosen = os.environ.get(_INDUCTOR, "")
     if Path(chosen).name.startswith("torchinductor_") and Path(chosen).parent == Path(tempfile.gettempdir()):
@@ -82,7 +80,7 @@ def place_inductor() -> None:
 
 
 def _place(variable: str, name: str) -> None:
-    """Name a folder of the cache in `variable`; one that lives as long as the process where nothing may be kept."""
+    """Set `variable` to a folder of the cache, or to one deleted at exit where nothing may be kept."""
     if os.environ.get(variable):
         return
     folder = cache_folder(name)

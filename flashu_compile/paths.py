@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 def absolute(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a file that need not exist; a leading `~` or `~user` is expanded.
 
-    Symbolic links and `..` stay as they are. Raises `PathError` if no file can have that path: it is empty, too long or
-    not text, has a NUL character, lies where the system lets nobody look, or names a home directory that is unknown.
+    Symbolic links and `..` stay as they are. Raises `PathError` if no file can have that path: it is empty,
+    too long or not text, has a NUL character, lies where the system denies access, or names a home directory
+    that is unknown.
     """
     text = _text(path)
     try:
@@ -73,10 +74,11 @@ def _told(text: str) -> str:
 
 
 def cache_directory() -> Path | None:
-    """Return where this package keeps what may be deleted at any time, or None if $FLASHU_CACHE says "off".
+    """Return the directory of this package's cache, or None if $FLASHU_CACHE says "off".
 
-    It is the directory that $FLASHU_CACHE names, or the one that the platform provides for a user's caches; it need not
-    exist. Raises `CacheError` if there is no such, as for a user without a home directory.
+    It is the directory that $FLASHU_CACHE names, or the one that the platform provides for a user's caches;
+    it need not exist, and its files may be deleted at any time. Raises `CacheError` if there is none, as for
+    a user without a home directory.
     """
     named = os.environ.get(VARIABLE)
     if named == OFF:
@@ -99,12 +101,12 @@ def cache_directory() -> Path | None:
 
 @functools.cache
 def _entered(named: str) -> Path:
-    """The same directory for as long as the process lives, wherever it goes meanwhile."""
+    """Resolve the named directory once per process, so that later changes of directory do not move it."""
     return absolute(named)
 
 
 def cache_folder(name: str) -> Path | None:
-    """Return the folder of the cache for the files of one library, or None if nothing can be kept, which is logged.
+    """Return the cache's folder for the files of one library, or None, which is logged, if nothing can be kept.
 
     It need not exist.
     """

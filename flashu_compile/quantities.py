@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 from __future__ import annotations
 
 
 def quantity(value: float) -> str:
-    """Three significant digits and a decimal prefix (1536 -> `1.54 k`); whole below a thousand."""
+    """Format with three significant digits and a decimal prefix (1536 -> `1.54 k`); whole below a thousand."""
     if abs(value) < 1000:
         return f"{value:.0f}"
     for prefix in ("k", "M", "G", "T"):
@@ -15,12 +15,12 @@ def quantity(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes: `42.0 MB`."""
+    """Format a number of bytes: `42.0 MB`."""
     text = quantity(count)
     return f"{text}B" if " " in text else f"{text} B"
 
 
 def change(before: float, after: float) -> str:
-    """By how much `after` is less or more, in whole per cent: `−37 %`; nothing where there is no difference to see."""
+    """Format the change from `before` to `after` in whole per cent: `−37 %`; empty if it rounds to zero."""
     share = round(100 * (after / before - 1)) if before else 0
     return f"{share:+d} %".replace("-", "−") if share else ""

@@ -33,13 +33,13 @@ class TaskRecord:
     """What is known of a task, whichever model has it.
 
     Attributes:
-        name: what users call it; also the name of the recipe's field with its parameters.
+        name: the name that users give; also the name of the recipe's field with its parameters.
         title: the heading of its part of a page.
         purpose: what it does, as the end of "this bundle cannot …".
         program: the captured program that techniques change.
         sample_field: the field of `CalibrationSamples` that it is calibrated on.
         sample_kind: what these samples are, in words.
-        describe: a sentence on an engine of this task, for whoever opens its graph; empty for an unknown name.
+        describe: returns a sentence on an engine of this task, for its graph; empty for an unknown name.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""What makes engines of Programs: a file here is a backend, found by its name, and nothing else needs to know of it.
+"""The build side of backends: each file here is a backend that is found by its name; no list needs changing.
 
-`NAME.py` defines `BACKEND`, an object with the members of `Backend`. How its engines run is for the file of the same
-name in `flashu_compile/runtime/backends/` to say.
+`NAME.py` defines `BACKEND`, an object with the members of `Backend`. The file of the same name in
+`flashu_compile/runtime/backends/` runs its engines.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["DEFAULT", "Backend", "Emitted", "Packed", "Written", "check_precisio
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Emitted:
-    """An engine before it is written. `model` is the backend's own affair.
+    """An engine before it is written. Only the backend itself reads `model`.
 
-    `program`, if given, is what the engine is held against instead of the program it was emitted from.
+    `program`, if given, is what the engine is compared with, instead of the program it was emitted from.
 
-    `statistics` goes into the report (`nodes`, `operators`, `parameters` and `flops`, see exporters/statistics.py);
-    `records` tells of passes that the backend ran.
+    `statistics` goes into the report (`nodes`, `operators`, `parameters` and `flops`, see
+    exporters/statistics.py); `records` are those of passes that the backend ran.
     """
 
     model: Any
@@ -56,10 +56,10 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """Engines on disk: their entries in the manifest, the file their weights are in, and what the report says of it.
+    """Engines on disk: their manifest entries, the file of their weights, and the backend's report entries.
 
-    `weights` is None where engines have their weights in themselves. `provider` is where they run on the machine that
-    made them.
+    `weights` is None where engines contain their weights. `provider` is where they run on the machine that
+    built them.
     """
 
     specs: tuple[EngineSpec, ...]
@@ -73,26 +73,27 @@ class Backend(Protocol):
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions its engines can compute in."""
+        """Return the precisions that its engines can compute in."""
         ...
 
     def check(self) -> None:
-        """Raises `BackendUnavailableError` if engines cannot be built on this machine; called before any work."""
+        """Raise `BackendUnavailableError` if engines cannot be built on this machine; called before any work."""
         ...
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
-        """Raises `EmissionError`, naming the module, if the program has no form in this backend.
+        """Make an engine of `program` in `precision`.
 
-        `ranges` are the sizes of dynamic dimensions, by name, for engines that are tuned for some.
+        `ranges` are the sizes of dynamic dimensions, by name, for engines that are tuned for some. Raises
+        `EmissionError`, naming the module, if the program has no form in this backend.
         """
         ...
 
     def pack(self, model: Any) -> Packed | None:
-        """A `model` that `emit` made, as data that other builds may use; None if they had better make their own."""
+        """Return a `model` of `emit` as data for other builds to reuse, or None if each should make its own."""
         ...
 
     def unpack(self, packed: Packed) -> Any:
-        """The model that was packed. Its engine has the same bytes when it is written."""
+        """Rebuild the model that was packed. Its engine has the same bytes when it is written."""
         ...
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
@@ -100,7 +101,7 @@ class Backend(Protocol):
         ...
 
     def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
-        """Relative L2 error of every output, found by running the engine on its reference inputs.
+        """Run the engine on its reference inputs and return the relative L2 error of every output.
 
         Raises `EmissionError` if it does not run, or is off by more than its precision allows.
         """
@@ -108,7 +109,10 @@ class Backend(Protocol):
 
 
 def find_backend(name: str) -> Backend:
-    """Raises `ConfigurationError` on an unknown name, `MissingDependencyError` if a library is not installed."""
+    """Return the build side of the backend called `name`.
+
+    Raises `ConfigurationError` on an unknown name, `MissingDependencyError` if a library is not installed.
+    """
     if name not in backend_names(__path__):
         raise ConfigurationError(
             f"Unknown backend {shown(name)}; known ones are: {', '.join(backend_names(__path__))}."
@@ -117,7 +121,7 @@ def find_backend(name: str) -> Backend:
 
 
 def check_precision(name: str, precision: Precision) -> None:
-    """Raises `ConfigurationError`, with the table of what can be had, if the backend does not have the precision."""
+    """Raise `ConfigurationError`, listing what every backend offers, if backend `name` lacks the precision."""
     unknown = sorted(precision.names - set(find_backend(name).precisions))
     if not unknown:
         return

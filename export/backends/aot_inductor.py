@@ -1,8 +1,9 @@
-"""Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code an engine, and shared tensors.
+"""Programs compiled ahead of time by PyTorch's AOTInductor: a package of machine code each, and shared tensors.
 
-Weights stay outside the packages, so engines share them. Only on a CPU in bfloat16 Inductor makes constants of its own,
-which a package without constants would lack, so there each package holds its weights. Building takes a C++ compiler
-(and for a GPU that GPU, and CUDA's headers); running takes PyTorch and a machine like the one it was built on.
+Weights stay outside the packages, so engines share them. Only on a CPU in bfloat16 Inductor makes constants
+of its own, which a package without constants would lack, so there each package holds its weights. Building
+takes a C++ compiler (and for a GPU that GPU, and CUDA's headers); running takes PyTorch and a machine like
+the one it was built on.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ _HALF = "bfloat16"
 
 @dataclasses.dataclass(frozen=True)
 class AOTInductor:
+    """The AOTInductor backend for one kind of device ("cpu" or "cuda")."""
+
     name: str
     device: str
     precisions: tuple[str, ...]
 
     def check(self) -> None:
+        """Raise `BackendUnavailableError` if the GPU or a C++ compiler is missing."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BackendUnavailableError(
                 f"Backend {self.name!r} compiles for the GPU it finds, and PyTorch {torch.__version__} sees none: "
@@ -47,21 +51,25 @@ class AOTInductor:
         _check_compiler(self.name)
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
+        """Compile the program. Raises `EmissionError` if AOTInductor cannot."""
         program, records = precision.carry_out(program)
         holds_weights = self.device == "cpu" and _HALF in precision.names
         model = _compiled(program, self.device, holds_weights=holds_weights)
         return Emitted(model, traced_statistics(program), records)
 
     def pack(self, model: TorchModel) -> None:
-        """Machine code depends on compilers too, and on all that they choose by the machine."""
+        """Return None: machine code depends on compilers too, and on all that they choose by the machine."""
 
     def unpack(self, packed: Packed) -> TorchModel:
+        """Rebuild a packed model."""
         return TorchModel.unpack(packed)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        """Write a package for each engine, and the shared tensors."""
         return dataclasses.replace(write_engines(list(engines), directory, ".pt2"), provider=self.device)
 
     def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
+        """Measure the errors of an engine by running its package."""
         return written_errors(engine, self, self.name, str(precision), scratch_parent)
 
 
@@ -69,7 +77,7 @@ BACKEND = AOTInductor("aot_inductor", "cpu", ("float32", _HALF))
 
 
 def _check_compiler(backend: str) -> None:
-    """Raises `BackendUnavailableError` if there is no C++ compiler."""
+    """Raise `BackendUnavailableError` if there is no C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -85,7 +93,7 @@ def _check_compiler(backend: str) -> None:
 
 
 def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchModel:
-    """A package of machine code for `device`. Raises `EmissionError` if AOTInductor cannot make it."""
+    """Compile a program to machine code for `device`. Raises `EmissionError` if AOTInductor cannot."""
     exported = _with_named_constants(plain_copy(program))
     tensors = {} if holds_weights else dict(exported.state_dict)
     place_inductor()
@@ -106,7 +114,7 @@ def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchMod
 
 
 def _with_named_constants(exported: ExportedProgram) -> ExportedProgram:
-    """The same with buffers for constants: a package forgets what constants are called, and numbers them."""
+    """Turn constants into buffers: a package loses the names of constants, and numbers them instead."""
     signature = exported.graph_signature
     constant = (InputKind.CONSTANT_TENSOR, InputKind.BUFFER)
     specs = [

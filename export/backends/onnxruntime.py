@@ -25,12 +25,15 @@ from flashu_compile.tasks import RECORDS
 
 
 class OnnxRuntime:
+    """The ONNX Runtime backend: an ONNX graph for each engine."""
+
     precisions = ("float32", "float16", "int8")
 
     def check(self) -> None:
-        """ONNX Runtime is part of every installation."""
+        """Accept every machine, since ONNX Runtime is part of every installation."""
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
+        """Emit the program as an ONNX model. Raises `EmissionError` if an operator has no ONNX form."""
         lowered, records = precision.carry_out(program)
         model = emit_onnx(lowered)
         model.graph.doc_string = f"{RECORDS[program.task].describe(program.name)} {model.graph.doc_string}"
@@ -38,20 +41,23 @@ class OnnxRuntime:
         return Emitted(model, graph_statistics(program, model), records, held_against)
 
     def pack(self, model: ir.Model) -> Packed | None:
-        """int8 weights belong to no model; engines share their bytes only if one build has made them."""
+        """Pack the model, unless it has int8 weights: engines share the bytes of those only within one build."""
         initializers = model.graph.initializers.values()
         shared = any(value.dtype == ir.DataType.INT8 for value in initializers)
         return None if shared else pack_model(model)
 
     def unpack(self, packed: Packed) -> ir.Model:
+        """Rebuild a packed model."""
         return unpack_model(packed)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        """Write and check a graph for each engine, over one weight store."""
         with weight_store([engine.model for engine in engines], directory / WEIGHTS) as store:
             specs = tuple(_write(engine, directory) for engine in engines)
         return Written(specs, WEIGHTS, {"weight_store": dataclasses.asdict(store)})
 
     def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
+        """Measure the errors of an engine on ONNX Runtime's CPU provider."""
         return engine_errors(engine, str(precision), scratch_parent)
 
 
@@ -75,7 +81,10 @@ def _write(engine: EngineBuild, directory: Path) -> EngineSpec:
 
 
 def check_graph(path: Path) -> None:
-    """ONNX's full check and strict shape inference, by path so that external data is covered."""
+    """Run ONNX's full check and strict shape inference, by path so that external data is covered.
+
+    Raises `EmissionError` if one fails.
+    """
     inferred = path.with_suffix(".inferred")
     try:
         onnx.checker.check_model(str(path), full_check=True)

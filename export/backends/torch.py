@@ -1,7 +1,7 @@
-"""Programs as they are, for PyTorch: torch.export's own JSON form of a graph, with the tensors in one safetensors file.
+"""Programs unchanged, for PyTorch: torch.export's own JSON form of a graph, and one safetensors file of tensors.
 
-Not `torch.export.save`: its archives hold the example inputs, and some tensors, as pickles, and hold the weights
-once for every engine.
+`torch.export.save` is not used: its archives hold the example inputs, and some tensors, as pickles, and hold
+the weights once for every engine.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ _GRAPH_ALONE: dict[str, Any] = {
 
 
 class Torch:
+    """The PyTorch backend: each engine is its program in torch.export's JSON form."""
+
     precisions = PRECISIONS
 
     def check(self) -> None:
-        """Whoever compiles has PyTorch."""
+        """Accept every machine, since compiling needs PyTorch anyway."""
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
+        """Serialize the program. Raises `EmissionError` if torch.export cannot."""
         program, records = precision.carry_out(program)
         exported = plain_copy(program)
         try:
@@ -56,15 +59,19 @@ class Torch:
         return Emitted(model, traced_statistics(program), records)
 
     def pack(self, model: TorchModel) -> Packed:
+        """Return the model as data that other builds may use."""
         return model.pack()
 
     def unpack(self, packed: Packed) -> TorchModel:
+        """Rebuild a packed model."""
         return TorchModel.unpack(packed)
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        """Write the JSON form of each engine, and one file of tensors."""
         return write_engines(list(engines), directory, ".json")
 
     def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
+        """Measure the errors of an engine by running its program as it was written."""
         return written_errors(engine, self, "torch", str(precision), scratch_parent)
 
 

@@ -1,8 +1,8 @@
-"""Programs compiled for an NVIDIA GPU by torch-tensorrt: one TensorRT engine each, in a program that PyTorch loads.
+"""Programs compiled for NVIDIA GPUs by torch-tensorrt: one TensorRT engine each, in a program PyTorch loads.
 
-Networks are strongly typed, as all are in TensorRT 11: the precision is the graph's, and no option lowers it. Every
-engine has its weights in itself. This could not be run where it was written, for want of a GPU; it keeps to the API of
-torch-tensorrt 2.13.
+Networks are strongly typed, as all are in TensorRT 11: the precision is the graph's, and no option lowers it.
+Every engine contains its weights. This could not be run where it was written, for want of a GPU; it keeps to
+the API of torch-tensorrt 2.13.
 """
 
 from __future__ import annotations
@@ -65,12 +65,20 @@ class TensorRTModel:
 
 
 class TorchTensorRT:
+    """The torch-tensorrt backend: each engine is a program around one TensorRT engine."""
+
     precisions = PRECISIONS
 
     def check(self) -> None:
+        """Raise `BackendUnavailableError`, saying what is missing, if torch-tensorrt cannot be used."""
         import_torch_tensorrt()
 
     def emit(self, program: Program, precision: Precision, ranges: Mapping[str, Range]) -> Emitted:
+        """Compile the program for the sizes in `ranges`.
+
+        Raises `EmissionError` if torch-tensorrt cannot convert or compile it, and `ConfigurationError` on a
+        dimension without a range.
+        """
         library = import_torch_tensorrt()
         program, records = precision.carry_out(program)
         graph = plain_copy(program).graph
@@ -82,12 +90,14 @@ class TorchTensorRT:
         return Emitted(TensorRTModel(saved, BuiltFor(target, profile)), traced_statistics(program), records)
 
     def pack(self, model: TensorRTModel) -> None:
-        """Engines depend on the device, the driver and on what ran beside them when tactics were timed."""
+        """Return None: engines depend on the device, the driver and what ran while tactics were timed."""
 
     def unpack(self, packed: Packed) -> TensorRTModel:
+        """Raise `EmissionError`, since `pack` packs no engine."""
         raise EmissionError("Engines of torch-tensorrt are not kept.")
 
     def write(self, engines: Sequence[EngineBuild], directory: Path) -> Written:
+        """Write the program of each engine, and a record of what the engines were built for."""
         saved = [dataclasses.replace(engine, model=engine.model.saved) for engine in engines]
         written = write_engines(saved, directory, ".pt2")
         text = built_text({engine.name: engine.model.built for engine in engines})
@@ -95,6 +105,7 @@ class TorchTensorRT:
         return dataclasses.replace(written, provider=DEVICE.type)
 
     def errors(self, engine: EngineBuild, precision: Precision, scratch_parent: Path) -> dict[str, float]:
+        """Measure the errors of an engine by running it on the GPU."""
         return written_errors(engine, self, "torch_tensorrt", str(precision), scratch_parent)
 
 
@@ -102,7 +113,7 @@ BACKEND = TorchTensorRT()
 
 
 def compile_options(graph: fx.Graph, precision: Precision, target: Target) -> dict[str, Any]:
-    """What `torch_tensorrt.dynamo.compile` is told, besides the program, where its defaults will not do."""
+    """Return the options of `torch_tensorrt.dynamo.compile` whose defaults do not fit."""
     kept = cache_folder("torch_tensorrt")
     options = {
         "disable_tf32": True,  # an engine called float32 computes in float32
@@ -118,7 +129,7 @@ def compile_options(graph: fx.Graph, precision: Precision, target: Target) -> di
 
 
 def check_operators(program: str, graph: fx.Graph) -> None:
-    """Raises `EmissionError`, naming the first, if a graph has operators that torch-tensorrt would not convert."""
+    """Raise `EmissionError`, naming the first, if a graph has operators that torch-tensorrt would not convert."""
     # Arithmetic of sizes is no operator: torch-tensorrt folds most of it away.
     operators = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target not in _DECOMPOSED]
     refused = [(node, reason) for node in operators if (reason := _refusal(node))]
@@ -147,7 +158,7 @@ def _is_dynamic(node: fx.Node) -> bool:
 
 
 def program_ranges(program: Program, ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """The range of each dimension that the program has, in the form that engines are built for.
+    """Return the range of each dynamic dimension of the program, in the form that engines are built for.
 
     Raises `ConfigurationError` on a dimension that has none.
     """
@@ -164,9 +175,10 @@ def _signature(program: Program) -> EngineSpec:
 def bounded(
     program: Program, ranges: Mapping[str, Range], device: torch.device
 ) -> tuple[ExportedProgram, tuple[Tensor, ...]]:
-    """The program on a device, traced anew with these bounds at the usual sizes, and arguments of these sizes.
+    """Trace the program anew on a device with these bounds, and return it with arguments of the usual sizes.
 
-    torch-tensorrt takes profiles from the sizes in the graph and their bounds, whatever shapes its inputs are given.
+    torch-tensorrt takes profiles from the sizes in the graph and their bounds, whatever shapes its inputs are
+    given.
     """
     usual = {name: r.opt for name, r in ranges.items()}
     dims: dict[str, Any] = {
@@ -216,6 +228,6 @@ def _compiled(
 
 
 def _file_name(target: Target) -> str:
-    """Timings serve one kind of device and one version alone."""
+    """Name the file of timings, which hold for one kind of device and one version alone."""
     words = f"{target.device} {target.compute_capability} {target.tensorrt}".split()
     return f"{'-'.join(words)}.timing".replace("/", "-")

@@ -1,4 +1,4 @@
-"""What commands share: the app, how errors are told, and the arguments that mean the same everywhere."""
+"""Shared code of the commands: the app, how errors are reported, and the arguments common to all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def told_in_one_line(exit_code: int) -> Iterator[None]:
 
 
 class _LogLine(logging.Formatter):
-    """What libraries log reaches the terminal, too, where no one has set up logging."""
+    """Formats log records as text that cannot steer a terminal, where no logging has been set up."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
@@ -49,7 +49,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 @contextmanager
 def _visible_usage_errors() -> Iterator[None]:
-    """Usage errors quote arguments, which may be names of files."""
+    """Escape what usage errors quote of arguments, which may be names of files."""
     try:
         yield
     except _UsageError as error:
@@ -58,6 +58,8 @@ def _visible_usage_errors() -> Iterator[None]:
 
 
 class _Commands(TyperGroup):
+    """A group of commands that reports errors in one line and escapes what it quotes."""
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         accept_any_text()
         return super().main(*args, **kwargs)
@@ -88,7 +90,7 @@ COMPILING, USING, LOOKING = "Compile a model", "Use a bundle", "Look and check"
 
 
 def examples(*commands: str) -> str:
-    """An epilog with one command a paragraph, as Typer's help keeps no other line breaks."""
+    """Return an epilog with one command per paragraph, as Typer's help keeps no other line breaks."""
     return "\n\n".join(["Examples:", *(f"flashu-compile {command}" for command in commands)])
 
 
@@ -137,7 +139,7 @@ Tokenizer = Annotated[
 
 
 def provider_options(given: list[str] | None) -> dict[str, object]:
-    """`NAME=VALUE` texts as a mapping; of several for one name the last holds."""
+    """Parse `NAME=VALUE` texts as a mapping; of several for one name the last holds."""
     for text in given or ():
         if not text.partition("=")[0].strip() or "=" not in text:
             raise typer.BadParameter(f"--provider-option takes NAME=VALUE, not {text!r}.")
@@ -168,12 +170,12 @@ def main(
 
 
 def quiet_onnxruntime() -> None:
-    """What ONNX Runtime logs natively, our errors say in one line."""
+    """Silence ONNX Runtime's own log, since our errors say the same in one line."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
 
 
 def quiet_torch() -> None:
-    """What PyTorch, when it traces, says of its own code is nothing a user could act on."""
+    """Silence a warning of PyTorch's tracing about its own code, which users cannot act on."""
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)

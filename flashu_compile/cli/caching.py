@@ -1,4 +1,4 @@
-"""cache: what earlier builds have kept, and how to be rid of it."""
+"""cache: show and remove what earlier builds have stored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cache() -> None:
 
 @cache_app.command(epilog=examples("cache show", "cache show --cache ./engines --json"))
 def show(directory: Directory = None, as_json: Json = False) -> None:
-    """Where the cache is, what it takes of its limit, and when it was last used."""
+    """Show where the cache is, what it takes of its limit, and when it was last used."""
     found = _cache(directory)
     files = found.files()
     taken = sum(file.bytes for file in files)

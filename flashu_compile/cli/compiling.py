@@ -242,7 +242,7 @@ def _recipe(source: str, settings: list[str] | None) -> Recipe:
 
 
 def _measured(bundle: Path) -> dict[str, Any]:
-    """What the report of a bundle just built says of calibration, passes, cost and answers."""
+    """Return what the report of a bundle just built says of calibration, passes, cost and answers."""
     from flashu_compile.bundle.manifest import REPORT
 
     report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""tensorrt, and inspect --target: a bundle's engines for TensorRT, and whether it would take them."""
+"""tensorrt, and inspect --target: TensorRT engines of a bundle, and what TensorRT would refuse of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGETS = ("tensorrt",)
 
 
 def inspect_target(bundle: Path, target: str, *, as_json: bool) -> None:
-    """Print what would not convert; the exit code is 1 if anything would not."""
+    """Print the nodes that would not convert; the exit code is 1 if there are any."""
     if target not in TARGETS:
         raise ConfigurationError(f"Unknown target {target!r}; known ones are: {', '.join(TARGETS)}.")
     with naming_the_extra("inspect --target"):

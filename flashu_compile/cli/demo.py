@@ -47,6 +47,7 @@ _SCALE, _MARGIN, _CAPTION, _COLUMNS = 6, 12, 22, 3
 
 
 def main(folder: Path = FOLDER) -> None:
+    """Compile the bundled model, draw pictures and ask about them; leave all results in `folder`."""
     # What PyTorch, when it traces, says of its own code is nothing a user could act on.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
     folder = absolute(folder)
@@ -118,7 +119,7 @@ def _ask(pipe: Pipeline, drawn: dict[str, Image.Image], progress: Progress) -> l
 
 
 def contact_sheet(drawn: dict[str, Image.Image]) -> Image.Image:
-    """All pictures, enlarged and captioned, in rows of three."""
+    """Arrange all pictures, enlarged and captioned, in rows of three."""
     side = max(picture.width for picture in drawn.values()) * _SCALE
     cell = (side + _MARGIN, side + _MARGIN + _CAPTION)
     rows = -(-len(drawn) // _COLUMNS)

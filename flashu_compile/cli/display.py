@@ -1,4 +1,4 @@
-"""What the command line shows: JSON and tables on stdout, a progress bar on stderr."""
+"""The command line's output: JSON and tables on stdout, a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document, in ASCII: no string steers a terminal, and any stream can encode it."""
+    """Print one JSON document in ASCII: no string steers a terminal, and any stream can encode it."""
     typer.echo(json.dumps(value, indent=2, default=str), file=sys.stdout)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table whose cells are escaped for the terminal, under `title` if given."""
     from rich import box
     from rich.table import Table
 
@@ -47,7 +48,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
 
 
 def print_pairs(pairs: Mapping[str, Any]) -> None:
-    """One `name value` line each."""
+    """Print one `name value` line for each pair."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -57,7 +58,7 @@ def print_pairs(pairs: Mapping[str, Any]) -> None:
 
 
 def print_plan(plan: StepPlan) -> None:
-    """A row for each stretch of evaluations that do the same."""
+    """Print a row for each stretch of evaluations that do the same."""
     rows, number = [], 1
     for same, stretch in itertools.groupby(plan.steps, lambda step: dataclasses.replace(step, t=0.0, dt=1.0)):
         steps = list(stretch)
@@ -80,14 +81,14 @@ def print_plan(plan: StepPlan) -> None:
 
 
 def print_recipe(recipe: Recipe) -> None:
-    """Name and techniques of a recipe, a row each."""
+    """Print the name and techniques of a recipe, a row each."""
     from flashu_compile.recipe.view import COLUMNS, recipe_rows
 
     print_table(COLUMNS, recipe_rows(recipe), title=f"recipe: {recipe.name}")
 
 
 def print_build(summary: Mapping[str, Any]) -> None:
-    """The summary of a bundle just built: where, what, how big, what passes cost, how close to eager."""
+    """Print the summary of a bundle just built: where, what, how big, cost of passes, distance from eager."""
     from flashu_compile.report.work import answers_text
 
     sizes = {name: size(value) for name, value in summary["sizes"].items()}
@@ -122,7 +123,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
 
 
 def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
-    """What a lossy recipe costs at the task's level, each technique alone and all together."""
+    """Print the cost of a lossy recipe at the task's level, each technique alone and all together."""
     rows = []
     for task, cost in costs.items():
         if "not_measured" in cost:
@@ -142,7 +143,7 @@ def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
 def _print_pass_totals(
     passes: Iterable[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Print a row for each pass that changed something. `validated`: what it did to a copy of the model."""
+    """Print a row for each pass that changed something; `validated` is what it did to a copy of the model."""
     from flashu_compile.report.work import largest_error
 
     changing: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -159,7 +160,7 @@ def _print_pass_totals(
 def print_bundle(
     directory: Path, manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None
 ) -> None:
-    """Engines beside what they were made from, their signatures, and what they hold and cost by component; passes."""
+    """Print engines beside their programs, signatures, contents and cost by component, and passes."""
     total = sum(entry.bytes for entry in manifest.files.values())
     pairs = {
         "bundle": directory,
@@ -207,7 +208,7 @@ def print_bundle(
 
 
 def _print_declined(report: Mapping[str, Any], *, undone_alone: bool = False) -> None:
-    """Print why passes left something as it is; or only which techniques were asked for and not done."""
+    """Print why passes made no change, or only which techniques were asked for and not done."""
     from flashu_compile.report.work import declined
 
     rows = [
@@ -220,7 +221,7 @@ def _print_declined(report: Mapping[str, Any], *, undone_alone: bool = False) ->
 
 
 def _print_origins(origins: Mapping[str, Origin]) -> None:
-    """A row for each file that weights were read from, under what is known of them all."""
+    """Print a row for each file that weights were read from, below what is known of them all."""
     for part, origin in sorted(origins.items()):
         hub = "" if origin.repository is None else f" from {origin.repository} at {origin.revision}"
         title = f"weights of the {part}{hub}, licence {origin.license or 'not declared'}"
@@ -232,7 +233,7 @@ def _print_origins(origins: Mapping[str, Origin]) -> None:
 
 
 def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> None:
-    """Before and after: each captured program, and indented below it the engines made from it."""
+    """Print the work before and after: each captured program, and below it the engines made from it."""
     from flashu_compile.report.work import program_work, result_work
 
     def known(value: int | None) -> str:
@@ -272,13 +273,13 @@ def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
 
 
 def _tensor_rows(tensors: Mapping[str, tuple[str, str]]) -> Iterator[tuple[tuple[str, str], str]]:
-    """(dtype, shape) and name of every tensor, those of different layers that are alike in one row."""
+    """Yield (dtype, shape) and name of every tensor, with those alike in different layers in one row."""
     for name, members in _alike({name: f"{name} {row}" for name, row in tensors.items()}):
         yield tensors[members[0]], name
 
 
 def _alike(names: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Names, in order, that differ in a layer's number alone, under one: `layers.0…11.key`. Values are compared."""
+    """Group names, in order, whose values differ in a layer's number alone, under one: `layers.0…11.key`."""
     groups: dict[str, list[str]] = {}
     for name, compared in names.items():
         groups.setdefault(re.sub(r"\.\d+\.", ".#.", compared), []).append(name)
@@ -302,7 +303,7 @@ def _print_components(counts: Mapping[str, Any]) -> None:
 
 
 def print_structure(program: ProgramStructure) -> None:
-    """What was found in a captured program, like blocks in one row, and why the rest was not."""
+    """Print the structures found in a captured program, like blocks in one row, and why others are missing."""
     roles, everything = tuple(tensor.role for tensor in program.inputs), "every input"
     print_table(
         ("", "tensor", "shape", "depends on"),
@@ -361,7 +362,7 @@ def _stack_rows(stack: StackFacts) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _shape(sizes: Iterable[int | str]) -> str:
-    """Sizes with × between them, sums in brackets."""
+    """Join sizes with ×, with sums in brackets."""
     return " × ".join(f"({size})" if " " in str(size) else str(size) for size in sizes)
 
 
@@ -371,7 +372,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @contextmanager
 def progress_bar(stage: str) -> Iterator[Callable[[str, float | None], None]]:
-    """A bar on stderr, if that is a terminal. The function it gives takes a stage and a fraction in [0, 1]."""
+    """Show a bar on stderr, if that is a terminal; yield a function of a stage and a fraction in [0, 1]."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     screen = _console(stderr=True)

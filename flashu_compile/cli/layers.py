@@ -1,4 +1,4 @@
-"""verify --against: engines against a reference, layer by layer."""
+"""verify --against: compare engines with a reference, layer by layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EAGER, ONNX, BUNDLE = "eager", "onnx", "bundle"
 
 
 def reference_named(against: str, other: Path | None, model_given: bool) -> str | Path:
-    """What `compare_layers` is told. Raises a usage error where arguments do not go together."""
+    """Return the reference for `compare_layers`. Raises a usage error where arguments do not go together."""
     if against not in (EAGER, ONNX, BUNDLE):
         raise typer.BadParameter(f"--against is {EAGER}, {ONNX} or {BUNDLE}, not {against!r}.")
     if (other is not None) != (against == BUNDLE):
@@ -39,7 +39,7 @@ def reference_named(against: str, other: Path | None, model_given: bool) -> str 
 
 
 def verify_layers(bundle: Path, reference: str | Path, *, as_json: bool, **options: Any) -> None:
-    """Compare, print, and exit with 1 if an engine departs."""
+    """Compare the layers, print the result, and exit with 1 if an engine departs."""
     import flashu_compile
 
     quiet_torch()
@@ -149,7 +149,7 @@ def _as_json(found: LayerComparison) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
+    """Replace infinities and NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""inspect, verify and doctor: what a bundle or a model is made of, whether it is whole, what works on a machine."""
+"""inspect, verify and doctor: show what bundles and models contain, check bundles, and test this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""recipe show, diff and merge; and how commands that make a recipe write and tell it."""
+"""recipe show, diff and merge; and how commands that make a recipe write and print it."""
 
 from __future__ import annotations
 

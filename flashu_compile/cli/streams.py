@@ -16,7 +16,7 @@ _PLAIN = str.maketrans(
 
 
 def _ascii_fallback(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Characters as ASCII writes them where it can, as escapes where it cannot."""
+    """Replace characters by their ASCII equivalents where there are any, else by escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_PLAIN)
@@ -27,13 +27,13 @@ codecs.register_error(_ERRORS, _ascii_fallback)
 
 
 def accept_any_text() -> None:
-    """Let stdout and stderr write whatever they are given: what their encoding lacks becomes ASCII, not an error."""
+    """Let stdout and stderr write any text: characters that their encoding lacks become ASCII, not an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ERRORS)
 
 
 def encodable(text: str, stream: TextIO | None) -> str:
-    """Return `text` as the stream will show it, whose length a table can count on."""
+    """Return `text` as the stream will show it, so that a table can rely on its length."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, _ERRORS).decode(encoding)

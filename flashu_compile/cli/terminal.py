@@ -1,4 +1,4 @@
-"""Text on its way to a terminal, which must not be steered by what a file or a model says."""
+"""Escape text for a terminal, so that no file or model can steer it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _JOINERS = "\u200c\u200d"  # formats, too, but of ordinary text in Persian or Hi
 
 
 def visible(text: object) -> str:
-    """`text` on one line, in which characters that are no text are written as escapes: ESC as \\x1b."""
+    r"""Return `text` on one line, with control and invisible characters written as escapes: ESC as \x1b."""
     line = str(text)
     return line if line.isprintable() else "".join(map(_written, line))
 
@@ -21,7 +21,7 @@ def visible(text: object) -> str:
 def say(text: object = "", *, err: bool = False) -> None:
     """Print `text` as one line, made `visible`, on stdout or stderr.
 
-    The stream is named, since Typer would open ASCII ones anew, as UTF-8 or as strict ones.
+    The stream is passed by name, since Typer would reopen ASCII streams, as UTF-8 or as strict ones.
     """
     typer.echo(visible(text), file=sys.stderr if err else sys.stdout)
 

@@ -1,4 +1,4 @@
-"""generate and ask: what a bundle is for."""
+"""generate and ask: run a bundle."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What a bundle answers, before it is called done: a few evaluations and tokens through its own runtime.
+"""Run a bundle before it is accepted: a few evaluations and tokens through its own runtime.
 
-Engines are validated one by one. Whether they fit together (whether each is given what it takes, and
-by the loops that users run) shows when the whole is loaded as users load it. Where the bundle is exact, its answers are
-held against the eager model's, which no pass has touched; otherwise they must be finite and have the right shapes.
+Engines are validated one by one. Whether they fit together (each receives the inputs it takes, in the loops
+that users run) shows only when the bundle is loaded as users load it. An exact bundle's answers are compared
+with those of the eager model, which no pass has touched; other answers must be finite and have the right
+shapes.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ Open = Callable[..., Pipeline]
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Asks a bundle of `loaded`, built by `recipe`, a question for each task.
+    """Asks a bundle of `loaded`, built by `recipe`, one question for each task.
 
-    `exact_precision`: the engines compute in float32. `bundle` says what it is a bundle of, for the report: "whole", or
-    "copy" for one of a small copy of the model that stands for it.
+    `exact_precision`: the engines compute in float32. `bundle` says for the report what was asked: "whole",
+    or "copy" for the bundle of a small copy that stands for the model.
     """
 
     loaded: LoadedModel
@@ -50,7 +51,7 @@ class Answers:
     bundle: str
 
     def of(self, open_bundle: Open) -> dict[str, dict[str, Any]]:
-        """Return the report's entry `answered`, by task: the error, or the reason why the bundle was not run here.
+        """Ask the bundle; return the report's entry `answered`, by task: the error, or why it was not run here.
 
         Raises `BundleError` if the bundle does not answer, or not as the eager model does.
         """
@@ -119,7 +120,7 @@ class Answers:
         return {"tokens": TOKENS, "error": _held("logits", logits, truth)}
 
     def _is_exact(self, task: str) -> bool:
-        """Whether the bundle computes what the eager model does, for the same number of time points."""
+        """Tell whether the bundle computes what the eager model does, for the same number of time points."""
         return self.exact_precision and not self.recipe.config(task).is_lossy(self.recipe.t2i.points)
 
     def _eager(self) -> EagerPipeline:
@@ -127,7 +128,7 @@ class Answers:
 
 
 def shortened(plan: StepPlan) -> StepPlan:
-    """Return a plan with the first step of `plan` for each of its engines, and those that store features for them.
+    """Return a plan with the first step of `plan` for each engine, and the steps whose features these read.
 
     It has at least two steps, if `plan` has.
     """
@@ -142,7 +143,7 @@ def shortened(plan: StepPlan) -> StepPlan:
 
 
 def of_few_words(loaded: LoadedModel) -> LoadedModel:
-    """Return `loaded` with a tokenizer of a few words, for a copy of a model that has few of the model's words."""
+    """Return `loaded` with a tokenizer of a few words, for a copy of the model with a small vocabulary."""
     known = [PAD, BOS, EOS, BOI, EOI, IMAGE_PAD, "other", *PROMPT.split()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="other"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -155,7 +156,7 @@ def _engines(pipe: Pipeline, task: str) -> list[str]:
 
 
 def _image() -> NDArray[np.uint8]:
-    """A picture of ramps, in each colour another way."""
+    """Return a picture of gradients, in a different direction for each colour."""
     down, across = np.mgrid[:64, :64].astype(np.uint8)
     return np.stack([4 * down, 4 * across, 2 * (down + across)], axis=-1)
 
@@ -168,7 +169,7 @@ def _check_array(name: str, values: NDArray[Any], shape: tuple[int, ...]) -> Non
 
 
 def _held(name: str, values: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Return the relative L2 error of `values`. Raises `BundleError` if it is too large."""
+    """Return the relative L2 error of `values` against `truth`. Raises `BundleError` if it is too large."""
     error = relative_error(values, truth)
     if not error <= TOLERANCE:
         raise BundleError(

@@ -1,4 +1,4 @@
-"""From captured programs and a recipe to engines: passes, emission, and what the engines are held against."""
+"""Build engines from captured programs and a recipe: run passes, emit, and compare engines with their source."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _CAPTURE_SHARE, _END = 0.4, 0.88
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """What engines are made by; they are tried in temporary directories in `scratch_parent`.
+    """The settings by which engines are made; they are tried in temporary directories in `scratch_parent`.
 
-    `ranges` are the sizes of the model's dynamic dimensions. With `allow_declined` engines are made even if they lack a
-    technique that the recipe asks for.
+    `ranges` are the sizes of the model's dynamic dimensions. With `allow_declined`, engines are made even if
+    they lack a technique that the recipe asks for.
 
-    With `validate`, passes and engines are run on samples and held against what they were made from.
-    Without it, engines get a reference all the same: what their program gives in PyTorch for a batch of one.
+    With `validate`, passes and engines are run on samples and compared with what they were made from. Without
+    it, engines still get a reference: what their program gives in PyTorch for a batch of one.
     """
 
     backend: Backend
@@ -47,21 +47,22 @@ class Maker:
 
     @property
     def validate(self) -> bool:
+        """Return whether passes and engines are validated."""
         return self.precision.validate
 
     def without_validation(self) -> Maker:
-        """One that makes the same engines and runs none of them."""
+        """Return a maker of the same engines that runs none of them."""
         return dataclasses.replace(self, precision=dataclasses.replace(self.precision, validate=False))
 
     def fingerprint(self) -> str:
-        """Equal for makers that make the same engines of the same programs, and tell the same of them."""
+        """Return a text that is equal for makers that make the same engines and records of the same programs."""
         not_validated = "" if self.validate else " not_validated"
         return f"{type(self.backend).__module__} {self.precision.fingerprint()}{not_validated}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BuildResult:
-    """All engines of a bundle; `captured` has the statistics of the captured programs by name."""
+    """All engines of a bundle; `captured` holds the statistics of the captured programs by name."""
 
     engines: BuiltEngines
     captured: Mapping[str, Any]
@@ -69,7 +70,7 @@ class BuildResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A captured program whose neurons are put in order when it is first needed."""
+    """A captured program whose neurons are ordered on first use."""
 
     captured: CapturedProgram
     ordering: Job
@@ -80,7 +81,7 @@ class _Source:
         return self.ordering.run(self.captured.program, validate=self.maker.validate)
 
     def described(self) -> BuiltEngines:
-        """No engine yet: the statistics of the captured program, and what ordering did."""
+        """Return, without engines, the statistics of the captured program and the records of ordering it."""
         program, (_, records) = self.captured.program, self.ordered
         return BuiltEngines((), {program.name: program_statistics(program)}, records)
 
@@ -99,9 +100,9 @@ def build_engines(
     shelf: EngineShelf,
     tell: Steps,
 ) -> BuildResult:
-    """Specialise every captured program of the tasks and emit what comes out; what is on `shelf` is taken from it.
+    """Specialise every captured program of the tasks and emit the results; engines on `shelf` are reused.
 
-    Raises `DeclinedError` where nothing comes of a technique that the recipe asks for, unless `maker` allows it.
+    Raises `DeclinedError` if a technique that the recipe asks for does nothing, unless `maker` allows it.
     """
     order = neuron_order(recipe, tasks, source.ordered_weights)
     parts: list[BuiltEngines] = []
@@ -134,9 +135,10 @@ def build_engines(
 
 
 def _accepted(built: BuiltEngines, maker: Maker) -> BuiltEngines:
-    """Return `built` as it is. Raises `DeclinedError` if it lacks a technique that was asked for.
+    """Return `built` unchanged. Raises `DeclinedError` if it lacks a technique that was asked for.
 
-    Asked here, not where engines are made: those that were made where it was allowed may lie on the shelf.
+    This is checked here and not where engines are made, since the shelf may hold engines from a build that
+    allowed it.
     """
     for record in () if maker.allow_declined else built.records:
         if record.undone:
@@ -157,7 +159,7 @@ def _joined(parts: list[BuiltEngines]) -> BuiltEngines:
 
 
 def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Maker) -> BuiltEngines:
-    """`eager`: what the untraced model gives on the program's sample."""
+    """Make the engines of a job; `eager` holds the outputs of the untraced model on the program's sample."""
     programs, passes = job.run(program, validate=maker.validate)
     changed = {record.program for record in passes if record.kind == "lossy" and record.changes}
     builds, statistics, records = [], {}, list(passes)
@@ -177,7 +179,7 @@ def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Mak
 
 
 def _first_of_batch(program: Program) -> dict[str, Tensor]:
-    """The program's sample cut to a batch of one."""
+    """Return the program's sample cut to a batch of one."""
     return {
         given.role: program.sample[given.role].narrow(given.axes.index(BATCH), 0, 1)
         if BATCH in given.axes
@@ -189,9 +191,9 @@ def _first_of_batch(program: Program) -> dict[str, Tensor]:
 def _truth(
     program: Program, inputs: Mapping[str, Tensor], eager: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """What an engine must give: the eager model's outputs, and the graph's in PyTorch where that has none of the name.
+    """Return the reference outputs of an engine: those in `eager`, and the program's own in PyTorch for the rest.
 
-    So it is with all outputs after lossy passes, and with values that one engine hands to another.
+    The rest are all outputs after lossy passes, and values that one engine hands to another.
     """
     if set(program.outputs) <= set(eager):
         return eager

@@ -1,8 +1,9 @@
-"""A directory of finished work that later builds, in whatever process, may reuse.
+"""A directory of finished work that later builds, in any process, can reuse.
 
-An entry is one file: the SHA-256 of what follows, and a safetensors file. It is written under a temporary name and
-renamed into place, so it is there whole or not at all, and two builds that write the same one do not harm each other.
-One that was damaged later is found out by its hash. What was used longest ago goes when the directory grows too large.
+An entry is one file: a SHA-256 hash, and the safetensors file that it is the hash of. It is written under a
+temporary name and renamed into place, so it is there whole or not at all, and two builds that write the same
+entry do not harm each other. A damaged entry is recognised by its hash. The least recently used entries are
+removed when the directory grows too large.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class CacheFile:
+    """An entry of the cache on disk."""
+
     path: Path
     bytes: int
     used: float
@@ -38,13 +41,13 @@ class CacheFile:
 
 @dataclasses.dataclass(frozen=True)
 class EngineCache:
-    """Entries by key in `directory`, which takes at most about `limit` bytes."""
+    """A cache of entries by key in `directory`, limited to about `limit` bytes."""
 
     directory: Path
     limit: int = LIMIT_BYTES
 
     def read(self, key: str) -> bytes | None:
-        """The safetensors file kept under `key`, or None if there is none, or a damaged one, which is warned of."""
+        """Return the file stored under `key`, or None, with a warning if it is damaged or unreadable."""
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -61,11 +64,11 @@ class EngineCache:
         return bytes(content)
 
     def refuse(self, key: str, reason: str) -> None:
-        """Warn that the entry is not used."""
+        """Warn that an entry is damaged and not used."""
         _log.warning("Cached engines are damaged and are built anew: %s (%s).", self._path(key), reason)
 
     def write(self, key: str, content: bytes) -> None:
-        """Keep `content` under `key`. Failing that, warn: a build does not need its cache."""
+        """Store `content` under `key`; on failure only warn, since a build does not need its cache."""
         path = self._path(key)
         try:
             descriptor, partial = tempfile.mkstemp(suffix=_PARTIAL, dir=self.directory)
@@ -83,12 +86,12 @@ class EngineCache:
         self.prune()
 
     def files(self) -> list[CacheFile]:
-        """All entries, those used longest ago first."""
+        """List all entries, the least recently used first."""
         found = [CacheFile(p, s.st_size, s.st_mtime) for p, s in self._listed(_SUFFIX)]
         return sorted(found, key=lambda file: (file.used, file.path))
 
     def prune(self) -> None:
-        """Remove what was used longest ago until the rest is within the limit, and what killed builds left behind."""
+        """Remove the least recently used entries beyond the limit, and stale files of killed builds."""
         files = self.files()
         total = sum(file.bytes for file in files)
         for file in files:
@@ -101,11 +104,11 @@ class EngineCache:
                 path.unlink(missing_ok=True)
 
     def library_bytes(self) -> int:
-        """Count the bytes that libraries keep beside the entries: compiled code, timings, lists of fonts."""
+        """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts."""
         return sum(path.stat().st_size for path in self._library_files())
 
     def clear(self) -> int:
-        """Remove every entry, and what libraries keep; the bytes that they took."""
+        """Remove every entry and the files of libraries; return the number of bytes freed."""
         freed = self.library_bytes()
         for name in LIBRARIES:
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -138,9 +141,10 @@ class EngineCache:
 
 
 def open_cache(cache: str | Path | bool) -> EngineCache | None:
-    """The cache in a directory, which is made; True is the user's own, False none.
+    """Open, and create if need be, the cache in a directory; True is the user's default, False is none.
 
-    Raises `CacheError` if a directory that was named cannot be used. For the user's own that is a warning.
+    Raises `CacheError` if a directory that was named cannot be used. For the user's default that is a
+    warning.
     """
     if cache is False:
         return None

@@ -1,4 +1,4 @@
-"""A model loaded and traced once, from which any number of recipes can be calibrated and bundles be built."""
+"""A model loaded and traced once, from which any number of recipes can be calibrated and bundles built."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Progress = Callable[[str, float], None]
 
 
 class ModelParts(TypedDict, total=False):
-    """What is given besides a model where its checkpoint lacks it; see `flashu_compile.models.loading.load_model`.
+    """Parts given besides a model whose checkpoint lacks them; see `flashu_compile.models.loading.load_model`.
 
-    vae: a LatentCodec, an AutoencoderKLWan or its path. tokenizer: a tokenizers.Tokenizer or its path. llm_config: the
-    LLM's Hugging Face `config.json`, or its contents.
+    vae: a LatentCodec, an AutoencoderKLWan or its path. tokenizer: a tokenizers.Tokenizer or its path.
+    llm_config: the LLM's Hugging Face `config.json`, or its contents.
     """
 
     vae: object
@@ -37,7 +37,7 @@ class ModelParts(TypedDict, total=False):
 
 
 class Steps:
-    """Tells of progress, and remembers how far it is, for stages that come when they must and not in order."""
+    """Reports progress and remembers the fraction done, for stages that do not run in a fixed order."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.fraction = 0.0
@@ -45,16 +45,16 @@ class Steps:
         self._progress = progress if progress is not None else lambda stage, fraction: None
 
     def __call__(self, stage: str, fraction: float | None = None) -> None:
-        """`fraction` done in [0, 1]; as before if not given."""
+        """Report a stage with `fraction` done in [0, 1], or the last fraction if not given."""
         self.fraction = self.fraction if fraction is None else fraction
         self._progress(stage, self.fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class CapturedProgram:
-    """A program of a model, traced when it is first looked at: a build that finds all its engines never does.
+    """A program of a model, traced on first use: a build that finds all its engines never traces it.
 
-    `tell` hears that it is being traced.
+    `tell` is called before tracing.
     """
 
     spec: CaptureSpec
@@ -62,13 +62,13 @@ class CapturedProgram:
 
     @functools.cached_property
     def program(self) -> Program:
-        """Raises `CaptureError` if torch.export cannot trace the model."""
+        """Trace the program. Raises `CaptureError` if torch.export cannot trace the model."""
         self.tell(f"{self.spec.task}: capturing {self.spec.name}")
         return capture_program(self.spec)
 
     @functools.cached_property
     def truth(self) -> Mapping[str, Tensor]:
-        """The outputs of the untraced module on the sample: what exact engines are held against."""
+        """Compute the outputs of the untraced module on the sample, the reference of exact engines."""
         with torch.inference_mode(), one_thread():
             results = self.spec.module(*(self.spec.sample[i.role] for i in self.spec.inputs))
         return dict(zip(self.spec.outputs, results, strict=True))
@@ -76,7 +76,7 @@ class CapturedProgram:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BuiltEngines:
-    """What one job of the compiler gave: engines, the statistics of each by name, and what passes did."""
+    """The result of one compiler job: engines, the statistics of each by name, and the records of passes."""
 
     engines: tuple[EngineBuild, ...]
     statistics: Mapping[str, Any]
@@ -86,8 +86,8 @@ class BuiltEngines:
 class CapturedModel:
     """A model with its programs. `export` and `calibrate` take it in place of a model.
 
-    Engines that were built for one recipe are kept, in memory, and serve the next recipe that asks for the same; so are
-    weights whose neurons were put into another order.
+    Engines built for one recipe are kept in memory and reused for the next recipe that asks for the same; so
+    are weights with reordered neurons.
     """
 
     def __init__(self, loaded: LoadedModel, programs: Mapping[str, CapturedProgram]) -> None:
@@ -103,13 +103,13 @@ class CapturedModel:
         progress: Steps,
         **parts: Unpack[ModelParts],
     ) -> CapturedModel:
-        """Load `model` and prepare its programs, each of which is traced when it is first looked at."""
+        """Load `model` and prepare its programs, each of which is traced on first use."""
         progress("loading the model", 0.0)
         return cls.from_loaded(load_model(model, **parts), tasks, progress)
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, tasks: Sequence[str], progress: Steps) -> CapturedModel:
-        """Prepare the programs of a loaded model, each of which is traced when it is first looked at.
+        """Prepare the programs of a loaded model, each of which is traced on first use.
 
         Raises `CheckpointError` if the model has no VAE.
         """
@@ -119,7 +119,7 @@ class CapturedModel:
         return cls(loaded, {spec.name: CapturedProgram(spec, progress) for spec in specs})
 
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
-        """The programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""
+        """Return the programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""
         missing = [t for t in tasks if all(c.spec.task != t for c in self.programs.values())]
         if missing:
             raise ConfigurationError(
@@ -131,7 +131,7 @@ class CapturedModel:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The last bits depend on how many threads there are, and a build's bytes must not."""
+    """Run PyTorch on one thread, since the last bits depend on their number and a build's bytes must not."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

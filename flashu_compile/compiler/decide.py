@@ -1,4 +1,4 @@
-"""The decisions that a build takes before any pass runs: a recipe's open ones, and which layers stay in float32."""
+"""Take a build's decisions before any pass runs: the recipe's open ones, and which layers stay in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def given_samples(
     *,
     measured: bool = False,
 ) -> CalibrationSamples | None:
-    """`measured`: they also serve to measure what a lossy recipe costs, be there something to decide or not."""
+    """Check the samples that a caller gave; None if none were given.
+
+    `measured`: they also serve to measure the cost of a lossy recipe, even if nothing is to be decided.
+    Raises `RecipeError` if there is no use for them, and `CalibrationError` if they are unusable.
+    """
     if calibration is None:
         return None
     used = [t for t in tasks if recipe.needs_calibration(t) or (measured and recipe.config(t).is_lossy(None))]
@@ -37,6 +41,7 @@ def given_samples(
 
 
 def own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
+    """Return the calibration samples that come with the model, or None."""
     return None if loaded.calibration is None else calibration_samples(loaded.calibration)
 
 
@@ -49,7 +54,11 @@ def decide(
     seed: int,
     tell: Steps,
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with the model's own sampler settings and every decision taken, and the figures they rest on."""
+    """Resolve the recipe by the model's sampler settings and take every decision; return it and its figures.
+
+    The figures are what the decisions rest on, by task, for the report. Raises `RecipeError` if decisions are
+    open and there are no samples.
+    """
     loaded = source.loaded
     own = loaded.network.config
     recipe = recipe.resolved(points=own.steps, guidance_scale=own.guidance_scale, time_shift=own.time_shift)
@@ -89,7 +98,10 @@ def measured_precision(
     samples: CalibrationSamples | None,
     tell: Steps,
 ) -> tuple[Precision, dict[str, Any]]:
-    """The precision with the layers that stay in float32 where it has int8, and the report's entry `int8`, if any."""
+    """Choose the layers that stay in float32 where `precision` has int8.
+
+    Returns the precision with these layers, and the report's entry `int8`, if any.
+    """
     if not precision.has_int8:
         return precision, {}
     tell("measuring what layers lose in int8")

@@ -1,4 +1,4 @@
-"""export(): model and task in, bundle out. Capture → calibrate → passes → engines → bundle, nothing else."""
+"""Compile a model and tasks into a bundle: capture → calibrate → passes → engines → bundle."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Bundle:
     manifest: Manifest
 
     def summary(self) -> dict[str, Any]:
-        """What was built: path, tasks, engines, sizes in bytes, and the error of every engine output."""
+        """Return what was built: path, tasks, engines, sizes in bytes, and the error of every engine output."""
         report = json.loads((self.path / REPORT).read_text(encoding="utf-8"))
         return {
             "path": str(self.path),
@@ -207,9 +207,9 @@ def calibrate(
     progress: Progress | None = None,
     **parts: Unpack[ModelParts],
 ) -> Recipe:
-    """`recipe` with its open decisions taken for `model`: which FFN neurons stay, which layers are skipped when.
+    """Return `recipe` with its open decisions taken for `model`: which FFN neurons stay, which layers are skipped.
 
-    Save it, edit it, compare it, and give it to `export`, which then calibrates nothing.
+    The result can be saved, edited and compared; given to `export`, it needs no further calibration.
 
     Args:
         model, vae, tokenizer, llm_config: as for `export`.
@@ -217,7 +217,7 @@ def calibrate(
         recipe: what is to be decided; a decision that is already there stays.
         calibration: a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with "prompts" and
             "questions", or the path of a JSON file with these; the model's own samples if it comes with some.
-        samples: at most so many are used.
+        samples: the largest number of samples that are used.
         seed: chooses among more samples than that, and seeds the initial noise of trajectories.
         progress: called with (what is being done, fraction done in [0, 1]).
 
@@ -243,7 +243,7 @@ def _check_counts(samples: int, seed: int, cost_samples: int = 0) -> None:
 def _captured(
     model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, ...], tell: Steps, parts: ModelParts
 ) -> CapturedModel:
-    """Load `model` unless it is captured already. Raises `ConfigurationError` if that one lacks a task."""
+    """Load `model` unless it is captured. Raises `ConfigurationError` if a captured model lacks a task."""
     if not isinstance(model, CapturedModel):
         return CapturedModel.load(model, tasks, tell, **parts)
     if any(part is not None for part in parts.values()):

@@ -1,4 +1,4 @@
-"""What engines depend on, as hashes: the code, the libraries and the machine, and what is traced, weights and all."""
+"""Hashes of what engines depend on: code, libraries, machine, and the traced modules with their weights."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _OF_THE_PROCESS = "_original_object_hash"
 
 
 class UnknownCodeError(Exception):
-    """A model is made of something that no fingerprint can tell: code or values from elsewhere."""
+    """A model contains code or values from elsewhere that no fingerprint can represent."""
 
 
 @functools.cache
 def environment() -> str:
-    """A hash of all that is the same for every engine of a process."""
+    """Return a hash of everything that is the same for every engine of a process."""
     parts = {
         "versions": {name: _version(name) for name in _VERSIONED},
         "source": _source(Path(__file__).parents[1]),
@@ -47,7 +47,7 @@ def environment() -> str:
 
 
 class TensorHashes:
-    """Hashes of tensors: type, shape, layout and bytes. Memory that comes up again is not read again.
+    """Hashes of tensors by type, shape, layout and bytes. Memory that was hashed before is not read again.
 
     Made anew for every build, since weights may change between two.
     """
@@ -56,6 +56,7 @@ class TensorHashes:
         self._known: dict[tuple[Any, ...], str] = {}
 
     def __call__(self, tensor: Tensor) -> str:
+        """Return the hash of a tensor. Raises `UnknownCodeError` if it is not on the CPU."""
         parts = (str(tensor.dtype), tuple(tensor.shape), tensor.stride())
         if tensor.device.type != "cpu":
             raise UnknownCodeError(f"a tensor is on {tensor.device}")
@@ -69,9 +70,9 @@ class TensorHashes:
 
 
 def captured_fingerprint(spec: CaptureSpec, hashes: TensorHashes) -> str:
-    """Equal for captures that trace the same: modules, settings, weights and sample.
+    """Return a hash that is equal for captures of the same modules, settings, weights and sample.
 
-    Raises `UnknownCodeError` if a module or a value of one is of a kind that this cannot tell.
+    Raises `UnknownCodeError` if a module or one of its values is of a kind that no fingerprint can represent.
     """
     parts = {
         "name": [spec.name, spec.task],
@@ -86,7 +87,7 @@ def captured_fingerprint(spec: CaptureSpec, hashes: TensorHashes) -> str:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, also those that no state dict holds, each under all of its names."""
+    """Return parameters and buffers, also those that no state dict holds, each under all of its names."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -94,7 +95,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(module: nn.Module, hashes: TensorHashes) -> list[list[str]]:
-    """Name, first name of the same memory, and hash of each tensor: tied weights are compiled as one."""
+    """List name, first name of the same memory, and hash of each tensor: tied weights are compiled as one."""
     first: dict[int, str] = {}
     return [
         [name, first.setdefault(tensor.data_ptr(), name), hashes(tensor)]
@@ -108,7 +109,7 @@ def _module(module: nn.Module, hashes: TensorHashes) -> list[Any]:
 
 
 def _fingerprint_of(value: Any, hashes: TensorHashes) -> Any:
-    """A module's setting as a JSON value, types included where JSON would lose them."""
+    """Convert a module's setting to a JSON value, with types included where JSON would lose them."""
     if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, Tensor):
@@ -146,7 +147,7 @@ def _version(name: str) -> str | None:
 
 
 def _source(package: Path) -> str:
-    """A hash of every Python file of the package: what version an edited installation is, no number tells."""
+    """Hash every Python file of the package: its version number does not identify an edited installation."""
     digest = hashlib.sha256()
     files = [
         Path(folder, name)

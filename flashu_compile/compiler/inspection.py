@@ -1,4 +1,4 @@
-"""What a build looks at once its engines are written: what the bundle answers, the recipe's cost, and the page."""
+"""Examine a bundle once its engines are written: its answers, the cost of the recipe, and its page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from flashu_compile.tasks import RECORDS, T2I
 
 @dataclasses.dataclass
 class Inspection:
-    """Looks at a bundle that has been written, and makes its page.
+    """Examines a bundle that has been written, and renders its page.
 
-    `samples` are all there are, of which calibration has (or would have) chosen `calibrated_on` with `seed`;
-    `measured_on` is how many the cost is measured on. `answers` asks the bundle, if it is to be asked itself.
+    `samples` are all that there are, of which calibration has (or would have) chosen `calibrated_on` with
+    `seed`; `measured_on` is how many the cost is measured on. `answers`, if given, asks the bundle.
     """
 
     source: CapturedModel
@@ -41,7 +41,7 @@ class Inspection:
 
     @property
     def plan(self) -> StepPlan | None:
-        """The trajectory of t2i, if that is one of the tasks."""
+        """Return the step plan of t2i, or None if that is not one of the tasks."""
         return self.recipe.plan() if T2I.name in self.tasks else None
 
     def measure(self, open_bundle: Open) -> dict[str, Any]:
@@ -78,11 +78,11 @@ class Inspection:
         return figures
 
     def page(self, manifest: Manifest, report: Mapping[str, Any]) -> str:
-        """Return the bundle's page as HTML."""
+        """Render the bundle's page as HTML."""
         return render(manifest, report, self.recipe, self.plan, self.comparisons)
 
     def _samples(self, task: str) -> tuple[tuple[Any, ...], bool]:
-        """What the cost is measured on, and whether calibration has not seen it."""
+        """Return the samples to measure the cost on, and whether they were held out from calibration."""
         if self.samples is None:
             return (), False
         others = self.samples.held_out(self.calibrated_on, self.seed).of(task)

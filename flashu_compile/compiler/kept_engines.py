@@ -1,8 +1,8 @@
-"""Finished engines, in memory and on disk, so that a build makes only those whose inputs are new.
+"""Finished engines, cached in memory and on disk, so that a build makes only those whose inputs are new.
 
-What is kept on disk is data alone: a graph, one eager run, statistics, and what passes did. Weights are kept as
-references to the model's own tensors (see weight_sources.py), which a build has loaded anyway; an entry's key holds the
-hash of every one of them.
+An entry on disk is data alone: a graph, one eager run, statistics, and the records of passes. Weights are
+stored as references to the model's own tensors (see weight_sources.py), which a build has loaded anyway; an
+entry's key contains the hash of every one of them.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _log = logging.getLogger(__name__)
 
 
 class _TooLargeError(Exception):
-    """Engines hold too many bytes that are not the model's."""
+    """An engine holds too many bytes that are not the model's."""
 
 
 @dataclasses.dataclass
 class EngineShelf:
-    """What was built of `source` before: in this process, and, if there is a `cache`, in any."""
+    """Engines of `source` that were built before: in this process, and, with a `cache`, in any other."""
 
     source: CapturedModel
     backend: Backend
@@ -55,7 +55,10 @@ class EngineShelf:
     _fingerprints: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     def fetch(self, captured: CapturedProgram, key: str, make: Callable[[], BuiltEngines]) -> BuiltEngines:
-        """The engines of `key`, which tells all but the captured program; made, and kept, if there are none."""
+        """Return the engines cached under `key`, building them with `make` on a miss.
+
+        `key` identifies all that they depend on but the captured program.
+        """
         built = self.source.built
         if key not in built:
             built[key] = self._from_disk(captured, key) or self._made(captured, key, make)
@@ -88,7 +91,7 @@ class EngineShelf:
         return WeightSources(captured.spec.module, self.source.ordered_weights)
 
     def _name(self, captured: CapturedProgram, key: str) -> str | None:
-        """The entry's name: a hash of everything that its engines depend on; None if that cannot be told."""
+        """Return the entry's name, a hash of all that its engines depend on; None if that has no fingerprint."""
         if self.cache is None:
             return None
         known, spec = self._fingerprints, captured.spec
@@ -105,7 +108,7 @@ class EngineShelf:
 
 
 def _encode(built: BuiltEngines, backend: Backend, weights: WeightSources) -> bytes | None:
-    """None if the backend's engines cannot be kept. Raises `_TooLargeError`."""
+    """Serialise engines, or return None if the backend's cannot be kept. Raises `_TooLargeError`."""
     tensors: dict[str, Tensor] = {}
     engines = []
     for number, engine in enumerate(built.engines):
@@ -127,7 +130,7 @@ def _encode(built: BuiltEngines, backend: Backend, weights: WeightSources) -> by
 def _engine_metadata(
     engine: EngineBuild, packed: Packed, weights: WeightSources, tensors: dict[str, Tensor], prefix: str
 ) -> dict[str, Any]:
-    """An engine as JSON values; what is no such thing is put into `tensors`."""
+    """Return an engine as JSON values, and add what cannot be JSON to `tensors`. Raises `_TooLargeError`."""
     places: dict[str, Any] = {}
     own = 0
     for name, tensor in packed.tensors.items():

@@ -1,4 +1,4 @@
-"""What a bundle records about its model and build, besides engines."""
+"""The manifest's data about a bundle's model and build, besides its engines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bundle_metadata(
 
 
 def generation(loaded: LoadedModel) -> GenerationSettings:
-    """Return what the t2i pipeline must know of the model."""
+    """Return the model's settings that the t2i pipeline needs."""
     config = loaded.network.config
     return GenerationSettings(
         latent_shape=config.latent_shape,
@@ -46,7 +46,7 @@ def generation(loaded: LoadedModel) -> GenerationSettings:
 
 
 def understanding(loaded: LoadedModel) -> UnderstandingSettings:
-    """Return what the mmu pipeline must know of the model."""
+    """Return the model's settings that the mmu pipeline needs."""
     return UnderstandingSettings(
         picture_size=_picture_size(loaded),
         max_question_tokens=loaded.network.config.sequence_length,
@@ -55,7 +55,7 @@ def understanding(loaded: LoadedModel) -> UnderstandingSettings:
 
 
 def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]:
-    """The sizes that dynamic dimensions of the model's engines take, by name."""
+    """Return the range of sizes of every dynamic dimension of the model's engines, by name."""
     made = generation(loaded) if T2I.name in tasks else None
     asked = understanding(loaded) if MMU.name in tasks else None
     # A picture's rows are its tokens, the time token before and the end token behind.
@@ -74,7 +74,7 @@ def _versions() -> dict[str, str]:
 
 
 def checkpoint_bytes(loaded: LoadedModel) -> int:
-    """Bytes of the network's distinct tensors at the precision it is compiled in."""
+    """Return the bytes of the network's distinct tensors at the precision it is compiled in."""
     tensors = {tensor.data_ptr(): tensor for tensor in loaded.network.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

@@ -1,8 +1,9 @@
-"""What passes and engines are validated on: the model itself, or where that would take hours, a small copy of it.
+"""Validate passes and engines on the model itself or, where that would take hours, on a small copy of it.
 
-Passes find structure, not sizes. So what they do to a model of a hundred layers is validated on a copy with a few of
-them: the same widths and weights, the same techniques, every kind of engine. On the whole model the same passes then
-run without: its graphs are linted and shapes propagated, and each engine gets a reference that `verify` runs it on.
+Passes find structure, not sizes. So their effect on a model of a hundred layers is validated on a copy with a
+few of them: the same widths and weights, the same techniques, every kind of engine. On the whole model the
+same passes then run without validation: its graphs are linted and shapes propagated, and each engine gets a
+reference that `verify` runs it on.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ LARGE = 2 << 30
 
 @dataclasses.dataclass(frozen=True)
 class ProofCopy:
-    """`loaded` and `recipe`, with the `layers` of each stack that they have of the whole model."""
+    """A small copy of a model and its recipe; `layers` are those it has of each stack of the whole model."""
 
     loaded: LoadedModel
     recipe: Recipe
     layers: Mapping[str, tuple[int, ...]]
 
     def name(self, weight: str) -> str | None:
-        """What a weight of the model is called here; None if it is not here."""
+        """Return the name in the copy of a weight of the model, or None if the copy lacks it."""
         return place_in_copy(weight, self.layers)
 
     def report(self, built: BuildResult, model: LoadedModel) -> dict[str, Any]:
-        """What was validated on the copy of `model`: the errors of its engines' outputs, and what passes did."""
+        """Return what was validated on the copy of `model`: the errors of engine outputs, and pass records."""
         total = depths(model.network.config)
         return {
             "layers": {stack: list(chosen) for stack, chosen in self.layers.items()},
@@ -57,18 +58,18 @@ class ProofCopy:
 
 
 def check_proof(proof: str) -> None:
-    """Raises `ConfigurationError` on an unknown word."""
+    """Raise `ConfigurationError` if `proof` is not a known choice."""
     if proof not in (AUTO, WHOLE, COPY):
         raise ConfigurationError(f"proof is one of {AUTO}, {WHOLE}, {COPY}, not {shown(proof)}.")
 
 
 def needs_copy(proof: str, loaded: LoadedModel) -> bool:
-    """Whether `proof` asks for a copy of this model."""
+    """Tell whether `proof` asks for a copy of this model."""
     return proof == COPY or (proof == AUTO and checkpoint_bytes(loaded) > LARGE)
 
 
 def proof_copy(loaded: LoadedModel, recipe: Recipe) -> ProofCopy:
-    """A copy with few layers in which everything that `recipe`, all decided, does to the model happens too."""
+    """Make a copy with few layers in which everything that the decided `recipe` does to the model happens."""
     config = loaded.network.config
     total = depths(config)
     layers = {stack: _ends(depth) for stack, depth in total.items()}
@@ -79,7 +80,10 @@ def proof_copy(loaded: LoadedModel, recipe: Recipe) -> ProofCopy:
 
 
 def _grid(token_pruning: float, largest: int) -> int:
-    """The side of a picture of which some token is dropped, if one is of the model's."""
+    """Return the smallest side of a copy's picture, in tokens, at which pruning drops a token.
+
+    If there is none below the model's own, it is the default side of copies.
+    """
     return next((side for side in range(GRID, largest) if int(token_pruning * side**2)), GRID)
 
 
@@ -88,9 +92,9 @@ def _ends(depth: int) -> tuple[int, ...]:
 
 
 def _llm_layers(depth: int, recipe: Recipe) -> tuple[int, ...]:
-    """The ends, those around the dropping of tokens, and what keeps the sets of skipped layers what they are.
+    """Choose the LLM layers of a copy: both ends, those around token pruning, and some for each skipped set.
 
-    None becomes empty, none takes everything, and those that differ still do.
+    Of the sets of skipped layers, none becomes empty or takes every layer, and sets that differ still differ.
     """
     chosen = set(_ends(depth))
     sets = [set(phase.skipped) for task in recipe.decisions for phase in recipe.decided(task).phases]
@@ -133,7 +137,7 @@ def _reduced_recipe(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> Reci
 def validate_on_copy(
     loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe, maker: Maker, backend: str, tell: Steps
 ) -> dict[str, Any]:
-    """Build everything for a small copy of the model, where it is held against eager PyTorch; what the report says.
+    """Build everything for a small copy of the model, compare it with eager PyTorch, and return report entries.
 
     The copy's bundle is asked too, and then deleted.
     """

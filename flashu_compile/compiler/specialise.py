@@ -1,4 +1,4 @@
-"""From the captured programs of a task and a recipe to the programs of its engines. Every engine is made by passes."""
+"""Specialise the captured programs of a task by a recipe. Every engine is made by passes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Specialised = tuple[tuple[Program, ...], tuple[PassRecord, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Engines that are made of one captured program together.
+    """Engines that are made together of one captured program.
 
-    `passes` run over the program under the name `name`; `then` over what they make, by the name it has. `only` names
-    the programs to keep, where the passes also make what is not wanted.
+    `passes` run over the program under the name `name`; `then` maps names of the programs that they make to
+    passes that run over those. `only` names the programs to keep, where the passes also make unwanted ones.
     """
 
     name: str
@@ -37,9 +37,10 @@ class Job:
     only: tuple[str, ...] = ()
 
     def run(self, program: Program, *, validate: bool = True) -> Specialised:
-        """`validate`: what passes give is held against what they got, see `PassManager`.
+        """Run the passes and return the programs with the records of passes.
 
-        Raises `PassError` if a structure that a pass needs is not there or decisions do not fit the model.
+        `validate`: compare the results of passes with their inputs, see `PassManager`. Raises `PassError` if
+        a structure that a pass needs is not there or decisions do not fit the model.
         """
         made, records = PassManager(self.passes, validate).run(dataclasses.replace(program, name=self.name))
         programs: list[Program] = []
@@ -56,26 +57,26 @@ class Job:
         return tuple(programs), records
 
     def fingerprint(self) -> str:
-        """Equal for jobs that do the same to the same program."""
+        """Return a hash that is equal for jobs that do the same to the same program."""
         return hashlib.sha256(json.dumps(_as_json(self)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class NeuronOrder:
-    """How the neurons of a model are ordered, and the `recipe` with its kept neurons where they are then."""
+    """An order of the neurons of a model, and the `recipe` with its kept neurons at their new places."""
 
     recipe: Recipe
     passes: tuple[OrderNeurons, ...]
 
     def job(self, spec: CaptureSpec) -> Job:
-        """What orders the neurons of the program that is captured by `spec`."""
+        """Return the job that orders the neurons of the program captured by `spec`."""
         return Job(spec.name, tuple(step for step in self.passes if step.stack in spec.stacks))
 
 
 def neuron_order(recipe: Recipe, tasks: Sequence[str], shared: OrderedWeights | None = None) -> NeuronOrder:
-    """The order in which what each of `tasks` keeps is one range of the whole weights.
+    """Find an order in which the neurons that each of `tasks` keeps are one range of the whole weights.
 
-    `shared` holds ordered weights of programs of the same model, and gets those that are made.
+    `shared` holds ordered weights of programs of the same model; those that are made are added to it.
     """
     decided = {task: recipe.decided(task) if task in tasks else Decisions() for task in TASKS}
     first, second = (decisions.kept_neurons for decisions in decided.values())
@@ -94,7 +95,7 @@ def neuron_order(recipe: Recipe, tasks: Sequence[str], shared: OrderedWeights | 
 
 
 def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) -> KeptNeurons:
-    """Where the kept neurons of a task are after ordering."""
+    """Return the places of a task's kept neurons after ordering."""
 
     def place(step: OrderNeurons, block: int) -> NDArray[np.int64]:
         found = kept_ranges(step.first.get(block), step.second.get(block))[task]
@@ -105,7 +106,7 @@ def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) ->
 
 
 def _as_json(value: Any) -> Any:
-    """Decisions as JSON values, the name of each dataclass with its fields."""
+    """Convert decisions to JSON values, with the name of each dataclass beside its fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _as_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return [type(value).__name__, fields]

@@ -1,4 +1,4 @@
-"""What the compiler does for each task: one class a task, found by the task's name.
+"""The compiler's side of each task: one class per task, found by the task's name.
 
 To add a task, write a class with the members of `CompiledTask` beside the two here, a record in
 `flashu_compile/tasks.py`, and its parameters in `recipe/config.py`.
@@ -49,11 +49,11 @@ class CompiledTask(Protocol):
 
     @property
     def record(self) -> TaskRecord:
-        """The task's record."""
+        """Return the task's record."""
         ...
 
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
-        """Return what `recipe` makes of the program that techniques change.
+        """Return the jobs that `recipe` makes of the program that techniques change.
 
         Raises `RecipeError` if the recipe lacks a decision.
         """
@@ -67,13 +67,16 @@ class CompiledTask(Protocol):
         seed: int,
         progress: Callable[[int, int], None],
     ) -> Calibrated:
-        """Take the recipe's open decisions from `samples`. Raises `CalibrationError` as measure/calibration.py does."""
+        """Take the recipe's open decisions from `samples`.
+
+        Raises `CalibrationError` as measure/calibration.py does.
+        """
         ...
 
     def linear_errors(
         self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
     ) -> tuple[LinearError, ...]:
-        """Measure what each linear layer loses in int8; on the program's own sample if there are no `samples`."""
+        """Measure the int8 error of each linear layer, on the program's own sample if there are no `samples`."""
         ...
 
     def cost(
@@ -85,7 +88,7 @@ class CompiledTask(Protocol):
         seed: int,
         tell: Callable[[str], None],
     ) -> Cost:
-        """Measure what a lossy recipe costs, the engines against the program as captured."""
+        """Measure the cost of a lossy recipe: the engines against the program as captured."""
         ...
 
 
@@ -218,7 +221,7 @@ COMPILED_TASKS: Mapping[str, CompiledTask] = {
 
 
 def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
-    """Return what `recipe` makes of the captured program called `program`.
+    """Return the jobs that `recipe` makes of the captured program called `program`.
 
     Programs that no technique changes are only cleaned. Raises `RecipeError` if the recipe lacks a decision.
     """
@@ -231,9 +234,9 @@ def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
 def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tuple[PassRecord, ...]:
     """Return a record for each technique that `recipe` asks for and no job of `program` has a pass for.
 
-    Such as decisions that skip no layer, or a plan whose evaluations are all full. What passes themselves decline is in
-    their own records. A technique that is done in part is done: some blocks may keep all their neurons, some engines
-    be whole and some phases skip nothing.
+    Examples are decisions that skip no layer, and a plan whose evaluations are all full. What passes
+    themselves decline is in their own records. A technique that is done in part is done: some blocks may keep
+    all their neurons, some engines be whole and some phases skip nothing.
     """
     if program != RECORDS[task].program:
         return ()
@@ -253,7 +256,7 @@ def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tupl
 
 
 def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the tasks asked for, in our order. Raises `UnknownTaskError`."""
+    """Return the tasks asked for, in the order of `TASKS`. Raises `UnknownTaskError`."""
     if not isinstance(task, str | Sequence):
         raise UnknownTaskError(f"A task is a text, or several a list of them, not {shown(task)}.")
     asked = (task,) if isinstance(task, str) else tuple(task)

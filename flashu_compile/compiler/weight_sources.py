@@ -1,4 +1,4 @@
-"""Tensors said as parts of a model's own, so that what is kept of an engine holds no copy of the weights."""
+"""References to parts of a model's own tensors, so that a cached engine holds no copy of the weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Reference = dict[str, Any]
 
 
 class WeightSources:
-    """The tensors of a model, and those that ordering its neurons has made of them.
+    """The tensors of a model, and those made by ordering its neurons, to refer to.
 
-    `orders` holds the orders that references speak of, by name. Who keeps references must keep these.
+    `orders` holds the neuron orders that references name. Store them together with the references.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class WeightSources:
         self.orders: dict[str, Tensor] = dict(orders or {})
 
     def reference(self, tensor: Tensor) -> Reference | None:
-        """How to find `tensor` again, or None if it is memory of its own."""
+        """Return a reference to `tensor`, or None if it is memory of its own."""
         found = self._named.holder(tensor)
         if found is not None:
             return {"of": found, **_part(tensor, self._named.tensors[found])}
@@ -43,7 +43,7 @@ class WeightSources:
         return {"ordered": turned, **_part(tensor, entry.ordered)}
 
     def tensor(self, reference: Reference) -> Tensor:
-        """What `reference` found. Raises `KeyError` or `ValueError` if there is no such thing."""
+        """Return the tensor of a reference. Raises `KeyError` or `ValueError` if there is no such thing."""
         if "of" in reference:
             whole = self._named.tensors[reference["of"]]
         else:
@@ -74,7 +74,7 @@ class WeightSources:
 
 
 class _Places:
-    """Named tensors by where they lie; no two overlap, unless they are tied and one memory."""
+    """Named tensors by their place in memory; none overlap, except tied ones, which are the same memory."""
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self.tensors = dict(tensors)
@@ -84,6 +84,7 @@ class _Places:
         )
 
     def holder(self, tensor: Tensor) -> str | None:
+        """Return the name of a tensor whose memory contains `tensor`, or None."""
         after = bisect.bisect_right(self._starts, tensor.data_ptr(), key=lambda place: place[0])
         if after == 0:
             return None

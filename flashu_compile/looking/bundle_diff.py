@@ -1,4 +1,4 @@
-"""What differs between two bundles: facts, recipe, step plan, and engines with what they hold and do. No torch."""
+"""Differences of two bundles: facts, recipe, step plan, and engines with their contents and work. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FACTS = ("model", "tasks", "backend", "precision")
 
 
 class OpenBundle:
-    """The parts of a bundle that tell what it is. Raises `BundleError` or `RecipeError` if one is damaged."""
+    """The parts of a bundle that describe it. Raises `BundleError` or `RecipeError` if one is damaged."""
 
     def __init__(self, directory: Path) -> None:
         directory = absolute(directory)
@@ -35,27 +35,29 @@ class OpenBundle:
 
     @property
     def runs(self) -> dict[str, int]:
-        """Evaluations of a trajectory by engine."""
+        """Return the number of evaluations in a trajectory by engine."""
         return dict(Counter(step.engine for step in self.plan.steps)) if self.plan else {}
 
     def figures(self, engine: str) -> dict[str, int]:
-        """Nodes, parameters, FLOPs and bytes moved of an engine, and the bytes of its graph."""
+        """Return nodes, parameters, FLOPs and bytes moved of an engine, and the bytes of its graph."""
         counts: Mapping[str, Any] = self.report.get("engines", {}).get(engine, {})
         sums = {name: sum(counts.get(name, {}).values()) for name in ("parameters", "flops", "bytes")}
         graph = self.manifest.files.get(self.manifest.engine(engine).file)
         return {"nodes": counts.get("nodes", 0), **sums, "graph_bytes": 0 if graph is None else graph.bytes}
 
     def sizes(self) -> dict[str, int]:
+        """Return the sizes in the report, and that of all files, in bytes."""
         total = sum(entry.bytes for entry in self.manifest.files.values())
         return {**self.report.get("sizes", {}), "all_files_bytes": total}
 
 
 def diff(a: Path, b: Path) -> dict[str, Any]:
-    """By part, [in A, in B] of whatever differs; parts are empty where nothing does.
+    """Compare two bundles: by part, [in A, in B] of everything that differs; equal parts are empty.
 
-    `facts`, `origins` (of the weights), `versions`, `plan` (evaluations by engine), `sizes`: by name. `recipe`:
-    lines, as `recipe diff` prints. `engines`: those of one side alone, and for those of both the figures that differ.
-    `equal`: whether the manifests are, and so all files.
+    `facts`, `origins` (of the weights), `versions`, `plan` (evaluations by engine), `sizes`: by name.
+    `recipe`: lines, as `recipe diff` prints. `engines`: those of one side alone, and for those of both the
+    figures that differ. `contents`: names of files of both whose contents differ. `equal`: whether the
+    manifests, and so all files, are equal.
     """
     one, two = OpenBundle(a), OpenBundle(b)
     names = [{engine.name for engine in side.manifest.engines} for side in (one, two)]
@@ -77,7 +79,7 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _origins(manifest: Manifest) -> dict[str, str | None]:
-    """What the manifest says of each part's weights, a name for each fact."""
+    """Return the manifest's facts about the weights of each part, by a name for each fact."""
     told: dict[str, str | None] = {}
     for part, origin in manifest.origins.items():
         told |= {f"{part} {name}": getattr(origin, name) for name in ("repository", "revision", "license")}
@@ -103,7 +105,7 @@ def _changed_engines(
 
 
 def _other_contents(a: Manifest, b: Manifest) -> Iterator[str]:
-    """Files of both that hold something else."""
+    """Yield the names of files of both whose contents differ."""
     for name in a.files.keys() & b.files.keys():
         if a.files[name] != b.files[name]:
             yield name

@@ -1,4 +1,4 @@
-"""What the analyses find in a model's programs, and for what they do not find, why. Plain data for people and JSON."""
+"""The structures that the analyses find in a model's programs, and why others are missing, as plain data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Found = TypeVar("_Found")
 
 @dataclasses.dataclass(frozen=True)
 class TensorFacts:
-    """An input or output. `shape` names dynamic dimensions; `reads` are the inputs an output depends on, by value."""
+    """An input or output. `shape` names dynamic dimensions; `reads` are inputs whose values an output depends on."""
 
     role: str
     shape: Shape
@@ -38,7 +38,7 @@ class TensorFacts:
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardFacts:
-    """`kind`: plain (one layer up), or gated (two; or one that gives both if `fused`)."""
+    """An FFN. `kind`: plain (one up projection), or gated (two; or one for both if `fused`)."""
 
     kind: str
     width: int
@@ -47,7 +47,7 @@ class FeedForwardFacts:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFacts:
-    """`rotary`: whether tables from outside the block turn queries and keys."""
+    """An attention. `rotary`: whether queries and keys are rotated by tables from outside the block."""
 
     heads: int
     kv_heads: int
@@ -58,7 +58,7 @@ class AttentionFacts:
 
 @dataclasses.dataclass(frozen=True)
 class BlockFacts:
-    """A residual block: the graph's nodes where the residual stream goes in and out, and what is between."""
+    """A residual block: the nodes where the residual stream enters and leaves, and the layers between."""
 
     index: int
     entry: str
@@ -89,7 +89,7 @@ class SpanFacts:
 
 @dataclasses.dataclass(frozen=True)
 class HeadFacts:
-    """What a cache of head features can keep: `gives` follows from them, and from the inputs `beside`.
+    """Features that a head cache can store: outputs `gives` follow from them, and from the inputs `beside`.
 
     `stack` is the last one they come from, None where no stack was found before them.
     """
@@ -102,13 +102,15 @@ class HeadFacts:
 
 @dataclasses.dataclass(frozen=True)
 class NotFound:
+    """A structure that was not found, and the reason."""
+
     what: str
     why: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramStructure:
-    """Everything found in one captured program."""
+    """All structures found in one captured program."""
 
     name: str
     task: str
@@ -127,9 +129,9 @@ def model_structure(
     progress: Progress | None = None,
     **parts: Unpack[ModelParts],
 ) -> tuple[ProgramStructure, ...]:
-    """The structure of every captured program of `tasks` that has stacks. Arguments are as for `export`.
+    """Return the structure of every captured program of `tasks` that has stacks. Arguments are as for `export`.
 
-    Raises `FlashuError` if the model cannot be loaded or captured; a structure that is not there is no error.
+    Raises `FlashuError` if the model cannot be loaded or captured; a missing structure is not an error.
     """
     tell = Steps(progress)
     source = CapturedModel.load(model, tasks, tell, **parts)
@@ -143,7 +145,7 @@ def model_structure(
 
 
 def program_structure(program: Program) -> ProgramStructure:
-    """What every analysis finds in `program`."""
+    """Run every analysis on `program` and return what it finds."""
     not_found: list[NotFound] = []
 
     def look(what: str, analysis: Callable[..., _Found], *arguments: Any) -> _Found | None:
@@ -227,7 +229,7 @@ def _span(program: Program) -> SpanFacts:
 
 
 def _head(program: Program, exits: Mapping[str, fx.Node]) -> HeadFacts:
-    """Raises `StructureError` where nothing can be reused."""
+    """Describe the features that can be reused. Raises `StructureError` where nothing can be."""
     reason = ReuseFeatures().requires(program)
     if reason is not None:
         raise StructureError(f"{reason[0].upper()}{reason[1:]}.")
@@ -252,7 +254,7 @@ def _head(program: Program, exits: Mapping[str, fx.Node]) -> HeadFacts:
 
 
 def _shape(program: Program, node: fx.Node) -> Shape:
-    """Sizes; a dynamic one in the names that the inputs give their dimensions."""
+    """Return the sizes of a value; a dynamic one in the names that the inputs give their dimensions."""
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     names = _dimension_names(program)
@@ -265,7 +267,7 @@ def _shape(program: Program, node: fx.Node) -> Shape:
 
 
 def _dimension_names(program: Program) -> dict[str, str]:
-    """The names of dynamic dimensions by their symbols."""
+    """Return the names of dynamic dimensions by their symbols."""
     nodes = {node.name: node for node in program.exported.graph.find_nodes(op="placeholder")}
     users = program.exported.graph_signature.user_inputs
     return {

@@ -6,8 +6,8 @@ determined by the seed. What is measured, per task:
 - Wanda scores of FFN neurons (FlashU, technique 1): ||X_j||_2 * sum_i |W_down[i, j]|, X = the input of the down
   projection on every row that is computed: for t2i along the sampling trajectory of the unpruned model, both
   guidance branches, padding left out; for mmu over the picture, the question and the model's own answer.
-- Layer importance (technique 3): 1 - mean cosine between what enters a layer and what leaves it; for t2i per phase
-  of the trajectory over the same rows, for mmu over the rows that predict the answer's tokens.
+- Layer importance (technique 3): 1 - mean cosine between a layer's input and output; for t2i per phase of the
+  trajectory over the same rows, for mmu over the rows that predict the answer's tokens.
 - Norms of value vectors (technique 6) of image and text rows, per layer, for the report.
 """
 
@@ -49,7 +49,7 @@ Rows = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What calibration decided for a task, and the figures it decided on (plain JSON values, for the report)."""
+    """The decisions of calibration for a task, and the figures behind them (JSON values, for the report)."""
 
     decisions: Decisions
     figures: dict[str, Any]
@@ -57,14 +57,14 @@ class Calibrated:
 
 
 def wanda_scores(squares: Tensor, down: Tensor) -> NDArray[np.float64]:
-    """||X_j||_2 * sum_i |W[i, j]| float64 [ffn] from sums of squares [ffn] and the down projection [out, ffn]."""
+    """Return ||X_j||_2 * sum_i |W[i, j]|, float64 [ffn], from sums of squares [ffn] and W [out, ffn] (down)."""
     return (squares.double().sqrt() * down.detach().double().abs().sum(0)).numpy()
 
 
 def keep_neurons(scores: NDArray[np.float64], ratio: float, multiple: int, where: str) -> NDArray[np.int64]:
-    """The neurons that stay, in rising order: the best (1 - ratio), rounded down to a multiple; ties keep the lower.
+    """Return the neurons that stay, in rising order. Raises `RecipeError` if none would.
 
-    Raises `RecipeError` if nothing would stay.
+    They are the best (1 - ratio), rounded down to a multiple of `multiple`; of equals, the lower index stays.
     """
     width = len(scores)
     count = math.floor((1 - ratio) * width + 1e-9) // multiple * multiple
@@ -77,7 +77,7 @@ def keep_neurons(scores: NDArray[np.float64], ratio: float, multiple: int, where
 
 
 def skip_layers(importance: Sequence[float], ratio: float) -> tuple[int, ...]:
-    """The floor(n * ratio) least important layers in rising order; of equals, the lower index goes first."""
+    """Return the floor(n * ratio) least important layers in rising order; of equals, the lower goes first."""
     count = math.floor(len(importance) * ratio + 1e-9)
     return tuple(sorted(int(i) for i in np.argsort(np.asarray(importance), kind="stable")[:count]))
 
@@ -86,10 +86,10 @@ def score_curves(
     scores: Mapping[str, Mapping[int, NDArray[np.float64]]],
     kept: Mapping[str, Mapping[int, NDArray[np.int64]]],
 ) -> dict[str, list[dict[str, Any]]]:
-    """How the scores of an FFN's neurons fall, for the report: by stack, an entry for each block that is cut.
+    """Summarise how the scores of an FFN's neurons fall, for the report: by stack, an entry for each pruned block.
 
-    `curve` holds the scores at equal distances from the best neuron to the worst, as shares of the best (three
-    digits); `width` neurons there were, and `kept` stay.
+    `curve` holds the scores at equal distances from the best neuron to the worst, as shares of the best
+    (three digits); `width` is the number of neurons before pruning, `kept` after.
     """
     curves: dict[str, list[dict[str, Any]]] = {}
     for stack, blocks in kept.items():
@@ -103,7 +103,7 @@ def score_curves(
 
 
 class Statistics:
-    """Running sums over what a Recorder sees. `rows` picks the rows to count out of a value; set it before each run."""
+    """Running sums over a Recorder's values. `rows` selects the rows of a value; set it before each run."""
 
     def __init__(self, program: Program, stacks: Sequence[str]) -> None:
         self.feed_forwards: list[FeedForward] = [f for s in stacks for f in feed_forwards(program, s)]
@@ -119,10 +119,12 @@ class Statistics:
         self._weights = program.stored()
 
     def reset_cosines(self) -> None:
+        """Reset the sums of cosines and the number of rows they cover."""
         self.cosines = torch.zeros(len(self.blocks), dtype=torch.float64)
         self.counted = 0
 
     def taps(self) -> dict[fx.Node, Tap]:
+        """Return the taps that update these sums, by node."""
         taps: dict[fx.Node, Tap] = {f.hidden: self._square(f) for f in self.feed_forwards}
         taps[self.blocks[0].entry] = self._enter
         return taps | {block.exit: self._leave(number) for number, block in enumerate(self.blocks)}
@@ -157,9 +159,11 @@ class Statistics:
         return tap
 
     def importance(self) -> list[float]:
+        """Return the importance of each layer: 1 - its mean cosine."""
         return (1 - self.cosines / self.counted).tolist()
 
     def scores(self) -> dict[str, dict[int, NDArray[np.float64]]]:
+        """Return the Wanda scores, float64 [ffn], by stack and block."""
         result: dict[str, dict[int, NDArray[np.float64]]] = {}
         for group in self.feed_forwards:
             down = self._weights[group.down.all_input_nodes[1]]
@@ -180,10 +184,9 @@ def calibrate_t2i(
 ) -> Calibrated:
     """Decide for t2i, from the trajectories of `prompts` through the captured denoise `program`.
 
-    `config` must be resolved (points, guidance scale and time shift given). The trajectory follows its guidance and
-    solver with nothing pruned, skipped or cached. Noise of prompt i is that of seed `seed + i`.
-
-    Raises `CalibrationError` if there are no prompts, one of them fails, or activations are not finite.
+    `config` must be resolved (points, guidance scale and time shift given). The trajectory has its guidance
+    and solver with nothing pruned, skipped or cached. Prompt i has the noise of seed `seed + i`. Raises
+    `CalibrationError` if there are no prompts, one of them fails, or activations are not finite.
     """
     if not prompts:
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
@@ -216,7 +219,7 @@ def calibrate_t2i(
 
 
 class _PhaseCosines:
-    """Splits the cosines of a trajectory into phases of `interval` evaluations, and selects the live rows of each."""
+    """Splits a trajectory's cosines into phases of `interval` evaluations, and selects the live rows of each."""
 
     def __init__(self, statistics: Statistics, evaluations: int, interval: int) -> None:
         self.statistics, self.evaluations, self.interval = statistics, evaluations, interval
@@ -234,7 +237,7 @@ class _PhaseCosines:
         self.statistics.rows = self.statistics.last_rows = _live_rows(inputs)
 
     def close(self) -> None:
-        """Book what the last evaluation gave."""
+        """Add the sums of the last evaluation to its phase."""
         if self._phase is not None:
             self.sums[self._phase] += self.statistics.cosines
             self.rows[self._phase] += self.statistics.counted
@@ -258,9 +261,9 @@ class _PhaseCosines:
 
 
 def _live_rows(inputs: Mapping[str, Tensor]) -> Rows:
-    """Rows of the text and the image span; padding before and everything after the image left out.
+    """Select the rows of the text and the image span, without padding before and everything after the image.
 
-    Stacks over image tokens alone have another number of rows, all of them live.
+    Stacks over image tokens alone have another number of rows, which are all selected.
     """
     mask, tail = inputs[Role.PROMPT_MASK], inputs[Role.TAIL_IDS].shape[1]
 

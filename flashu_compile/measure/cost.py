@@ -1,12 +1,12 @@
-"""What a lossy recipe costs at the task's level: the engines just built against the program as captured.
+"""The cost of a lossy recipe at the task's level: the engines just built against the program as captured.
 
-- t2i: final latents at equal seed and prompt, the recipe's step plan against the published sampler at the model's own
-  number of time points and the same guidance scale.
-- mmu: logits of the next token on teacher-forced answers (the exact program's own), and how often the token is the
-  same.
+- t2i: final latents at equal seed and prompt, the recipe's step plan against the published sampler at the model's
+  own number of time points and the same guidance scale.
+- mmu: logits of the next token on teacher-forced answers (the exact program's own), and how often the token is
+  the same.
 
-Every technique is also measured alone, on the first sample, by emulation (`emulation.py`), so that one can see what
-the cost is made of. Errors are relative L2, ‖x - exact‖ / ‖exact‖ over what is not masked, to three digits.
+Every technique is also measured alone, on the first sample, by emulation (`emulation.py`), to show its share
+of the cost. Errors are relative L2, ‖x - exact‖ / ‖exact‖ over what is not masked, to three digits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """`figures` are plain JSON values, for the report; `comparisons` are for its page."""
+    """A measured cost. `figures` are plain JSON values, for the report; `comparisons` are for its page."""
 
     figures: dict[str, Any]
     comparisons: tuple[Comparison, ...]
@@ -67,7 +67,11 @@ def picture_cost(
     seed: int = 0,
     tell: Tell,
 ) -> Cost:
-    """`program` is the captured generation step, `points` the model's own; noise of prompt i is that of `seed + i`."""
+    """Measure the cost of `recipe` for t2i: the error of final latents, and by technique.
+
+    `program` is the captured generation step, `decoder` the captured VAE decoder and `points` the model's own
+    number of time points. Prompt i has the noise of seed `seed + i`.
+    """
     texts = [prompt_pair(codec, settings, prompt) for prompt in prompts]
     noises = [initial_noise(seed + i, 0, (1, *settings.latent_shape)) for i in range(len(prompts))]
     exact = dataclasses.replace(
@@ -102,7 +106,7 @@ def picture_cost(
 
 
 def _picture_techniques(recipe: Recipe, exact: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Each technique that is on, alone on the grid of the exact trajectory."""
+    """Yield each technique that is on, alone on the grid of the exact trajectory."""
     config, plain = recipe.t2i, exact.t2i
     end = {"full_ffn": config.full_ffn, "full_ffn_at": config.full_ffn_at}
     pruning = {name: getattr(config, name) for name in ("ffn_pruning", "semantic_pruning", "head_pruning")}
@@ -139,7 +143,10 @@ def answer_cost(
     *,
     tell: Tell,
 ) -> Cost:
-    """`program` is the captured understanding forward."""
+    """Measure the cost of `recipe` for mmu: the error of next-token logits, and by technique.
+
+    `program` is the captured understanding forward.
+    """
     asked = [_Question(codec, settings, *question) for question in questions]
     whole = _emulator(program, recipe)
     rows: list[dict[str, Any]] = []
@@ -200,7 +207,7 @@ def _emulator(program: Program, recipe: Recipe) -> Emulator:
 
 
 class _Question:
-    """A question about a picture, whose next tokens programs and engines are asked for."""
+    """A question about a picture, to be answered by programs and engines token by token."""
 
     def __init__(self, codec: PromptCodec, settings: UnderstandingSettings, image: Given, text: str) -> None:
         self.text, self._end = text, codec.eos
@@ -223,7 +230,7 @@ class _Question:
         return logits[0]
 
     def greedy(self, emulator: Emulator) -> tuple[list[int], NDArray[np.float32]]:
-        """The answer, without what ends it, and the logits [tokens + 1, vocab] that gave it and its end."""
+        """Return the greedy answer without its end token, and the logits [tokens + 1, vocab] of both."""
         answer: list[int] = []
         rows = [self._next(emulator, answer)]
         while len(answer) < ANSWER_TOKENS and (token := int(rows[-1].argmax())) != self._end:
@@ -232,7 +239,7 @@ class _Question:
         return answer, np.stack(rows)
 
     def logits(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [tokens + 1, vocab] with `answer` given token by token."""
+        """Return the logits [tokens + 1, vocab] with `answer` given token by token."""
         return np.stack([self._next(emulator, answer[:count]) for count in range(len(answer) + 1)])
 
     def logits_of_engines(self, engines: Engines, answer: Sequence[int]) -> NDArray[np.float32]:
@@ -245,7 +252,7 @@ class _Question:
         return logits
 
     def kept(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.bool_] | None:
-        """Which image tokens token pruning keeps, where the recipe has it."""
+        """Return which image tokens token pruning keeps, or None if the recipe prunes none."""
         if emulator.tokens is None:
             return None
         self._next(emulator, answer)

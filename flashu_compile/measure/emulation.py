@@ -1,8 +1,9 @@
-"""A recipe carried out on a captured program by changing values while it runs, instead of by compiling it.
+"""Emulate a recipe on a captured program by changing values while it runs, instead of compiling it.
 
-Neurons that are pruned are set to zero, a skipped layer gives what it got, dropped tokens are hidden from every later
-attention, cached features stand in for those of a step. In real arithmetic that is what the engines of the recipe
-compute, at none of their speed: for measuring one technique at a time without building engines for it.
+Neurons that are pruned are set to zero, the output of a skipped layer is its input, dropped tokens are hidden
+from every later attention, cached features replace those of a step. In real arithmetic that is what the
+engines of the recipe compute, without their speed: it measures one technique at a time without building
+engines for it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from flashu_compile.tasks import LLM, REUSE, T2I
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edits:
-    """What differs from the program as captured. `kept`: masks [width] of neurons, by the name of the hidden value."""
+    """The changes to a captured program. `kept`: masks [width] of neurons, by the name of the hidden value."""
 
     kept: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)  # a layer's exit → its entry
@@ -46,7 +47,7 @@ class Edits:
 
 
 class Emulator(Recorder):
-    """Runs the program under `edits`; what none of the outputs in `wanted` depends on is left out."""
+    """Runs the program under `edits`; nodes that no output in `wanted` depends on are left out."""
 
     def __init__(self, program: Program, wanted: tuple[str, ...], edits: Edits) -> None:
         super().__init__(program, {})
@@ -58,12 +59,16 @@ class Emulator(Recorder):
 
     @property
     def tokens(self) -> DroppedTokens | None:
+        """Return the edit that drops tokens, or None."""
         return self._edits.tokens
 
     def emulate(
         self, inputs: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Outputs by role. `given` takes the place of outputs, by role, for everything that depends on them."""
+        """Return the wanted outputs by role.
+
+        `given` replaces outputs, by role, for everything that depends on them.
+        """
         self._overrides = {self._roles[role]: value for role, value in (given or {}).items()}
         self._needed = self._ancestors()
         outputs = self.record(inputs)
@@ -71,6 +76,7 @@ class Emulator(Recorder):
         return {role: outputs[role] for role in self._wanted}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Compute a node under the edits, or return None if nothing wanted depends on it."""
         if n.op == "call_function" and n.name not in self._needed:
             return None
         value = self._value(n)
@@ -91,7 +97,7 @@ class Emulator(Recorder):
         return value if kept is None else value * kept.to(value.dtype)
 
     def _ancestors(self) -> set[str]:
-        """Names of the nodes that the wanted outputs follow from, under what is skipped and given."""
+        """Return the names of the nodes that wanted outputs depend on, with layers skipped and values given."""
         tokens, skipped = self._edits.tokens, self._edits.skipped
         wanted = [self._roles[role] for role in self._wanted] + list(tokens.watched if tokens else ())
         given = self._overrides.keys() - skipped.keys()
@@ -99,7 +105,7 @@ class Emulator(Recorder):
 
 
 def _flow(program: Program, skipped: Mapping[str, str]) -> nx.DiGraph:
-    """The flow of the program by the names of its nodes, with each skipped exit read from its entry alone."""
+    """Return the program's data flow by node name, with each skipped exit read from its entry alone."""
     flow = node_flow(program.exported.graph)
     flow = nx.relabel_nodes(flow, {node: node.name for node in flow})
     flow.remove_edges_from(list(flow.in_edges(skipped)))
@@ -108,7 +114,7 @@ def _flow(program: Program, skipped: Mapping[str, str]) -> nx.DiGraph:
 
 
 class DroppedTokens:
-    """Drops tokens of the visual span behind the layer that decides: later attentions do not see their keys."""
+    """Drops tokens of the visual span behind the deciding layer: later attentions do not see their keys."""
 
     def __init__(self, program: Program, config: MMUConfig, skipped: tuple[int, ...]) -> None:
         span = visual_span(program)
@@ -124,6 +130,7 @@ class DroppedTokens:
         self.kept: NDArray[np.bool_] = np.ones(span.length, bool)
 
     def see(self, name: str, value: Any) -> None:
+        """Store a watched value, and choose the tokens to drop once the deciding layer's attention is reached."""
         if name in self.watched:
             self._seen[name] = value
         if name == self._site.node.name:
@@ -137,7 +144,7 @@ class DroppedTokens:
             self._start, self._kept, self.kept = start, kept, kept[0].numpy()
 
     def attend(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
-        """The attention whose mask also hides the dropped rows."""
+        """Compute an attention whose mask also hides the dropped rows."""
         query, key, value, *rest = arguments
         options = dict(options)
         mask = rest.pop(0) if rest else options.pop("attn_mask", None)
@@ -155,7 +162,7 @@ class DroppedTokens:
 def edits(
     program: Program, decided: Decisions, skipped: tuple[int, ...], tokens: MMUConfig | None = None
 ) -> Edits:
-    """The decisions as edits of the captured `program`; `tokens` asks for its token pruning too."""
+    """Convert decisions to edits of the captured `program`; with `tokens`, its token pruning too."""
     masks = {}
     for stack, blocks in decided.kept_neurons.items():
         for group in feed_forwards(program, stack):
@@ -170,7 +177,7 @@ def edits(
 
 
 class EmulatedEngines:
-    """The engines of `recipe`'s step plan, for the sampler, on the captured generation step."""
+    """The engines of `recipe`'s step plan, emulated for the sampler on the captured generation step."""
 
     def __init__(self, program: Program, recipe: Recipe) -> None:
         self._program, self._decided = program, recipe.decided(T2I.name)
@@ -180,9 +187,11 @@ class EmulatedEngines:
 
     @property
     def precision(self) -> str:
+        """Return the precision that programs are captured in."""
         return "float32"
 
     def engine(self, name: str) -> EmulatedEngine:
+        """Return the engine called `name`, made on first use."""
         if name not in self._made:
             variant = Variant() if name == REUSE else self._variants[name]
             decided = self._decided if variant.pruned else Decisions()
@@ -193,7 +202,7 @@ class EmulatedEngines:
 
 
 class EmulatedEngine:
-    """One of them; `reuses`: it takes head features instead of computing them."""
+    """An emulated engine. `reuses`: it takes head features instead of computing them."""
 
     def __init__(self, name: str, emulator: Emulator, *, reuses: bool) -> None:
         self._emulator, self._reuses = emulator, reuses
@@ -203,6 +212,7 @@ class EmulatedEngine:
         self.spec = EngineSpec(name, program.task, "", inputs, (), "")
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run on inputs by role, and return the outputs by role."""
         values = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
         given = {Role.HEAD_FEATURES: values[Role.HEAD_FEATURES]} if self._reuses else {}
         outputs = self._emulator.emulate(values, {str(role): value for role, value in given.items()})

@@ -1,4 +1,4 @@
-"""Running Programs in PyTorch while watching some of their values, for calibration."""
+"""Run Programs in PyTorch while recording some of their values, for calibration."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Tap = Callable[[Tensor], None]
 
 
 class Recorder(fx.Interpreter):
-    """Runs a program and hands the value of every node in `taps` to its tap, in graph order.
+    """Runs a program and passes the value of every node in `taps` to its tap, in graph order.
 
-    `overrides` replaces what a node computes by a given value, such as other embeddings for the rows of a stack.
+    `overrides` replaces the value of a node, such as the embeddings of the rows of a stack.
     """
 
     def __init__(
@@ -38,10 +38,11 @@ class Recorder(fx.Interpreter):
 
     @torch.inference_mode()
     def record(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on inputs by role; outputs by role."""
+        """Run on inputs by role, and return the outputs by role."""
         return self.program.run(inputs, self)
 
     def run_node(self, n: fx.Node) -> Any:
+        """Compute or override a node, and pass its value to its tap."""
         value = self._overrides[n.name] if n.name in self._overrides else super().run_node(n)
         tap = self._taps.get(n.name)
         if tap is not None:
@@ -50,12 +51,12 @@ class Recorder(fx.Interpreter):
 
 
 def captured_source(program: Program) -> Source:
-    """Name the program as captured, which computes in float32, for errors about what it gives."""
+    """Name the program as captured, which computes in float32, for errors about its outputs."""
     return Source(f"The model's program {program.name!r}", _PRECISION)
 
 
 class RecordingEngine:
-    """A Recorder as the sampler's engine of every name. `before` is called ahead of each evaluation with its inputs."""
+    """A Recorder as the sampler's engine of every name; `before` is called with the inputs of each evaluation."""
 
     def __init__(self, recorder: Recorder, before: Callable[[Mapping[str, Tensor]], None]) -> None:
         self._recorder, self._before = recorder, before
@@ -65,12 +66,15 @@ class RecordingEngine:
 
     @property
     def precision(self) -> str:
+        """Return the precision that programs are captured in."""
         return _PRECISION
 
     def engine(self, name: str) -> RecordingEngine:
+        """Return this engine, whatever the name."""
         return self
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run on inputs by role while recording, and return the outputs by role."""
         values = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
         self._before(values)
         return {role: value.numpy() for role, value in self._recorder.record(values).items()}

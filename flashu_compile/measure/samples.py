@@ -25,7 +25,7 @@ _WAYS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CalibrationSamples:
-    """`prompts` for t2i; `questions` for mmu, as (image, question) pairs; an image is whatever `ask` takes."""
+    """`prompts` for t2i; `questions` for mmu, as (image, question) pairs, with any image that `ask` takes."""
 
     prompts: tuple[str, ...] = ()
     questions: tuple[tuple[Picture, str], ...] = ()
@@ -35,13 +35,13 @@ class CalibrationSamples:
         return tuple(getattr(self, RECORDS[task].sample_field))
 
     def chosen(self, count: int, seed: int) -> CalibrationSamples:
-        """At most `count` of each, in their order; which ones follows from `seed`."""
+        """Choose at most `count` of each by `seed`, and keep their order."""
         return CalibrationSamples(
             tuple(_choose(self.prompts, count, seed)), tuple(_choose(self.questions, count, seed))
         )
 
     def held_out(self, count: int, seed: int) -> CalibrationSamples:
-        """Those that `chosen` leaves out."""
+        """Return the samples that `chosen` leaves out."""
         return CalibrationSamples(
             tuple(_choose(self.prompts, count, seed, others=True)),
             tuple(_choose(self.questions, count, seed, others=True)),
@@ -49,7 +49,7 @@ class CalibrationSamples:
 
 
 def calibration_samples(value: object) -> CalibrationSamples:
-    """Whatever a user may give for `calibration`, as CalibrationSamples.
+    """Convert any `calibration` argument of a user to CalibrationSamples.
 
     In a JSON file, `questions` is a list of {"image": path relative to the file, "question": text}.
     Raises `CalibrationError` on anything else, and on an empty set.

@@ -1,8 +1,8 @@
-"""How much each linear layer of a program loses in int8, measured on calibration data.
+"""The error of each linear layer of a program in int8, measured on calibration data.
 
 Every layer is computed twice on the values that reach it in float32: in float32 and in int8. Its error is the
-relative L2 distance of the two over all rows of all samples, so that errors of earlier layers do not count. Layers
-whose error is above `LIMIT` stay in float32.
+relative L2 distance of the two over all rows of all samples, so that errors of earlier layers do not count.
+Layers whose error is above `LIMIT` stay in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _POINTS = 8  # of the trajectory that is looked at
 
 @dataclasses.dataclass(frozen=True)
 class LinearError:
-    """`weight`: its name in the checkpoint. `part`: the stack it lies in, or "other". `error`: relative L2."""
+    """A layer's error. `weight`: its name in the checkpoint. `part`: stack, or "other". `error`: relative L2."""
 
     weight: str
     part: str
@@ -46,6 +46,7 @@ class LinearError:
 
     @property
     def sensitive(self) -> bool:
+        """Return whether the error is above `LIMIT` or not a number."""
         # Not `error > LIMIT`: a NaN is sensitive too.
         return not self.error <= LIMIT
 
@@ -53,9 +54,9 @@ class LinearError:
 def generation_errors(
     program: Program, codec: PromptCodec, settings: GenerationSettings, recipe: Recipe, prompts: Sequence[str]
 ) -> tuple[LinearError, ...]:
-    """On trajectories of the captured generation step; on its own sample if there are no prompts.
+    """Measure on trajectories of the captured generation step, or on its own sample if there are no prompts.
 
-    `recipe` must be resolved; trajectories have its guidance, a few points, and nothing cut.
+    `recipe` must be resolved; trajectories have its guidance, a few points, and no technique.
     """
     watch = _Watch(program)
     if not prompts:
@@ -73,7 +74,7 @@ def understanding_errors(
     settings: UnderstandingSettings,
     questions: Sequence[tuple[Picture, str]],
 ) -> tuple[LinearError, ...]:
-    """On pictures and questions through the captured understanding forward; on its own sample if there are none."""
+    """Measure on questions through the captured understanding forward, or on its own sample if there are none."""
     watch = _Watch(program)
     if not questions:
         watch.record(program.sample)
@@ -90,7 +91,7 @@ def understanding_errors(
 
 
 class _Watch(Recorder):
-    """Runs a program and sums, for every layer that can be int8, the squares of its values and of their errors."""
+    """Runs a program and sums the squares of values and int8 errors for every layer that can be int8."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program, {})
@@ -113,7 +114,7 @@ class _Watch(Recorder):
         return value
 
     def errors(self) -> tuple[LinearError, ...]:
-        """In graph order; of layers that share a weight, the largest."""
+        """Return the errors in graph order; of layers that share a weight, the largest."""
         found: dict[str, LinearError] = {}
         for name, node in self._layers.items():
             off, size = self._sums[name]
@@ -133,7 +134,10 @@ def _stored(editor: GraphEditor, node: fx.Node) -> Tensor:
 def report(
     errors: Mapping[str, Sequence[LinearError]], parts: Mapping[str, str], samples: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The report's entry `int8`: the limit; by task the number of samples (0: random values), every part and layer."""
+    """Return the report's entry `int8`: the limit, and by task the samples, parts and layers.
+
+    `samples` are their numbers by task, 0 where random values were used.
+    """
     tasks = {}
     for task, layers in errors.items():
         meant = [layer for layer in layers if parts[layer.part] == "int8"]

@@ -1,4 +1,4 @@
-"""Where does an engine depart from what it should compute? Engines against a reference, value by value."""
+"""Find where an engine departs from a reference, value by value."""
 
 from flashu_compile.looking.comparison.compare import compare_layers
 

@@ -1,4 +1,4 @@
-"""compare_layers(): every engine of a bundle against a reference, down to the first node that departs."""
+"""Compare every engine of a bundle with a reference, down to the first node that departs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ EAGER, ONNX = "eager", "onnx"
 
 @dataclasses.dataclass(frozen=True)
 class EngineComparison:
-    """One engine. `outputs` are those of the engine as it runs in a pipeline, `layers` of it with values laid open.
+    """One engine. `outputs` are of the engine as it runs in a pipeline, `layers` of it with inner values exposed.
 
-    ONNX Runtime does not fuse operators across values that are laid open. So the outputs may depart, while no value
-    does: then what it makes of the whole graph is wrong, and no node of it.
+    ONNX Runtime does not fuse operators across exposed values. So the outputs may depart while no value does:
+    then ONNX Runtime's optimised form of the whole graph is wrong, and no single node.
     """
 
     engine: str
@@ -45,18 +45,20 @@ class EngineComparison:
 
     @property
     def ok(self) -> bool:
+        """Return whether outputs and values all agree within the tolerance."""
         return self.departure is None and all(found.within(self.tolerance) for found in self.outputs.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerComparison:
-    """`against` is what the engines were held against."""
+    """The comparison of a bundle's engines; `against` names the reference."""
 
     against: str
     engines: tuple[EngineComparison, ...]
 
     @property
     def ok(self) -> bool:
+        """Return whether all engines agree with the reference."""
         return all(engine.ok for engine in self.engines)
 
 
@@ -106,7 +108,7 @@ def compare_layers(
     trust: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> LayerComparison:
-    """Hold every engine of a bundle against a reference, on the inputs recorded when it was built.
+    """Compare every engine of a bundle with a reference, on the inputs recorded when it was built.
 
     Args:
         bundle: the bundle's directory.
@@ -116,12 +118,12 @@ def compare_layers(
             that the bundle names if not given.
         engines: the engines to compare; all of them if not given.
         tolerance: the largest relative L2 error that is agreement; by the precision of the bundles if not given.
-        provider, provider_options, threads, memory, trust: what the bundle's engines run on; see `load`. Another bundle
+        provider, provider_options, threads, memory, trust: how the bundle's engines run; see `load`. Another bundle
             runs on the CPU.
-        progress: told what is being compared.
+        progress: called with what is being compared.
 
     Raises:
-        FlashuError: a subclass that says why the comparison cannot be made. A departure is a result, no exception.
+        FlashuError: a subclass that says why the comparison cannot be made. A departure is a result, not an error.
 
     Example:
         >>> found = compare_layers("build/shapes", "onnx")  # doctest: +SKIP

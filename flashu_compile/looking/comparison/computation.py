@@ -1,4 +1,4 @@
-"""What an engine or a program computes on one set of inputs, value by value: the two sides of a comparison."""
+"""The values that an engine or a program computes on one set of inputs: one side of a comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One operation. `inputs` and `outputs` name its values, weights among them; `passes` made or touched it."""
+    """An operation. `inputs` and `outputs` name its values, weights among them; `passes` made or changed it."""
 
     name: str
     operator: str
@@ -25,9 +25,9 @@ class Node:
 class Naming:
     """How values are recognised on the other side.
 
-    `keys` holds, for values of this side that a program has too, the program's name of each. `flat` names values that
-    hold the elements of a value with a key in another shape, and that key. `values` finds a value by a key, or by its
-    own name.
+    `keys` holds, for values of this side that a program has too, the program's name of each. `flat` names
+    values that hold the elements of a value with a key in another shape, and that key. `values` finds a value
+    by a key, or by its own name.
     """
 
     keys: Mapping[str, str]
@@ -40,23 +40,25 @@ class Computation(Protocol):
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """In the order they run."""
+        """Return the nodes in the order they run."""
         ...
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The values that are its results."""
+        """Return the names of the results."""
         ...
 
     @property
-    def naming(self) -> Naming: ...
+    def naming(self) -> Naming:
+        """Return how values are recognised on the other side."""
+        ...
 
     def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Run, and keep these values alone. Raises a `FlashuError` if it does not run."""
+        """Run, and return these values alone. Raises a `FlashuError` if it does not run."""
         ...
 
     def weight(self, name: str) -> NDArray[Any] | None:
-        """A stored tensor; none if no such is stored."""
+        """Return a stored tensor, or None if there is none of that name."""
         ...
 
 
@@ -69,9 +71,10 @@ class Match:
 
 
 def match(value: str, own: Naming, other: Naming) -> Match | None:
-    """What a value is called on the other side; none if that has no such value.
+    """Find a value on the other side; None if that has no such value.
 
-    The program's name decides. Names of ONNX values are numbered within a module, so they are a second choice.
+    The program's name decides. Names of ONNX values are numbered within a module, so they are a second
+    choice.
     """
     key = own.keys.get(value)
     for name in (key, value):

@@ -1,4 +1,4 @@
-"""The programs that a bundle's engines were made from, made once more by the same passes."""
+"""Make the programs of a bundle's engines again from the model, by the same passes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def specialised_programs(
     parts: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> dict[str, Program]:
-    """Those of some of the bundle's tasks, by the names of the engines.
+    """Make the programs of some of the bundle's tasks, by the names of the engines.
 
-    Raises a `FlashuError` if the model cannot be had or does not fit the recipe.
+    Raises a `FlashuError` if the model cannot be loaded or does not fit the recipe.
     """
     if not isinstance(model, CapturedModel):
         model = capture_model(model, tasks, **parts, progress=lambda stage, _: tell(stage))

@@ -1,10 +1,11 @@
-"""An ONNX graph's values, by ONNX Runtime as it runs the engine, or by onnx's reference evaluator.
+"""Compute an ONNX graph's values with ONNX Runtime, as it runs the engine, or with onnx's reference evaluator.
 
-A value is had by making it an output of a copy of the graph that computes nothing else. The copy never touches the
-disk: the weights stay in the bundle's store, and ONNX Runtime is told the folder.
+To get a value, it is made an output of a copy of the graph that computes nothing else. The copy is never
+written to disk: the weights stay in the bundle's store, and ONNX Runtime is told the folder.
 
-The evaluator is written in numpy by those who write the specification and shares no code with ONNX Runtime. ONNX
-Runtime without optimisations would be faster, but it is the same kernels: what they do wrong, it would not show.
+The evaluator is written in numpy by those who write the specification and shares no code with ONNX Runtime.
+ONNX Runtime without optimisations would be faster, but it has the same kernels, so it would not show their
+errors.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _RESHAPES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 @dataclasses.dataclass(frozen=True)
 class Placing:
-    """What ONNX Runtime computes on; see `flashu_compile.load`."""
+    """Where ONNX Runtime computes; see `flashu_compile.load`."""
 
     provider: str = "cpu"
     provider_options: ProviderOptions | None = None
@@ -60,11 +61,12 @@ class OnnxGraph:
         self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
 
     def weight(self, name: str) -> NDArray[Any] | None:
+        """Return a stored tensor, or None if there is none of that name."""
         found = self._weights.get(name)
         return None if found is None else numpy_helper.to_array(found, base_dir=str(self.path.parent))
 
     def giving(self, names: Sequence[str]) -> onnx.ModelProto:
-        """A copy of the model with these values as its outputs, and what they follow from."""
+        """Return a copy of the model that has these values as outputs and computes nothing else."""
         nodes = _needed(self.model.graph.node, names)
         read = {name for node in nodes for name in node.input}
         known = {value.name: value for value in (*self.model.graph.value_info, *self.model.graph.output)}
@@ -82,13 +84,14 @@ class OnnxGraph:
 
 
 class RuntimeValues(OnnxGraph):
-    """As ONNX Runtime computes them, with its optimisations, but for those across values that are asked for."""
+    """Values as ONNX Runtime computes them, with all optimisations but those across requested values."""
 
     def __init__(self, path: Path, inputs: Mapping[str, NDArray[Any]], placing: Placing) -> None:
         super().__init__(path, inputs)
         self._placing = placing
 
     def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Return the values by name. Raises `BundleError` if ONNX Runtime cannot run the graph."""
         model, placing = self.giving(names), self._placing
         given = {value.name: self.inputs[value.name] for value in model.graph.input}
         options = ort.RunOptions()
@@ -111,9 +114,10 @@ class RuntimeValues(OnnxGraph):
 
 
 class ReferenceValues(OnnxGraph):
-    """As onnx's reference evaluator computes them, a node at a time, so that no more is kept than will be read."""
+    """Values as onnx's reference evaluator computes them, node by node, to hold only those still needed."""
 
     def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Return the values by name. Raises `BundleError` if the evaluator lacks an operator."""
         nodes = _needed(self.model.graph.node, names)
         readers = Counter([*names, *(name for node in nodes for name in node.input)])
         values = dict(self.inputs)
@@ -174,7 +178,7 @@ def _naming(nodes: Sequence[onnx.NodeProto]) -> Naming:
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], names: Sequence[str]) -> list[onnx.NodeProto]:
-    """The nodes that these values follow from, in their order."""
+    """Return the nodes that these values depend on, in their order."""
     edges = ((read, given) for node in nodes for read in node.input for given in node.output)
     flow = nx.DiGraph(edge for edge in edges if all(edge))  # an optional value that is left out has no name
     flow.add_nodes_from(names)

@@ -1,8 +1,9 @@
-"""The first node of an engine that departs from a reference.
+"""Find the first node of an engine that departs from a reference.
 
-Values that one layer hands to another are compared first, and the results: a few in each layer. Whatever the first of
-them that departs follows from, back to values that agree, lies within its layer; there every value is compared, in the
-order of computation. So two or three runs of each side find the node, and no more than `AT_ONCE` values are held.
+The results, and the values that one layer passes to another, are compared first: a few in each layer. The
+cause of the first that departs lies in its layer, among the values it depends on, back to values that agree;
+all of those are compared, in the order of computation. So two or three runs of each side find the node, and
+no more than `AT_ONCE` values are held.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ AT_ONCE = 32
 
 @dataclasses.dataclass(frozen=True)
 class LayerDifference:
-    """What a layer hands on or gives: the value that is farthest from the reference, of `values` that it has too."""
+    """The output of a layer that is farthest from the reference, of the `values` that the reference has too."""
 
     layer: str
     values: int
@@ -34,9 +35,9 @@ class LayerDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """Something a node reads: a `value` that is computed, a `weight` that is stored, or an `input` of the engine.
+    """An operand of a node: a `value` that is computed, a `weight` that is stored, or an `input` of the engine.
 
-    `difference` is none for an input, and where the reference has no such value.
+    `difference` is None for an input, and where the reference has no such value.
     """
 
     name: str
@@ -46,9 +47,10 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Departure:
-    """The first node whose value departs while all that it is computed from agrees.
+    """The first node whose value departs while all its operands agree.
 
-    `unseen` names earlier nodes that it follows from and of whose values the reference has none: it may be they.
+    `unseen` names earlier nodes that it depends on and whose values the reference lacks: the cause may be one
+    of them.
     """
 
     node: Node
@@ -60,6 +62,8 @@ class Departure:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
+    """The result of a search: the differences by layer, and the departure if there is one."""
+
     layers: tuple[LayerDifference, ...]
     departure: Departure | None
 
@@ -70,7 +74,7 @@ def find_departure(
     tolerance: float,
     tell: Callable[[str], None] = lambda stage: None,
 ) -> Findings:
-    """Compare layers, and the values of the first layer that departs. `tolerance` is of the relative L2 error."""
+    """Compare layers, then the values of the first one that departs. `tolerance` is a relative L2 error."""
     search = _Search(subject, reference, tolerance)
     tell("layers")
     search.compare(search.handed_on())
@@ -84,7 +88,7 @@ def find_departure(
 
 
 def layer_of(node: Node) -> str:
-    """The outermost numbered module a node belongs to, or else its module: `model.layers.3` of its attention."""
+    """Return the outermost numbered module of a node, else its module: `model.layers.3` for its attention."""
     numbered = re.match(r"(?:.*?\.)?\d+(?=\.|$)", node.module)
     return numbered.group() if numbered else node.module or "top"
 
@@ -110,14 +114,14 @@ class _Search:
         return layer_of(self.makers[value])
 
     def handed_on(self) -> set[str]:
-        """Values that another layer reads, and the results."""
+        """Return the values that another layer reads, and the results."""
         found = {name for name in self.subject.outputs if name in self.makers}
         for node in self.subject.nodes:
             found |= {v for v in node.inputs if v in self.makers and self.layer(v) != layer_of(node)}
         return found
 
     def compare(self, values: Iterable[str]) -> None:
-        """Compare those that are not yet, in the order of computation."""
+        """Compare these values, without those compared before, in the order of computation."""
         wanted = [v for v in self.matches if v in set(values) and v not in self.differences]
         for start in range(0, len(wanted), AT_ONCE):
             names = wanted[start : start + AT_ONCE]
@@ -133,7 +137,7 @@ class _Search:
         return min(filter(self.departs, self.differences), key=self.order.__getitem__, default=None)
 
     def layers(self) -> tuple[LayerDifference, ...]:
-        """What was compared so far, by layer, in the order of their first values."""
+        """Return the differences found so far, by layer, in the order of their first values."""
         groups: dict[str, list[str]] = {}
         for value in sorted(self.differences, key=self.order.__getitem__):
             groups.setdefault(self.layer(value), []).append(value)
@@ -144,7 +148,7 @@ class _Search:
         return tuple(rows)
 
     def behind(self, value: str) -> set[str]:
-        """A value, and what it follows from, back to values that are known to agree."""
+        """Return a value and those it depends on, back to values that are known to agree."""
         known = self.differences.keys() - {value}
         return upstream(self.flow, [value], through=lambda v: v not in known) - known
 
@@ -174,7 +178,7 @@ def _difference(mine: NDArray[Any], theirs: Mapping[str, NDArray[Any]], found: M
 
 
 def _stored(mine: NDArray[Any], theirs: NDArray[Any]) -> Difference:
-    """Of weights. One that lies by columns is stored as its transpose; exporters/layout.py."""
+    """Compare weights. One that lies by columns is stored as its transpose; see exporters/layout.py."""
     return min(_layouts(mine, theirs), key=lambda found: found.relative)
 
 

@@ -1,4 +1,4 @@
-"""The two sides of a comparison: the engines of a bundle, value by value, and what they are held against.
+"""The two sides of a comparison: a bundle's engines, value by value, and their reference.
 
 Each library is imported where it is needed: onnx by what reads graphs, torch by what runs programs.
 """
@@ -23,8 +23,13 @@ Inputs = Mapping[str, NDArray[Any]]
 
 
 class Side(Protocol):
+    """One side of a comparison."""
+
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
-        """What it computes where the bundle under test has engine `spec`. Raises a `FlashuError` if that cannot be."""
+        """Return what this side computes for engine `spec` of the bundle under test.
+
+        Raises a `FlashuError` if it cannot.
+        """
         ...
 
 
@@ -51,6 +56,7 @@ class BundleSide:
             )
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
+        """Return the values of the bundle's engine of that name. Raises `BundleError` if its inputs differ."""
         own = self.files.manifest.engine(spec.name)
         try:
             check_inputs(own, inputs)
@@ -67,7 +73,7 @@ class BundleSide:
 
 
 class OnnxSide:
-    """The bundle's own graphs, by onnx's reference evaluator."""
+    """The bundle's own graphs, computed by onnx's reference evaluator."""
 
     def __init__(self, path: Path) -> None:
         self.files = BundleFiles(path, read_manifest(path))
@@ -76,6 +82,7 @@ class OnnxSide:
             raise ConfigurationError(f"{path} was built for backend {backend!r}, so it has no ONNX graphs.")
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
+        """Return the values of the engine's graph."""
         with naming_the_extra("Comparing layers"):
             from flashu_compile.looking.comparison.onnx_graph import ReferenceValues
         return ReferenceValues(_graph(self.files, spec), inputs)
@@ -84,8 +91,8 @@ class OnnxSide:
 class ModelSide:
     """The programs of some tasks that the recipe of a bundle makes of its model, in PyTorch.
 
-    `model` and `parts` (vae, tokenizer, llm_config) are as for `export`; without one, it is looked for by the name that
-    the bundle records.
+    `model` and `parts` (vae, tokenizer, llm_config) are as for `export`; if `model` is None, it is found by
+    the name that the bundle records.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class ModelSide:
             ) from error
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
+        """Return the values of the engine's program. Raises `BundleError` if it is missing or takes other inputs."""
         from flashu_compile.looking.comparison.traced_program import ProgramValues
 
         program = self.programs.get(spec.name)

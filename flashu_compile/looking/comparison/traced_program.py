@@ -1,4 +1,4 @@
-"""The values of a traced program, computed by PyTorch node after node."""
+"""The values of a traced program, computed by PyTorch node by node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flashu_compile.program.program import Program
 
 
 class ProgramValues:
-    """What a program computes on `inputs`, which are by role. Outputs are called by role, other values by node."""
+    """The values of a program on `inputs`, which are by role. Outputs are named by role, other values by node."""
 
     def __init__(self, program: Program, inputs: Mapping[str, NDArray[Any]]) -> None:
         self.program, self.inputs = program, inputs
@@ -41,6 +41,7 @@ class ProgramValues:
         self.naming = Naming(keys, {}, {**own, **{name: name for name in self._places}})
 
     def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Return the values by name. Raises `InputError` if the program does not run on the inputs."""
         recorder = _Recorder(self.program.exported.graph_module, {self._places[name] for name in names})
         inputs = {name: torch.from_numpy(value) for name, value in self.inputs.items()}
         try:
@@ -54,6 +55,7 @@ class ProgramValues:
         return {name: _array(recorder.found[self._places[name]]) for name in names}
 
     def weight(self, name: str) -> NDArray[Any] | None:
+        """Return a parameter, buffer or constant, or None if there is none of that name."""
         if name not in self._stored:
             return None
         exported = self.program.exported
@@ -70,7 +72,7 @@ class ProgramValues:
 
 
 class _Recorder(fx.Interpreter):
-    """Keeps some of the values it computes."""
+    """Runs a graph and keeps the values of the nodes in `wanted`."""
 
     def __init__(self, module: fx.GraphModule, wanted: Collection[str]) -> None:
         super().__init__(module)
@@ -85,6 +87,6 @@ class _Recorder(fx.Interpreter):
 
 
 def _array(value: Any) -> NDArray[Any]:
-    """Tensors, and sizes, as numpy has them; bfloat16, which it has not, as float32."""
+    """Convert a tensor or a size to numpy; bfloat16, which numpy lacks, to float32."""
     tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().contiguous().numpy()

@@ -1,4 +1,4 @@
-"""An engine of backend `torch`, as the program that was written."""
+"""Read an engine of backend `torch` as the program that was written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flashu_compile.runtime.backends.torch import read_program
 
 
 def written_program(files: BundleFiles, spec: EngineSpec) -> Program:
-    """Reading it runs code of the bundle's. It has no sample, and nobody knows its stacks."""
+    """Read the program of an engine, which runs code of the bundle. It has no sample and no stacks."""
     axes = {t.name: tuple(d if isinstance(d, str) else None for d in t.shape) for t in spec.inputs}
     return Program(
         name=spec.name,
