@@ -10,6 +10,7 @@ does not see changing rows; where it could not, no keys or values are independen
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import networkx as nx
@@ -45,13 +46,21 @@ class HoistPrologue(Pass):
         """Split the program into a prologue that computes the invariant values, and the rest."""
         carried = _carried(program, self.changing)
         flow = node_flow(program.exported.graph)
-        uses = {node: _uses(flow, node) for node in carried}
+        readers = {node: _readers(flow, node) for node in carried}
+        uses = {
+            node: [use for use in _ARGUMENTS if any(use in found for found in sites.values())]
+            for node, sites in readers.items()
+        }
         for node in carried:
             if "query" in uses[node]:
                 reason = (
                     f"attention lets rows of {module_path(node) or 'the top module'} see rows that change"
                 )
                 return PassResult.declined(program, reason)
+        half = _half_kept(readers.values())
+        if half is not None:
+            reason = f"of attention in {module_path(half) or 'the top module'}, keys or values change, but not both"
+            return PassResult.declined(program, reason)
         if all({"key", "value"}.isdisjoint(uses[node]) for node in carried):
             reason = f"no keys or values are independent of {', '.join(sorted(self.changing))}"
             return PassResult.declined(program, reason)
@@ -111,13 +120,24 @@ def _elements(value: Tensor) -> sympy.Expr:
     return sympy.expand(count)
 
 
-def _uses(flow: nx.DiGraph, node: fx.Node) -> list[str]:
-    """List the operands of attention that a value reaches by operators that rearrange elements alone."""
+def _half_kept(readers: Iterable[Mapping[fx.Node, set[str]]]) -> fx.Node | None:
+    """Return an attention whose keys or values are carried, but not both: these cannot be cached."""
+    kept: dict[fx.Node, set[str]] = {}
+    for sites in readers:
+        for site, uses in sites.items():
+            kept.setdefault(site, set()).update(uses & {"key", "value"})
+    return next((site for site, uses in kept.items() if len(uses) == 1), None)
+
+
+def _readers(flow: nx.DiGraph, node: fx.Node) -> dict[fx.Node, set[str]]:
+    """Map each attention that a value reaches by operators that rearrange elements alone to the operands it becomes."""
     met = downstream(flow, [node], through=lambda n: n.target in _SHAPING)
     rearranged = {node, *(n for n in met if n.target in _SHAPING)}
-    sites = [n for n in met if n.target is _ATTENTION]
-    read = [dict(zip(_ARGUMENTS, (*site.args[:3], attention_mask(site)), strict=True)) for site in sites]
-    return [use for use in _ARGUMENTS if any(arguments[use] in rearranged for arguments in read)]
+    found: dict[fx.Node, set[str]] = {}
+    for site in (n for n in met if n.target is _ATTENTION):
+        operands = zip(_ARGUMENTS, (*site.args[:3], attention_mask(site)), strict=True)
+        found[site] = {use for use, operand in operands if operand in rearranged}
+    return found
 
 
 def _roles(program: Program, carried: dict[fx.Node, list[str]]) -> dict[str, fx.Node]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import flashu_compile
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE
@@ -164,9 +165,19 @@ class SeesAll(Showo2):
         return tables._replace(mask=torch.ones_like(tables.mask))
 
 
-def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(tmp_path: Path) -> None:
+class Relative(Showo2):
+    """Positions are shares of the whole length, so keys follow from the length of the question, and values do not."""
+
+    def tables(self, span: Tensor, positions: Tensor, valid: Tensor | None = None) -> RowTables:
+        return super().tables(span, 20 * positions / positions.shape[1], valid)
+
+
+@pytest.mark.parametrize("kind", [SeesAll, Relative])
+def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(
+    kind: type[Showo2], tmp_path: Path
+) -> None:
     model = tiny_model()
-    model.__class__ = SeesAll
+    model.__class__ = kind
     loaded = LoadedModel("seeing", model, VAE, tokenizer())
     path = flashu_compile.export(
         CapturedModel.from_loaded(loaded, ["mmu"], Steps(None)), "mmu", output=tmp_path / "b"

@@ -23,6 +23,7 @@ from flashu_compile.passes.merge_duplicates import MergeDuplicates
 from flashu_compile.passes.pipelines import denoise as denoise_passes
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
+from flashu_compile.passes.separate_first import SeparateFirst
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.program.program import Input, Program, Role, run_chain
 from flashu_compile.program.trace import CaptureSpec, capture_program
@@ -176,6 +177,28 @@ def test_where_text_sees_the_image_the_program_is_left_alone() -> None:
     assert "see rows that change" in records[-1].declined[0]
     assert after.name == "denoise"
     agrees(seeing, (after,))
+
+
+class Relative(Showo2):
+    """Positions are shares of the whole length, on which keys depend, and values do not."""
+
+    def tables(self, span: Tensor, positions: Tensor, valid: Tensor | None = None) -> RowTables:
+        return super().tables(span, 20 * positions / positions.shape[1], valid)
+
+
+def test_where_values_stay_but_keys_do_not_the_program_is_left_alone() -> None:
+    model = tiny_model(torch.float64)
+    model.__class__ = Relative
+    program = capture(captures("mmu", model, VAE)[0])
+    split = (
+        SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS),
+        GroupHeads(),
+        SplitRows(SUFFIX),
+        MergeDuplicates(),
+    )
+    _, records = PassManager((*split, HoistPrologue(SUFFIX))).run(program)
+    (change,) = records[-1].changes
+    assert "layers.0.self_attn, keys or values change, but not both" in change
 
 
 def test_a_program_that_was_not_split_is_left_alone(whole: Program) -> None:

@@ -257,6 +257,35 @@ def test_threads_do_not_share_caches(engines: _Engines) -> None:
         assert list(pool.map(answer, suffixes)) == [expected(suffix, 40) for suffix in suffixes]
 
 
+class _Whole:
+    """Says (sum of all ids) mod `SIZE` next. `takes_end`: it takes the id that ends the image by itself."""
+
+    def __init__(self, *, takes_end: bool) -> None:
+        ids = ["prefix_ids", *(["image_end_ids"] if takes_end else []), "suffix_ids"]
+        self.names = [*ids, "image_embeds"]
+        inputs = tuple(TensorSpec(name, "", ()) for name in self.names)
+        self.spec = EngineSpec("language", "mmu", "", inputs, (), "")
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        assert set(inputs) == set(self.names)
+        assert self.names[1] == "suffix_ids" or inputs["image_end_ids"].tolist() == [[BEGIN]]
+        said = sum(int(value.sum()) for name, value in inputs.items() if name.endswith("_ids")) % SIZE
+        return {"logits": np.eye(SIZE, dtype=np.float32)[[said]]}
+
+
+@pytest.mark.parametrize("takes_end", [False, True])
+def test_without_caches_an_engine_is_given_the_whole_sequence(*, takes_end: bool) -> None:
+    suffixes = [suffix for suffix in questions(9, seed=2) if len(suffix) > 1]
+    found = answers(_Engines(_Whole(takes_end=takes_end)), suffixes, 12)
+    for suffix, answer in zip(suffixes, found, strict=True):
+        ids = [*PREFIX, *suffix]
+        for token in answer:
+            assert token == sum(ids) % SIZE != END
+            ids.append(token)
+        assert len(answer) == 12 or sum(ids) % SIZE == END
+    assert len({len(answer) for answer in found}) > 1
+
+
 def test_no_questions(engines: _Engines) -> None:
     assert answers(engines, [], 5) == []
 

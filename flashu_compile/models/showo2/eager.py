@@ -99,11 +99,11 @@ class EagerPipeline:
     def logits(
         self, image: str | Path | Image.Image | np.ndarray, question: str, answer: Sequence[int]
     ) -> Float[Tensor, "tokens vocab"]:
-        """Return the logits of each token of `answer`, given the tokens before it."""
+        """Return the logits of each token of `answer`, given the tokens before it; the whole runs anew for each."""
         prefix, suffix = self.codec.question_prefix(), self.codec.question_suffix(question)
         reference = UnderstandingReference(self.network, self.latents(image))
-        ids = torch.tensor([[*suffix, *answer[:-1]]])
-        return reference.logits(torch.tensor([prefix]), ids)[0, -len(answer) :]
+        behind = [torch.tensor([[*suffix, *answer[:count]]]) for count in range(len(answer))]
+        return torch.stack([reference.logits(torch.tensor([prefix]), ids)[0, -1] for ids in behind])
 
     def latents(self, image: str | Path | Image.Image | np.ndarray) -> Float[Tensor, "1 c h w"]:
         """Encode a picture, preprocessed as the runtime does, to normalised latents."""
