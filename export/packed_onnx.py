@@ -10,7 +10,7 @@ from torch import Tensor
 from flashu_compile.exporters.backends import Packed
 from flashu_compile.exporters.weights import INLINE_BYTES
 
-#: Where the graph says that tensors are which are kept beside it.
+#: The external-data location that is named for tensors kept outside the graph.
 _BESIDE = "beside"
 
 

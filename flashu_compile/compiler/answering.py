@@ -37,7 +37,7 @@ Open = Callable[..., Pipeline]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class BundleProbe:
     """Asks a bundle of `loaded`, built by `recipe`, one question for each task.
 
     `exact_precision`: the engines compute in float32. `bundle` says for the report what was asked: "whole",

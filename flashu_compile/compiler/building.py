@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from flashu_compile.bundle.profiles import Range
-from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, CapturedProgram, Steps, one_thread
+from flashu_compile.compiler.captured import (
+    BuiltEngines,
+    CapturedModel,
+    CapturedProgram,
+    ProgressReporter,
+    one_thread,
+)
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.specialise import Job, Specialised, neuron_order
 from flashu_compile.compiler.tasks import jobs, undone
@@ -98,7 +104,7 @@ def build_engines(
     recipe: Recipe,
     maker: Maker,
     shelf: EngineShelf,
-    tell: Steps,
+    tell: ProgressReporter,
 ) -> BuildResult:
     """Specialise every captured program of the tasks and emit the results; engines on `shelf` are reused.
 

@@ -36,7 +36,7 @@ class ModelParts(TypedDict, total=False):
     llm_config: Mapping[str, Any] | str | Path | None
 
 
-class Steps:
+class ProgressReporter:
     """Reports progress and remembers the fraction done, for stages that do not run in a fixed order."""
 
     def __init__(self, progress: Progress | None) -> None:
@@ -100,7 +100,7 @@ class CapturedModel:
         cls,
         model: nn.Module | str | Path,
         tasks: Sequence[str],
-        progress: Steps,
+        progress: ProgressReporter,
         **parts: Unpack[ModelParts],
     ) -> CapturedModel:
         """Load `model` and prepare its programs, each of which is traced on first use."""
@@ -108,7 +108,9 @@ class CapturedModel:
         return cls.from_loaded(load_model(model, **parts), tasks, progress)
 
     @classmethod
-    def from_loaded(cls, loaded: LoadedModel, tasks: Sequence[str], progress: Steps) -> CapturedModel:
+    def from_loaded(
+        cls, loaded: LoadedModel, tasks: Sequence[str], progress: ProgressReporter
+    ) -> CapturedModel:
         """Prepare the programs of a loaded model, each of which is traced on first use.
 
         Raises `CheckpointError` if the model has no VAE.

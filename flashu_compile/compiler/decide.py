@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flashu_compile.compiler.captured import CapturedModel, Steps
+from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.tasks import COMPILED_TASKS
 from flashu_compile.errors import RecipeError
 from flashu_compile.exporters.precision import Precision
@@ -52,7 +52,7 @@ def decide(
     given: CalibrationSamples | None,
     count: int,
     seed: int,
-    tell: Steps,
+    tell: ProgressReporter,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Resolve the recipe by the model's sampler settings and take every decision; return it and its figures.
 
@@ -96,7 +96,7 @@ def measured_precision(
     tasks: tuple[str, ...],
     recipe: Recipe,
     samples: CalibrationSamples | None,
-    tell: Steps,
+    tell: ProgressReporter,
 ) -> tuple[Precision, dict[str, Any]]:
     """Choose the layers that stay in float32 where `precision` has int8.
 

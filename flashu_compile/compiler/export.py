@@ -13,12 +13,12 @@ from torch import nn
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import REPORT, Manifest
-from flashu_compile.compiler.answering import Answers
+from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
-from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, Steps
+from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, ProgressReporter
 from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
-from flashu_compile.compiler.inspection import Inspection
+from flashu_compile.compiler.inspection import BuildChecks
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
 from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, validate_on_copy
@@ -122,7 +122,7 @@ def export(
     find_backend(backend).check()
     check_proof(proof)
     given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
-    tell, kept = Steps(progress), open_cache(cache)
+    tell, kept = ProgressReporter(progress), open_cache(cache)
     named = absolute("." if output is None else output)
     if output is not None:
         ensure_writable(named, overwrite=overwrite)
@@ -140,12 +140,12 @@ def export(
     ranges = size_ranges(loaded, tasks)
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
     validated: dict[str, Any] = {}
-    answers: Answers | None = Answers(loaded, decided, tasks, precise.is_exact, WHOLE)
+    answers: BundleProbe | None = BundleProbe(loaded, decided, tasks, precise.is_exact, WHOLE)
     if needs_copy(proof, loaded):
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
         maker, answers = maker.without_validation(), None
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
-    inspection = Inspection(
+    inspection = BuildChecks(
         source=source,
         recipe=decided,
         tasks=tasks,
@@ -168,7 +168,7 @@ def export(
 def _write(
     directory: Path,
     built: BuildResult,
-    inspection: Inspection,
+    inspection: BuildChecks,
     metadata: BundleMetadata,
     told: Mapping[str, Any],
     *,
@@ -229,7 +229,7 @@ def calibrate(
     _check_counts(samples, seed)
     arguments.function("progress", progress)
     given = given_samples(chosen, tasks, calibration)
-    tell = Steps(progress)
+    tell = ProgressReporter(progress)
     source = _captured(model, tasks, tell, parts)
     return decide(chosen, source, tasks, given, samples, seed, tell)[0]
 
@@ -241,7 +241,10 @@ def _check_counts(samples: int, seed: int, cost_samples: int = 0) -> None:
 
 
 def _captured(
-    model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, ...], tell: Steps, parts: ModelParts
+    model: nn.Module | str | Path | CapturedModel,
+    tasks: tuple[str, ...],
+    tell: ProgressReporter,
+    parts: ModelParts,
 ) -> CapturedModel:
     """Load `model` unless it is captured. Raises `ConfigurationError` if a captured model lacks a task."""
     if not isinstance(model, CapturedModel):
@@ -272,7 +275,7 @@ def capture_model(
         FlashuError: a subclass that says what is wrong and what to do.
     """
     arguments.function("progress", progress)
-    tell = Steps(progress)
+    tell = ProgressReporter(progress)
     source = CapturedModel.load(model, named_tasks(task), tell, **parts)
     for index, captured in enumerate(source.programs.values()):
         tell.fraction = index / len(source.programs)

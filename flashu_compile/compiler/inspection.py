@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest
-from flashu_compile.compiler.answering import Answers, Open
+from flashu_compile.compiler.answering import BundleProbe, Open
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.tasks import COMPILED_TASKS
 from flashu_compile.errors import BackendUnavailableError
@@ -20,7 +20,7 @@ from flashu_compile.tasks import RECORDS, T2I
 
 
 @dataclasses.dataclass
-class Inspection:
+class BuildChecks:
     """Examines a bundle that has been written, and renders its page.
 
     `samples` are all that there are, of which calibration has (or would have) chosen `calibrated_on` with
@@ -36,7 +36,7 @@ class Inspection:
     seed: int
     tell: Callable[[str], None]
     exact_precision: bool = True
-    answers: Answers | None = None
+    answers: BundleProbe | None = None
     comparisons: dict[str, tuple[Comparison, ...]] = dataclasses.field(default_factory=dict)
 
     @property

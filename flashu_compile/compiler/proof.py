@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from flashu_compile.arguments import shown
-from flashu_compile.compiler.answering import Answers, Open, of_few_words
+from flashu_compile.compiler.answering import BundleProbe, Open, of_few_words
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
-from flashu_compile.compiler.captured import CapturedModel, Steps
+from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
 from flashu_compile.errors import ConfigurationError
@@ -135,14 +135,19 @@ def _reduced_recipe(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> Reci
 
 
 def validate_on_copy(
-    loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe, maker: Maker, backend: str, tell: Steps
+    loaded: LoadedModel,
+    tasks: tuple[str, ...],
+    recipe: Recipe,
+    maker: Maker,
+    backend: str,
+    tell: ProgressReporter,
 ) -> dict[str, Any]:
     """Build everything for a small copy of the model, compare it with eager PyTorch, and return report entries.
 
     The copy's bundle is asked too, and then deleted.
     """
     copy = proof_copy(loaded, recipe)
-    tell_of_copy = Steps(lambda stage, _: tell(f"a small copy: {stage}"))
+    tell_of_copy = ProgressReporter(lambda stage, _: tell(f"a small copy: {stage}"))
     small = CapturedModel.from_loaded(copy.loaded, tasks, tell_of_copy)
     # What a copy is too small for may well be done to the model, whose own build decides.
     maker = dataclasses.replace(
@@ -162,7 +167,7 @@ def _answered_by_copy(
     copy: ProofCopy, tasks: tuple[str, ...], built: BuildResult, maker: Maker, backend: str
 ) -> dict[str, Any]:
     loaded = of_few_words(copy.loaded)
-    answers = Answers(loaded, copy.recipe, tasks, maker.precision.is_exact, COPY)
+    answers = BundleProbe(loaded, copy.recipe, tasks, maker.precision.is_exact, COPY)
     found: dict[str, Any] = {}
 
     def ask(open_bundle: Open) -> dict[str, Any]:

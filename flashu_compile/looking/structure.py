@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, fx, nn
 
-from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, Steps
+from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, ProgressReporter
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.attention import Attention, attention_sites
 from flashu_compile.passes.analysis.blocks import Block, residual_blocks
@@ -89,7 +89,7 @@ class SpanFacts:
 
 @dataclasses.dataclass(frozen=True)
 class HeadFacts:
-    """Features that a head cache can store: outputs `gives` follow from them, and from the inputs `beside`.
+    """Features that a head cache can store. `gives`: outputs computed from them; `beside`: other inputs these need.
 
     `stack` is the last one they come from, None where no stack was found before them.
     """
@@ -133,7 +133,7 @@ def model_structure(
 
     Raises `FlashuError` if the model cannot be loaded or captured; a missing structure is not an error.
     """
-    tell = Steps(progress)
+    tell = ProgressReporter(progress)
     source = CapturedModel.load(model, tasks, tell, **parts)
     programs = [captured for captured in source.programs.values() if captured.spec.stacks]
     found = []

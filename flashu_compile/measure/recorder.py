@@ -56,7 +56,7 @@ def captured_source(program: Program) -> Source:
 
 
 class RecordingEngine:
-    """A Recorder as the sampler's engine of every name; `before` is called with the inputs of each evaluation."""
+    """Engines for the sampler, all of which are one Recorder; `before` is called with the inputs of each evaluation."""
 
     def __init__(self, recorder: Recorder, before: Callable[[Mapping[str, Tensor]], None]) -> None:
         self._recorder, self._before = recorder, before

@@ -56,7 +56,7 @@ def generation_errors(
 ) -> tuple[LinearError, ...]:
     """Measure on trajectories of the captured generation step, or on its own sample if there are no prompts.
 
-    `recipe` must be resolved; trajectories have its guidance, a few points, and no technique.
+    `recipe` must be resolved; trajectories have its constant guidance scale, a few points, and no technique.
     """
     watch = _Watch(program)
     if not prompts:

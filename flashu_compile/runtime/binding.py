@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.bundle.signatures import state_of, updated
 
-# Buffers and a graph stay for each set of shapes; decoding, whose cache grows with each token, must not pile them up.
+# Buffers and a graph stay for each set of shapes; decoding, whose caches grow by blocks, must not pile them up.
 MAX_SHAPES = 16
 
 _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"

@@ -49,7 +49,10 @@ def _libraries() -> Iterator[Finding]:
     ):
         yield _package(module, distribution, "compiling models", compile_advice)
     yield _package(
-        "diffusers", "diffusers", "the Wan VAE of published checkpoints", 'pip install "flashu-compile[wan]"'
+        "diffusers",
+        "diffusers",
+        "the Wan VAE of published checkpoints",
+        'pip install "flashu-compile[compile,wan]"',
     )
     yield _tensorrt()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import flashu_compile
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE
 from flashu_compile.compiler.answering import shortened
-from flashu_compile.compiler.captured import CapturedModel, Steps
+from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.errors import BundleError
 from flashu_compile.exporters import backends as build_side
@@ -180,7 +180,7 @@ def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(
     model.__class__ = kind
     loaded = LoadedModel("seeing", model, VAE, tokenizer())
     path = flashu_compile.export(
-        CapturedModel.from_loaded(loaded, ["mmu"], Steps(None)), "mmu", output=tmp_path / "b"
+        CapturedModel.from_loaded(loaded, ["mmu"], ProgressReporter(None)), "mmu", output=tmp_path / "b"
     ).path
     pipe = flashu_compile.load(path)
     assert pipe.manifest.engine("language").prologue is None
@@ -191,7 +191,7 @@ def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(
 
 
 def plan_of(*steps: str) -> StepPlan:
-    """Steps by engine; an asterisk marks those that store features, a plus those that extrapolate."""
+    """ProgressReporter by engine; an asterisk marks those that store features, a plus those that extrapolate."""
     rows = (
         Step(float(i), 1.0, 5.0, name.rstrip("*+"), store="*" in name, extrapolate="+" in name)
         for i, name in enumerate(steps)

@@ -16,7 +16,7 @@ import flashu_compile
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE, WEIGHTS
 from flashu_compile.compiler import proof
 from flashu_compile.compiler.building import Maker
-from flashu_compile.compiler.captured import CapturedModel, Steps
+from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.compiler.metadata import checkpoint_bytes
 from flashu_compile.compiler.proof import needs_copy, proof_copy
@@ -128,7 +128,7 @@ def test_weights_are_found_under_their_new_names(whole: LoadedModel) -> None:
 
 @pytest.mark.slow
 def test_an_unproved_maker_runs_no_pass_of_a_precision_either(whole: LoadedModel, tmp_path: Path) -> None:
-    program = CapturedModel.from_loaded(whole, ["t2i"], Steps(None)).programs["denoise"].program
+    program = CapturedModel.from_loaded(whole, ["t2i"], ProgressReporter(None)).programs["denoise"].program
     maker = Maker(find_backend("torch"), Precision.of("bfloat16"), tmp_path, {})
     errors = []
     for one in (maker, maker.without_validation()):

@@ -186,7 +186,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.compiler.test_rebuild import build, small_model
-from flashu_compile.compiler.captured import Steps, CapturedModel
+from flashu_compile.compiler.captured import ProgressReporter, CapturedModel
 from tests.support.tiny import VAE, tokenizer
 
 class Killer:
@@ -194,7 +194,7 @@ class Killer:
         if stage.endswith("capturing denoise"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-model = CapturedModel.load(small_model(), ["t2i"], Steps(Killer()), vae=VAE, tokenizer=tokenizer())
+model = CapturedModel.load(small_model(), ["t2i"], ProgressReporter(Killer()), vae=VAE, tokenizer=tokenizer())
 build(CapturedModel(model.loaded, dict(reversed(model.programs.items()))), Path(sys.argv[1]), Path(sys.argv[2]))
 """
 

@@ -189,7 +189,7 @@ class Relative(Showo2):
 def test_where_values_stay_but_keys_do_not_the_program_is_left_alone() -> None:
     model = tiny_model(torch.float64)
     model.__class__ = Relative
-    program = capture(captures("mmu", model, VAE)[0])
+    program = capture_program(capture_specs("mmu", model, VAE)[0])
     split = (
         SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS),
         GroupHeads(),

@@ -83,7 +83,7 @@ def find_departure(
         return Findings(search.layers(), None)
     layers = search.layers()
     tell(f"the values of {search.layer(first)}")
-    search.compare(search.behind(first))
+    search.compare(search.leading_to(first))
     return Findings(layers, search.departure())
 
 
@@ -147,7 +147,7 @@ class _Search:
             rows.append(LayerDifference(layer, len(values), worst, self.differences[worst]))
         return tuple(rows)
 
-    def behind(self, value: str) -> set[str]:
+    def leading_to(self, value: str) -> set[str]:
         """Return a value and those it depends on, back to values that are known to agree."""
         known = self.differences.keys() - {value}
         return upstream(self.flow, [value], through=lambda v: v not in known) - known
@@ -156,7 +156,7 @@ class _Search:
         value = self.first_departing()
         assert value is not None
         node = self.makers[value]
-        hidden = [v for v in self.behind(value) if v not in self.differences]
+        hidden = [v for v in self.leading_to(value) if v not in self.differences]
         unseen = dict.fromkeys(self.makers[v].name for v in sorted(hidden, key=self.order.__getitem__))
         operands = tuple(self.operand(name) for name in dict.fromkeys(node.inputs) if name)
         return Departure(node, value, self.differences[value], operands, tuple(unseen))
