@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from flashu_compile.bundle.manifest import Origin
-from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from flashu_compile.errors import CheckpointError, ConfigurationError, PathError, UnsupportedModelError
 from flashu_compile.models import hub, weights
 from flashu_compile.models.origins import CARD, IN_MEMORY, origin
 from flashu_compile.models.showo2 import checkpoint, vocabulary
@@ -153,7 +153,12 @@ def _locate(model: str | Path) -> _Place:
     text = str(model)
     if text in BUNDLED:
         return _Place(BUNDLED[text], text)
-    path = absolute(model)
+    try:
+        path = absolute(model)
+    except PathError as error:
+        raise CheckpointError(
+            f"No model can be found by that name or path: {error} Give a bundled model's name, a directory or a hub id."
+        ) from error
     if path.is_dir():
         return _Place(path, path.resolve().name)
     if path.exists():
