@@ -329,7 +329,7 @@ class TestBuild:
                 row | {"name": "RemoveLayers", "kind": "lossy", "error": 0.125, "program": "denoise_skip3"},
                 row | {"name": "CanonicalNames", "changes": []},
             ]
-            report = {"calibration": {"t2i": {"samples": 4}}, "passes": passes, "cost": {}}
+            report = {"calibration": {"t2i": {"samples": 4}}, "passes": passes, "cost": {}, "answered": {}}
             (tmp_path / "report.json").write_text(json.dumps(report))
             return SimpleNamespace(path=tmp_path, summary=lambda: summary)
 
@@ -368,6 +368,7 @@ class TestBuild:
                 "overwrite": True,
                 "cache": True,
                 "proof": "copy",
+                "allow_declined": False,
             }
         ]
 
@@ -380,14 +381,16 @@ class TestBuild:
         assert [row["error"] for row in facts["passes"] if row["kind"] == "lossy"] == [0.25, 0.125]
 
     def test_defaults_are_those_of_the_library(self, exports: list[dict[str, Any]]) -> None:
+        from flashu_compile.compiler.captured import ModelParts
         from flashu_compile.compiler.export import export
 
         assert run("build", "m", "--task", "t2i").exit_code == 0
         (given,) = exports
-        defaults = inspect.signature(export).parameters
+        defaults = {name: known.default for name, known in inspect.signature(export).parameters.items()}
+        defaults |= dict.fromkeys(ModelParts.__annotations__)  # none of which is given
         given["recipe"] = given["recipe"].name
         assert {name: given[name] for name in given.keys() - {"model", "task"}} == {
-            name: defaults[name].default for name in given.keys() - {"model", "task"}
+            name: defaults[name] for name in given.keys() - {"model", "task"}
         }
 
     def test_cache(self, exports: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from flashu_compile import cli
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import display
 from flashu_compile.cli.streams import accept_any_text, encodable
-from flashu_compile.cli.terminal import say
+from flashu_compile.cli.terminal import say, visible
 from flashu_compile.models.loading import save_model
 from flashu_compile.recipe.presets import preset
 from tests.runtime.tiny_bundle import flip_byte, write_bundle
@@ -51,7 +51,7 @@ def test_any_text_can_be_written(text: str, encoding: str) -> None:
         say(text)
         say(text, err=True)
         for screen in (sys.stdout, sys.stderr):
-            shown = encodable(text, screen)
+            shown = encodable(visible(text), screen)
             assert written(screen) == (shown + "\n").replace("\n", os.linesep)  # type: ignore[arg-type]
             assert encodable(shown, screen) == shown
 

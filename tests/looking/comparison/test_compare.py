@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flashu_compile.compiler.captured import CapturedModel
-from flashu_compile.errors import BundleError, CheckpointError, ConfigurationError, InputError
+from flashu_compile.errors import BundleError, CheckpointError, ConfigurationError, InputError, PathError
 from flashu_compile.looking.comparison import compare, compare_layers, onnx_graph, search
 from flashu_compile.looking.comparison.compare import EngineComparison
 from flashu_compile.looking.comparison.traced_program import ProgramValues
@@ -297,7 +297,7 @@ class TestErrors:
         ],
     )
     def test_values_of_no_use(self, bundle: Path, name: str, value: object) -> None:
-        with pytest.raises((ConfigurationError, BundleError)) as told:
+        with pytest.raises((ConfigurationError, BundleError, PathError)) as told:
             compare_layers(**{"bundle": bundle, "against": "onnx", name: value})
         assert len(str(told.value)) < 500
 
