@@ -110,7 +110,7 @@ class _Checked:
         return self._outputs
 
     def wide_outputs(self) -> dict[str, Tensor]:
-        """What it gives in float64."""
+        """Run the program in float64 when first asked, and return what it gives."""
         if self._wide is None:
             self._wide = run_wide(self.program, self.program.sample)
         return self._wide
