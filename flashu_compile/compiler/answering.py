@@ -9,7 +9,7 @@ shapes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from flashu_compile.compiler.captured import one_thread
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.tasks import MMU, T2I
@@ -100,7 +100,7 @@ class BundleProbe:
             latents = pipe.latents(PROMPT, seed=SEED)
             told = {"evaluations": len(pipe.plan.steps)}
         _check_array("latents", latents, (1, *settings.latent_shape))
-        pipe.plan = dataclasses.replace(plan, steps=plan.steps[:1])
+        pipe.plan = _stretched(plan, plan.steps[:1])
         side = pipe.generate(PROMPT, seed=SEED).size
         if side != (settings.picture_size,) * 2:
             raise BundleError(
@@ -139,7 +139,14 @@ def shortened(plan: StepPlan) -> StepPlan:
         chosen |= {first, *stored[-2 if plan.steps[first].extrapolate else -1 :]}
     if len(chosen) < EVALUATIONS:  # and all steps run the same engine
         chosen |= set(range(len(plan.steps))[:EVALUATIONS])
-    return dataclasses.replace(plan, steps=tuple(plan.steps[number] for number in sorted(chosen)))
+    return _stretched(plan, [plan.steps[number] for number in sorted(chosen)])
+
+
+def _stretched(plan: StepPlan, steps: Sequence[Step]) -> StepPlan:
+    """Return a plan of `steps` alone, at equal distances from 0 to 1."""
+    count = len(steps)
+    timed = (dataclasses.replace(s, t=i / count, dt=1 / count) for i, s in enumerate(steps))
+    return dataclasses.replace(plan, points=count + 1, steps=tuple(timed))
 
 
 def of_few_words(loaded: LoadedModel) -> LoadedModel:

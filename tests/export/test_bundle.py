@@ -32,7 +32,7 @@ from flashu_compile.recipe.recipe import Recipe
 from tests.export.conftest import step_programs, word_tokenizer
 from tests.support.plans import uniform_plan
 
-FACTS = BundleMetadata(
+METADATA = BundleMetadata(
     model="tiny",
     tasks=("t2i",),
     backend="onnxruntime",
@@ -63,7 +63,7 @@ def write(engines: list[EngineBuild], tokenizer: Tokenizer) -> Write:
     def write(output: Path, **changes: object) -> Manifest:
         arguments = {
             "engines": engines,
-            "facts": FACTS,
+            "metadata": METADATA,
             "tokenizer": tokenizer,
             "recipe": Recipe("exact"),
             "plan": uniform_plan(4, 5.0, 3.0, "step"),
@@ -104,7 +104,7 @@ def test_the_origin_of_weights_is_in_the_manifest(tmp_path: Path, write: Write) 
         {"b.bin": FileEntry("b" * 64, 2), "a.bin": FileEntry("a" * 64, 1)}, "some/body", "c" * 40, "mit"
     )
     origins = {"vae": Origin(None), "model": read}
-    manifest = write(tmp_path / "one", metadata=dataclasses.replace(FACTS, origins=origins))
+    manifest = write(tmp_path / "one", metadata=dataclasses.replace(METADATA, origins=origins))
     assert read_manifest(tmp_path / "one").origins == manifest.origins == origins
     told = json.loads((tmp_path / "one" / "manifest.json").read_text())["origins"]
     assert told["vae"] == {"files": None, "repository": None, "revision": None, "license": None}
@@ -113,7 +113,7 @@ def test_the_origin_of_weights_is_in_the_manifest(tmp_path: Path, write: Write) 
         "model": dataclasses.replace(read, files=dict(reversed((read.files or {}).items()))),
         "vae": Origin(None),
     }
-    write(tmp_path / "two", metadata=dataclasses.replace(FACTS, origins=turned))
+    write(tmp_path / "two", metadata=dataclasses.replace(METADATA, origins=turned))
     assert (tmp_path / "one" / "manifest.json").read_bytes() == (
         tmp_path / "two" / "manifest.json"
     ).read_bytes()
@@ -354,7 +354,7 @@ build_again(Path(sys.argv[1]))
 def build_again(output: Path) -> None:
     """A whole build from the network on, for a fresh process."""
     builds = [engine(program, emit_onnx(program)) for program in step_programs()]
-    write_bundle(output, engines=builds, metadata=FACTS, tokenizer=word_tokenizer(), recipe=Recipe("exact"))
+    write_bundle(output, engines=builds, metadata=METADATA, tokenizer=word_tokenizer(), recipe=Recipe("exact"))
 
 
 def test_two_builds_in_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
