@@ -111,11 +111,7 @@ class _Checked:
         return self._outputs
 
     def wide_outputs(self) -> dict[str, Tensor]:
-<<<<<<< HEAD
         """Return the program's outputs on its sample inputs, computed in float64."""
-=======
-        """Run the program in float64 when first asked, and return what it gives."""
->>>>>>> exact
         if self._wide is None:
             self._wide = run_wide(self.program, self.program.sample)
         return self._wide
