@@ -69,7 +69,7 @@ class Shifted:
 
 class ShiftedEngines:
     def __init__(self, engines):
-        self._engines = engines
+        self._engines, self.precision = engines, engines.precision
 
     def engine(self, name):
         return Shifted(self._engines.engine(name))

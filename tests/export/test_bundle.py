@@ -354,7 +354,9 @@ build_again(Path(sys.argv[1]))
 def build_again(output: Path) -> None:
     """A whole build from the network on, for a fresh process."""
     builds = [engine(program, emit_onnx(program)) for program in step_programs()]
-    write_bundle(output, engines=builds, metadata=METADATA, tokenizer=word_tokenizer(), recipe=Recipe("exact"))
+    write_bundle(
+        output, engines=builds, metadata=METADATA, tokenizer=word_tokenizer(), recipe=Recipe("exact")
+    )
 
 
 def test_two_builds_in_two_processes_give_the_same_bytes(tmp_path: Path) -> None:

@@ -280,7 +280,8 @@ def test_skipped_layers_are_the_least_important_and_stable() -> None:
 class TestSamples:
     def test_lists_are_told_apart_by_what_they_hold(self) -> None:
         assert calibration_samples(["a", "b"]).prompts == ("a", "b")
-        assert calibration_samples([("x.png", "what?")]).questions == (("x.png", "what?"),)
+        here = Path("x.png").absolute()
+        assert calibration_samples([("x.png", "what?")]).questions == ((here, "what?"),)
 
     @pytest.mark.parametrize(
         ("value", "message"),
