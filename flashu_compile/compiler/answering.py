@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
 from flashu_compile.compiler.captured import one_thread
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.models.loading import LoadedModel
@@ -80,44 +81,43 @@ class BundleProbe:
         return {"bundle": self.bundle, "not_run_here": str(reason)}
 
     def _picture(self, pipe: Pipeline) -> dict[str, Any]:
-        settings = pipe.manifest.generation
+        settings, plan = pipe.manifest.generation, pipe.plan_for()
         assert settings is not None, "the bundle was built for t2i"
-        plan = pipe.plan_for()
-        told: dict[str, Any] = {}
-        if self._is_exact(T2I.name):
-            points = EVALUATIONS + 1
-            latents = pipe.latents(PROMPT, seed=SEED, steps=points)
-            truth = self._eager().trajectory(
-                PROMPT,
-                seed=SEED,
-                steps=points,
-                guidance_scale=plan.steps[0].guidance_scale,
-                time_shift=plan.time_shift,
-            )
-            told = {"evaluations": EVALUATIONS, "error": _held("latents", latents, truth.latents.numpy())}
-        else:
+        prompt, exact = self._fitting(PROMPT, settings.max_prompt_tokens), self._is_exact(T2I.name)
+        points = EVALUATIONS + 1 if exact else None
+        if not exact:
             pipe.plan = shortened(plan)
-            latents = pipe.latents(PROMPT, seed=SEED)
-            told = {"evaluations": len(pipe.plan.steps)}
+        told: dict[str, Any] = {"evaluations": len(pipe.plan_for(points).steps)}
+        latents = pipe.latents(prompt, seed=SEED, steps=points)
         _check_array("latents", latents, (1, *settings.latent_shape))
-        pipe.plan = _stretched(plan, plan.steps[:1])
-        side = pipe.generate(PROMPT, seed=SEED).size
-        if side != (settings.picture_size,) * 2:
-            raise BundleError(
-                f"the picture is {side[0]} × {side[1]}, not {settings.picture_size} pixels a side."
+        if exact:
+            scale, shift = plan.steps[0].guidance_scale, plan.time_shift
+            truth = self._eager().trajectory(
+                prompt, seed=SEED, steps=points, guidance_scale=scale, time_shift=shift
             )
+            told["error"] = _held("latents", latents, truth.latents.numpy())
+        pipe.plan = _stretched(plan, plan.steps[:1])
+        width, height = pipe.generate(prompt, seed=SEED).size
+        if {width, height} != {settings.picture_size}:
+            raise BundleError(f"the picture is {width} × {height}, not {settings.picture_size} pixels a side.")
         pipe.plan = plan
         return told
 
     def _tokens(self, pipe: Pipeline) -> dict[str, Any]:
-        image = _image()
-        tokens, logits = pipe.logits(image, QUESTION, tokens=TOKENS)
+        settings, image = pipe.manifest.understanding, _image()
+        assert settings is not None, "the bundle was built for mmu"
+        question = self._fitting(QUESTION, settings.max_question_tokens)
+        tokens, logits = pipe.logits(image, question, tokens=TOKENS)
         _check_array("logits", logits, (TOKENS, self.loaded.network.config.llm.vocab_size))
-        pipe.ask(image, QUESTION, max_new_tokens=TOKENS)
+        pipe.ask(image, question, max_new_tokens=TOKENS)
         if not self._is_exact(MMU.name):
             return {"tokens": TOKENS}
-        truth = self._eager().logits(image, QUESTION, tokens).numpy()
+        truth = self._eager().logits(image, question, tokens).numpy()
         return {"tokens": TOKENS, "error": _held("logits", logits, truth)}
+
+    def _fitting(self, text: str, limit: int) -> str:
+        """Return `text`, or nothing if it has more than `limit` tokens."""
+        return text if len(PromptCodec(self.loaded.tokenizer).encode(text)) <= limit else ""
 
     def _is_exact(self, task: str) -> bool:
         """Tell whether the bundle computes what the eager model does, for the same number of time points."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,6 +57,7 @@ class BuildChecks:
     def _costs(self, open_bundle: Open) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         points = self.source.loaded.network.config.steps
+        open_once = functools.cache(open_bundle)
         for task in self.tasks:
             if self.exact_precision and not self.recipe.config(task).is_lossy(points):
                 continue
@@ -68,7 +70,7 @@ class BuildChecks:
                 self.tell(f"{task}: {stage}")
 
             try:
-                engines = open_bundle().engines
+                engines = open_once().engines
             except BackendUnavailableError as reason:
                 figures[task] = {"not_measured": f"the engines do not run here ({reason})"}
                 continue

@@ -172,6 +172,7 @@ class Relative(Showo2):
         return super().tables(span, 20 * positions / positions.shape[1], valid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SeesAll, Relative])
 def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(
     kind: type[Showo2], tmp_path: Path
