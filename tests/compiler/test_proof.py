@@ -236,8 +236,21 @@ def test_the_report_says_what_was_proved_on(bundles: dict[str, Bundle]) -> None:
     assert all(record["error"] <= 1e-5 for record in exact)
     assert all(record["error"] is None for record in report["passes"])
     assert bundles["copy"].summary()["errors"] == told["engines"]
+    assert {row["bundle"] for row in report["answered"].values()} == {"copy"}
+    assert not any("not_run_here" in row for row in report["answered"].values())
     assert "proved on a copy of it" in (bundles["copy"].path / REPORT_PAGE).read_text(encoding="utf-8")
     assert "proof" not in json.loads((bundles["whole"].path / REPORT).read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_a_copy_that_changes_nothing_is_held_against_eager(whole: LoadedModel, tmp_path: Path) -> None:
+    bundle = flashu_compile.export(
+        whole.network, ["t2i", "mmu"], output=tmp_path / "b", vae=VAE, tokenizer=tokenizer(), proof="copy"
+    )
+    answered = json.loads((bundle.path / REPORT).read_text(encoding="utf-8"))["answered"]
+    assert {row["bundle"] for row in answered.values()} == {"copy"}
+    assert all(0 < row["error"] < 1e-4 for row in answered.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.mark.slow
