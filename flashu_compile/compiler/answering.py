@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flashu_compile.bundle.agreement import relative_error
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
 from flashu_compile.compiler.captured import one_thread
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
@@ -99,7 +98,9 @@ class BundleProbe:
         pipe.plan = _stretched(plan, plan.steps[:1])
         width, height = pipe.generate(prompt, seed=SEED).size
         if {width, height} != {settings.picture_size}:
-            raise BundleError(f"the picture is {width} × {height}, not {settings.picture_size} pixels a side.")
+            raise BundleError(
+                f"the picture is {width} × {height}, not {settings.picture_size} pixels a side."
+            )
         pipe.plan = plan
         return told
 
