@@ -192,12 +192,16 @@ def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(
 
 
 def plan_of(*steps: str) -> StepPlan:
-    """ProgressReporter by engine; an asterisk marks those that store features, a plus those that extrapolate."""
+    """Steps by engine, told apart by their guidance scales, which count from 2.
+
+    An asterisk marks those that store features, a plus those that extrapolate.
+    """
+    count = len(steps)
     rows = (
-        Step(float(i), 1.0, 5.0, name.rstrip("*+"), store="*" in name, extrapolate="+" in name)
+        Step(i / count, 1 / count, 2.0 + i, name.rstrip("*+"), store="*" in name, extrapolate="+" in name)
         for i, name in enumerate(steps)
     )
-    return StepPlan(len(steps) + 1, 3.0, "euler", tuple(rows))
+    return StepPlan(count + 1, 3.0, "euler", tuple(rows))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_a_shortened_plan_runs_every_engine_and_what_it_reuses(
     steps: tuple[str, ...], kept: list[int]
 ) -> None:
     plan = plan_of(*steps)
-    assert [step.t for step in shortened(plan).steps] == kept
+    assert [step.guidance_scale - 2 for step in shortened(plan).steps] == kept
 
 
 def test_shortened_plans_of_real_recipes_store_before_they_reuse() -> None:

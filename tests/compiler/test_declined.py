@@ -75,6 +75,7 @@ def test_the_report_says_asked_and_not_done(allowed: Path) -> None:
         "error": None,
         "declined": [WHY],
         "technique": "token pruning",
+        "float64_error": None,
     }
     page = (allowed / "report.html").read_text()
     asked = page[page.index("Asked, not done") :]
