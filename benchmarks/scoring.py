@@ -88,7 +88,7 @@ def pipeline(bundle: Path, plan: StepPlan | None, threads: int) -> tuple[Pipelin
     return Pipeline(files.manifest, plan, recipe, codec, counted), counted
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Drawn:
     """Pictures uint8 [n, side, side, 3] and their latents float32 [n, c, h, w]; rows run, by engine."""
 

@@ -40,12 +40,8 @@ class HoistSchedule(Pass):
     def call(self, program: Program) -> PassResult:
         """Split the program into a schedule that computes these layers, and the rest."""
         dependence, needed = depends_on(program), needed_beside(program, (self.point,))
-        alone = [
-            node
-            for node in dependence
-            if node.target is _LINEAR and self._alone(dependence[node]) and not needed[node]
-        ]
-        layers = [node for node in alone if _is_static(node)]
+        alone = [node for node in dependence if node.target is _LINEAR and self._alone(dependence[node])]
+        layers = [node for node in alone if not needed[node] and _is_static(node)]
         reasons = tuple(
             f"the linear layer at {node.name} has the size of another input"
             for node in alone

@@ -197,8 +197,8 @@ def test_where_values_stay_but_keys_do_not_the_program_is_left_alone() -> None:
         MergeDuplicates(),
     )
     _, records = PassManager((*split, HoistPrologue(SUFFIX))).run(program)
-    (change,) = records[-1].changes
-    assert "layers.0.self_attn, keys or values change, but not both" in change
+    (reason,) = records[-1].declined
+    assert "layers.0.self_attn, keys or values change, but not both" in reason
 
 
 def test_a_program_that_was_not_split_is_left_alone(whole: Program) -> None:
