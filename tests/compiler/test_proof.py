@@ -211,6 +211,7 @@ def bundles(whole: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dic
             tokenizer=tokenizer(),
             cache=False,
             proof=on,
+            allow_declined=True,
         )
         for on in ("whole", "copy")
     }
