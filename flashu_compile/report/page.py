@@ -110,6 +110,7 @@ def _passes(
             "programs": len(group),
             "changes": sum(len(record["changes"]) for record in group),
             "error": largest_error(group, validated),
+            "float64_error": largest_error(group, validated, "float64_error"),
         }
 
 

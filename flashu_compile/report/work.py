@@ -192,15 +192,17 @@ def _answer_text(told: Mapping[str, Any]) -> str:
     asked = f"{told['evaluations']} evaluations" if "evaluations" in told else f"{told['tokens']} tokens"
     of_copy = " of a small copy" if told["bundle"] == "copy" else ""
     held = f"within {told['error']:.1e} of eager" if "error" in told else "finite, of the right shape"
+    if "rounding" in told:
+        held += f" in float64, whose float32 run is within {told['rounding']:.1e} of it"
     return f"{asked}{of_copy}, {held}"
 
 
 def largest_error(
-    records: Sequence[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]]
+    records: Sequence[Mapping[str, Any]], validated: Sequence[Mapping[str, Any]], field: str = "error"
 ) -> float | None:
-    """Return the largest error in one pass's `records`, and in the records of the same pass in `validated`.
+    """Return the largest `field` in one pass's `records`, and in the records of the same pass in `validated`.
 
-    `validated` records what passes did to a copy.
+    `validated` records what passes did to a copy. `field` is "error" or "float64_error".
     """
     alike = (*records, *(record for record in validated if record["name"] == records[0]["name"]))
-    return max((record["error"] for record in alike if record["error"] is not None), default=None)
+    return max((record[field] for record in alike if record.get(field) is not None), default=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 import json
 import sys
@@ -16,13 +18,14 @@ import torch
 from torch import Tensor
 
 import flashu_compile
+from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE
-from flashu_compile.compiler.answering import shortened
+from flashu_compile.compiler.answering import held_to_eager, shortened
 from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.errors import BundleError
 from flashu_compile.exporters import backends as build_side
-from flashu_compile.models.loading import LoadedModel
+from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import RowTables, Showo2
 from flashu_compile.recipe.config import T2IConfig
@@ -151,6 +154,45 @@ def test_a_sound_bundle_tells_its_error(captured: CapturedModel, crooked: Any, t
     assert 0 < told.pop("error") < 1e-5
     assert told == {"bundle": "whole", "tokens": 3}
     assert "3 tokens, within " in (path / REPORT_PAGE).read_text()
+
+
+def amplifying_model() -> Showo2:
+    """A model whose latents are off by 1e-4 through rounding in float32 alone: its attention is all but hard."""
+    model = tiny_model()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(10)
+    return model
+
+
+def test_what_rounding_does_is_told_from_a_fault_by_float64() -> None:
+    loaded = load_model(amplifying_model(), vae=VAE, tokenizer=tokenizer())
+
+    def latents(eager: EagerPipeline) -> np.ndarray:
+        return eager.trajectory("a red circle", steps=3, guidance_scale=5.0).latents.numpy()
+
+    in_float64 = dataclasses.replace(loaded, network=copy.deepcopy(loaded.network).double())
+    truth, wide = latents(EagerPipeline(loaded)), latents(EagerPipeline(in_float64))
+    rounding = relative_error(truth, wide)
+    assert rounding > 1e-4
+    for times in (3, 9):
+        told = held_to_eager(loaded, "latents", wide + times * (truth - wide), latents)
+        assert told == pytest.approx({"error": times * rounding, "rounding": rounding}, rel=0.01)
+    with pytest.raises(
+        BundleError, match=r"latents differ from the eager model's by .*own rounding in float32"
+    ):
+        held_to_eager(loaded, "latents", wide + 11 * (truth - wide), latents)
+
+
+@pytest.mark.slow
+def test_a_model_that_amplifies_rounding_is_built(tmp_path: Path) -> None:
+    path = flashu_compile.export(
+        amplifying_model(), "t2i", vae=VAE, tokenizer=tokenizer(), output=tmp_path / "b", cache=False
+    ).path
+    told = json.loads((path / REPORT).read_text())["answered"]["t2i"]
+    assert told["error"] < 10 * told["rounding"] < 1e-2
+    assert "whose float32 run is within" in (path / REPORT_PAGE).read_text()
 
 
 class SeesAll(Showo2):

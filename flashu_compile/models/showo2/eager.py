@@ -31,7 +31,7 @@ from flashu_compile.recipe.config import LARGEST_SCALE
 
 
 class EagerPipeline:
-    """`generate` and `ask` with the interface of a `Pipeline`, run on the model itself."""
+    """`generate` and `ask` with the interface of a `Pipeline`, run on the model itself, in the dtype of its weights."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         if loaded.vae is None:
@@ -64,6 +64,7 @@ class EagerPipeline:
             rows.append(prefix + [codec.image_pad] * config.span_length + codec.generation_tail(tail))
             offsets.append(len(prefix))
         noise = torch.from_numpy(initial_noise(seed, 0, config.latent_shape))[None]
+        noise = noise.to(torch.promote_types(noise.dtype, self.network.dtype))
         made = generate(
             self.network,
             torch.tensor(rows),
