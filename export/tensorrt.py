@@ -19,6 +19,7 @@ from flashu_compile.exporters.tensorrt_plan import TIMING_CACHE, update_manifest
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import (
     PLAN_FILE,
+    BuildOptions,
     BuiltEngine,
     Libraries,
     PlannedEngine,

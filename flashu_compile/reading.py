@@ -36,6 +36,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 
 T = TypeVar("T")
 
+_TOO_DEEP = f"it has more than {DEEPEST} levels"
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 # What JSON can spell and UTF-8 cannot: halves of surrogate pairs, here also those in whole pairs.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -109,7 +110,9 @@ def parse(content: bytes | str, where: str, error: type[FlashuError], advice: st
         _check_depth(value)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as problem:
+    except RecursionError as problem:
+        raise error(_message(where, _TOO_DEEP, advice)) from problem
+    except ValueError as problem:
         raise error(_message(where, f"it is no strict JSON: {problem}", advice)) from problem
     return value
 
@@ -133,13 +136,16 @@ def convert(
         value: T = msgspec.convert(data, kind, strict=True, str_keys=True)
         if not foreign:
             _check_known(data, value, "$")
-    except (msgspec.ValidationError, FlashuError) as problem:
+    except FlashuError as problem:
         raise error(_message(where, str(problem), advice)) from problem
+    except msgspec.ValidationError as problem:
+        reason = str(problem).replace("`", "").replace(" - at ", " at ")
+        raise error(_message(where, reason[:1].lower() + reason[1:], advice)) from problem
     return value
 
 
 def _message(where: str, reason: str, advice: str) -> str:
-    reason = reason.removesuffix(".").replace("`", "")
+    reason = reason.removesuffix(".")
     return f"{where} is not valid: {reason}; {advice}." if advice else f"{where} is not valid: {reason}."
 
 
@@ -171,7 +177,7 @@ def _check_depth(value: object) -> None:
         level = [child for item in level for child in _children(item)]
         if not level:
             return
-    raise ValueError(f"it has more than {DEEPEST} levels")
+    raise RecursionError
 
 
 def _children(value: object) -> Iterable[Any]:

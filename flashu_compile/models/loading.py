@@ -103,7 +103,7 @@ def load_model(
         loaded = _from_module(model, tokenizer, llm_config, dtype)
     else:
         place = _locate(model)
-        settings = weights.read_json(place.directory / _CONFIG)
+        settings = weights.read_config(place.directory / _CONFIG)
         if settings.get("format") == FORMAT:
             _refuse_llm_config(llm_config, f"{place.directory}, which has a complete configuration")
             loaded = _from_own_layout(place, settings, tokenizer, dtype, read_vae=vae is None)
@@ -290,10 +290,10 @@ def _llm_config_of(source: Any, *, needed: bool) -> dict[str, Any] | None:
     if not isinstance(source, str) or not source:
         return None
     if (file := absolute(source) / _CONFIG).is_file():
-        return weights.read_json(file)
+        return weights.read_config(file)
     if needed and hub.is_hub_id(source):
         snapshot = hub.fetch(source, [_CONFIG], instead="pass llm_config, the path of its config.json")
-        return weights.read_json(snapshot.directory / _CONFIG)
+        return weights.read_config(snapshot.directory / _CONFIG)
     return None
 
 
@@ -301,7 +301,7 @@ def _read_llm_config(llm_config: Mapping[str, Any] | str | Path) -> dict[str, An
     if isinstance(llm_config, Mapping):
         return dict(llm_config)
     path = absolute(llm_config)
-    return weights.read_json(path / _CONFIG if path.is_dir() else path)
+    return weights.read_config(path / _CONFIG if path.is_dir() else path)
 
 
 def _refuse_llm_config(llm_config: object, what: str) -> None:
@@ -329,7 +329,7 @@ def _vae_origin(vae: Any) -> Origin:
         return IN_MEMORY
     path = Path(vae)
     if path.is_dir():
-        return origin(weights.weight_files(path), path, weights.read_json(path / _CONFIG))
+        return origin(weights.weight_files(path), path, weights.read_config(path / _CONFIG))
     return origin([path], path.parent, {})
 
 

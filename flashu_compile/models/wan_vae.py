@@ -79,7 +79,7 @@ class WanVAE(nn.Module):
         """
         path = absolute(path)
         if path.is_dir():
-            settings: Mapping[str, Any] = weights.read_json(path / _CONFIG)
+            settings: Mapping[str, Any] = weights.read_config(path / _CONFIG)
             if settings.get("_class_name") != "AutoencoderKLWan":
                 raise CheckpointError(f"{path} is a {settings.get('_class_name')}, not an AutoencoderKLWan.")
             state = weights.read_weights(path, dtype)

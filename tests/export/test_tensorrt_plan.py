@@ -17,7 +17,13 @@ from flashu_compile.errors import BackendUnavailableError, BundleError, Configur
 from flashu_compile.exporters.tensorrt import build_engines
 from flashu_compile.exporters.tensorrt_plan import SCRIPT, write_plan
 from flashu_compile.runtime import load
-from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngines, import_libraries, read_plan
+from flashu_compile.runtime.tensorrt_engine import (
+    PLAN_FILE,
+    BuildOptions,
+    TensorRTEngines,
+    import_libraries,
+    read_plan,
+)
 from flashu_compile.runtime.verify import verify
 from tests.runtime.tiny_bundle import write_bundle
 
