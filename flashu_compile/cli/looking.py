@@ -243,6 +243,7 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
         display.print_json(
             {
                 "ok": result.ok,
+                "refused": result.refused or None,
                 "files": [dataclasses.asdict(row) for row in result.files],
                 # JSON has no infinity.
                 "outputs": [
@@ -264,6 +265,8 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
         say(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
         for row in wrong:
             say(f"  {row.status}: {row.name}")
+        if result.refused:
+            say(f"cannot be loaded: {result.refused}")
         for engine, rows in result.placements.items():
             say(f"{engine}: {', '.join(map(str, rows))}")
         display.print_table(
