@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flashu_compile import reading
 from flashu_compile.errors import CheckpointError
+from flashu_compile.paths import absolute
 
 StateDict = dict[str, Tensor]
 
@@ -136,7 +137,7 @@ def _shards(index: Path) -> list[Path]:
         # An index is input like any other: its entries must not lead out of the directory.
         if Path(name).name != name or name in {".", ".."}:
             raise CheckpointError(f"{index} names the shard {name!r}, which is not a file beside it.")
-    return [index.parent / name for name in names]
+    return [absolute(index.parent / name) for name in names]
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:

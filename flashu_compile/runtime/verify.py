@@ -152,7 +152,8 @@ def _check_files(directory: Path, manifest: Manifest, tell: Callable[[str], None
         if not path.is_file():
             yield FileCheck(name, "missing")
         else:
-            yield FileCheck(name, "ok" if file_entry(path) == listed else "changed")
+            same = path.stat().st_size == listed.bytes and file_entry(path) == listed
+            yield FileCheck(name, "ok" if same else "changed")
     known = {*manifest.files, MANIFEST}
     present = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
     yield from (FileCheck(name, "unexpected") for name in present if name not in known)

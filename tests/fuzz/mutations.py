@@ -116,7 +116,7 @@ def _changed(rng: Random, value: Any) -> Any:
     elif kind == 8 and isinstance(container[key], int | float):
         container[key] = container[key] * rng.choice((-1, 0.5, 2, 1000)) + rng.choice((0, 1))
     elif isinstance(container, list):
-        container.extend(container[:] * rng.choice((1, 300)))
+        container.extend(container[:] * (rng.choice((1, 300)) if len(places) < 300 else 1))
     else:
         container[rng.choice(("other", "1", "ß"))] = container.pop(key)
     return value
