@@ -15,10 +15,11 @@ from typing import Any
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, read_manifest
 from flashu_compile.errors import BundleError, EmissionError
-from flashu_compile.exporters.tensorrt_plan import TIMING_CACHE, BuildOptions, update_manifest
+from flashu_compile.exporters.tensorrt_plan import TIMING_CACHE, update_manifest
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import (
     PLAN_FILE,
+    BuildOptions,
     BuiltEngine,
     Libraries,
     PlannedEngine,
@@ -41,7 +42,7 @@ def build_engines(bundle: Path) -> TensorRTPlan:
     files = BundleFiles(bundle, manifest)
     plan = read_plan(files)
     libraries = import_libraries()
-    options = BuildOptions(**plan.options)
+    options = plan.options
     if WEIGHTS in manifest.files:
         files.path(WEIGHTS)
     cache = bundle / TIMING_CACHE

@@ -17,58 +17,14 @@ import onnx_ir as ir
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
 from flashu_compile.bundle.profiles import dimension_ranges, engine_profile, shapes_text
-from flashu_compile.errors import BundleError, ConfigurationError, EmissionError
+from flashu_compile.errors import BundleError, EmissionError
 from flashu_compile.exporters.tensorrt_support import objections
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
 from flashu_compile.paths import absolute
-from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, PlannedEngine, TensorRTPlan
+from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, BuildOptions, PlannedEngine, TensorRTPlan
 
 SCRIPT = "build_engines.sh"
 TIMING_CACHE = "tensorrt.timing"
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildOptions:
-    """Options of an engine build.
-
-    `version_compatible` engines run on later versions of TensorRT too; they carry code (a lean runtime),
-    which needs the user's trust to be loaded, unless `exclude_lean_runtime` leaves it out. `strip_weights`
-    leaves the weights out; they are refitted from the bundle's when the engine is loaded. `refit` keeps
-    engines refittable with their weights in. `workspace_mib` limits TensorRT's scratch memory,
-    `optimization_level` (0 to 5) its search.
-    """
-
-    version_compatible: bool = False
-    exclude_lean_runtime: bool = False
-    strip_weights: bool = False
-    refit: bool = False
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.exclude_lean_runtime and not self.version_compatible:
-            raise ConfigurationError(
-                "exclude_lean_runtime is about version_compatible engines; ask for both."
-            )
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise ConfigurationError(f"optimization_level is 0 to 5, not {self.optimization_level}.")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ConfigurationError(f"workspace_mib must be positive, not {self.workspace_mib}.")
-
-    def flags(self) -> list[str]:
-        """Return the options as command-line flags of trtexec."""
-        chosen = {
-            "--versionCompatible": self.version_compatible,
-            "--excludeLeanRuntime": self.exclude_lean_runtime,
-            "--stripWeights": self.strip_weights,
-            "--refit": self.refit,
-        }
-        flags = [flag for flag, wanted in chosen.items() if wanted]
-        if self.workspace_mib is not None:
-            flags.append(f"--memPoolSize=workspace:{self.workspace_mib}M")
-        if self.optimization_level is not None:
-            flags.append(f"--builderOptimizationLevel={self.optimization_level}")
-        return flags
 
 
 def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPlan:
@@ -88,7 +44,7 @@ def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPla
         spec.name: engine_profile(spec, dimension_ranges(manifest, spec)) for spec in manifest.engines
     }
     plan = TensorRTPlan(
-        options=dataclasses.asdict(options),
+        options=options,
         engines={
             spec.name: PlannedEngine(_graph_name(spec), profiles[spec.name]) for spec in manifest.engines
         },

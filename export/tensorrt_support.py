@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -20,8 +19,10 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from flashu_compile import reading
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.errors import FlashuError
 from flashu_compile.exporters.onnx import OPERATOR
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
 from flashu_compile.paths import absolute
@@ -57,7 +58,7 @@ class Objection:
 def published(name: str) -> Mapping[str, Any]:
     """Load one of the two lists as it is stored."""
     folder = resources.files("flashu_compile.exporters") / "support"
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    return reading.decode((folder / name).read_bytes(), dict[str, Any], name, FlashuError)
 
 
 def objections(model: ir.Model) -> list[Objection]:

@@ -19,8 +19,9 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from flashu_compile.bundle.dimensions import evaluate
 from flashu_compile.bundle.manifest import EngineSpec
-from flashu_compile.bundle.profiles import Range, engine_profile, evaluate, ranges_of
+from flashu_compile.bundle.profiles import Range, engine_profile, ranges_of
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.engine_build import EngineBuild

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from flashu_compile.bundle.manifest import Manifest, file_entry
+from flashu_compile import reading
+from flashu_compile.bundle.manifest import BUILD_AGAIN, Manifest, file_entry, inside
 from flashu_compile.errors import BundleError
 
 
@@ -23,10 +24,13 @@ class BundleFiles:
 
         Raises `BundleError` if it is absent, unlisted, outside the bundle, or changed.
         """
-        path = self.directory / _inside(name)
+        path = self.directory / inside(name)
         with self._lock:
             if name not in self._checked:
-                self._check(name, path)
+                try:
+                    self._check(name, path)
+                except OSError as error:
+                    raise BundleError(f"{path} cannot be read: {error}; {BUILD_AGAIN}.") from error
                 self._checked.add(name)
         return path
 
@@ -34,7 +38,7 @@ class BundleFiles:
         """Return the content of a text file. Raises `BundleError` as `path` does, or if it is not UTF-8."""
         path = self.path(name)
         try:
-            return path.read_text(encoding="utf-8")
+            return reading.read_bytes(path, BundleError).decode("utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"{path} is damaged: {error}; copy or build the bundle again.") from error
 
@@ -50,10 +54,3 @@ class BundleFiles:
             raise BundleError(
                 f"{path} is damaged: its SHA-256 is not the manifest's; copy or build the bundle again."
             )
-
-
-def _inside(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        raise BundleError(f"The manifest names {name!r}, which is not a file inside the bundle.")
-    return path

@@ -10,17 +10,19 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
-from flashu_compile import arguments
+from flashu_compile import arguments, reading
+from flashu_compile.bundle.dimensions import parsed
 from flashu_compile.errors import BundleError, BundleVersionError
 from flashu_compile.paths import absolute
+from flashu_compile.reading import Count
 
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
 _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
 
 SCHEMA = 3
+BUILD_AGAIN = "build the bundle again"  # what to do about a damaged one
 MANIFEST = "manifest.json"
 PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
     "plan.json",
@@ -34,11 +36,19 @@ PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """An engine input or output. `shape` holds an int for a fixed dimension, a name for a dynamic one."""
+    """An engine input or output. `shape` holds an int for a fixed dimension, a name for a dynamic one.
+
+    Raises `ConfigurationError` on a dimension that is no expression.
+    """
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Count | str, ...]
+
+    def __post_init__(self) -> None:
+        for size in self.shape:
+            if isinstance(size, str):
+                parsed(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +84,7 @@ class GenerationSettings:
     picture_size: int
 
     def __post_init__(self) -> None:
-        shape: Any = self.latent_shape
-        if not isinstance(shape, tuple) or len(shape) != 3:
-            raise BundleError(
-                f"The manifest's latent_shape must be three sizes, not {arguments.shown(shape)}."
-            )
-        for size in shape:
+        for size in self.latent_shape:
             arguments.integer("A size of the manifest's latent_shape", size, 1, _LARGEST_SIDE, BundleError)
         _check_settings(self, {"picture_size": _LARGEST_SIDE, "sequence_length": _LARGEST_LENGTH})
         _check_settings(
@@ -116,7 +121,7 @@ class FileEntry:
     """The SHA-256 and the size in bytes of a file."""
 
     sha256: str
-    bytes: int
+    bytes: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,10 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a bundle is. `origins` are those of the weights, by part of the model: `model`, `vae`."""
+    """What a bundle is. `origins` are those of the weights, by part of the model: `model`, `vae`.
+
+    Raises `BundleError` if a file's name leads out of the bundle.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -150,6 +158,10 @@ class Manifest:
     origins: dict[str, Origin] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        for name in self.files:
+            inside(name)
+
     def engine(self, name: str) -> EngineSpec:
         """Return the engine called `name`. Raises `BundleError` naming the engines there are."""
         for engine in self.engines:
@@ -163,59 +175,26 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
         """Parse a manifest. Raises `BundleVersionError` on a newer schema, `BundleError` on anything malformed."""
-        try:
-            data = json.loads(text)
-            schema = data["schema"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{where} is not a bundle manifest: {error!r}.") from error
-        if not isinstance(schema, int):
-            raise BundleError(f"{where} is damaged: its schema is {schema!r}; build the bundle again.")
+        data = reading.parse(text, str(where), BundleError, BUILD_AGAIN)
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if type(schema) is not int:
+            raise BundleError(f"{where} is not a bundle manifest: it has no schema; {BUILD_AGAIN}.")
         if schema != SCHEMA:
-            advice = "upgrade flashu_compile" if schema > SCHEMA else "build the bundle again"
+            advice = "upgrade flashu_compile" if schema > SCHEMA else BUILD_AGAIN
             raise BundleVersionError(
                 f"{where} has bundle schema {schema}; this version reads {SCHEMA}: {advice}."
             )
-        try:
-            return _manifest(data)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{where} is damaged: {error!r}; build the bundle again.") from error
+        return reading.convert(data, cls, str(where), BundleError, advice=BUILD_AGAIN)
 
 
-def _tensor(data: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
-
-
-def _engine(data: Mapping[str, Any]) -> EngineSpec:
-    tensors = {side: tuple(_tensor(t) for t in data[side]) for side in ("inputs", "outputs")}
-    return EngineSpec(**{**data, **tensors})
-
-
-def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:
-    return {name: FileEntry(**entry) for name, entry in data.items()}
-
-
-def _origin(data: Mapping[str, Any]) -> Origin:
-    files = data["files"]
-    return Origin(**{**data, "files": None if files is None else _files(files)})
-
-
-def _manifest(data: Mapping[str, Any]) -> Manifest:
-    generation, understanding = data["generation"], data["understanding"]
-    if generation is not None:
-        generation = GenerationSettings(**{**generation, "latent_shape": tuple(generation["latent_shape"])})
-    return Manifest(
-        **{
-            **data,
-            "tasks": tuple(data["tasks"]),
-            "engines": tuple(_engine(e) for e in data["engines"]),
-            "generation": generation,
-            "understanding": None if understanding is None else UnderstandingSettings(**understanding),
-            "files": _files(data["files"]),
-            "origins": {part: _origin(origin) for part, origin in data["origins"].items()},
-        }
-    )
+def inside(name: str) -> PurePosixPath:
+    """Return the relative path of a file in a bundle. Raises `BundleError` if it leads out of it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
+        raise BundleError(f"The manifest names {name!r}, which is not a file inside the bundle.")
+    return path
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -228,11 +207,6 @@ def file_entry(path: Path) -> FileEntry:
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of the bundle at `directory`. Raises `BundleError` if there is none."""
     path = absolute(directory / MANIFEST)
-    if not path.is_file():
-        reason = "does not exist" if not directory.exists() else f"has no {MANIFEST}"
-        raise BundleError(f"{directory} {reason}; it is not a bundle. Build one with `flashu-compile build`.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}.") from error
-    return Manifest.from_json(text, path)
+    reason = f"has no {MANIFEST}" if directory.exists() else "does not exist"
+    absent = f"{directory} {reason}; it is not a bundle. Build one with `flashu-compile build`."
+    return Manifest.from_json(reading.read_bytes(path, BundleError, absent=absent), path)

@@ -6,11 +6,10 @@ limits; a batch is the prompt with guidance's second branch or without it, or th
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import operator
 from collections.abc import Mapping
 
+from flashu_compile.bundle.dimensions import evaluate, symbols
 from flashu_compile.bundle.manifest import EngineSpec, GenerationSettings, Manifest, UnderstandingSettings
 from flashu_compile.errors import ConfigurationError
 
@@ -37,12 +36,16 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class InputShapes:
-    """The smallest, usual and largest shape of one input."""
+    """The smallest, usual and largest shape of one input. Raises `ConfigurationError` if their ranks differ."""
 
     name: str
     min: tuple[int, ...]
     opt: tuple[int, ...]
     max: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.min) == len(self.opt) == len(self.max):
+            raise ConfigurationError(f"The shapes of input {self.name!r} differ in rank.")
 
 
 #: The inputs of an engine that have dynamic dimensions; empty if none has.
@@ -80,20 +83,20 @@ def known_ranges(
 
 def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
     """Return the ranges of the symbols in a signature. Raises `ConfigurationError` on an unknown symbol."""
-    symbols = {
+    named = {
         name
         for tensor in spec.inputs
         for size in tensor.shape
         if isinstance(size, str)
-        for name in _symbols(size)
+        for name in symbols(size)
     }
-    unknown = sorted(symbols - known.keys())
+    unknown = sorted(named - known.keys())
     if unknown:
         raise ConfigurationError(
             f"Nothing tells how large dimension {unknown[0]!r} of engine {spec.name!r} can be; give its range."
         )
-    ranges = {name: known[name] for name in sorted(symbols)}
-    if {"batch", "suffix"} <= symbols:  # rows of answers
+    ranges = {name: known[name] for name in sorted(named)}
+    if {"batch", "suffix"} <= named:  # rows of answers
         ranges["batch"] = Range(1, 1, BATCH)
     return ranges
 
@@ -123,42 +126,3 @@ def engine_profile(spec: EngineSpec, ranges: Mapping[str, Range]) -> Profile:
 def shapes_text(profile: Profile, limit: str) -> str:
     """Format the `min`, `opt` or `max` shapes as trtexec and ONNX Runtime expect them: `ids:2x5,mask:2x5`."""
     return ",".join(f"{shapes.name}:{'x'.join(map(str, getattr(shapes, limit)))}" for shapes in profile)
-
-
-_OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
-
-
-def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """Evaluate a dimension such as `prefix + 66` for given sizes.
-
-    Raises `ConfigurationError` if it is not arithmetic.
-    """
-
-    def value(node: ast.expr) -> int:
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Name) and node.id in sizes:
-            return sizes[node.id]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int):
-            return node.value
-        raise ConfigurationError(
-            f"Dimension {expression!r} cannot be computed from {', '.join(sizes) or 'nothing'}."
-        )
-
-    return value(_parsed(expression))
-
-
-def _symbols(expression: str) -> set[str]:
-    return {node.id for node in ast.walk(_parsed(expression)) if isinstance(node, ast.Name)}
-
-
-def _parsed(expression: str) -> ast.expr:
-    try:
-        return ast.parse(expression, mode="eval").body
-    except SyntaxError as error:
-        raise ConfigurationError(f"Dimension {expression!r} is not arithmetic.") from error

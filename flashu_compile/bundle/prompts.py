@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from flashu_compile.errors import BundleError, InputError
+from flashu_compile import reading
+from flashu_compile.errors import BundleError, FlashuError, InputError
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 BOI, EOI, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -16,6 +17,15 @@ PAD = "[PAD]"
 _SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
 _USER = "\n<|im_start|>user\n"
 _ASSISTANT = "\n<|im_start|>assistant\n"
+
+
+def read_tokenizer(path: Path, error: type[FlashuError]) -> Tokenizer:
+    """Read a file in the tokenizers format. Raises `error` if it is absent or damaged."""
+    content = reading.read_bytes(path, error, absent=f"Tokenizer file {path} does not exist.")
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as problem:  # the tokenizers library raises bare Exception
+        raise error(f"{path} is not a tokenizer in the tokenizers format: {problem}") from problem
 
 
 class PromptCodec:
@@ -39,12 +49,7 @@ class PromptCodec:
     @classmethod
     def from_file(cls, path: Path, *, allow_control_tokens: bool = False) -> PromptCodec:
         """Load the codec of a `tokenizer.json`. Raises `BundleError` if the file is missing or damaged."""
-        if not path.is_file():
-            raise BundleError(f"Tokenizer file {path} does not exist.")
-        try:
-            return cls(Tokenizer.from_file(str(path)), allow_control_tokens=allow_control_tokens)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise BundleError(f"{path} is not a tokenizer in the tokenizers format: {error}") from error
+        return cls(read_tokenizer(path, BundleError), allow_control_tokens=allow_control_tokens)
 
     def _special(self, token: str) -> int:
         identifier = self.tokenizer.token_to_id(token)

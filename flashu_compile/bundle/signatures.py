@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from flashu_compile.bundle.dimensions import evaluate
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
-from flashu_compile.bundle.profiles import evaluate
 from flashu_compile.errors import BundleError, ConfigurationError, InputError
 
 Values = TypeVar("Values", bound=Mapping[str, Any])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -243,8 +242,8 @@ def _recipe(source: str, settings: list[str] | None) -> Recipe:
 
 def _measured(bundle: Path) -> dict[str, Any]:
     """Return what the report of a bundle just built says of calibration, passes, cost and answers."""
-    from flashu_compile.bundle.manifest import REPORT
+    from flashu_compile.report.contents import read_new_report
 
-    report = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
+    report = read_new_report(bundle)
     told = ("calibration", "passes", "cost", "answered")
     return {name: report[name] for name in told} | {"proof": report.get("proof")}

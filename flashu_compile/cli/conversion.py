@@ -90,7 +90,8 @@ def tensorrt(
     """
     with naming_the_extra("tensorrt"):
         from flashu_compile.exporters.tensorrt import build_engines, collect_engines
-        from flashu_compile.exporters.tensorrt_plan import SCRIPT, BuildOptions, write_plan
+        from flashu_compile.exporters.tensorrt_plan import SCRIPT, write_plan
+        from flashu_compile.runtime.tensorrt_engine import BuildOptions
     if collect is not None:
         say(f"{len(collect_engines(bundle, collect).engines)} engines collected")
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,13 +107,14 @@ def inspect(
 
 def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
     from flashu_compile.bundle.files import BundleFiles
-    from flashu_compile.bundle.manifest import PLAN, REPORT, read_manifest
+    from flashu_compile.bundle.manifest import PLAN, read_manifest
     from flashu_compile.recipe.plan import StepPlan
+    from flashu_compile.report.contents import read_report
 
     manifest = read_manifest(bundle)
     files = BundleFiles(bundle, manifest)
     step_plan = StepPlan.from_json(files.text(PLAN)) if manifest.generation else None
-    report = json.loads(files.text(REPORT))
+    report = read_report(files)
     if plan and step_plan is None:
         raise InputError(f"{bundle} makes no pictures ({', '.join(manifest.tasks)}), so it has no step plan.")
     if as_json:
@@ -243,6 +243,7 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
         display.print_json(
             {
                 "ok": result.ok,
+                "refused": result.refused or None,
                 "files": [dataclasses.asdict(row) for row in result.files],
                 # JSON has no infinity.
                 "outputs": [
@@ -264,6 +265,8 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
         say(f"files: {len(result.files) - len(wrong)} of {len(result.files)} ok")
         for row in wrong:
             say(f"  {row.status}: {row.name}")
+        if result.refused:
+            say(f"cannot be loaded: {result.refused}")
         for engine, rows in result.placements.items():
             say(f"{engine}: {', '.join(map(str, rows))}")
         display.print_table(

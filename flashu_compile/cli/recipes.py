@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -64,7 +63,7 @@ def show(
     """
     found = _find(recipe)
     if as_json:
-        display.print_json(_as_json(found))
+        display.print_json(found.to_dict())
     else:
         display.print_recipe(found)
 
@@ -137,7 +136,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def tell_saved(recipe: Recipe, path: Path, *, as_json: bool) -> None:
     """Print a recipe that was just written to `path`."""
     if as_json:
-        display.print_json({"path": str(path), "recipe": _as_json(recipe)})
+        display.print_json({"path": str(path), "recipe": recipe.to_dict()})
     else:
         display.print_recipe(recipe)
         say(str(path))
@@ -147,7 +146,3 @@ def _find(source: str) -> Recipe:
     from flashu_compile.recipe.presets import find_recipe
 
     return find_recipe(source)
-
-
-def _as_json(recipe: Recipe) -> Any:
-    return json.loads(recipe.to_json())

@@ -18,10 +18,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from flashu_compile import reading
 from flashu_compile.errors import CacheError
 from flashu_compile.paths import LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
+LARGEST_ENTRY = 1 << 30
 _SUFFIX, _PARTIAL = ".engines", ".engines-partial"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _STALE_SECONDS = 24 * 3600
@@ -50,10 +52,10 @@ class EngineCache:
         """Return the file stored under `key`, or None, with a warning if it is damaged or unreadable."""
         path = self._path(key)
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
+            if not path.exists():
+                return None
+            data = reading.read_bytes(path, CacheError, limit=LARGEST_ENTRY)
+        except (OSError, CacheError) as error:
             _log.warning("Cached engines could not be read and are built anew: %s.", error)
             return None
         digest, content = data[:_DIGEST_BYTES], memoryview(data)[_DIGEST_BYTES:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -12,7 +11,7 @@ from torch import nn
 
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
-from flashu_compile.bundle.manifest import REPORT, Manifest
+from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
@@ -31,6 +30,7 @@ from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.paths import absolute
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.report.contents import read_new_report
 from flashu_compile.report.work import engine_errors
 
 COST_SAMPLES = 3
@@ -45,7 +45,7 @@ class Bundle:
 
     def summary(self) -> dict[str, Any]:
         """Return what was built: path, tasks, engines, sizes in bytes, and the error of every engine output."""
-        report = json.loads((self.path / REPORT).read_text(encoding="utf-8"))
+        report = read_new_report(self.path)
         return {
             "path": str(self.path),
             "tasks": list(self.manifest.tasks),

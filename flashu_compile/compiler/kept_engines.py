@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from flashu_compile import reading
 from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, CapturedProgram
 from flashu_compile.compiler.fingerprints import (
@@ -28,6 +29,7 @@ from flashu_compile.compiler.fingerprints import (
     environment,
 )
 from flashu_compile.compiler.weight_sources import WeightSources
+from flashu_compile.errors import CacheError
 from flashu_compile.exporters.backends import Backend, Packed
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.passes.manager import PassRecord
@@ -155,23 +157,42 @@ def _engine_metadata(
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class _EngineFacts:
+    """An engine as `_engine_metadata` writes it."""
+
+    name: str
+    task: str
+    prologue: str | None
+    schedule: str | None
+    inputs: list[str]
+    outputs: list[str]
+    tensors: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What `_encode` writes beside tensors."""
+
+    engines: list[_EngineFacts]
+    orders: list[str]
+    statistics: dict[str, dict[str, Any]]
+    records: tuple[PassRecord, ...]
+
+
 def _decode(content: bytes, backend: Backend, weights: WeightSources) -> BuiltEngines:
     tensors = load(content)
-    metadata = json.loads(_content(tensors[_METADATA]))
-    weights.orders = {name: tensors[name] for name in metadata["orders"]}
+    facts = reading.decode(_content(tensors[_METADATA]), _Facts, "Its metadata", CacheError)
+    weights.orders = {name: tensors[name] for name in facts.orders}
     engines = [
-        _engine(told, backend, weights, tensors, f"{number}")
-        for number, told in enumerate(metadata["engines"])
+        _engine(told, backend, weights, tensors, f"{number}") for number, told in enumerate(facts.engines)
     ]
-    records = [
-        PassRecord(**{**row, "changes": tuple(row["changes"]), "declined": tuple(row["declined"])})
-        for row in metadata["records"]
-    ]
-    return BuiltEngines(tuple(engines), metadata["statistics"], tuple(records))
+    return BuiltEngines(tuple(engines), facts.statistics, facts.records)
 
 
 def _engine(
-    told: Mapping[str, Any],
+    told: _EngineFacts,
     backend: Backend,
     weights: WeightSources,
     tensors: Mapping[str, Tensor],
@@ -179,17 +200,17 @@ def _engine(
 ) -> EngineBuild:
     own = {
         name: tensors[f"{prefix}/own/{name}"] if place is None else weights.tensor(place)
-        for name, place in told["tensors"].items()
+        for name, place in told.tensors.items()
     }
-    packed = Packed(_content(tensors[f"{prefix}/content"]), own, told["metadata"])
+    packed = Packed(_content(tensors[f"{prefix}/content"]), own, told.metadata)
     return EngineBuild(
-        name=told["name"],
-        task=told["task"],
+        name=told.name,
+        task=told.task,
         model=backend.unpack(packed),
-        reference_inputs={role: tensors[f"{prefix}/input/{role}"] for role in told["inputs"]},
-        reference_outputs={role: tensors[f"{prefix}/output/{role}"] for role in told["outputs"]},
-        prologue=told["prologue"],
-        schedule=told["schedule"],
+        reference_inputs={role: tensors[f"{prefix}/input/{role}"] for role in told.inputs},
+        reference_outputs={role: tensors[f"{prefix}/output/{role}"] for role in told.outputs},
+        prologue=told.prologue,
+        schedule=told.schedule,
     )
 
 

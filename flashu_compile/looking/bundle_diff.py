@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import PLAN, RECIPE, REPORT, Manifest, read_manifest
+from flashu_compile.bundle.manifest import PLAN, RECIPE, Manifest, read_manifest
 from flashu_compile.paths import absolute
 from flashu_compile.recipe import view as recipe_view
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.report.contents import read_report
 
 _FACTS = ("model", "tasks", "backend", "precision")
 
@@ -29,7 +29,7 @@ class OpenBundle:
             if Path(name).stem == Path(RECIPE).stem:
                 files.path(name)  # its neurons lie in a file of their own
         self.recipe = Recipe.load(directory / RECIPE)
-        self.report: dict[str, Any] = json.loads(files.text(REPORT))
+        self.report = read_report(files)
         made = self.manifest.generation is not None
         self.plan = StepPlan.from_json(files.text(PLAN)) if made else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flashu_compile import reading
 from flashu_compile.bundle.images import Picture
 from flashu_compile.errors import CalibrationError
 from flashu_compile.paths import absolute
@@ -59,10 +59,10 @@ def calibration_samples(value: object) -> CalibrationSamples:
     elif isinstance(value, str | Path):
         samples = _from_file(absolute(value))
     elif isinstance(value, Mapping):
-        samples = _from_mapping(value, "calibration", None)
+        samples = _from_mapping(value, "calibration")
     elif isinstance(value, Sequence):
         texts = all(isinstance(item, str) for item in value)
-        samples = _from_mapping({"prompts" if texts else "questions": value}, "calibration", None)
+        samples = _from_mapping({"prompts" if texts else "questions": value}, "calibration")
     else:
         raise CalibrationError(f"calibration must be {_WAYS}, not {type(value).__name__}.")
     if not samples.prompts and not samples.questions:
@@ -70,17 +70,27 @@ def calibration_samples(value: object) -> CalibrationSamples:
     return samples
 
 
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    image: str
+    question: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file of samples."""
+
+    prompts: tuple[str, ...] = ()
+    questions: tuple[_Question | tuple[str, str], ...] = ()
+
+
 def _from_file(path: Path) -> CalibrationSamples:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"Calibration samples could not be read from {path}: {error}.") from error
-    if not isinstance(data, Mapping):
-        raise CalibrationError(f"{path} must hold a JSON object with 'prompts' and 'questions'.")
-    return _from_mapping(data, str(path), path.parent)
+    file = reading.read_json(path, _File, CalibrationError)
+    pairs = (dataclasses.astuple(q) if isinstance(q, _Question) else q for q in file.questions)
+    return CalibrationSamples(file.prompts, tuple((absolute(path.parent / image), q) for image, q in pairs))
 
 
-def _from_mapping(data: Mapping[Any, Any], where: str, folder: Path | None) -> CalibrationSamples:
+def _from_mapping(data: Mapping[Any, Any], where: str) -> CalibrationSamples:
     unknown = sorted(set(map(str, data)) - {"prompts", "questions"})
     if unknown:
         raise CalibrationError(f"{where} has no entry {unknown[0]!r}; it has 'prompts' and 'questions'.")
@@ -93,18 +103,18 @@ def _from_mapping(data: Mapping[Any, Any], where: str, folder: Path | None) -> C
     questions = data.get("questions", ())
     if isinstance(questions, str) or not isinstance(questions, Sequence):
         raise CalibrationError(f"{where}: 'questions' must be a list of (image, question) pairs.")
-    pairs = tuple(_pair(item, index, where, folder) for index, item in enumerate(questions))
+    pairs = tuple(_pair(item, index, where) for index, item in enumerate(questions))
     return CalibrationSamples(tuple(prompts), pairs)
 
 
-def _pair(item: Any, index: int, where: str, folder: Path | None) -> tuple[Picture, str]:
+def _pair(item: Any, index: int, where: str) -> tuple[Picture, str]:
     if isinstance(item, Mapping):
         item = (item.get("image"), item.get("question"))
     if not isinstance(item, Sequence) or len(item) != 2 or item[0] is None or not isinstance(item[1], str):
         raise CalibrationError(f"{where}: question {index} must be a pair of an image and a question.")
     image, question = item
     if isinstance(image, str | os.PathLike):
-        image = absolute(image if folder is None else folder / image)
+        image = absolute(image)
     return image, question
 
 

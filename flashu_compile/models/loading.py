@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from flashu_compile.arguments import shown
 from flashu_compile.bundle.manifest import Origin
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError, UnsupportedModelError
-from flashu_compile.models import hub, weights
+from flashu_compile.models import hub, saved_vae, weights
 from flashu_compile.models.origins import CARD, IN_MEMORY, origin
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.vae import LatentCodec, SpaceToDepth
+from flashu_compile.models.vae import LatentCodec
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.paths import absolute
 
@@ -33,7 +34,6 @@ BUNDLED = {"showo2-shapes": Path(__file__).parent / "showo2_shapes"}
 """Models that come with the package, by name."""
 
 _CONFIG, _WEIGHTS, _CALIBRATION = "config.json", "model.safetensors", "calibration.json"
-_WAN_FOLDER = "vae"
 _OBJECT_NAME = "showo2"
 
 
@@ -103,12 +103,12 @@ def load_model(
         loaded = _from_module(model, tokenizer, llm_config, dtype)
     else:
         place = _locate(model)
-        settings = weights.read_json(place.directory / _CONFIG)
+        settings = weights.read_config(place.directory / _CONFIG)
         if settings.get("format") == FORMAT:
             _refuse_llm_config(llm_config, f"{place.directory}, which has a complete configuration")
             loaded = _from_own_layout(place, settings, tokenizer, dtype, read_vae=vae is None)
         elif "format" in settings:
-            raise CheckpointError(f"{place.directory} has the unknown format {settings['format']!r}.")
+            raise CheckpointError(f"{place.directory} has the unknown format {shown(settings['format'])}.")
         else:
             loaded = _from_published(place, settings, tokenizer, llm_config, dtype)
     if vae is not None:
@@ -138,10 +138,10 @@ def save_model(
         raise ConfigurationError(f"{bad[0]} is not finite in {dtype}; save in a wider dtype.")
     if network.config.llm.tie_word_embeddings:
         del state[checkpoint.LM_HEAD]
-    settings = {"format": FORMAT, "config": network.config.to_dict(), "vae": _describe_vae(vae)}
+    settings = {"format": FORMAT, "config": network.config.to_dict(), "vae": saved_vae.describe(vae)}
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(vae, WanVAE):
-        vae.save(directory / _WAN_FOLDER)
+        vae.save(directory / saved_vae.WAN_FOLDER)
     _replace(directory / _WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     _replace(directory / vocabulary.FILE, lambda path: tokenizer.save(str(path)))
     text = json.dumps(settings, indent=2) + "\n"
@@ -228,16 +228,16 @@ def _from_own_layout(
 ) -> LoadedModel:
     directory = place.directory
     try:
-        config = Showo2Config.from_dict(settings.get("config") or {})
+        config = Showo2Config.from_dict(settings.get("config"))
     except ConfigurationError as error:
         raise CheckpointError(f"{directory / _CONFIG} describes no model: {error}") from error
     found = vocabulary.resolve(directory if tokenizer is None else tokenizer)
     vocabulary.check_usable(found)
     state = weights.read_weight_file(directory / _WEIGHTS, dtype)
-    vae = _described_vae(directory, settings.get("vae"), dtype) if read_vae else None
+    vae = saved_vae.read(directory / _CONFIG, settings.get("vae"), dtype) if read_vae else None
     origins = {"model": origin([directory / _WEIGHTS], directory, settings, place.snapshot)}
     if isinstance(vae, WanVAE):
-        files = weights.weight_files(directory / _WAN_FOLDER)
+        files = weights.weight_files(directory / saved_vae.WAN_FOLDER)
         origins["vae"] = origin(files, directory, settings, place.snapshot)
     network = checkpoint.build(config, state)
     return LoadedModel(place.name, network, vae, found, _calibration(directory), origins)
@@ -290,10 +290,10 @@ def _llm_config_of(source: Any, *, needed: bool) -> dict[str, Any] | None:
     if not isinstance(source, str) or not source:
         return None
     if (file := absolute(source) / _CONFIG).is_file():
-        return weights.read_json(file)
+        return weights.read_config(file)
     if needed and hub.is_hub_id(source):
         snapshot = hub.fetch(source, [_CONFIG], instead="pass llm_config, the path of its config.json")
-        return weights.read_json(snapshot.directory / _CONFIG)
+        return weights.read_config(snapshot.directory / _CONFIG)
     return None
 
 
@@ -301,7 +301,7 @@ def _read_llm_config(llm_config: Mapping[str, Any] | str | Path) -> dict[str, An
     if isinstance(llm_config, Mapping):
         return dict(llm_config)
     path = absolute(llm_config)
-    return weights.read_json(path / _CONFIG if path.is_dir() else path)
+    return weights.read_config(path / _CONFIG if path.is_dir() else path)
 
 
 def _refuse_llm_config(llm_config: object, what: str) -> None:
@@ -329,7 +329,7 @@ def _vae_origin(vae: Any) -> Origin:
         return IN_MEMORY
     path = Path(vae)
     if path.is_dir():
-        return origin(weights.weight_files(path), path, weights.read_json(path / _CONFIG))
+        return origin(weights.weight_files(path), path, weights.read_config(path / _CONFIG))
     return origin([path], path.parent, {})
 
 
@@ -340,32 +340,6 @@ def _check_dtype(vae: Any, dtype: torch.dtype | None) -> None:
         raise ConfigurationError(
             f"The VAE's weights are {other.pop()}, but the model is loaded as {dtype}; convert it: vae.to({dtype})."
         )
-
-
-def _describe_vae(vae: LatentCodec | None) -> dict[str, Any] | None:
-    if vae is None:
-        return None
-    if isinstance(vae, SpaceToDepth):
-        return {"kind": "space_to_depth", "factor": vae.spatial_factor, "mean": vae.mean, "std": vae.std}
-    if isinstance(vae, WanVAE):
-        return {"kind": "wan", "folder": _WAN_FOLDER}
-    raise ConfigurationError(f"A {type(vae).__name__} cannot be saved with a model; save it yourself.")
-
-
-def _described_vae(directory: Path, described: Any, dtype: torch.dtype | None) -> LatentCodec | None:
-    if described is None:
-        return None
-    try:
-        if described["kind"] == "space_to_depth":
-            return SpaceToDepth(int(described["factor"]), float(described["mean"]), float(described["std"]))
-        if described["kind"] == "wan":
-            folder = str(described["folder"])
-            if Path(folder).name != folder:
-                raise CheckpointError(f"{directory / _CONFIG} puts its VAE outside of the directory.")
-            return WanVAE.load(directory / folder, dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / _CONFIG} describes no VAE: {error!r}.") from error
-    raise CheckpointError(f"{directory / _CONFIG} has a VAE of the unknown kind {described['kind']!r}.")
 
 
 def _calibration(directory: Path) -> Path | None:

@@ -6,22 +6,50 @@ the causal convolutions see zeros before it either way, so plain calls give the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flashu_compile import reading
 from flashu_compile.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from flashu_compile.models import weights
 from flashu_compile.paths import absolute
+from flashu_compile.reading import Few
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Arguments of `AutoencoderKLWan`; it computes with what it is given, whatever that is."""
+
+    base_dim: Few = 96
+    decoder_base_dim: Few | None = None
+    z_dim: Few = 16
+    dim_mult: Annotated[list[Few], msgspec.Meta(min_length=1, max_length=8)] = dataclasses.field(
+        default_factory=list
+    )
+    num_res_blocks: Annotated[int, msgspec.Meta(ge=1, le=32)] = 2
+    attn_scales: Annotated[list[float], msgspec.Meta(max_length=8)] = dataclasses.field(default_factory=list)
+    temperal_downsample: list[bool] = dataclasses.field(default_factory=list)
+    dropout: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    latents_mean: list[float] = dataclasses.field(default_factory=list)
+    latents_std: list[float] = dataclasses.field(default_factory=list)
+    is_residual: bool = False
+    in_channels: Few = 3
+    out_channels: Few = 3
+    patch_size: Few | None = None
+    scale_factor_temporal: Few | None = 4
+    scale_factor_spatial: Few | None = 8
 
 
 class WanVAE(nn.Module):
@@ -79,7 +107,8 @@ class WanVAE(nn.Module):
         """
         path = absolute(path)
         if path.is_dir():
-            settings: Mapping[str, Any] = weights.read_json(path / _CONFIG)
+            settings: Mapping[str, Any] = weights.read_config(path / _CONFIG)
+            reading.convert(settings, _Settings, str(path / _CONFIG), CheckpointError, foreign=True)
             if settings.get("_class_name") != "AutoencoderKLWan":
                 raise CheckpointError(f"{path} is a {settings.get('_class_name')}, not an AutoencoderKLWan.")
             state = weights.read_weights(path, dtype)

@@ -7,7 +7,7 @@ costs one copy at most, and none where the stored dtype is the wanted one.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import pickle
 import zipfile
 from pathlib import Path
@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flashu_compile import reading
 from flashu_compile.errors import CheckpointError
+from flashu_compile.paths import absolute
 
 StateDict = dict[str, Tensor]
 
@@ -94,17 +96,10 @@ def read_weight_file(path: Path, dtype: torch.dtype | None = None) -> StateDict:
     return _read_pickle(path, dtype)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `CheckpointError` if the file is missing or holds anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; it is not a model directory.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return data
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the JSON object of a model's configuration. Raises `CheckpointError` if there is none."""
+    absent = f"{path.parent} has no {path.name}; it is not a model directory."
+    return reading.read_json(path, dict[str, Any], CheckpointError, absent=absent)
 
 
 def convert(state: StateDict, dtype: torch.dtype | None) -> StateDict:
@@ -128,16 +123,21 @@ def convert(state: StateDict, dtype: torch.dtype | None) -> StateDict:
     return converted
 
 
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
 def _shards(index: Path) -> list[Path]:
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise CheckpointError(f"{index} has no weight_map; it is not an index of weight shards.")
-    names = sorted({str(shard) for shard in placed.values()})
+    placed = reading.read_json(index, _Index, CheckpointError, foreign=True).weight_map
+    if not placed:
+        raise CheckpointError(f"{index} has an empty weight_map; it is not an index of weight shards.")
+    names = sorted(set(placed.values()))
     for name in names:
         # An index is input like any other: its entries must not lead out of the directory.
         if Path(name).name != name or name in {".", ".."}:
             raise CheckpointError(f"{index} names the shard {name!r}, which is not a file beside it.")
-    return [index.parent / name for name in names]
+    return [absolute(index.parent / name) for name in names]
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:

@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashu_compile import arguments
+from flashu_compile import arguments, reading
 from flashu_compile.arguments import LARGEST_POINTS, is_number, shown
-from flashu_compile.errors import ConfigurationError
+from flashu_compile.errors import ConfigurationError, FlashuError
 from flashu_compile.tasks import HEAD, LLM, MMU, SEMANTIC, T2I
 
 SOLVERS = ("euler", "ab2")
@@ -165,19 +165,17 @@ TaskConfig = T2IConfig | MMUConfig
 CONFIGS: Mapping[str, type[T2IConfig] | type[MMUConfig]] = {T2I.name: T2IConfig, MMU.name: MMUConfig}
 
 
-def config_from_dict(kind: type[T2IConfig] | type[MMUConfig], data: Mapping[str, Any], where: str) -> Any:
+def config_from_dict(
+    kind: type[TaskConfig],
+    data: Mapping[str, Any],
+    where: str,
+    error: type[FlashuError] = ConfigurationError,
+) -> Any:
     """Build a configuration of type `kind` from the fields in `data`; absent fields keep their defaults.
 
-    Raises `ConfigurationError` that names `where` and the field that is unknown, mistyped or out of range.
+    Raises `error` that names `where` and the field that is unknown, mistyped or out of range.
     """
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in data:
-        if name not in known:
-            raise ConfigurationError(f"{where} has no field {name!r}; it has: {', '.join(known)}.")
-    try:
-        return kind(**data)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{where}: {error}") from error
+    return reading.convert(data, kind, where, error)
 
 
 def _only(config: T2IConfig, names: tuple[str, ...]) -> T2IConfig:

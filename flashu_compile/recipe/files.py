@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
+from flashu_compile import reading
 from flashu_compile.errors import RecipeError
 
 _METADATA = {"content": "kept neurons of a flashu_compile recipe"}
@@ -46,24 +47,14 @@ def write_files(path: Path, text: str, tensors: Tensors) -> Path:
     return path
 
 
-def read_text(path: Path) -> str:
-    """Return the JSON text at `path`. Raises `RecipeError` if there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"There is no recipe at {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}.") from error
-
-
 def read_tensors(path: Path) -> tuple[Path, Tensors]:
     """Return the path of the file beside the JSON file `path` and its tensors. Raises `RecipeError` if it is absent."""
     beside = path.with_suffix(".safetensors")
+    absent = f"{beside} is missing; it holds the neurons that {path.name} keeps."
+    content = reading.read_bytes(beside, RecipeError, absent=absent)
     try:
-        return beside, load(beside.read_bytes())
-    except FileNotFoundError:
-        raise RecipeError(f"{beside} is missing; it holds the neurons that {path.name} keeps.") from None
-    except (OSError, SafetensorError) as error:
+        return beside, load(content)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RecipeError(f"{beside} cannot be read: {error}.") from error
 
 

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from flashu_compile import reading
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.recipe.config import T2IConfig, TaskConfig
 from flashu_compile.recipe.decisions import Decisions
@@ -80,7 +81,7 @@ def _value(text: str, hint: Any, setting: str) -> Any:
     kind = next(typing.get_origin(c) or c for c in choices if c is not types.NoneType)
     try:
         return _READERS[kind](text)
-    except (ValueError, ZeroDivisionError, RecursionError) as error:
+    except (ValueError, ZeroDivisionError, ConfigurationError) as error:
         expected = _KINDS[kind] + (" or none" if optional else "")
         raise ConfigurationError(f"Setting {setting!r}: {text!r} is not {expected}.") from error
 
@@ -96,7 +97,11 @@ def _number(text: str) -> float:
     return float(numerator) / float(denominator) if slash else float(text)
 
 
-_READERS: dict[Any, Any] = {bool: _truth, int: int, float: _number, str: str, tuple: json.loads}
+def _list(text: str) -> Any:
+    return reading.parse(text, "It", ConfigurationError)
+
+
+_READERS: dict[Any, Any] = {bool: _truth, int: int, float: _number, str: str, tuple: _list}
 
 
 def _replaced(config: TaskConfig, task: str, values: dict[str, Any]) -> TaskConfig:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from flashu_compile import arguments
+from flashu_compile import arguments, reading
 from flashu_compile.arguments import LARGEST_POINTS, shown
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.config import LARGEST_SCALE, SMALLEST_SHIFT, SOLVERS, T2IConfig
@@ -70,8 +70,6 @@ class Step:
         arguments.number("A step's dt", self.dt, 0, 1 + _APART, BundleError, above=True)
         arguments.number("A step's guidance_scale", self.guidance_scale, 0, LARGEST_SCALE, BundleError)
         arguments.name_of("A step's engine", self.engine, BundleError)
-        arguments.flag("A step's store", self.store, BundleError)
-        arguments.flag("A step's extrapolate", self.extrapolate, BundleError)
 
     @property
     def branches(self) -> tuple[int, ...]:
@@ -99,9 +97,6 @@ class StepPlan:
             raise BundleError(
                 f"It asks for solver {shown(self.solver)}; this version knows {', '.join(SOLVERS)}."
             )
-        steps: Any = self.steps
-        if not isinstance(steps, tuple) or not all(isinstance(step, Step) for step in steps):
-            raise BundleError(f"Its steps must be a tuple of Step, not {shown(steps)}.")
         if len(self.steps) != self.points - 1:
             raise BundleError(f"{self.points} points need {self.points - 1} steps, not {len(self.steps)}.")
         ends = [0.0, *(step.t + step.dt for step in self.steps)]
@@ -122,13 +117,7 @@ class StepPlan:
 
         Raises `BundleError` on malformed text, or a plan that cannot be followed.
         """
-        try:
-            data: dict[str, Any] = json.loads(text)
-            return cls(**{**data, "steps": tuple(Step(**row) for row in data["steps"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"The step plan is damaged: {error!r}; build the bundle again.") from error
-        except BundleError as error:
-            raise BundleError(f"The step plan is damaged: {error} Build the bundle again.") from error
+        return reading.decode(text, cls, "The step plan", BundleError, advice="build the bundle again")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashu_compile import arguments
+from flashu_compile import arguments, reading
 from flashu_compile.arguments import shown
-from flashu_compile.errors import ConfigurationError, RecipeError
+from flashu_compile.errors import RecipeError
 from flashu_compile.paths import absolute
 from flashu_compile.recipe.config import (
     CONFIGS,
-    LARGEST_BLOCK,
     MMUConfig,
     T2IConfig,
     TaskConfig,
@@ -106,8 +105,12 @@ class Recipe:
         return dataclasses.replace(self, t2i=dataclasses.replace(self.t2i, **given))
 
     def to_json(self) -> str:
-        """Serialise the recipe as JSON text, with the number of kept neurons in place of their indices."""
-        data = {
+        """Serialise the recipe as JSON text, which `from_json` reads."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON values, with the number of kept neurons in place of their indices."""
+        return {
             "schema": SCHEMA,
             "name": self.name,
             **{task: dataclasses.asdict(self.config(task)) for task in TASKS},
@@ -119,35 +122,27 @@ class Recipe:
                 for task, decisions in self.decisions.items()
             },
         }
-        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Recipe:
+    def from_json(cls, text: str | bytes) -> Recipe:
         """Parse a recipe written by `to_json`.
 
         Raises `RecipeError` that names the field which is unknown, mistyped or wrong.
         """
-        try:
-            data = _object(json.loads(text, object_pairs_hook=_distinct), "A recipe")
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"Not a recipe: {error}.") from error
-        schema = data.pop("schema", None)
+        data = reading.parse(text, "The recipe", RecipeError)
+        schema = data.pop("schema", None) if isinstance(data, dict) else None
         if schema != SCHEMA or isinstance(schema, bool):
-            found = "no schema" if schema is None else f"schema {schema!r}"
+            found = "no schema" if schema is None else f"schema {shown(schema)}"
             raise RecipeError(f"The recipe has {found}; this version reads {SCHEMA}.")
-        _known(data, ("name", *TASKS, "decisions"), "The recipe")
-        if "name" not in data:
-            raise RecipeError("The recipe has no name; add the field 'name'.")
-        decisions = _object(data.get("decisions", {}), "'decisions'")
-        try:
-            configs: dict[str, Any] = {
-                task: config_from_dict(kind, _object(data.get(task, {}), repr(task)), repr(task))
-                for task, kind in CONFIGS.items()
-            }
-            taken = {task: _decisions(value, f"'decisions', {task!r}") for task, value in decisions.items()}
-            return cls(name=data["name"], decisions=taken, **configs)
-        except ConfigurationError as error:
-            raise RecipeError(f"The recipe is not valid: {error}") from error
+        written = reading.convert(data, _Written, "The recipe", RecipeError)
+        configs: dict[str, Any] = {
+            task: config_from_dict(kind, getattr(written, task), repr(task), RecipeError)
+            for task, kind in CONFIGS.items()
+        }
+        decisions = {
+            task: _decisions(value, f"'decisions', {task!r}") for task, value in written.decisions.items()
+        }
+        return cls(name=written.name, decisions=decisions, **configs)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the recipe to `path`, a .json file or a directory (for its `recipe.json`); return the JSON file's path.
@@ -174,10 +169,10 @@ class Recipe:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe written by `save`. Raises `RecipeError` if there is none at `path`, or it is incomplete."""
-        from flashu_compile.recipe.files import read_tensors, read_text
+        from flashu_compile.recipe.files import read_tensors
 
         path = recipe_path(path)
-        text = read_text(path)
+        text = reading.read_bytes(path, RecipeError, absent=f"There is no recipe at {path}.")
         try:
             recipe = cls.from_json(text)
         except RecipeError as error:
@@ -226,65 +221,32 @@ def merge(t2i: Recipe, mmu: Recipe, name: str | None = None) -> Recipe:
     return Recipe(own if name is None else name, t2i.t2i, mmu.mmu, decisions)
 
 
-def _decisions(value: object, where: str) -> Decisions:
-    """Parse the decisions of one task from JSON, where block indices are strings."""
-    data = _object(value, where)
-    _known(data, ("kept_widths", "phases"), where)
-    phases = data.get("phases", [])
-    if not isinstance(phases, list):
-        raise RecipeError(f"{where}: 'phases' must be a list, not {_kind(phases)}.")
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A recipe as it is written, but for its schema."""
+
+    name: str
+    t2i: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mmu: dict[str, Any] = dataclasses.field(default_factory=dict)
+    decisions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WrittenDecisions:
+    """The decisions of one task as they are written; blocks are named by their indices."""
+
+    kept_widths: dict[str, dict[int, int]] = dataclasses.field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
+
+
+def _decisions(data: dict[str, Any], where: str) -> Decisions:
+    written = reading.convert(data, _WrittenDecisions, where, RecipeError)
     try:
-        return Decisions(
-            phases=tuple(map(_phase, phases)),
-            kept_widths={
-                stack: {_block(block): width for block, width in _object(blocks, f"stack {stack!r}").items()}
-                for stack, blocks in _object(data.get("kept_widths", {}), "'kept_widths'").items()
-            },
-        )
+        return Decisions(phases=written.phases, kept_widths=written.kept_widths)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-
-
-def _phase(value: object) -> Phase:
-    data = _object(value, "a phase")
-    _known(data, ("start", "skipped"), "a phase")
-    if "start" not in data:
-        raise RecipeError("A phase has no field 'start'.")
-    return Phase(**data)
-
-
-def _block(text: str) -> int:
-    if not text.isdecimal() or len(text) > len(str(LARGEST_BLOCK)):
-        raise RecipeError(f"A block is named by its index, not {shown(text)}.")
-    return int(text)
 
 
 def _key(task: str, stack: str, block: int) -> str:
     """Return the name of the tensor that holds the kept neurons of a block."""
     return f"{task}/{stack}/{block}"
-
-
-def _object(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RecipeError(f"{where} must be a JSON object, not {_kind(value)}.")
-    return value
-
-
-def _known(data: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    for name in data:
-        if name not in names:
-            raise RecipeError(f"{where} has no field {name!r}; it has: {', '.join(names)}.")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r} is there twice")
-    return data
-
-
-def _kind(value: object) -> str:
-    kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")

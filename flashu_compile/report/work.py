@@ -114,7 +114,7 @@ def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
     """Compute the work of a first picture, and of an answer's first token; empty where the report lacks the counts."""
     captured, engines = report.get("captured", {}), report.get("engines", {})
     found: list[ResultWork] = []
-    if plan is not None and {DENOISE, VAE_DECODE} <= captured.keys():
+    if plan is not None and "published_points" in report and _counted(captured, DENOISE, VAE_DECODE):
         evaluations = report["published_points"] - 1
         before = {DENOISE: float(evaluations), VAE_DECODE: 1 / captured[VAE_DECODE]["batch"]}
         after: dict[str, float] = {}
@@ -126,13 +126,19 @@ def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | 
             if engine.schedule is not None:
                 after[engine.schedule] = after.get(engine.schedule, 0) + 1
         after[VAE_DECODE] = before[VAE_DECODE]
-        found.append(_result("one picture", captured, before, engines, after))
-    if manifest.understanding is not None and UNDERSTAND in captured:
+        if _counted(engines, *after):
+            found.append(_result("one picture", captured, before, engines, after))
+    names = [e.name for e in manifest.engines if e.task == MMU.name]
+    if manifest.understanding is not None and _counted(captured, UNDERSTAND) and _counted(engines, *names):
         share = 1 / captured[UNDERSTAND]["batch"]
-        names = [e.name for e in manifest.engines if e.task == MMU.name]
         what = "one answer, to its first token"
         found.append(_result(what, captured, {UNDERSTAND: share}, engines, dict.fromkeys(names, share)))
     return found
+
+
+def _counted(counts: Mapping[str, Any], *names: str) -> bool:
+    """Tell whether the report counts all these programs or engines."""
+    return all({"batch", "bytes"} <= counts.get(name, {}).keys() for name in names)
 
 
 def _result(

@@ -16,10 +16,6 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture, engine_pixels, to_picture
 from flashu_compile.bundle.manifest import (
-    PLAN,
-    RECIPE,
-    TOKENIZER,
-    EngineSpec,
     GenerationSettings,
     Manifest,
     UnderstandingSettings,
@@ -28,10 +24,8 @@ from flashu_compile.bundle.manifest import (
 from flashu_compile.bundle.noise import check_seed, initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import (
-    BundleError,
     ConfigurationError,
     InputError,
-    RecipeError,
     UnknownTaskError,
 )
 from flashu_compile.paths import absolute
@@ -40,12 +34,12 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engine, Engines
+from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
-from flashu_compile.tasks import LANGUAGE, MMU, T2I, VAE_DECODE, VISION, TaskRecord
+from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
 
 CountProgress = Callable[[int, int], None]
-Shape = tuple[int | None, ...]
 
 
 def load(
@@ -85,64 +79,12 @@ def load(
             "their hashes are always checked; leave verify_hashes out."
         )
     files = BundleFiles(directory, manifest, verify_hashes=verify_hashes)
-    codec = PromptCodec.from_file(files.path(TOKENIZER), allow_control_tokens=allow_control_tokens)
-    plan, recipe = None, None
-    if manifest.generation is not None:
-        plan = StepPlan.from_json(files.text(PLAN))
-        recipe = _read_recipe(files)
-    _check_parts(manifest, plan)
+    parts = read_parts(files, allow_control_tokens=allow_control_tokens)
     engines = open_engines(
         files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
         options=options,
     )  # fmt: skip
-    return Pipeline(manifest, plan, recipe, codec, engines)
-
-
-def _read_recipe(files: BundleFiles) -> Recipe:
-    """Read the bundle's recipe, whose rules give plans. Raises `BundleError` if they do not."""
-    try:
-        recipe = Recipe.from_json(files.text(RECIPE))
-        recipe.plan()
-    except (RecipeError, ConfigurationError) as error:
-        raise BundleError(
-            f"{files.directory / RECIPE} is not the recipe of a bundle: {error} Build the bundle again."
-        ) from error
-    return recipe
-
-
-def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
-    """Check that every engine the tasks need exists, with the outputs they read. Raises `BundleError` otherwise."""
-    needed: list[tuple[str, str, Shape]] = []
-    if manifest.generation is not None:
-        steps, settings = plan.steps if plan else (), manifest.generation
-        needed.append((VAE_DECODE, "pixels", (None, 3, None, None)))
-        needed.extend((step.engine, "velocity", (None, *settings.latent_shape)) for step in steps)
-        needed.extend((step.engine, "head_features", (None, None, None)) for step in steps if step.store)
-    if manifest.understanding is not None:
-        needed.append((VISION, "image_embeds", (None, None, None)))
-        needed.append((LANGUAGE, "logits", (None, None)))
-    for engine in manifest.engines:
-        for before in filter(None, (engine.prologue, engine.schedule)):
-            manifest.engine(before)
-    for name, output, shape in dict.fromkeys(needed):
-        _check_output(manifest.engine(name), output, shape)
-
-
-def _check_output(spec: EngineSpec, name: str, shape: Shape) -> None:
-    """Check that an output exists with this rank, and with these sizes where the signature fixes them."""
-    found = next((tensor for tensor in spec.outputs if tensor.name == name), None)
-    if found is None:
-        raise BundleError(f"Engine {spec.name!r} has no output {name!r}; build the bundle again.")
-    fits = len(found.shape) == len(shape) and all(
-        size is None or not isinstance(given, int) or given == size
-        for given, size in zip(found.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise BundleError(
-            f"Engine {spec.name!r}: output {name!r} has the shape {shown(list(found.shape))}, where [{wanted}] is "
-            "needed; build the bundle again."
-        )
+    return Pipeline(manifest, parts.plan, parts.recipe, parts.codec, engines)
 
 
 class Pipeline:

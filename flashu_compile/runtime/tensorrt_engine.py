@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile import reading
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, file_entry
-from flashu_compile.bundle.profiles import InputShapes, Profile
+from flashu_compile.bundle.profiles import Profile
 from flashu_compile.bundle.signatures import check_inputs, check_outputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.engine import Tensors
@@ -33,6 +34,50 @@ ADVICE = (
     'TensorRT engines need an NVIDIA GPU with its driver and: pip install "flashu-compile[tensorrt]". Without them '
     "the portable plan can be made here (flashu-compile tensorrt DIR) and carried out elsewhere (build_engines.sh)."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """Options of an engine build.
+
+    `version_compatible` engines run on later versions of TensorRT too; they carry code (a lean runtime),
+    which needs the user's trust to be loaded, unless `exclude_lean_runtime` leaves it out. `strip_weights`
+    leaves the weights out; they are refitted from the bundle's when the engine is loaded. `refit` keeps
+    engines refittable with their weights in. `workspace_mib` limits TensorRT's scratch memory,
+    `optimization_level` (0 to 5) its search.
+    """
+
+    version_compatible: bool = False
+    exclude_lean_runtime: bool = False
+    strip_weights: bool = False
+    refit: bool = False
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.exclude_lean_runtime and not self.version_compatible:
+            raise ConfigurationError(
+                "exclude_lean_runtime is about version_compatible engines; ask for both."
+            )
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise ConfigurationError(f"optimization_level is 0 to 5, not {self.optimization_level}.")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise ConfigurationError(f"workspace_mib must be positive, not {self.workspace_mib}.")
+
+    def flags(self) -> list[str]:
+        """Return the options as command-line flags of trtexec."""
+        chosen = {
+            "--versionCompatible": self.version_compatible,
+            "--excludeLeanRuntime": self.exclude_lean_runtime,
+            "--stripWeights": self.strip_weights,
+            "--refit": self.refit,
+        }
+        flags = [flag for flag, wanted in chosen.items() if wanted]
+        if self.workspace_mib is not None:
+            flags.append(f"--memPoolSize=workspace:{self.workspace_mib}M")
+        if self.optimization_level is not None:
+            flags.append(f"--builderOptimizationLevel={self.optimization_level}")
+        return flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +101,15 @@ class PlannedEngine:
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTPlan:
-    """All engines of a bundle by name, and how they are built (the fields of the compiler's `BuildOptions`)."""
+    """All engines of a bundle by name, and how they are built."""
 
-    options: dict[str, Any]
+    options: BuildOptions
     engines: dict[str, PlannedEngine]
 
     @property
     def carries_code(self) -> bool:
         """Whether the engines carry a lean runtime, which is code."""
-        return bool(self.options["version_compatible"]) and not self.options["exclude_lean_runtime"]
+        return self.options.version_compatible and not self.options.exclude_lean_runtime
 
     def to_json(self) -> str:
         """Serialise the plan as JSON text, which `from_json` reads."""
@@ -73,24 +118,7 @@ class TensorRTPlan:
     @classmethod
     def from_json(cls, text: str, where: Path) -> TensorRTPlan:
         """Parse a plan. Raises `BundleError` on anything else."""
-        try:
-            data = json.loads(text)
-            engines = {
-                name: PlannedEngine(
-                    entry["graph"],
-                    tuple(
-                        InputShapes(s["name"], tuple(s["min"]), tuple(s["opt"]), tuple(s["max"]))
-                        for s in entry["profile"]
-                    ),
-                    None if entry["built"] is None else BuiltEngine(**entry["built"]),
-                )
-                for name, entry in data["engines"].items()
-            }
-            plan = cls(dict(data["options"]), engines)
-            _ = plan.carries_code
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{where} is damaged: {error!r}; make the plan again.") from error
-        return plan
+        return reading.decode(text, cls, str(where), BundleError, advice="make the plan again")
 
 
 def read_plan(files: BundleFiles) -> TensorRTPlan:
@@ -203,7 +231,7 @@ class TensorRTEngines:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(f"TensorRT cannot load engine {spec.name!r}; build it again on this machine.")
-        if self.plan.options["strip_weights"]:
+        if self.plan.options.strip_weights:
             self._refit(engine, spec, planned)
         return TensorRTEngine(spec, engine, self._libraries)
 
@@ -233,7 +261,7 @@ def check_built_for(name: str, built: BuiltEngine, plan: TensorRTPlan, libraries
             f"Engine {name!r} was built for {built.device} (compute capability {built.compute_capability}); "
             f"this is {device} ({capability}). Build it here: flashu-compile tensorrt DIR --build."
         )
-    if built.tensorrt != version and not plan.options["version_compatible"]:
+    if built.tensorrt != version and not plan.options.version_compatible:
         raise BackendUnavailableError(
             f"Engine {name!r} was built by TensorRT {built.tensorrt} and this is {version}; build it again, or with "
             "version_compatible."

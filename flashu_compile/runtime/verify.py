@@ -21,6 +21,7 @@ from flashu_compile.errors import BackendUnavailableError, FlashuError
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
+from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import Placement, ProviderOptions
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine
 
@@ -64,17 +65,20 @@ class OutputCheck:
 class Verification:
     """The results of all checks.
 
-    `placements` says, for each engine that was run, which provider of ONNX Runtime ran how many of its nodes.
+    `refused` says why `load` would not take the bundle, "" if it would. `placements` says, for each engine that was
+    run, which provider of ONNX Runtime ran how many of its nodes.
     """
 
     files: tuple[FileCheck, ...]
     outputs: tuple[OutputCheck, ...]
     placements: Mapping[str, tuple[Placement, ...]] = dataclasses.field(default_factory=dict)
+    refused: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether all checks passed."""
-        return all(file.ok for file in self.files) and all(output.ok for output in self.outputs)
+        whole = all(file.ok for file in self.files) and all(output.ok for output in self.outputs)
+        return whole and not self.refused
 
 
 def verify(
@@ -125,7 +129,16 @@ def verify(
             raise
         except (FlashuError, SafetensorError, OSError) as error:
             outputs.append(_not_run(spec, str(error)))
-    return Verification(checked, tuple(outputs), placed)
+    return Verification(checked, tuple(outputs), placed, _refusal(files))
+
+
+def _refusal(files: BundleFiles) -> str:
+    """Return the reason for which `load` would refuse the bundle, "" if it would not."""
+    try:
+        read_parts(files)
+    except FlashuError as error:
+        return str(error)
+    return ""
 
 
 def _not_run(spec: EngineSpec, note: str) -> OutputCheck:
@@ -139,7 +152,8 @@ def _check_files(directory: Path, manifest: Manifest, tell: Callable[[str], None
         if not path.is_file():
             yield FileCheck(name, "missing")
         else:
-            yield FileCheck(name, "ok" if file_entry(path) == listed else "changed")
+            same = path.stat().st_size == listed.bytes and file_entry(path) == listed
+            yield FileCheck(name, "ok" if same else "changed")
     known = {*manifest.files, MANIFEST}
     present = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
     yield from (FileCheck(name, "unexpected") for name in present if name not in known)

@@ -15,9 +15,15 @@ from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import app
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.exporters.tensorrt import build_engines
-from flashu_compile.exporters.tensorrt_plan import SCRIPT, BuildOptions, write_plan
+from flashu_compile.exporters.tensorrt_plan import SCRIPT, write_plan
 from flashu_compile.runtime import load
-from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngines, import_libraries, read_plan
+from flashu_compile.runtime.tensorrt_engine import (
+    PLAN_FILE,
+    BuildOptions,
+    TensorRTEngines,
+    import_libraries,
+    read_plan,
+)
 from flashu_compile.runtime.verify import verify
 from tests.runtime.tiny_bundle import write_bundle
 
@@ -58,7 +64,7 @@ def test_plan_is_part_of_a_bundle_that_still_runs(bundle: Path) -> None:
     assert verify(bundle, threads=1).ok
     shapes = {s.name: s for s in plan.engines["denoise"].profile}
     assert shapes["prompt_ids"].max == (2, 43)
-    assert write_plan(bundle, BuildOptions(strip_weights=True)).options["strip_weights"]
+    assert write_plan(bundle, BuildOptions(strip_weights=True)).options.strip_weights
     assert verify(bundle, threads=1).ok
 
 

@@ -240,7 +240,7 @@ def test_plans_come_back_from_json() -> None:
     row = '{"t": 0, "dt": 1, "guidance_scale": 5, "engine": "denoise"}'
     old = f'{{"points": 2, "time_shift": 3, "solver": "euler", "steps": [{row}]}}'
     assert StepPlan.from_json(old).steps == (Step(0, 1, 5, "denoise"),)
-    with pytest.raises(BundleError, match="step plan is damaged"):
+    with pytest.raises(BundleError, match="step plan is not valid: object missing required field engine"):
         StepPlan.from_json(old.replace('"engine"', '"motor"'))
 
 

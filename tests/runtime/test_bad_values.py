@@ -144,27 +144,29 @@ PLAN = json.loads(uniform_plan(4, 3.0, 3.0).to_json())
     ("changes", "message"),
     [
         ({"points": 5}, "5 points need 4 steps, not 3"),
-        ({"points": True}, "points must be an integer from 2 to 1,000, not True"),
-        ({"points": 10**30}, "points must be an integer from 2"),
-        ({"time_shift": math.nan}, "time_shift must be a number"),
+        ({"points": True}, "expected int, got bool at \\$.points"),
+        ({"points": 10**30}, "more than 64 bits"),
+        ({"points": 10**18}, "points must be an integer from 2"),
+        ({"time_shift": math.nan}, "'NaN' is not finite"),
+        ({"time_shift": 0}, "time_shift must be a number"),
         ({"solver": "heun"}, "solver 'heun'; this version knows euler, ab2"),
         ({"solver": []}, "solver"),
         ({"steps": []}, "4 points need 3 steps, not 0"),
-        ({"steps": [1, 2, 3]}, "damaged"),
-        ({"steps": {"0": 1}}, "damaged"),
+        ({"steps": [1, 2, 3]}, "expected object, got int at \\$.steps"),
+        ({"steps": {"0": 1}}, "expected array, got object at \\$.steps"),
         ({"dt": 1e39}, "dt must be a number above 0 and at most 1"),
         ({"dt": 0}, "dt must be a number above 0"),
-        ({"dt": math.nan}, "dt must be a number"),
+        ({"dt": math.nan}, "'NaN' is not finite"),
         ({"dt": 0.01}, "A step ends at t = .* and what follows begins at"),
-        ({"t": "0"}, "t must be a number"),
+        ({"t": "0"}, "expected float, got str at \\$.steps"),
         ({"t": -0.5}, "t must be a number at least 0"),
-        ({"t": math.inf}, "t must be a number"),
+        ({"t": math.inf}, "'Infinity' is not finite"),
         ({"guidance_scale": 1e5}, "guidance_scale must be a number at least 0 and at most 10000"),
-        ({"guidance_scale": None}, "guidance_scale must be a number"),
-        ({"engine": 5}, "engine must be a text"),
+        ({"guidance_scale": None}, "got null at .*guidance_scale"),
+        ({"engine": 5}, "expected str, got int at .*engine"),
         ({"engine": "absent"}, "no engine 'absent'"),
-        ({"store": 1}, "store must be true or false"),
-        ({"extrapolate": "no"}, "extrapolate must be true or false"),
+        ({"store": 1}, "expected bool, got int at .*store"),
+        ({"extrapolate": "no"}, "expected bool, got str at .*extrapolate"),
         ({"extra": 1}, "extra"),
     ],
 )
@@ -230,5 +232,7 @@ def test_any_value_of_a_recipe(name: str, value: Any) -> None:
 def test_facts_out_of_range(own_bundle: Path, part: str, changes: dict[str, Any]) -> None:
     facts = json.loads((own_bundle / "manifest.json").read_text())[part]
     edit_json(own_bundle / "manifest.json", **{part: {**facts, **changes}})
-    with pytest.raises(BundleError, match=r"[Tt]he manifest's"):
+    with pytest.raises(
+        BundleError, match=r"manifest\.json is not valid: .*(he manifest's|generation|understanding|bits)"
+    ):
         load(own_bundle)

@@ -348,7 +348,7 @@ class TestLoading:
     )
     def test_malformed_origins(self, own_bundle: Path, origins: object) -> None:
         edit_json(own_bundle / "manifest.json", origins=origins)
-        with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
+        with pytest.raises(BundleError, match=r"manifest\.json is not valid"):
             load(own_bundle)
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', "\x00"])
@@ -365,7 +365,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{", "Not a recipe"),
+            ("{", "no strict JSON"),
             ('{"schema": 2, "name": "open"}', "needs points"),
             ('{"schema": 2, "name": "raw", "t2i": {"layer_skipping": 0.5}}', "needs points"),
             (

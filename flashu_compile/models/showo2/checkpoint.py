@@ -7,6 +7,7 @@ the language model's configuration, the constructor's arguments, or the known si
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from flashu_compile import reading
 from flashu_compile.errors import CheckpointError, UnsupportedModelError
 from flashu_compile.models.showo2.config import (
     CONFIGURATIONS,
@@ -25,6 +27,7 @@ from flashu_compile.models.showo2.config import (
     Showo2Config,
 )
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.reading import Few, Positive, Size
 
 EMBEDDING = "showo.model.embed_tokens.weight"
 LM_HEAD = "showo.lm_head.weight"
@@ -76,6 +79,54 @@ class Declared(NamedTuple):
     semantic_heads: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """The constructor's arguments that are read here."""
+
+    hidden_size: Size | None = None
+    image_latent_dim: Size | None = None
+    patch_size: Few | None = None
+    clip_latent_dim: Size | None = None
+    num_diffusion_layers: Few | None = None
+    image_latent_height: Few | None = None
+    image_latent_width: Few | None = None
+    add_time_embeds: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rope:
+    """Rotary parameters of a Qwen2 configuration."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Qwen2:
+    """What is read of a Qwen2 configuration. transformers stores `rope_parameters` now, and the others before v5."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Few
+    num_key_value_heads: Few | None = None
+    hidden_act: str = "silu"
+    use_sliding_window: bool | None = None
+    rope_theta: Positive | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    rms_norm_eps: Positive = LLMConfig.rms_norm_eps
+    tie_word_embeddings: bool = True
+
+    @property
+    def rope(self) -> _Rope:
+        """The rotary parameters, from wherever they are stored."""
+        new, old = self.rope_parameters or _Rope(), self.rope_scaling or _Rope()
+        kind = new.rope_type or new.type or old.rope_type or old.type or "default"
+        theta = new.rope_theta or old.rope_theta or self.rope_theta or LLMConfig.rope_theta
+        return _Rope(rope_type=kind, rope_theta=theta)
+
+
 def declared_by(module: nn.Module) -> Declared:
     """Read what an instance of the published class, or of one like it, declares about itself."""
     heads = _mapping(getattr(getattr(module, "und_trans", None), "config", None)).get("num_attention_heads")
@@ -101,7 +152,9 @@ def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Confi
             declarations contradict each other.
         UnsupportedModelError: the language model has features that Show-o2's do not.
     """
-    settings = declared.settings
+    settings = reading.convert(
+        declared.settings, _Settings, "The model's configuration", CheckpointError, foreign=True
+    )
     patch = _shape(state, "image_embedder_gen.proj.weight", 4)
     grid = math.isqrt(_shape(state, "position_embedding.weight", 2)[0])
     found = {
@@ -112,15 +165,15 @@ def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Confi
         "num_diffusion_layers": _count(state, "diffusion_head_a."),
     }
     for name, value in found.items():
-        if settings.get(name) is not None and settings[name] != value:
+        if (said := getattr(settings, name)) not in (None, value):
             raise CheckpointError(
-                f"The configuration says {name} = {settings[name]}, the weights have {value}; "
+                f"The configuration says {name} = {said}, the weights have {value}; "
                 "they belong to different models."
             )
     if grid**2 != state["position_embedding.weight"].shape[0]:
         raise CheckpointError("The position table is not square; pictures of other shapes are not supported.")
     llm, latent_grid = _llm(state, declared.llm), _latent_grid(settings, grid)
-    add_time_embeds = settings.get("add_time_embeds")
+    add_time_embeds = settings.add_time_embeds
     published = _published_run(llm, latent_grid)
     return Showo2Config(
         llm=llm,
@@ -130,7 +183,7 @@ def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Confi
         patch_size=patch[2],
         latent_grid=latent_grid,
         position_grid=grid,
-        add_time_embeds=True if add_time_embeds is None else bool(add_time_embeds),
+        add_time_embeds=True if add_time_embeds is None else add_time_embeds,
         sequence_length=published.sequence_length if published else _sequence_length(latent_grid),
         steps=published.steps if published else Showo2Config.steps,
     )
@@ -146,6 +199,7 @@ def build(config: Showo2Config, state: Mapping[str, Tensor]) -> Showo2:
         CheckpointError: names or shapes differ from the configuration's; the first few are listed.
     """
     state = dict(state)
+    _check_depths(config, state)
     if config.llm.tie_word_embeddings and EMBEDDING in state:
         state.setdefault(LM_HEAD, state[EMBEDDING])
     if not config.add_time_embeds:
@@ -163,6 +217,20 @@ def build(config: Showo2Config, state: Mapping[str, Tensor]) -> Showo2:
     if unset:
         raise CheckpointError(f"These tensors have no values: {_first(unset)}.")
     return network.eval().requires_grad_(False)
+
+
+def _check_depths(config: Showo2Config, state: Mapping[str, Tensor]) -> None:
+    """Check the numbers of layers, before a network of so many is made. Raises `CheckpointError` if they differ."""
+    for prefix, said in (
+        ("showo.model.layers.", config.llm.num_hidden_layers),
+        ("und_trans.layers.", config.semantic.num_hidden_layers),
+        ("diffusion_head_a.", config.head.num_hidden_layers),
+    ):
+        if (found := _count(state, prefix)) != said:
+            raise CheckpointError(
+                f"The weights do not fit the Show-o2 configuration: it has {said} layers under {prefix.rstrip('.')}, "
+                f"they have {found}."
+            )
 
 
 def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -206,9 +274,11 @@ def _llm_sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
     return hidden, ffn
 
 
-def _llm(state: Mapping[str, Tensor], declared: Mapping[str, Any] | None) -> LLMConfig:
+def _llm(state: Mapping[str, Tensor], said: Mapping[str, Any] | None) -> LLMConfig:
     hidden, ffn = _llm_sizes(state)
-    if declared is not None:
+    declared = None
+    if said is not None:
+        declared = reading.convert(said, _Qwen2, "llm_config", CheckpointError, foreign=True)
         heads = _declared_attention(declared, hidden, ffn)
     elif (hidden, ffn) in _QWEN_ATTENTION:
         heads = _QWEN_ATTENTION[hidden, ffn]
@@ -223,7 +293,7 @@ def _llm(state: Mapping[str, Tensor], declared: Mapping[str, Any] | None) -> LLM
             f"{heads[0]} attention heads and {heads[1]} key/value heads do not fit the weights (hidden size "
             f"{hidden}, {kv_rows} key rows); pass the llm_config of the model the checkpoint was made from."
         )
-    said = declared or {}
+    found = declared or _Qwen2(hidden, ffn, *heads)
     return LLMConfig(
         vocab_size=_shape(state, EMBEDDING, 2)[0],
         hidden_size=hidden,
@@ -231,47 +301,33 @@ def _llm(state: Mapping[str, Tensor], declared: Mapping[str, Any] | None) -> LLM
         num_hidden_layers=_count(state, "showo.model.layers."),
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],
-        rope_theta=float(_rope(said).get("rope_theta", LLMConfig.rope_theta)),
-        rms_norm_eps=float(said.get("rms_norm_eps", LLMConfig.rms_norm_eps)),
-        tie_word_embeddings=_tied(state, said),
+        rope_theta=found.rope.rope_theta or LLMConfig.rope_theta,
+        rms_norm_eps=found.rms_norm_eps,
+        tie_word_embeddings=_tied(state, found.tie_word_embeddings),
     )
 
 
-def _declared_attention(llm: Mapping[str, Any], hidden: int, ffn: int) -> Attention:
-    try:
-        sizes, heads = (llm["hidden_size"], llm["intermediate_size"]), int(llm["num_attention_heads"])
-        kv_heads = int(llm.get("num_key_value_heads") or heads)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"llm_config is no Qwen2 configuration: {error!r}.") from error
-    if sizes != (hidden, ffn):
+def _declared_attention(llm: _Qwen2, hidden: int, ffn: int) -> Attention:
+    if (llm.hidden_size, llm.intermediate_size) != (hidden, ffn):
         raise CheckpointError(
-            f"llm_config describes a model of hidden size {sizes[0]} and FFN {sizes[1]}, the weights have "
-            f"{hidden} and {ffn}; pass the configuration the checkpoint was made from."
+            f"llm_config describes a model of hidden size {llm.hidden_size} and FFN {llm.intermediate_size}, the "
+            f"weights have {hidden} and {ffn}; pass the configuration the checkpoint was made from."
         )
     odd = {
-        "hidden_act": llm.get("hidden_act", "silu") != "silu",
-        "use_sliding_window": bool(llm.get("use_sliding_window", False)),
-        "rope_type": _rope(llm).get("rope_type", "default") != "default",
+        "hidden_act": llm.hidden_act != "silu",
+        "use_sliding_window": bool(llm.use_sliding_window),
+        "rope_type": llm.rope.rope_type != "default",
     }
     if any(odd.values()):
         names = ", ".join(name for name, differs in odd.items() if differs)
         raise UnsupportedModelError(f"The language model is no plain Qwen2 but differs in {names}.")
-    return heads, kv_heads
+    return llm.num_attention_heads, llm.num_key_value_heads or llm.num_attention_heads
 
 
-def _rope(llm: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the rotary parameters, from where transformers stores them now or stored them before v5."""
-    parameters = dict(llm.get("rope_scaling") or {}) | dict(llm.get("rope_parameters") or {})
-    parameters.setdefault("rope_type", parameters.get("type", "default"))
-    if "rope_theta" in llm:
-        parameters.setdefault("rope_theta", llm["rope_theta"])
-    return parameters
-
-
-def _tied(state: Mapping[str, Tensor], llm: Mapping[str, Any]) -> bool:
+def _tied(state: Mapping[str, Tensor], declared: bool) -> bool:
     """Return whether output and input embeddings are tied: the tensors decide, where both are present."""
     if LM_HEAD not in state:
-        return bool(llm.get("tie_word_embeddings", True))
+        return declared
     embedding, head = state[EMBEDDING], state[LM_HEAD]
     if embedding.is_meta or head.is_meta:
         raise CheckpointError("The model has no values (it is on the meta device); load its weights first.")
@@ -308,16 +364,12 @@ def _head(state: Mapping[str, Tensor]) -> HeadConfig:
     )
 
 
-def _latent_grid(settings: Mapping[str, Any], position_grid: int) -> int:
+def _latent_grid(settings: _Settings, position_grid: int) -> int:
     """Return the number of image tokens per side: as configured, else as many as there are learnt positions."""
-    height, width = (settings.get(f"image_latent_{side}") for side in ("height", "width"))
+    height, width = settings.image_latent_height, settings.image_latent_width
     if height != width:
         raise CheckpointError(f"Pictures must be square; the configuration says {height} × {width} tokens.")
-    if height is None:
-        return position_grid
-    if not isinstance(height, int) or height < 1:
-        raise CheckpointError(f"image_latent_height is {height!r}; it must be a positive number of tokens.")
-    return height
+    return position_grid if height is None else height
 
 
 def _sequence_length(latent_grid: int) -> int:

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from flashu_compile import reading
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.reading import Few, Positive, Size
 
 SpanStart = Literal["time", "image"]
 
@@ -15,14 +17,14 @@ SpanStart = Literal["time", "image"]
 class LLMConfig:
     """The Qwen2 language model (names as in `transformers.Qwen2Config`)."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Few
+    num_attention_heads: Few
+    num_key_value_heads: Few
+    rope_theta: Positive = 1e6
+    rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool = True
 
 
@@ -30,27 +32,27 @@ class LLMConfig:
 class SemanticConfig:
     """The SigLIP encoder over image latents (`und_trans`)."""
 
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 26
-    num_attention_heads: int = 16
-    layer_norm_eps: float = 1e-6
+    hidden_size: Size = 1152
+    intermediate_size: Size = 4304
+    num_hidden_layers: Few = 26
+    num_attention_heads: Few = 16
+    layer_norm_eps: Positive = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """The flow-matching diffusion head."""
 
-    hidden_size: int = 2048
-    intermediate_size: int = 8192
-    num_hidden_layers: int = 10
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    rms_norm_eps: float = 1e-5
-    qk_norm_eps: float = 1e-6
-    final_norm_eps: float = 1e-6
-    rope_theta: float = 5e5
-    frequency_embedding_size: int = 256
+    hidden_size: Size = 2048
+    intermediate_size: Size = 8192
+    num_hidden_layers: Few = 10
+    num_attention_heads: Few = 32
+    num_key_value_heads: Few = 8
+    rms_norm_eps: Positive = 1e-5
+    qk_norm_eps: Positive = 1e-6
+    final_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 5e5
+    frequency_embedding_size: Size = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,15 +68,15 @@ class Showo2Config:
     llm: LLMConfig
     semantic: SemanticConfig = SemanticConfig()
     head: HeadConfig = HeadConfig()
-    latent_channels: int = 16
-    patch_size: int = 2
-    latent_grid: int = 27
-    position_grid: int = 27
+    latent_channels: Few = 16
+    patch_size: Few = 2
+    latent_grid: Few = 27
+    position_grid: Few = 27
     add_time_embeds: bool = True
-    sequence_length: int = 1024
-    time_shift: float = 3.0
-    guidance_scale: float = 5.0
-    steps: int = 50
+    sequence_length: Size = 1024
+    time_shift: Positive = 3.0
+    guidance_scale: Positive = 5.0
+    steps: Few = 50
     understanding_span_start: SpanStart = "image"
 
     def __post_init__(self) -> None:
@@ -117,16 +119,11 @@ class Showo2Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Showo2Config:
-        """Build a configuration from `to_dict`'s result. Raises `ConfigurationError` on unknown or missing keys."""
-        try:
-            llm, semantic, head = (
-                LLMConfig(**data["llm"]),
-                SemanticConfig(**data["semantic"]),
-                HeadConfig(**data["head"]),
-            )
-            return cls(**{**data, "llm": llm, "semantic": semantic, "head": head})
-        except (KeyError, TypeError) as error:
-            raise ConfigurationError(f"Not a Show-o2 configuration: {error}.") from error
+        """Build a configuration from `to_dict`'s result.
+
+        Raises `ConfigurationError` on unknown or missing keys, and on values of another type or out of range.
+        """
+        return reading.convert(data, cls, "The model's configuration", ConfigurationError)
 
 
 _QWEN_1_5B = LLMConfig(

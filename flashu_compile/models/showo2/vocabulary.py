@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec, read_tokenizer
 from flashu_compile.errors import BundleError, CheckpointError
 from flashu_compile.models import hub
 from flashu_compile.paths import absolute
@@ -37,12 +37,7 @@ def read(path: Path) -> Tokenizer:
         CheckpointError: there is none, or it is damaged.
     """
     path = path / FILE if path.is_dir() else path
-    if not path.is_file():
-        raise CheckpointError(f"Tokenizer file {path} does not exist.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer in the tokenizers format: {error}") from error
+    return read_tokenizer(path, CheckpointError)
 
 
 def resolve(tokenizer: Any) -> Tokenizer:

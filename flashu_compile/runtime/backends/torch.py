@@ -6,7 +6,7 @@ of it; so engines are code, whatever they look like.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +21,10 @@ from torch._export.serde.serialize import SerializedArtifact, deserialize
 from torch.export import ExportedProgram
 
 import flashu_compile.operators.write_rows  # noqa: F401  # registers an operator that graphs may hold
+from flashu_compile import reading
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.manifest import BUILD_AGAIN, EngineSpec
 from flashu_compile.bundle.signatures import check_inputs, check_outputs, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, FlashuError
 from flashu_compile.libraries import place_inductor
@@ -31,6 +32,9 @@ from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
 
 TENSORS = "weights.safetensors"
+_LARGEST_GRAPH = 1 << 30  # bytes
+#: For each engine, its tensors' names in the file.
+_Keys = dict[str, dict[str, str]]
 
 Call = Callable[..., Sequence[Tensor]]
 Maker = Callable[[EngineSpec, Path, Mapping[str, Tensor], torch.device], Call]
@@ -122,11 +126,12 @@ class TorchEngines:
         path = self._files.path(TENSORS)
         try:
             with safe_open(path, framework="pt", device=str(self._device)) as file:
-                keys = json.loads(file.metadata()["engines"])[name]
+                engines = (file.metadata() or {}).get("engines", "")
+                keys = reading.decode(engines, _Keys, str(path), BundleError, advice=BUILD_AGAIN)[name]
                 for key in keys.values():
                     if key not in self._tensors:
                         self._tensors[key] = file.get_tensor(key)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError) as error:
             raise BundleError(f"{path} does not hold the tensors of engine {name!r}: {error!r}.") from error
         return {tensor: self._tensors[key] for tensor, key in keys.items()}
 
@@ -213,8 +218,9 @@ def read_program(files: BundleFiles, spec: EngineSpec) -> ExportedProgram:
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> ExportedProgram:
-    content = path.read_bytes()
-    state, constants = _sorted(json.loads(content), tensors)
+    content = reading.read_bytes(path, BundleError, limit=_LARGEST_GRAPH)
+    graph = reading.decode(content, _Graph, str(path), BundleError, foreign=True)
+    state, constants = _sorted(graph, tensors)
     return deserialize(SerializedArtifact(content, state, constants, b""))
 
 
@@ -234,11 +240,28 @@ def _eager(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: 
         raise _unreadable(spec, path, error) from error
 
 
-def _sorted(graph: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Signature:
+    input_specs: list[dict[str, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _GraphModule:
+    signature: _Signature
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    """What is read here of a graph, the rest of which is PyTorch's."""
+
+    graph_module: _GraphModule
+
+
+def _sorted(graph: _Graph, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """Split tensors into the graph's parameters and buffers, and its constants."""
     state: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
-    for spec in graph["graph_module"]["signature"]["input_specs"]:
+    for spec in graph.graph_module.signature.input_specs:
         ((kind, fields),) = spec.items()
         if kind == "parameter":
             name = fields["parameter_name"]

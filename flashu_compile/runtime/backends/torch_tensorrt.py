@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashu_compile import reading
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import EngineSpec
-from flashu_compile.bundle.profiles import InputShapes, Profile
+from flashu_compile.bundle.manifest import BUILD_AGAIN, EngineSpec
+from flashu_compile.bundle.profiles import Profile
 from flashu_compile.errors import BackendUnavailableError, BundleError
 from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
 from flashu_compile.runtime.findings import Finding
@@ -85,22 +86,13 @@ def built_text(engines: Mapping[str, BuiltFor]) -> str:
 
 def read_built(files: BundleFiles) -> dict[str, BuiltFor]:
     """Read the record that `built_text` wrote. Raises `BundleError` on anything else."""
-    text = files.text(BUILT_FILE)
-    try:
-        return {
-            name: BuiltFor(
-                Target(**entry["target"]),
-                tuple(
-                    InputShapes(s["name"], tuple(s["min"]), tuple(s["opt"]), tuple(s["max"]))
-                    for s in entry["profile"]
-                ),
-            )
-            for name, entry in json.loads(text).items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(
-            f"{files.directory / BUILT_FILE} is damaged: {error!r}; build the bundle again."
-        ) from error
+    return reading.decode(
+        files.text(BUILT_FILE),
+        dict[str, BuiltFor],
+        str(files.directory / BUILT_FILE),
+        BundleError,
+        advice=BUILD_AGAIN,
+    )
 
 
 def check_target(name: str, target: Target, here: Target) -> None:

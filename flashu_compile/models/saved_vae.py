@@ -1,0 +1,62 @@
+"""The VAE of a saved model, as its `config.json` describes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashu_compile import reading
+from flashu_compile.arguments import shown
+from flashu_compile.errors import CheckpointError, ConfigurationError
+from flashu_compile.models.vae import LatentCodec, SpaceToDepth
+from flashu_compile.models.wan_vae import WanVAE
+from flashu_compile.reading import Few, Positive
+
+WAN_FOLDER = "vae"
+
+
+def describe(vae: LatentCodec | None) -> dict[str, Any] | None:
+    """Describe a VAE as JSON values. Raises `ConfigurationError` if it is of a kind that cannot be saved."""
+    if vae is None:
+        return None
+    if isinstance(vae, SpaceToDepth):
+        return {"kind": "space_to_depth", "factor": vae.spatial_factor, "mean": vae.mean, "std": vae.std}
+    if isinstance(vae, WanVAE):
+        return {"kind": "wan", "folder": WAN_FOLDER}
+    raise ConfigurationError(f"A {type(vae).__name__} cannot be saved with a model; save it yourself.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _SpaceToDepthFacts:
+    kind: str
+    factor: Few
+    mean: float
+    std: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class _WanFacts:
+    kind: str
+    folder: str
+
+
+_VAES = {"space_to_depth": _SpaceToDepthFacts, "wan": _WanFacts}
+
+
+def read(config: Path, described: Any, dtype: torch.dtype | None) -> LatentCodec | None:
+    """Make the VAE that `config`, a model's configuration, describes. Raises `CheckpointError` if there is none."""
+    if described is None:
+        return None
+    where = f"The VAE of {config}"
+    kind = described.get("kind") if isinstance(described, dict) else None
+    if not isinstance(kind, str) or kind not in _VAES:
+        raise CheckpointError(f"{where} is of the unknown kind {shown(kind)}.")
+    facts: Any = reading.convert(described, _VAES[kind], where, CheckpointError)
+    if isinstance(facts, _SpaceToDepthFacts):
+        return SpaceToDepth(facts.factor, facts.mean, facts.std)
+    if Path(facts.folder).name != facts.folder:
+        raise CheckpointError(f"{where} is outside of the directory.")
+    return WanVAE.load(config.parent / facts.folder, dtype)

@@ -1,0 +1,86 @@
+"""The parts of a bundle beside its engines, read and held against the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flashu_compile.arguments import shown
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import PLAN, RECIPE, TOKENIZER, EngineSpec, Manifest
+from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import LANGUAGE, VAE_DECODE, VISION
+
+Shape = tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a pipeline needs of a bundle beside its engines; plan and recipe are None without t2i."""
+
+    codec: PromptCodec
+    plan: StepPlan | None
+    recipe: Recipe | None
+
+
+def read_parts(files: BundleFiles, *, allow_control_tokens: bool = False) -> Parts:
+    """Read the parts of a bundle.
+
+    Raises `BundleError` if one is absent or damaged, or the manifest lacks an engine or an output that they need.
+    """
+    codec = PromptCodec.from_file(files.path(TOKENIZER), allow_control_tokens=allow_control_tokens)
+    plan, recipe = None, None
+    if files.manifest.generation is not None:
+        plan = StepPlan.from_json(files.text(PLAN))
+        recipe = _read_recipe(files)
+    _check_parts(files.manifest, plan)
+    return Parts(codec, plan, recipe)
+
+
+def _read_recipe(files: BundleFiles) -> Recipe:
+    """Read the bundle's recipe, whose rules give plans. Raises `BundleError` if they do not."""
+    try:
+        recipe = Recipe.from_json(files.text(RECIPE))
+        recipe.plan()
+    except (RecipeError, ConfigurationError) as error:
+        raise BundleError(
+            f"{files.directory / RECIPE} is not the recipe of a bundle: {error} Build the bundle again."
+        ) from error
+    return recipe
+
+
+def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
+    """Check that every engine the tasks need exists, with the outputs they read. Raises `BundleError` otherwise."""
+    needed: list[tuple[str, str, Shape]] = []
+    if manifest.generation is not None:
+        steps, settings = plan.steps if plan else (), manifest.generation
+        needed.append((VAE_DECODE, "pixels", (None, 3, None, None)))
+        needed.extend((step.engine, "velocity", (None, *settings.latent_shape)) for step in steps)
+        needed.extend((step.engine, "head_features", (None, None, None)) for step in steps if step.store)
+    if manifest.understanding is not None:
+        needed.append((VISION, "image_embeds", (None, None, None)))
+        needed.append((LANGUAGE, "logits", (None, None)))
+    for engine in manifest.engines:
+        for before in filter(None, (engine.prologue, engine.schedule)):
+            manifest.engine(before)
+    for name, output, shape in dict.fromkeys(needed):
+        _check_output(manifest.engine(name), output, shape)
+
+
+def _check_output(spec: EngineSpec, name: str, shape: Shape) -> None:
+    """Check that an output exists with this rank, and with these sizes where the signature fixes them."""
+    found = next((tensor for tensor in spec.outputs if tensor.name == name), None)
+    if found is None:
+        raise BundleError(f"Engine {spec.name!r} has no output {name!r}; build the bundle again.")
+    fits = len(found.shape) == len(shape) and all(
+        size is None or not isinstance(given, int) or given == size
+        for given, size in zip(found.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise BundleError(
+            f"Engine {spec.name!r}: output {name!r} has the shape {shown(list(found.shape))}, where [{wanted}] is "
+            "needed; build the bundle again."
+        )
