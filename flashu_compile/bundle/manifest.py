@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flashu_compile import arguments
-from flashu_compile.errors import BundleError, BundleVersionError
+from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError
 from flashu_compile.paths import absolute
 
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
@@ -222,17 +223,37 @@ def file_entry(path: Path) -> FileEntry:
     """Compute the size and SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(digest, path.stat().st_size)
+        return FileEntry(digest, file.tell())
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of the bundle at `directory`. Raises `BundleError` if there is none."""
+def read_manifest(directory: Path, *, digest: str | None = None) -> Manifest:
+    """Read the manifest of the bundle at `directory`.
+
+    Raises `BundleError` if there is none, or if its SHA-256 is not `digest`, where that is given;
+    `ConfigurationError` if `digest` is no SHA-256.
+    """
     path = absolute(directory / MANIFEST)
     if not path.is_file():
         reason = "does not exist" if not directory.exists() else f"has no {MANIFEST}"
         raise BundleError(f"{directory} {reason}; it is not a bundle. Build one with `flashu-compile build`.")
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        _check_digest(path, content, digest)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} cannot be read: {error}.") from error
     return Manifest.from_json(text, path)
+
+
+def _check_digest(path: Path, content: bytes, digest: str | None) -> None:
+    if digest is None:
+        return
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-fA-F]{64}", digest):
+        raise ConfigurationError(
+            f"A digest is a SHA-256, 64 hexadecimal digits, not {arguments.shown(digest)}."
+        )
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest.lower():
+        raise BundleError(
+            f"{path} has the SHA-256 {found}, not the digest {digest.lower()}: this is not the bundle that you mean."
+        )
