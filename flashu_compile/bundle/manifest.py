@@ -248,7 +248,7 @@ def read_manifest(directory: Path, *, digest: str | None = None) -> Manifest:
 def _check_digest(path: Path, content: bytes, digest: str | None) -> None:
     if digest is None:
         return
-    if not isinstance(digest, str) or not re.fullmatch("[0-9a-fA-F]{64}", digest):
+    if not re.fullmatch("[0-9a-fA-F]{64}", arguments.name_of("digest", digest)):
         raise ConfigurationError(
             f"A digest is a SHA-256, 64 hexadecimal digits, not {arguments.shown(digest)}."
         )

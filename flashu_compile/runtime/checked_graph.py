@@ -1,8 +1,9 @@
 """The graph of an engine, checked before a library opens it, and the operators that it may have.
 
-These are the operators of ONNX's own domain that the ONNX emitter can write: they are what torch.onnx writes for PyTorch's operators, and what our own translations and simplifications write. Each
-computes a tensor from tensors, the same one each time. Not among them: control flow, sequences, texts, random numbers,
-and all other domains, some of whose operators open files (`com.microsoft::EPContext`).
+These are operators of ONNX's own domain that the ONNX emitter can write: what torch.onnx writes for PyTorch's
+operators, and what our own translations and simplifications write. Each computes a tensor from tensors, the same one
+each time. Not among them: control flow, sequences, texts, random numbers, and all other domains, some of whose
+operators open files (`com.microsoft::EPContext`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.errors import BundleError
 from flashu_compile.runtime.onnx_file import LARGEST_FILE, OnnxFile, read_onnx
 
-OPERATORS = frozenset(
-    """
+_NAMES = """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitShift
     BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Col2Im Compress Concat Constant
     ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Det Div DynamicQuantizeLinear
@@ -24,8 +24,8 @@ OPERATORS = frozenset(
     ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize RotaryEmbedding Round
     ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax Softplus SpaceToDepth Split Sqrt
     Squeeze Sub Sum Tan Tanh TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor
-    """.split()
-)
+"""
+OPERATORS = frozenset(_NAMES.split())
 
 
 def read_graph(files: BundleFiles, spec: EngineSpec, *, trust: bool = False) -> OnnxFile:

@@ -61,18 +61,17 @@ def load(
     options: Mapping[str, Any] | None = None,
     digest: str | None = None,
 ) -> Pipeline:
-    """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
+    """Open the bundle at `path`; engines load when first used. Nothing in it is run as code without `trust`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; loading fails if it does not work.
     `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
     `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
     one per core). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
     `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
-    `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use. `digest` is the
-    manifest's SHA-256, as `export` gives it: with it, this is that bundle and no other. `trust=True` lets a backend run
-    whose engines are code, and graphs with operators of any kind: give it only for bundles whose builder you know. A prompt or question is plain
-    text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens in it (`<|im_end|>`,
-    `<image>`) are control tokens, as in the published scripts. `options` are the backend's own, by name.
+    `verify_hashes=False` skips comparing each file with its SHA-256; `digest` is that of the manifest, as `export` gave
+    it. `trust=True` lets engines be code, or have any operators: give it only for bundles whose builder you know. A
+    prompt or question is plain text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens
+    in it (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own.
 
     Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle, it is damaged, or not of `digest`,
     `BundleVersionError` if its schema is newer, `BackendUnavailableError` if its backend or the provider does not work

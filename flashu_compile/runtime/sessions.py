@@ -169,8 +169,8 @@ class OnnxRuntimeEngines:
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
     `threads` is the number of threads an engine computes with (None: one per core); `memory` is `fast`, or `low` for
     engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the operators that the
-    graphs have. With `trust`, graphs may have any operators. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
-    does not work here.
+    graphs have. With `trust`, graphs may have any operators. Raises `ConfigurationError` if one of them makes no sense,
+    `BackendUnavailableError` if the provider does not work here.
     """
 
     def __init__(
@@ -288,8 +288,8 @@ def create_session(
 ) -> ort.InferenceSession:
     """Create a session that has every provider asked for, with no fallback to others.
 
-    `place_weights`, if given, tells a session where its weights are, which must outlive it. `contrib`: ONNX Runtime may fuse
-    nodes into operators of its own when it loads the graph.
+    `place_weights`, if given, tells a session where its weights are, which must outlive it. `contrib`: ONNX Runtime may
+    fuse nodes into operators of its own when it loads the graph.
 
     Raises `BackendUnavailableError` if a provider is missing, `ConfigurationError` on an option that it does not
     know, and whatever ONNX Runtime raises on a bad model.

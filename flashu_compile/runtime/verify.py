@@ -91,9 +91,10 @@ def verify(
     """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
 
     `progress` is called with the name of each file and engine before it is checked. Raises only what makes checking
-    impossible: `BundleError` without a readable manifest, or if its SHA-256 is not `digest`, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider, number of threads, memory mode or
-    option, or if the engines are code and `trust` is not given; see `load` for these.
+    impossible: `BundleError` without a readable manifest, or if its SHA-256 is not `digest`,
+    `BackendUnavailableError` if the bundle's backend or the provider does not work here, `ConfigurationError` on an
+    unknown provider, number of threads, memory mode or option, or if the engines are code and `trust` is not given; see
+    `load` for these.
     """
     directory = absolute(path)
     arguments.function("progress", progress)

@@ -118,8 +118,8 @@ class ModelSide:
             if model is not None:
                 raise
             raise ConfigurationError(
-                f"{files.directory} was made of a model called {name!r}, which is not to be had by that name; say where it is: "
-                f"model=… (--model). {error}"
+                f"{files.directory} was made of a model called {name!r}, which is not to be had by that name; say "
+                f"where it is: model=… (--model). {error}"
             ) from error
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
