@@ -85,8 +85,8 @@ _STEPPED_OVER: Mapping[str, frozenset[int]] = {
 }
 
 _VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
-#: Some fifty times as many as a graph of a published model has, and a few seconds' work.
-_MOST_FIELDS = 2_000_000
+#: Many times as many as a graph of a published model has, and a few seconds of work.
+_MOST_FIELDS = 1_000_000
 _DEEPEST = 48
 #: No protocol buffer may have more bytes.
 LARGEST_FILE = 2**31 - 1
