@@ -44,7 +44,8 @@ def build_engines(bundle: Path) -> TensorRTPlan:
     options = BuildOptions(**plan.options)
     weights = {WEIGHTS} & manifest.files.keys()
     cache = bundle / TIMING_CACHE
-    timings = cache.read_bytes() if cache.is_file() and TIMING_CACHE in manifest.files else b""
+    kept = cache.is_file() and TIMING_CACHE in manifest.files
+    timings = files.path(TIMING_CACHE).read_bytes() if kept else b""
     partial = {name: bundle / f"{name}.engine.partial" for name in plan.engines}
     try:
         for name, engine in plan.engines.items():

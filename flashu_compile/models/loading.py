@@ -42,10 +42,9 @@ _OBJECT_NAME = "showo2"
 class LoadedModel:
     """A model ready to compile.
 
-    `network` is in eval mode and takes no gradients. `vae` is None if the checkpoint holds none and none was
-    given. `calibration` is the file of calibration samples that comes with the model, if one does. `origins` are
-    those of the weights: `model`, and `vae` unless the checkpoint describes one that has none. `sources` are their
-    files, which the network may read when it computes.
+    `network` is in eval mode and takes no gradients. `vae` is None if the checkpoint holds none and none was given.
+    `calibration` is the file of calibration samples that comes with the model, if one does. `origins` are those of the
+    weights: `model`, and `vae` unless the checkpoint describes one that has none. `sources` are the files they are in.
     """
 
     name: str

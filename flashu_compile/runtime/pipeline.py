@@ -74,8 +74,8 @@ def load(
     in it (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own.
 
     Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle, it is damaged, or not of `digest`,
-    `BundleVersionError` if its schema is newer, `BackendUnavailableError` if its backend or the provider does not work
-    here, `ConfigurationError` on an unknown provider, number of threads, memory mode or option, or if trust is needed.
+    `BundleVersionError` if its schema is newer, `BackendUnavailableError` if backend or provider do not work here,
+    `ConfigurationError` on an unknown provider, number of threads, memory mode, option or digest, or a need for trust.
     """
     directory = absolute(path)
     arguments.flag("verify_hashes", verify_hashes)
@@ -86,7 +86,8 @@ def load(
             "their hashes are always checked; leave verify_hashes out."
         )
     files = BundleFiles(directory, manifest, verify_hashes=verify_hashes)
-    codec = PromptCodec.from_file(files.path(TOKENIZER), allow_control_tokens=allow_control_tokens)
+    with files.held(TOKENIZER) as (tokenizer,):
+        codec = PromptCodec.from_file(tokenizer, allow_control_tokens=allow_control_tokens)
     plan, recipe = None, None
     if manifest.generation is not None:
         plan = StepPlan.from_json(files.text(PLAN))
@@ -149,8 +150,7 @@ def _check_output(spec: EngineSpec, name: str, shape: Shape) -> None:
 class Pipeline:
     """A loaded bundle; make one with `flashu_compile.load`. All methods may be called from several threads.
 
-    `manifest` says what the bundle holds. `plan` is the trajectory it was built with, and `recipe` has the rules
-    that other plans follow from (both None without t2i).
+    `manifest` says what the bundle holds, `plan` its trajectory, `recipe` the rules of others (both None without t2i).
     """
 
     def __init__(
