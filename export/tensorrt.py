@@ -42,15 +42,15 @@ def build_engines(bundle: Path) -> TensorRTPlan:
     files = BundleFiles(bundle, manifest)
     plan = read_plan(files)
     libraries = import_libraries()
-    options = plan.options
-    if WEIGHTS in manifest.files:
-        files.path(WEIGHTS)
+    weights = {WEIGHTS} & manifest.files.keys()
     cache = bundle / TIMING_CACHE
-    timings = cache.read_bytes() if cache.is_file() and TIMING_CACHE in manifest.files else b""
+    kept = cache.is_file() and TIMING_CACHE in manifest.files
+    timings = files.path(TIMING_CACHE).read_bytes() if kept else b""
     partial = {name: bundle / f"{name}.engine.partial" for name in plan.engines}
     try:
         for name, engine in plan.engines.items():
-            data, timings = build_engine(files.path(engine.graph), engine, options, timings, libraries)
+            with files.held(engine.graph, *weights) as (graph, *_):
+                data, timings = build_engine(graph, engine, plan.options, timings, libraries)
             partial[name].write_bytes(data)
         cache.write_bytes(timings)
         for name, path in partial.items():

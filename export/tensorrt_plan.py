@@ -18,7 +18,7 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
 from flashu_compile.bundle.profiles import dimension_ranges, engine_profile, shapes_text
 from flashu_compile.errors import BundleError, EmissionError
-from flashu_compile.exporters.tensorrt_support import objections
+from flashu_compile.exporters.tensorrt_support import load_model, objections
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, BuildOptions, PlannedEngine, TensorRTPlan
@@ -39,7 +39,7 @@ def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPla
     if manifest.backend not in ("onnxruntime", "tensorrt"):
         raise BundleError(f"{bundle} holds engines for {manifest.backend!r}; plans are made of ONNX graphs.")
     files = BundleFiles(bundle, manifest)
-    models = {spec.name: _variant(files.path(spec.file), spec) for spec in manifest.engines}
+    models = {spec.name: _variant(files, spec) for spec in manifest.engines}
     profiles = {
         spec.name: engine_profile(spec, dimension_ranges(manifest, spec)) for spec in manifest.engines
     }
@@ -74,8 +74,8 @@ def _graph_name(spec: EngineSpec) -> str:
     return f"{spec.name}.tensorrt.onnx"
 
 
-def _variant(path: Path, spec: EngineSpec) -> ir.Model:
-    model = ir.load(path)
+def _variant(files: BundleFiles, spec: EngineSpec) -> ir.Model:
+    model = load_model(files, spec)
     make_tensorrt_variant(model)
     found = objections(model)
     if found:

@@ -21,11 +21,12 @@ import torch
 
 from flashu_compile import reading
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.bundle.manifest import EngineSpec, read_manifest
 from flashu_compile.errors import FlashuError
 from flashu_compile.exporters.onnx import OPERATOR
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
 from flashu_compile.paths import absolute
+from flashu_compile.runtime.checked_graph import read_graph
 
 ONNX_PARSER, TORCH_TENSORRT = "tensorrt_onnx.json", "torch_tensorrt.json"
 
@@ -93,11 +94,18 @@ def inspect_bundle(bundle: Path) -> list[Conversion]:
     ]
     results = []
     for spec in manifest.engines:
-        model = ir.load(files.path(spec.file))
+        model = load_model(files, spec)
         changes = make_tensorrt_variant(model)
         found = objections(model)
         results.append(Conversion(spec.name, len(model.graph), changes, found, sources))
     return results
+
+
+def load_model(files: BundleFiles, spec: EngineSpec) -> ir.Model:
+    """Load the graph of an engine, whatever operators it has: those are what is looked at. Raises as `read_graph`."""
+    with files.held(spec.file) as (path,):
+        read_graph(files, spec, trust=True)
+        return ir.load(path)
 
 
 # --- TensorRT's ONNX parser -------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from flashu_compile import arguments, reading
 from flashu_compile.bundle.dimensions import parsed
-from flashu_compile.errors import BundleError, BundleVersionError
+from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError
 from flashu_compile.paths import absolute
 from flashu_compile.reading import Count
 
@@ -201,12 +202,32 @@ def file_entry(path: Path) -> FileEntry:
     """Compute the size and SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(digest, path.stat().st_size)
+        return FileEntry(digest, file.tell())
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of the bundle at `directory`. Raises `BundleError` if there is none."""
+def read_manifest(directory: Path, *, digest: str | None = None) -> Manifest:
+    """Read the manifest of the bundle at `directory`.
+
+    Raises `BundleError` if there is none, or if its SHA-256 is not `digest`, where that is given;
+    `ConfigurationError` if `digest` is no SHA-256.
+    """
     path = absolute(directory / MANIFEST)
     reason = f"has no {MANIFEST}" if directory.exists() else "does not exist"
     absent = f"{directory} {reason}; it is not a bundle. Build one with `flashu-compile build`."
-    return Manifest.from_json(reading.read_bytes(path, BundleError, absent=absent), path)
+    content = reading.read_bytes(path, BundleError, absent=absent)
+    _check_digest(path, content, digest)
+    return Manifest.from_json(content, path)
+
+
+def _check_digest(path: Path, content: bytes, digest: str | None) -> None:
+    if digest is None:
+        return
+    if not re.fullmatch("[0-9a-fA-F]{64}", arguments.name_of("digest", digest)):
+        raise ConfigurationError(
+            f"A digest is a SHA-256, 64 hexadecimal digits, not {arguments.shown(digest)}."
+        )
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest.lower():
+        raise BundleError(
+            f"{path} has the SHA-256 {found}, not the digest {digest.lower()}: this is not the bundle that you mean."
+        )

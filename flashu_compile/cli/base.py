@@ -126,7 +126,15 @@ Memory = Annotated[
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust", help="Run a bundle whose engines are code. Give it only if you know who built the bundle."
+        "--trust",
+        help="Run a bundle whose engines are code or have unusual operators. Give it only if you know who built it.",
+    ),
+]
+Digest = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHA256",
+        help="The digest that [bold]build[/] printed: fail if this is another bundle, whole as it may be.",
     ),
 ]
 Vae = Annotated[

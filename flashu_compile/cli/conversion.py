@@ -94,9 +94,17 @@ def tensorrt(
         from flashu_compile.runtime.tensorrt_engine import BuildOptions
     if collect is not None:
         say(f"{len(collect_engines(bundle, collect).engines)} engines collected")
+        _say_digest(bundle)
         return
     options = BuildOptions(version_compatible, exclude_lean_runtime, strip_weights, refit, workspace, level)
     plan = write_plan(bundle, options)
     say(f"{len(plan.engines)} engines planned: {bundle / SCRIPT}")
     if build:
         say(f"{len(build_engines(bundle).engines)} engines built")
+    _say_digest(bundle)
+
+
+def _say_digest(bundle: Path) -> None:
+    from flashu_compile.bundle.manifest import MANIFEST, file_entry
+
+    say(f"digest: {file_entry(bundle / MANIFEST).sha256}")

@@ -56,7 +56,7 @@ def main(folder: Path = FOLDER) -> None:
     bundle, pictures = folder / "bundle", folder / "pictures"
     columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        _build(bundle, progress)
+        digest = _build(bundle, progress)
         pipe = load(bundle)
         drawn = _draw(pipe, pictures, progress)
         answers = _ask(pipe, drawn, progress)
@@ -78,11 +78,12 @@ def main(folder: Path = FOLDER) -> None:
         )
     )
     console.print(f"  {sheet.name}, answers.json, pictures/ and the compiled bundle/")
+    console.print(f"  (digest of the bundle: {digest})", soft_wrap=True)
 
 
-def _build(bundle: Path, progress: Progress) -> None:
+def _build(bundle: Path, progress: Progress) -> str:
     row = progress.add_task(f"compiling {MODEL}", total=1.0)
-    flashu_compile.export(
+    built = flashu_compile.export(
         MODEL,
         TASKS,
         output=bundle,
@@ -92,6 +93,7 @@ def _build(bundle: Path, progress: Progress) -> None:
         ),
     )
     progress.update(row, description=f"compiled {MODEL} for t2i and mmu")
+    return built.digest
 
 
 def _draw(pipe: Pipeline, pictures: Path, progress: Progress) -> dict[str, Image.Image]:

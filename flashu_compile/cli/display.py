@@ -96,6 +96,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
     print_pairs(
         {
             "bundle": summary["path"],
+            "digest": summary["digest"],
             "tasks": _listed(summary["tasks"]),
             "recipe": summary["recipe"],
             "calibrated": _listed(samples) or "nothing to decide",

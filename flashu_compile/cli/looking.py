@@ -14,6 +14,7 @@ from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     LOOKING,
     Bundle,
+    Digest,
     Json,
     Memory,
     Provider,
@@ -205,6 +206,7 @@ def verify(
     threads: Threads = None,
     memory: Memory = "fast",
     trust: Trust = False,
+    digest: Digest = None,
     as_json: Json = False,
 ) -> None:
     """Check every file's hash, then run each engine against the reference recorded at build time.
@@ -221,6 +223,7 @@ def verify(
         "threads": threads,
         "memory": memory,
         "trust": trust,
+        "digest": digest,
     }
     if against is None:
         if any(given for given in (other, engine, tolerance is not None, *parts.values())):

@@ -11,7 +11,7 @@ from torch import nn
 
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
-from flashu_compile.bundle.manifest import Manifest
+from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
@@ -43,11 +43,17 @@ class Bundle:
     path: Path
     manifest: Manifest
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the manifest, which `load(..., digest=)` takes."""
+        return file_entry(self.path / MANIFEST).sha256
+
     def summary(self) -> dict[str, Any]:
-        """Return what was built: path, tasks, engines, sizes in bytes, and the error of every engine output."""
+        """Return what was built: path, digest, tasks, engines, sizes in bytes, and the error of every engine output."""
         report = read_new_report(self.path)
         return {
             "path": str(self.path),
+            "digest": self.digest,
             "tasks": list(self.manifest.tasks),
             "engines": [engine.name for engine in self.manifest.engines],
             "sizes": report["sizes"],
@@ -231,7 +237,9 @@ def calibrate(
     given = given_samples(chosen, tasks, calibration)
     tell = ProgressReporter(progress)
     source = _captured(model, tasks, tell, parts)
-    return decide(chosen, source, tasks, given, samples, seed, tell)[0]
+    decided = decide(chosen, source, tasks, given, samples, seed, tell)[0]
+    source.loaded.check_unchanged()
+    return decided
 
 
 def _check_counts(samples: int, seed: int, cost_samples: int = 0) -> None:

@@ -48,8 +48,10 @@ class BuildChecks:
     def measure(self, open_bundle: Open) -> dict[str, Any]:
         """Return the report's entries `answered` and `cost`, by task; an exact recipe in float32 has no cost.
 
-        Raises `BundleError` if the bundle does not answer as it should.
+        Raises `BundleError` if the bundle does not answer as it should, `CheckpointError` if the model's files were
+        changed before its weights were written.
         """
+        self.source.loaded.check_unchanged()
         self.tell("asking the bundle")
         answered = {} if self.answers is None else {"answered": self.answers.of(open_bundle)}
         return {**answered, "cost": self._costs(open_bundle)}

@@ -75,6 +75,7 @@ class EngineShelf:
                 _log.info("Engines of %s are not kept for later builds: %s.", captured.spec.name, reason)
             else:
                 if content is not None:
+                    self.source.loaded.check_unchanged()  # or these may be engines of weights of another hash
                     self.cache.write(name, content)
         return made
 

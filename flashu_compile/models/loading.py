@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from flashu_compile.arguments import shown
+from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError, UnsupportedModelError
 from flashu_compile.models import hub, saved_vae, weights
-from flashu_compile.models.origins import CARD, IN_MEMORY, origin
+from flashu_compile.models.origins import CARD, IN_MEMORY, origin, vae_files, vae_origin
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
@@ -41,9 +42,9 @@ _OBJECT_NAME = "showo2"
 class LoadedModel:
     """A model ready to compile.
 
-    `network` is in eval mode and takes no gradients. `vae` is None if the checkpoint holds none and none was
-    given. `calibration` is the file of calibration samples that comes with the model, if one does. `origins` are
-    those of the weights: `model`, and `vae` unless the checkpoint describes one that has none.
+    `network` is in eval mode and takes no gradients. `vae` is None if the checkpoint holds none and none was given.
+    `calibration` is the file of calibration samples that comes with the model, if one does. `origins` are those of the
+    weights: `model`, and `vae` unless the checkpoint describes one that has none. `sources` are the files they are in.
     """
 
     name: str
@@ -52,6 +53,16 @@ class LoadedModel:
     tokenizer: Tokenizer
     calibration: Path | None = None
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
+    sources: tuple[HashedFile, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file of weights has been replaced or written to since before it was read."""
+        for file in self.sources:
+            if not file.is_unchanged():
+                raise CheckpointError(
+                    f"{file.path} was replaced or written to while the model was in use, which reads it; load the "
+                    "model again when the file is complete."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +123,11 @@ def load_model(
         else:
             loaded = _from_published(place, settings, tokenizer, llm_config, dtype)
     if vae is not None:
-        codec, origins = _resolve_vae(vae, dtype), {**loaded.origins, "vae": _vae_origin(vae)}
-        loaded = dataclasses.replace(loaded, vae=codec, origins=origins)
+        files = vae_files(vae)
+        codec, origins = _resolve_vae(vae, dtype), {**loaded.origins, "vae": vae_origin(vae, files)}
+        loaded = dataclasses.replace(loaded, vae=codec, origins=origins, sources=(*loaded.sources, *files))
     _check(loaded)
+    loaded.check_unchanged()
     return loaded
 
 
@@ -228,19 +241,19 @@ def _from_own_layout(
 ) -> LoadedModel:
     directory = place.directory
     try:
-        config = Showo2Config.from_dict(settings.get("config"))
+        config = Showo2Config.from_dict(settings.get("config", {}))
     except ConfigurationError as error:
         raise CheckpointError(f"{directory / _CONFIG} describes no model: {error}") from error
     found = vocabulary.resolve(directory if tokenizer is None else tokenizer)
     vocabulary.check_usable(found)
+    files = weights.hashed([directory / _WEIGHTS])
     state = weights.read_weight_file(directory / _WEIGHTS, dtype)
-    vae = saved_vae.read(directory / _CONFIG, settings.get("vae"), dtype) if read_vae else None
-    origins = {"model": origin([directory / _WEIGHTS], directory, settings, place.snapshot)}
-    if isinstance(vae, WanVAE):
-        files = weights.weight_files(directory / saved_vae.WAN_FOLDER)
-        origins["vae"] = origin(files, directory, settings, place.snapshot)
-    network = checkpoint.build(config, state)
-    return LoadedModel(place.name, network, vae, found, _calibration(directory), origins)
+    vae, of_vae = saved_vae.read(directory / _CONFIG, settings.get("vae"), dtype) if read_vae else (None, ())
+    origins = {"model": origin(files, directory, settings, place.snapshot)}
+    if of_vae:
+        origins["vae"] = origin(of_vae, directory, settings, place.snapshot)
+    network, sources = checkpoint.build(config, state), (*files, *of_vae)
+    return LoadedModel(place.name, network, vae, found, _calibration(directory), origins, sources)
 
 
 def _from_published(
@@ -260,7 +273,8 @@ def _from_published(
     found = vocabulary.resolve(tokenizer) if tokenizer is not None else _llm_tokenizer(directory, source)
     found = vocabulary.extend(found)
     vocabulary.check_usable(found)
-    state = weights.read_weights(directory, dtype)
+    files = weights.hashed(weights.weight_files(directory))
+    state = weights.read_weight_files([file.path for file in files], dtype)
     if missing := checkpoint.missing_signature(state):
         raise CheckpointError(f"{directory} holds no Show-o2 model: its weights have no {missing[0]}.")
     if llm_config is not None:
@@ -269,8 +283,8 @@ def _from_published(
         llm = _llm_config_of(source, needed=not checkpoint.knows_llm(state))
     config = checkpoint.infer_config(state, checkpoint.Declared(settings, llm))
     network = checkpoint.build(config, state)
-    origins = {"model": origin(weights.weight_files(directory), directory, settings, place.snapshot)}
-    return LoadedModel(place.name, network, None, found, _calibration(directory), origins)
+    origins = {"model": origin(files, directory, settings, place.snapshot)}
+    return LoadedModel(place.name, network, None, found, _calibration(directory), origins, files)
 
 
 def _llm_tokenizer(directory: Path, source: Any) -> Tokenizer:
@@ -322,15 +336,6 @@ def _resolve_vae(vae: Any, dtype: torch.dtype | None) -> LatentCodec:
         f"A {type(vae).__name__} is no VAE this project knows; pass a LatentCodec, an AutoencoderKLWan of "
         "diffusers, or the path of a Wan VAE."
     )
-
-
-def _vae_origin(vae: Any) -> Origin:
-    if not isinstance(vae, (str, Path)):
-        return IN_MEMORY
-    path = Path(vae)
-    if path.is_dir():
-        return origin(weights.weight_files(path), path, weights.read_config(path / _CONFIG))
-    return origin([path], path.parent, {})
 
 
 def _check_dtype(vae: Any, dtype: torch.dtype | None) -> None:

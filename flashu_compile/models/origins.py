@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashu_compile.bundle.manifest import Origin, file_entry
+from flashu_compile.bundle.files import HashedFile
+from flashu_compile.bundle.manifest import Origin
+from flashu_compile.models import weights
 from flashu_compile.models.hub import Snapshot
+from flashu_compile.paths import absolute
 
-CARD = "README.md"
+CARD, CONFIG = "README.md", "config.json"
 IN_MEMORY = Origin(None)
 
 _LONGEST_CARD = 1 << 20  # bytes
@@ -19,18 +22,39 @@ _logger = logging.getLogger(__name__)
 
 
 def origin(
-    files: Sequence[Path], directory: Path, settings: Mapping[str, Any], snapshot: Snapshot | None = None
+    files: Sequence[HashedFile],
+    directory: Path,
+    settings: Mapping[str, Any],
+    snapshot: Snapshot | None = None,
 ) -> Origin:
     """Describe the origin of weights that were read from `files`, whose model's card lies in `directory`.
 
     `settings` are the model's `config.json`; `snapshot` is given if all that came from the hub.
     """
     return Origin(
-        files={path.name: file_entry(path) for path in files},
+        files={file.path.name: file.entry for file in files},
         repository=None if snapshot is None else snapshot.repository,
         revision=None if snapshot is None else snapshot.commit,
         license=_license(_card(directory / CARD)) or _license(settings),
     )
+
+
+def vae_files(vae: Any) -> tuple[HashedFile, ...]:
+    """Hash the files of a VAE that is given by its path; one in memory has none."""
+    if not isinstance(vae, (str, Path)):
+        return ()
+    path = absolute(vae)
+    return weights.hashed(weights.weight_files(path) if path.is_dir() else [path])
+
+
+def vae_origin(vae: Any, files: Sequence[HashedFile]) -> Origin:
+    """Describe the origin of a VAE that is given by its path or in memory, with these files."""
+    if not isinstance(vae, (str, Path)):
+        return IN_MEMORY
+    path = absolute(vae)
+    if path.is_dir():
+        return origin(files, path, weights.read_config(path / CONFIG))
+    return origin(files, path.parent, {})
 
 
 def _license(card: Mapping[str, Any]) -> str | None:

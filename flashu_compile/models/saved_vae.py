@@ -10,7 +10,9 @@ import torch
 
 from flashu_compile import reading
 from flashu_compile.arguments import shown
+from flashu_compile.bundle.files import HashedFile
 from flashu_compile.errors import CheckpointError, ConfigurationError
+from flashu_compile.models import weights
 from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.reading import Few, Positive
@@ -46,17 +48,24 @@ class _WanFacts:
 _VAES = {"space_to_depth": _SpaceToDepthFacts, "wan": _WanFacts}
 
 
-def read(config: Path, described: Any, dtype: torch.dtype | None) -> LatentCodec | None:
-    """Make the VAE that `config`, a model's configuration, describes. Raises `CheckpointError` if there is none."""
+def read(
+    config: Path, described: Any, dtype: torch.dtype | None
+) -> tuple[LatentCodec | None, tuple[HashedFile, ...]]:
+    """Make the VAE that `config`, a model's configuration, describes; return it with the files it was read from.
+
+    Raises `CheckpointError` if there is none.
+    """
     if described is None:
-        return None
+        return None, ()
     where = f"The VAE of {config}"
     kind = described.get("kind") if isinstance(described, dict) else None
     if not isinstance(kind, str) or kind not in _VAES:
         raise CheckpointError(f"{where} is of the unknown kind {shown(kind)}.")
     facts: Any = reading.convert(described, _VAES[kind], where, CheckpointError)
     if isinstance(facts, _SpaceToDepthFacts):
-        return SpaceToDepth(facts.factor, facts.mean, facts.std)
+        return SpaceToDepth(facts.factor, facts.mean, facts.std), ()
     if Path(facts.folder).name != facts.folder:
         raise CheckpointError(f"{where} is outside of the directory.")
-    return WanVAE.load(config.parent / facts.folder, dtype)
+    folder = config.parent / facts.folder
+    files = weights.hashed(weights.weight_files(folder))
+    return WanVAE.load(folder, dtype), files

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashu_compile import reading
+from flashu_compile.bundle.files import HashedFile
 from flashu_compile.errors import CheckpointError
 from flashu_compile.paths import absolute
 
@@ -70,6 +72,21 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
+def hashed(files: Iterable[Path]) -> tuple[HashedFile, ...]:
+    """Hash weight files. Done before they are read, it tells afterwards whether they are still what was read.
+
+    Raises `CheckpointError` if one cannot be read.
+    """
+    found = []
+    for path in files:
+        _check_exists(path)
+        try:
+            found.append(HashedFile.of(path))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    return tuple(found)
+
+
 def read_weights(directory: Path, dtype: torch.dtype | None = None) -> StateDict:
     """Read all tensors of the checkpoint in `directory`, floating ones converted to `dtype` (None: as stored).
 
@@ -78,22 +95,31 @@ def read_weights(directory: Path, dtype: torch.dtype | None = None) -> StateDict
     Raises:
         CheckpointError: no weights there, a shard is missing, or a file is damaged or more than tensors.
     """
+    return read_weight_files(weight_files(directory), dtype)
+
+
+def read_weight_files(files: Sequence[Path], dtype: torch.dtype | None = None) -> StateDict:
+    """Read all tensors of a checkpoint in one file or several shards. Raises as `read_weights` does."""
     state: StateDict = {}
-    for path in weight_files(directory):
+    for path in files:
         part = read_weight_file(path, dtype)
         if twice := sorted(state.keys() & part.keys()):
-            raise CheckpointError(f"{directory} stores {twice[0]} in two shards; it is damaged.")
+            raise CheckpointError(f"{path.parent} stores {twice[0]} in two shards; it is damaged.")
         state |= part
     return state
 
 
 def read_weight_file(path: Path, dtype: torch.dtype | None = None) -> StateDict:
     """Read the tensors of one file, safetensors or pickled. Raises `CheckpointError` as `read_weights` does."""
-    if not path.is_file():
-        raise CheckpointError(f"Weight file {path} does not exist.")
+    _check_exists(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, dtype)
     return _read_pickle(path, dtype)
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"Weight file {path} does not exist.")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def read_parts(files: BundleFiles, *, allow_control_tokens: bool = False) -> Par
 
     Raises `BundleError` if one is absent or damaged, or the manifest lacks an engine or an output that they need.
     """
-    codec = PromptCodec.from_file(files.path(TOKENIZER), allow_control_tokens=allow_control_tokens)
+    with files.held(TOKENIZER) as (tokenizer,):
+        codec = PromptCodec.from_file(tokenizer, allow_control_tokens=allow_control_tokens)
     plan, recipe = None, None
     if files.manifest.generation is not None:
         plan = StepPlan.from_json(files.text(PLAN))

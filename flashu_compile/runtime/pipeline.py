@@ -53,26 +53,27 @@ def load(
     trust: bool = False,
     allow_control_tokens: bool = False,
     options: Mapping[str, Any] | None = None,
+    digest: str | None = None,
 ) -> Pipeline:
-    """Open the bundle at `path`; engines load when first used. Nothing in it is executed as code without `trust`.
+    """Open the bundle at `path`; engines load when first used. Nothing in it is run as code without `trust`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; loading fails if it does not work.
     `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
     `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
     one per core). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
     `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
-    `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use. `trust=True` lets a
-    backend run whose engines are code: give it only for bundles whose builder you know. A prompt or question is plain
-    text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens in it (`<|im_end|>`,
-    `<image>`) are control tokens, as in the published scripts. `options` are the backend's own, by name.
+    `verify_hashes=False` skips comparing each file with its SHA-256; `digest` is that of the manifest, as `export` gave
+    it. `trust=True` lets engines be code, or have any operators: give it only for bundles whose builder you know. A
+    prompt or question is plain text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens
+    in it (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own.
 
-    Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle or it is damaged,
-    `BundleVersionError` if its schema is newer, `BackendUnavailableError` if its backend or the provider does not work
-    here, `ConfigurationError` on an unknown provider, number of threads, memory mode or option, or if trust is needed.
+    Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle, it is damaged, or not of `digest`,
+    `BundleVersionError` if its schema is newer, `BackendUnavailableError` if backend or provider do not work here,
+    `ConfigurationError` on an unknown provider, number of threads, memory mode, option or digest, or a need for trust.
     """
     directory = absolute(path)
     arguments.flag("verify_hashes", verify_hashes)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, digest=digest)
     if find_run_backend(manifest.backend).runs_code and not verify_hashes:
         raise ConfigurationError(
             f"{directory} was built for backend {manifest.backend!r}, whose engines are code: "
@@ -90,8 +91,7 @@ def load(
 class Pipeline:
     """A loaded bundle; make one with `flashu_compile.load`. All methods may be called from several threads.
 
-    `manifest` says what the bundle holds. `plan` is the trajectory it was built with, and `recipe` has the rules
-    that other plans follow from (both None without t2i).
+    `manifest` says what the bundle holds, `plan` its trajectory, `recipe` the rules of others (both None without t2i).
     """
 
     def __init__(

@@ -14,6 +14,7 @@ import io
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from flashu_compile.bundle.profiles import dimension_ranges, engine_profile
 from flashu_compile.bundle.signatures import check_inputs, check_outputs, state_of, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.binding import BoundRuns, StateRuns
+from flashu_compile.runtime.checked_graph import read_graph
 from flashu_compile.runtime.engine import State, Tensors
+from flashu_compile.runtime.onnx_file import OnnxFile
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
     TENSORRT,
@@ -44,7 +47,7 @@ from flashu_compile.runtime.providers import (
     session_request,
 )
 from flashu_compile.runtime.saturation import products_saturate
-from flashu_compile.runtime.shared_weights import SharedWeights, WeightsBeside, check_memory
+from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
 
 # A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
 PROVIDERS: dict[str, tuple[str, ...]] = {
@@ -166,8 +169,8 @@ class OnnxRuntimeEngines:
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
     `threads` is the number of threads an engine computes with (None: one per core); `memory` is `fast`, or `low` for
     engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the operators that the
-    graphs have. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
-    does not work here.
+    graphs have. With `trust`, graphs may have any operators. Raises `ConfigurationError` if one of them makes no sense,
+    `BackendUnavailableError` if the provider does not work here.
     """
 
     def __init__(
@@ -179,6 +182,7 @@ class OnnxRuntimeEngines:
         threads: int | None = None,
         memory: str = "fast",
         contrib_operators: bool = True,
+        trust: bool = False,
     ) -> None:
         if not isinstance(contrib_operators, bool):
             raise ConfigurationError(
@@ -191,7 +195,7 @@ class OnnxRuntimeEngines:
         if wanted != PROVIDERS["cpu"]:
             probe_provider(provider)
         self.provider, self.options = provider, given
-        self._shares, self._contrib = memory == "low", contrib_operators
+        self._shares, self._contrib, self._trust = memory == "low", contrib_operators, trust
         self._weights: SharedWeights | None = None
         self._files, self._threads = files, threads
         self._engines: dict[str, OnnxRuntimeEngine] = {}
@@ -206,20 +210,24 @@ class OnnxRuntimeEngines:
         """Return the engine called `name`, creating its session on first use."""
         with self._lock:
             if name not in self._engines:
-                self._engines[name] = self._create(self._files.manifest.engine(name))
+                spec = self._files.manifest.engine(name)
+                stored = WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists()
+                if stored and self._shares and self._weights is None:
+                    with self._files.held(WEIGHTS) as (path,):
+                        shared = SharedWeights(path)
+                    self._weights = shared
+                with self._files.held(spec.file, *[WEIGHTS] * stored) as (path, *_):
+                    engine = self._create(spec, path)
+                self._engines[name] = engine
             return self._engines[name]
 
-    def _create(self, spec: EngineSpec) -> OnnxRuntimeEngine:
-        path = self._files.path(spec.file)
-        if WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists():
-            weights = self._files.path(WEIGHTS)
-            if self._shares and self._weights is None:
-                self._weights = SharedWeights(weights)
+    def _create(self, spec: EngineSpec, path: Path) -> OnnxRuntimeEngine:
+        graph = read_graph(self._files, spec, trust=self._trust)
         wanted = resolve_provider(self.provider)
         manifest = self._files.manifest
         profile = engine_profile(spec, dimension_ranges(manifest, spec)) if TENSORRT in wanted else None
         wished = engine_options(manifest, spec, wanted, profile, self.options)
-        session, options = self._session(spec, path, wished)
+        session, options = self._session(spec, path, graph, wished)
         request = session_request(self.provider, wanted, options)
         outputs = [tensor.name for tensor in spec.outputs]
         device = int(str(self.options.get("device_id", 0)))
@@ -232,22 +240,25 @@ class OnnxRuntimeEngines:
         return engine
 
     def _session(
-        self, spec: EngineSpec, path: Path, options: ProviderOptions
+        self, spec: EngineSpec, path: Path, graph: OnnxFile, options: ProviderOptions
     ) -> tuple[ort.InferenceSession, ProviderOptions]:
         """Create a session and return it with its options.
 
         An engine that cannot be captured gets no CUDA graph, which is logged.
         """
+        shared = self._weights
+        place = None if shared is None else functools.partial(shared.configure, weights=graph.weights)
         try:
             session = create_session(
-                path, self.provider, self._threads, options, self._weights, contrib=self._contrib
+                path, self.provider, self._threads, options, place, contrib=self._contrib
             )
         except _ORT_ERRORS as error:
             if CUDA_GRAPH in options and _NOT_CAPTURED in str(error):
                 _log.warning(
                     "Engine %r runs without a CUDA graph: some of its nodes are not on CUDA.", spec.name
                 )
-                return self._session(spec, path, {k: v for k, v in options.items() if k != CUDA_GRAPH})
+                rest = {k: v for k, v in options.items() if k != CUDA_GRAPH}
+                return self._session(spec, path, graph, rest)
             raise BundleError(
                 f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
             ) from error
@@ -271,14 +282,14 @@ def create_session(
     provider: str,
     threads: int | None = None,
     provider_options: ProviderOptions | None = None,
-    weights: SharedWeights | WeightsBeside | None = None,
+    place_weights: Callable[[ort.SessionOptions], None] | None = None,
     *,
     contrib: bool = True,
 ) -> ort.InferenceSession:
     """Create a session that has every provider asked for, with no fallback to others.
 
-    `weights`, if given, are where it reads its weights from, and must outlive it. `contrib`: ONNX Runtime may fuse
-    nodes into operators of its own when it loads the graph.
+    `place_weights`, if given, tells a session where its weights are, which must outlive it. `contrib`: ONNX Runtime may
+    fuse nodes into operators of its own when it loads the graph.
 
     Raises `BackendUnavailableError` if a provider is missing, `ConfigurationError` on an option that it does not
     know, and whatever ONNX Runtime raises on a bad model.
@@ -303,10 +314,9 @@ def create_session(
     configure(options, request)
     if threads is not None:
         options.intra_op_num_threads = threads
-    if isinstance(weights, WeightsBeside):
-        weights.configure(options)
-    elif weights is not None and isinstance(model, Path):
-        weights.configure(options, model)
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever a file's name is
+    if place_weights is not None:
+        place_weights(options)
     session = ort.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options,

@@ -8,8 +8,8 @@ between runs, so that values take room in one engine at a time.
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,13 +17,12 @@ import numpy as np
 import onnxruntime as ort
 
 from flashu_compile.arguments import shown
-from flashu_compile.errors import BundleError, ConfigurationError
-from flashu_compile.runtime.external_data import ExternalWeight, external_weights
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.runtime.onnx_file import ELEMENT_BYTES, ExternalWeight
 
 Memory = Literal["fast", "low"]
 
 # Only the size of an element matters to the map; what it means is told to ONNX Runtime by ONNX's number of it.
-_ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -65,31 +64,21 @@ class SharedWeights:
         self._values: dict[ExternalWeight, ort.OrtValue] = {}
         self._lock = threading.Lock()
 
-    def configure(self, options: ort.SessionOptions, graph: Path) -> None:
-        """Make a session of `graph` read its weights from the map. Raises `BundleError` if they are not in it."""
+    def configure(self, options: ort.SessionOptions, weights: Iterable[ExternalWeight]) -> None:
+        """Make a session read these weights from the map, in which `read_graph` found them to have a place."""
         options.add_session_config_entry("session.disable_prepacking", "1")
         # Each session would keep, for its next run, as much memory as its largest run has taken.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        for weight in external_weights(graph.read_bytes(), str(graph)):
-            options.add_initializer(weight.name, self._value(weight, graph))
+        for weight in weights:
+            options.add_initializer(weight.name, self._value(weight))
 
-    def _value(self, weight: ExternalWeight, graph: Path) -> ort.OrtValue:
-        size = _ELEMENT_BYTES.get(weight.data_type)
-        inside = 0 <= weight.offset <= weight.offset + weight.length <= len(self._map)
-        if weight.location != self.path.name or not inside or size is None:
-            raise BundleError(
-                f"{graph} has no place in {self.path} for {weight.name}; build the bundle again."
-            )
-        if math.prod(weight.shape) * size != weight.length:
-            raise BundleError(
-                f"{graph} says that {weight.name} has {weight.length} bytes for the shape {list(weight.shape)}; "
-                "build the bundle again."
-            )
+    def _value(self, weight: ExternalWeight) -> ort.OrtValue:
         with self._lock:
             if weight not in self._values:
                 data = self._map[weight.offset : weight.offset + weight.length]
+                elements = data.view(_UNSIGNED[ELEMENT_BYTES[weight.data_type]])
                 self._values[weight] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                    data.view(_UNSIGNED[size]).reshape(weight.shape), weight.data_type
+                    elements.reshape(weight.shape), weight.data_type
                 )
             return self._values[weight]

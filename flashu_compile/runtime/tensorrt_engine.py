@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flashu_compile import reading
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, file_entry
+from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.bundle.profiles import Profile
 from flashu_compile.bundle.signatures import check_inputs, check_outputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
@@ -223,11 +223,8 @@ class TensorRTEngines:
                 f"{self._files.directory} --build` on the GPU it is for."
             )
         check_built_for(spec.name, planned.built, self.plan, self._libraries)
-        path = self._files.path(planned.built.file)
-        # Whatever else is left unchecked: TensorRT must not parse a file that is not the one that was built.
-        if file_entry(path) != self._files.manifest.files[planned.built.file]:
-            raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's; build it again.")
-        data = path.read_bytes()
+        with self._files.held(planned.built.file) as (path,):
+            data = path.read_bytes()
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(f"TensorRT cannot load engine {spec.name!r}; build it again on this machine.")
@@ -240,13 +237,10 @@ class TensorRTEngines:
         trt = self._libraries.trt
         logger = trt.Logger(trt.Logger.WARNING)
         refitter = trt.Refitter(engine, logger)
-        if WEIGHTS in self._files.manifest.files:
-            self._files.path(WEIGHTS)
-        graph = str(self._files.path(planned.graph))
-        if (
-            not trt.OnnxParserRefitter(refitter, logger).refit_from_file(graph)
-            or not refitter.refit_cuda_engine()
-        ):
+        with self._files.held(planned.graph, *{WEIGHTS} & self._files.manifest.files.keys()) as (graph, *_):
+            parsed = trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph))
+            done = parsed and refitter.refit_cuda_engine()
+        if not done:
             raise BundleError(
                 f"The weights of engine {spec.name!r} could not be put into it; build it again."
             )

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,7 +14,7 @@ from safetensors.numpy import load_file
 from flashu_compile import arguments
 from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
+from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES, tolerance
 from flashu_compile.errors import BackendUnavailableError, FlashuError
 from flashu_compile.paths import absolute
@@ -90,27 +89,29 @@ def verify(
     memory: str = "fast",
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
+    digest: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
 
     `progress` is called with the name of each file and engine before it is checked. Raises only what makes checking
-    impossible: `BundleError` without a readable manifest, `BackendUnavailableError` if the bundle's backend or the
-    provider does not work here, `ConfigurationError` on an unknown provider, number of threads, memory mode or
-    option, or if the engines are code and `trust` is not given; see `load` for these.
+    impossible: `BundleError` without a readable manifest, or if its SHA-256 is not `digest`,
+    `BackendUnavailableError` if the bundle's backend or the provider does not work here, `ConfigurationError` on an
+    unknown provider, number of threads, memory mode or option, or if the engines are code and `trust` is not given; see
+    `load` for these.
     """
     directory = absolute(path)
     arguments.function("progress", progress)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, digest=digest)
     shared = find_run_backend(manifest.backend).weights
-    # Every hash is checked here, once; engines with a damaged file are not loaded.
-    files = BundleFiles(directory, manifest, verify_hashes=False)
+    files = BundleFiles(directory, manifest)
     engines = open_engines(
         files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
         options=options,
     )  # fmt: skip
     tell = progress or (lambda _: None)
-    checked = tuple(_check_files(directory, manifest, tell))
+    checked = tuple(_check_files(files, tell))
+    # Engines with a damaged file are not loaded.
     damaged = {row.name for row in checked if not row.ok}
     outputs: list[OutputCheck] = []
     placed: dict[str, tuple[Placement, ...]] = {}
@@ -145,16 +146,11 @@ def _not_run(spec: EngineSpec, note: str) -> OutputCheck:
     return OutputCheck(spec.name, "", math.inf, note=note)
 
 
-def _check_files(directory: Path, manifest: Manifest, tell: Callable[[str], None]) -> Iterator[FileCheck]:
-    for name, listed in sorted(manifest.files.items()):
+def _check_files(files: BundleFiles, tell: Callable[[str], None]) -> Iterator[FileCheck]:
+    directory, known = files.directory, {*files.manifest.files, MANIFEST}
+    for name in sorted(files.manifest.files):
         tell(name)
-        path = directory / name
-        if not path.is_file():
-            yield FileCheck(name, "missing")
-        else:
-            same = path.stat().st_size == listed.bytes and file_entry(path) == listed
-            yield FileCheck(name, "ok" if same else "changed")
-    known = {*manifest.files, MANIFEST}
+        yield FileCheck(name, files.status(name))
     present = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
     yield from (FileCheck(name, "unexpected") for name in present if name not in known)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -265,6 +266,18 @@ class TestVerify:
         assert "velocity" in result.stdout
         assert "FAILED" not in result.stdout
 
+    def test_digest(self, bundle: Path) -> None:
+        digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+        assert run("verify", bundle, "--digest", digest).exit_code == 0
+        other = f"{'0' * 63}1"
+        assert f"has the SHA-256 {digest}, not the digest {other}" in failed(
+            run("verify", bundle, "--digest", other)
+        )
+        assert f"not the digest {other}" in failed(
+            run("verify", bundle, "--digest", other, "--against", "onnx")
+        )
+        assert "64 hexadecimal digits" in failed(run("verify", bundle, "--digest", "abc"))
+
     def test_damaged(self, own_bundle: Path) -> None:
         flip_byte(own_bundle / "weights.bin")
         result = run("verify", own_bundle)
@@ -317,6 +330,7 @@ class TestBuild:
                 raise CheckpointError("No checkpoint\nat absent.")
             summary = {
                 "path": "here",
+                "digest": "d" * 64,
                 "tasks": task,
                 "engines": ["denoise"],
                 "sizes": {"weights_bytes": 1_234_567},
@@ -345,6 +359,7 @@ class TestBuild:
         )
         assert result.exit_code == 0
         assert "1.23 MB" in result.stdout
+        assert "d" * 64 in result.stdout
         assert "2.0e-07" in result.stdout
         assert "t2i on 4 samples" in result.stdout
         rows = [line.split() for line in result.stdout.splitlines()]

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 import flashu_compile
-from flashu_compile.bundle.manifest import Origin
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import Origin, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import Bundle, capture_model
@@ -32,6 +33,7 @@ from flashu_compile.errors import (
 )
 from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.runtime.checked_graph import OPERATORS, read_graph
 from flashu_compile.runtime.decoding import Picture
 from flashu_compile.runtime.sampler import sample
 from tests.support.oracle import ORACLES, load_oracle
@@ -171,6 +173,17 @@ def test_generation_engine_holds_no_vocabulary_head(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
+def test_its_operators_are_listed(bundle: Bundle) -> None:
+    """And the digest is the manifest's."""
+    files = BundleFiles(bundle.path, read_manifest(bundle.path, digest=bundle.digest))
+    for spec in bundle.manifest.engines:
+        nodes = onnx.load(bundle.path / spec.file, load_external_data=False).graph.node
+        assert read_graph(files, spec).operators == {("", node.op_type) for node in nodes}
+        assert {node.op_type for node in nodes} <= OPERATORS
+    assert bundle.summary()["digest"] == bundle.digest
+    assert hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest() == bundle.digest
+
+
 def test_one_task_alone(captured: CapturedModel, tmp_path: Path) -> None:
     bundle = flashu_compile.export(captured, "mmu", output=tmp_path / "b")
     pipe = flashu_compile.load(bundle.path)

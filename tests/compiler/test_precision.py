@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import flashu_compile
+from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.precision import PARTS, TOLERANCES, by_part, tolerance
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.errors import ConfigurationError
@@ -26,6 +27,7 @@ from flashu_compile.passes.quantize_linears import MIN_WIDTH
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime.checked_graph import read_graph
 from flashu_compile.runtime.verify import verify
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
@@ -101,6 +103,12 @@ def operators(bundle: Bundle, engine: str) -> list[onnx.NodeProto]:
 
 @pytest.mark.slow
 class TestBundles:
+    def test_operators_are_listed(self, built: dict[str, Bundle]) -> None:
+        for bundle in built.values():
+            files = BundleFiles(bundle.path, bundle.manifest)
+            found = {name for spec in bundle.manifest.engines for name in read_graph(files, spec).operators}
+            assert ("", "MatMulInteger") in found or "int8" not in bundle.manifest.precision
+
     def test_latents_are_near_the_eager_ones(self, built: dict[str, Bundle]) -> None:
         exact = flashu_compile.load(built["float32"].path).latents(PROMPT, seed=1)
         errors = {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import flashu_compile
 from flashu_compile.bundle.manifest import Origin, file_entry
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from flashu_compile.models import hub, loading, weights
+from flashu_compile.models import hub, loading, origins, weights
 from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import (
@@ -914,3 +914,67 @@ def test_published_configurations_are_recognised(name: str) -> None:
     expected = CONFIGURATIONS[name]
     settings = _constructor_arguments(expected, "Qwen/Qwen2.5-1.5B-Instruct")
     assert _hollow(expected, settings) == expected
+
+
+def _flip(path: Path) -> None:
+    """Write another last byte, of a tensor, in place."""
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+
+
+def _exchange(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    _flip(other)
+    other.replace(path)
+
+
+class TestChangedFiles:
+    @pytest.mark.parametrize("change", [_flip, _exchange])
+    @pytest.mark.parametrize("layout", ["one bin", "one safetensors", "safetensors shards"])
+    def test_while_they_are_read(
+        self,
+        tmp_path: Path,
+        llm: Path,
+        network: Showo2,
+        layout: str,
+        change: Callable[[Path], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Before they are read: hashes taken later would be of what was read; and between two shards."""
+        folder = _publish(tmp_path / "m", network, llm, LAYOUTS[layout])
+        read = weights.read_weight_file
+
+        def changed(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+            change(path)
+            return read(path, dtype)
+
+        monkeypatch.setattr(weights, "read_weight_file", changed)
+        with pytest.raises(CheckpointError, match="was replaced or written to while the model was in use"):
+            load_model(folder)
+
+    @pytest.mark.parametrize("change", [_flip, _exchange, Path.unlink])
+    def test_after_they_were_read(
+        self, tmp_path: Path, llm: Path, network: Showo2, change: Callable[[Path], None]
+    ) -> None:
+        loaded = load_model(_publish(tmp_path / "m", network, llm, LAYOUTS["safetensors shards"]))
+        (tmp_path / "backup").hardlink_to(loaded.sources[1].path)
+        loaded.check_unchanged()
+        assert len(loaded.sources) == 3
+        change(loaded.sources[1].path)
+        with pytest.raises(CheckpointError, match=r"00002-of-00003.* was replaced or written to"):
+            loaded.check_unchanged()
+
+    def test_a_vae_given_by_its_path(self, tmp_path: Path, llm: Path, network: Showo2) -> None:
+        """It is read once; its files are watched like the model's."""
+        path = tmp_path / "vae.pth"
+        torch.save({"a": torch.ones(3)}, path)
+        (file,) = origins.vae_files(path)
+        assert origins.vae_origin(path, (file,)).files == {"vae.pth": file_entry(path)}
+        _flip(path)
+        assert not file.is_unchanged()
+        with pytest.raises(CheckpointError, match=r"Weight file .* does not exist"):
+            origins.vae_files(tmp_path / "none.pth")

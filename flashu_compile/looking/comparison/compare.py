@@ -22,7 +22,7 @@ from flashu_compile.errors import BundleError, ConfigurationError
 from flashu_compile.looking.comparison.search import Departure, LayerDifference, find_departure
 from flashu_compile.looking.comparison.sides import BundleSide, ModelSide, OnnxSide, Side
 from flashu_compile.paths import absolute
-from flashu_compile.runtime.backends import open_engines
+from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.providers import ProviderOptions
 
@@ -71,6 +71,11 @@ class _Comparing:
     tolerance: float
 
     def engine(self, spec: EngineSpec, tell: Callable[[str], None]) -> EngineComparison:
+        stored = {find_run_backend(self.files.manifest.backend).weights} & self.files.manifest.files.keys()
+        with self.files.held(spec.file, *stored):
+            return self._engine(spec, tell)
+
+    def _engine(self, spec: EngineSpec, tell: Callable[[str], None]) -> EngineComparison:
         inputs = _recorded_inputs(self.files, spec)
         subject, reference = self.subject.of(spec, inputs), self.reference.of(spec, inputs)
         names = [name for name in (tensor.name for tensor in spec.outputs) if name in reference.naming.values]
@@ -106,6 +111,7 @@ def compare_layers(
     threads: int | None = None,
     memory: str = "fast",
     trust: bool = False,
+    digest: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LayerComparison:
     """Compare every engine of a bundle with a reference, on the inputs recorded when it was built.
@@ -120,6 +126,7 @@ def compare_layers(
         tolerance: the largest relative L2 error that is agreement; by the precision of the bundles if not given.
         provider, provider_options, threads, memory, trust: how the bundle's engines run; see `load`. Another bundle
             runs on the CPU.
+        digest: the SHA-256 that the bundle's manifest must have; see `load`.
         progress: called with what is being compared.
 
     Raises:
@@ -136,26 +143,26 @@ def compare_layers(
     if engines is not None and (isinstance(engines, str) or not isinstance(engines, Sequence)):
         raise ConfigurationError(f"engines must be a list of names, not {arguments.shown(engines)}.")
     path, tell = absolute(bundle), progress or (lambda stage: None)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, digest=digest)
+    files = BundleFiles(path, manifest)
     chosen = [manifest.engine(name) for name in engines] if engines else list(manifest.engines)
     parts = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config}
     if against != EAGER and (model is not None or any(part is not None for part in parts.values())):
         raise ConfigurationError("A model, or a part of one, is given for a comparison with 'eager' alone.")
     settings = {"provider": provider, "provider_options": provider_options, "threads": threads}
-    subject = BundleSide(path, settings, trust=trust)
+    subject = BundleSide(files, settings, trust=trust)
     reference: Side
     others = [manifest]
     if against == EAGER:
         tasks = tuple(task for task in manifest.tasks if any(spec.task == task for spec in chosen))
-        reference = ModelSide(path, tasks, model, parts, tell)
+        reference = ModelSide(files, tasks, model, parts, tell)
     elif against == ONNX:
-        reference = OnnxSide(path)
+        reference = OnnxSide(files, trust=trust)
     else:
         other = absolute(against)
-        reference = BundleSide(other, {"threads": threads}, trust=trust)
+        reference = BundleSide(BundleFiles(other, read_manifest(other)), {"threads": threads}, trust=trust)
         others.append(reference.files.manifest)
         _check_engines(other, reference.files.manifest, chosen)
-    files = subject.files
     running = open_engines(
         files,
         provider=provider,

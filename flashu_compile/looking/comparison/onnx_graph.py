@@ -61,9 +61,19 @@ class OnnxGraph:
         self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
 
     def weight(self, name: str) -> NDArray[Any] | None:
-        """Return a stored tensor, or None if there is none of that name."""
+        """Return a stored tensor, or None if there is none of that name.
+
+        One in the weight store is read here: onnx refuses a store that has a second link, as backups make them.
+        """
         found = self._weights.get(name)
-        return None if found is None else numpy_helper.to_array(found, base_dir=str(self.path.parent))
+        if found is None or found.data_location != onnx.TensorProto.EXTERNAL:
+            return None if found is None else numpy_helper.to_array(found)
+        place = {entry.key: entry.value for entry in found.external_data}
+        read = onnx.TensorProto(data_type=found.data_type, dims=found.dims)
+        with (self.path.parent / place["location"]).open("rb") as store:
+            store.seek(int(place.get("offset", 0)))
+            read.raw_data = store.read(int(place["length"]))
+        return numpy_helper.to_array(read)
 
     def giving(self, names: Sequence[str]) -> onnx.ModelProto:
         """Return a copy of the model that has these values as outputs and computes nothing else."""
@@ -103,7 +113,7 @@ class RuntimeValues(OnnxGraph):
                 placing.provider,
                 placing.threads,
                 placing.provider_options,
-                WeightsBeside(self.path.parent),
+                WeightsBeside(self.path.parent).configure,
             )
             values = session.run(list(names), given, options)
         except (BackendUnavailableError, ConfigurationError):

@@ -5,19 +5,21 @@ Each library is imported where it is needed: onnx by what reads graphs, torch by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, read_manifest
+from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BundleError, CheckpointError, ConfigurationError, InputError
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.looking.comparison.computation import Computation
 from flashu_compile.runtime.backends import DEFAULT, TORCH
+from flashu_compile.runtime.checked_graph import read_graph
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -36,9 +38,9 @@ class Side(Protocol):
 class BundleSide:
     """Engines of a bundle, run as `settings` says (provider, provider_options and threads; see `load`)."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, trust: bool = False) -> None:
-        self.path, self.settings = path, settings
-        self.files = BundleFiles(path, read_manifest(path))
+    def __init__(self, files: BundleFiles, settings: Mapping[str, Any], *, trust: bool = False) -> None:
+        self.files, self.settings, self._trust = files, settings, trust
+        path = self.path = files.directory
         self.backend = self.files.manifest.backend
         if self.backend not in (DEFAULT, TORCH):
             raise ConfigurationError(
@@ -69,23 +71,27 @@ class BundleSide:
             return ProgramValues(written_program(self.files, own), inputs)
         with naming_the_extra("Comparing layers"):
             from flashu_compile.looking.comparison.onnx_graph import Placing, RuntimeValues
-        return RuntimeValues(_graph(self.files, own), inputs, Placing(**self.settings))
+        with _graph(self.files, own, trust=self._trust) as path:
+            return RuntimeValues(path, inputs, Placing(**self.settings))
 
 
 class OnnxSide:
     """The bundle's own graphs, computed by onnx's reference evaluator."""
 
-    def __init__(self, path: Path) -> None:
-        self.files = BundleFiles(path, read_manifest(path))
-        backend = self.files.manifest.backend
+    def __init__(self, files: BundleFiles, *, trust: bool = False) -> None:
+        self.files, self._trust = files, trust
+        backend = files.manifest.backend
         if backend != DEFAULT:
-            raise ConfigurationError(f"{path} was built for backend {backend!r}, so it has no ONNX graphs.")
+            raise ConfigurationError(
+                f"{files.directory} was built for backend {backend!r}, so it has no ONNX graphs."
+            )
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
         """Return the values of the engine's graph."""
         with naming_the_extra("Comparing layers"):
             from flashu_compile.looking.comparison.onnx_graph import ReferenceValues
-        return ReferenceValues(_graph(self.files, spec), inputs)
+        with _graph(self.files, spec, trust=self._trust) as path:
+            return ReferenceValues(path, inputs)
 
 
 class ModelSide:
@@ -97,7 +103,7 @@ class ModelSide:
 
     def __init__(
         self,
-        path: Path,
+        files: BundleFiles,
         tasks: Sequence[str],
         model: Any,
         parts: Mapping[str, Any],
@@ -105,7 +111,6 @@ class ModelSide:
     ) -> None:
         with naming_the_extra("Comparing against the model"):
             from flashu_compile.looking.comparison.model_programs import specialised_programs
-        files = BundleFiles(path, read_manifest(path))
         name = files.manifest.model
         try:
             self.programs = specialised_programs(files, tasks, name if model is None else model, parts, tell)
@@ -113,8 +118,8 @@ class ModelSide:
             if model is not None:
                 raise
             raise ConfigurationError(
-                f"{path} was made of a model called {name!r}, which is not to be had by that name; say where it is: "
-                f"model=… (--model). {error}"
+                f"{files.directory} was made of a model called {name!r}, which is not to be had by that name; say "
+                f"where it is: model=… (--model). {error}"
             ) from error
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
@@ -135,7 +140,9 @@ class ModelSide:
         return ProgramValues(program, inputs)
 
 
-def _graph(files: BundleFiles, spec: EngineSpec) -> Path:
-    if WEIGHTS in files.manifest.files:
-        files.path(WEIGHTS)
-    return files.path(spec.file)
+@contextmanager
+def _graph(files: BundleFiles, spec: EngineSpec, *, trust: bool) -> Iterator[Path]:
+    """Yield the path of an engine's graph, checked, to be read before this ends. Raises as `read_graph`."""
+    with files.held(spec.file) as (path,):
+        read_graph(files, spec, trust=trust)
+        yield path

@@ -114,4 +114,6 @@ def open_engines(
         raise ConfigurationError(
             f"Unknown option {shown(unknown[0])} for backend {name!r}; there are: {known}."
         )
+    if trust and not backend.runs_code:  # then it is about operators that no graph of ours has
+        given["trust"] = True
     return backend.open(files, provider=provider, threads=threads, options=given)

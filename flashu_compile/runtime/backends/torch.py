@@ -116,8 +116,8 @@ class TorchEngines:
         with self._lock:
             if name not in self._engines:
                 spec = self._files.manifest.engine(name)
-                path = self._files.path(spec.file)
-                call = self._make(spec, path, self.tensors_of(name), self._device)
+                with self._files.held(spec.file, TENSORS) as (path, _):
+                    call = self._make(spec, path, self.tensors_of(name), self._device)
                 self._engines[name] = TorchEngine(spec, call, self._device)
             return self._engines[name]
 
@@ -209,12 +209,13 @@ BACKEND = Torch()
 
 def read_program(files: BundleFiles, spec: EngineSpec) -> ExportedProgram:
     """Read the exported graph of an engine. Raises `BundleError` if it cannot be read."""
-    path, cpu = files.path(spec.file), torch.device("cpu")
-    tensors = TorchEngines(files, cpu, _eager).tensors_of(spec.name)
-    try:
-        return _read(path, tensors)
-    except Exception as error:  # torch's deserializer raises many unrelated types
-        raise _unreadable(spec, path, error) from error
+    cpu = torch.device("cpu")
+    with files.held(spec.file, TENSORS) as (path, _):
+        tensors = TorchEngines(files, cpu, _eager).tensors_of(spec.name)
+        try:
+            return _read(path, tensors)
+        except Exception as error:  # torch's deserializer raises many unrelated types
+            raise _unreadable(spec, path, error) from error
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> ExportedProgram:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from flashu_compile.compiler.captured import CapturedModel
@@ -25,7 +28,7 @@ from tests.looking.comparison.conftest import (
     traced,
     write_bundle,
 )
-from tests.runtime.tiny_bundle import edit_json, flip_byte
+from tests.runtime.tiny_bundle import accept_changes, edit_json, flip_byte
 
 UP, NORM, SIGMOID = (
     f"network.layers.1{node}" for node in (".up/Gemm", ".mlp_norm/RMSNormalization", "/Sigmoid")
@@ -61,6 +64,24 @@ def test_a_healthy_bundle_agrees(bundle: Path, captured: CapturedModel, referenc
     assert {"network.layers.0", "network.layers.1"} <= {row.layer for row in step.layers}
     assert all(row.difference.relative < 1e-6 for row in step.layers)
     assert {"step: layers", "scores: outputs"} <= set(told)
+
+
+@pytest.mark.parametrize("against", ["onnx", "bundle"])
+def test_a_backup_by_hard_links(bundle: Path, tmp_path: Path, against: str) -> None:
+    """The onnx package refuses to read weights from a file that has a second link."""
+    copy = shutil.copytree(bundle, tmp_path / "whole")
+    shutil.copytree(copy, tmp_path / "backup", copy_function=os.link)
+    reference = against if against == "onnx" else bundle
+    assert compare_layers(tmp_path / "backup", reference, engines=["step"], threads=1).ok
+
+
+def test_a_graph_is_checked_before_it_is_compared(own_bundle: Path) -> None:
+    model = onnx.load(own_bundle / "step.onnx", load_external_data=False)
+    model.graph.initializer.append(model.graph.initializer[0])
+    (own_bundle / "step.onnx").write_bytes(model.SerializeToString())
+    accept_changes(own_bundle, "step.onnx")
+    with pytest.raises(BundleError, match="stands for two tensors"):
+        compare_layers(own_bundle, "onnx", engines=["step"], threads=1)
 
 
 def test_int8_against_float32(
