@@ -21,6 +21,7 @@ from flashu_compile.reading import Count
 
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
 _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
+_LONGEST_NAME = 255  # bytes, as in most file systems
 
 SCHEMA = 3
 BUILD_AGAIN = "build the bundle again"  # what to do about a damaged one
@@ -193,8 +194,11 @@ class Manifest:
 def inside(name: str) -> PurePosixPath:
     """Return the relative path of a file in a bundle. Raises `BundleError` if it leads out of it."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
-        raise BundleError(f"The manifest names {name!r}, which is not a file inside the bundle.")
+    long = len(name.encode()) > _LONGEST_NAME
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts or long:
+        raise BundleError(
+            f"The manifest names {arguments.shown(name)}, which is not a file inside the bundle."
+        )
     return path
 
 

@@ -23,7 +23,7 @@ from flashu_compile.errors import FlashuError
 from tests.fuzz.mutations import damage
 from tests.fuzz.readers import READERS, Reader
 
-CASES = int(os.environ.get("FLASHU_FUZZ_CASES", "3000"))
+CASES = int(os.environ.get("FLASHU_FUZZ_CASES", "2400"))
 SEED = os.environ.get("FLASHU_FUZZ_SEED", "0")
 SECONDS = 20  # for one case; the slowest take a tenth of one
 MEMORY = 2 << 30  # more than before, over all cases

@@ -485,6 +485,8 @@ class TestOwnLayout:
             {"config": {}},
             {"config": {"llm": 3}},
             {"vae": {"kind": "unheard of"}},
+            {"vae": {"kind": []}},
+            {"vae": {"kind": "space_to_depth", "factor": 2.5, "mean": 0, "std": 1}},
             {"vae": {"kind": "space_to_depth"}},
             {"vae": 7},
             {"vae": {"kind": "wan", "folder": "../elsewhere"}},
@@ -495,6 +497,37 @@ class TestOwnLayout:
         settings = json.loads((tmp_path / "config.json").read_text()) | change
         (tmp_path / "config.json").write_text(json.dumps(settings))
         with pytest.raises(CheckpointError, match=r"config.json"):
+            load_model(tmp_path)
+
+    @pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "rope_theta"])
+    @pytest.mark.parametrize("value", [True, 1e30, None, -1, 10**30, "2"])
+    def test_numbers_of_a_language_model(
+        self, tmp_path: Path, network: Showo2, name: str, value: object
+    ) -> None:
+        save_model(tmp_path, network, vocabulary.extend(_base_tokenizer()), None)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        settings["config"]["llm"][name] = value
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match=r"config.json"):
+            load_model(tmp_path)
+
+    @pytest.mark.parametrize(
+        "change", [{"latent_channels": -1}, {"patch_size": {}}, {"steps": 10**9}, {"unknown": 1}]
+    )
+    def test_numbers_of_a_model(self, tmp_path: Path, network: Showo2, change: dict[str, Any]) -> None:
+        save_model(tmp_path, network, vocabulary.extend(_base_tokenizer()), None)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        settings["config"] |= change
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match=r"config.json"):
+            load_model(tmp_path)
+
+    def test_layers_that_the_weights_lack_are_not_made(self, tmp_path: Path, network: Showo2) -> None:
+        save_model(tmp_path, network, vocabulary.extend(_base_tokenizer()), None)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        settings["config"]["llm"]["num_hidden_layers"] = 1000
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match=r"1000 layers under showo.model.layers, they have 2"):
             load_model(tmp_path)
 
     def test_llm_config_does_not_apply(self, tmp_path: Path, network: Showo2) -> None:

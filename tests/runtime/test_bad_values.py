@@ -18,7 +18,14 @@ from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.runtime.verify import verify
-from tests.runtime.tiny_bundle import MAX_NEW_TOKENS, MAX_QUESTION_TOKENS, PICTURE, RECIPE, edit_json
+from tests.runtime.tiny_bundle import (
+    MAX_NEW_TOKENS,
+    MAX_QUESTION_TOKENS,
+    PICTURE,
+    RECIPE,
+    accept_changes,
+    edit_json,
+)
 from tests.support.plans import uniform_plan
 
 BRIGHT = np.full((PICTURE, PICTURE, 3), 200, np.uint8)
@@ -236,3 +243,46 @@ def test_facts_out_of_range(own_bundle: Path, part: str, changes: dict[str, Any]
         BundleError, match=r"manifest\.json is not valid: .*(he manifest's|generation|understanding|bits)"
     ):
         load(own_bundle)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"file": 5},
+        {"name": None},
+        {"task": ["t2i"]},
+        {"prologue": 1},
+        {"extra": 1},
+        {"inputs": [{"name": "x", "dtype": [], "shape": [1]}]},
+        {"inputs": [{"name": "x", "dtype": "float32", "shape": ["((((", "x"]}]},
+        {"inputs": [{"name": "x", "dtype": "float32", "shape": [-1]}]},
+    ],
+)
+def test_engines_of_a_manifest(own_bundle: Path, changes: dict[str, Any]) -> None:
+    engines = json.loads((own_bundle / "manifest.json").read_text())["engines"]
+    edit_json(own_bundle / "manifest.json", engines=[{**engines[0], **changes}, *engines[1:]])
+    for read in (load, verify):
+        with pytest.raises(BundleError, match=r"manifest\.json is not valid: .*; build the bundle again\.$"):
+            read(own_bundle)
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a\0b", "x" * 300])
+def test_names_of_files_in_a_manifest(own_bundle: Path, name: str) -> None:
+    files = json.loads((own_bundle / "manifest.json").read_text())["files"]
+    edit_json(own_bundle / "manifest.json", files={**files, name: files["plan.json"]})
+    for read in (load, verify):
+        with pytest.raises(BundleError, match="is not a file inside the bundle"):
+            read(own_bundle)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "recipe.json", "tokenizer.json"])
+def test_verify_tells_what_load_refuses(own_bundle: Path, name: str) -> None:
+    """An honest builder of an odd bundle: every hash is right."""
+    (own_bundle / name).write_text("{}")
+    accept_changes(own_bundle, name)
+    result = verify(own_bundle, threads=1)
+    assert not result.ok
+    assert all(row.ok for row in (*result.files, *result.outputs))
+    with pytest.raises(BundleError) as caught:
+        load(own_bundle)
+    assert result.refused == str(caught.value)

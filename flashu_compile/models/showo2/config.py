@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from flashu_compile import reading
@@ -118,7 +117,7 @@ class Showo2Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Showo2Config:
+    def from_dict(cls, data: object) -> Showo2Config:
         """Build a configuration from `to_dict`'s result.
 
         Raises `ConfigurationError` on unknown or missing keys, and on values of another type or out of range.
