@@ -24,6 +24,7 @@ _FLASHU = Recipe(
         layer_skipping=0.2,  # paper and code: r_LS = 0.2
         skipping_interval=10,  # paper and code: T_LS = 10
         head_cache=5,  # paper and code: T_cache = 5
+        as_published=True,  # code: whatever evaluation is due stores features
     ),
     MMUConfig(
         ffn_pruning=0.2,  # paper: r_p = 0.2
@@ -39,7 +40,7 @@ _FLASHU = Recipe(
 # 0.86) and 0.932 of 500 questions (0.958).
 _BALANCED = Recipe(
     "balanced",
-    dataclasses.replace(_FLASHU.t2i, full_ffn_at="first"),
+    dataclasses.replace(_FLASHU.t2i, full_ffn_at="first", as_published=False),
     dataclasses.replace(_FLASHU.mmu, token_pruning=0.25, token_scorer="duplication"),
 )
 

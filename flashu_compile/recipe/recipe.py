@@ -5,7 +5,7 @@ which layers are skipped in which phase. It is kept as `recipe.json`, readable a
 neurons in `recipe.safetensors` beside it if there are any. Every field of the JSON but `schema` and `name` may be
 left out:
 
-    {"schema": 2, "name": "mine", "t2i": {"points": 25, "head_cache": 5}, "mmu": {"token_pruning": 0.5}}
+    {"schema": 3, "name": "mine", "t2i": {"points": 25, "head_cache": 5}, "mmu": {"token_pruning": 0.5}}
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
 from flashu_compile.tasks import MMU, T2I, TASKS
 
-SCHEMA = 2
+SCHEMA = 3
+_BEFORE = 2  # when all plans were as published
 FILE = "recipe.json"
 
 
@@ -123,7 +124,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Parse a recipe written by `to_json`.
+        """Parse a recipe written by `to_json`. One of schema 2 keeps its plan: it is read as `as_published`.
 
         Raises `RecipeError` that names the field which is unknown, mistyped or wrong.
         """
@@ -132,12 +133,14 @@ class Recipe:
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"Not a recipe: {error}.") from error
         schema = data.pop("schema", None)
-        if schema != SCHEMA or isinstance(schema, bool):
+        if schema not in (SCHEMA, _BEFORE) or isinstance(schema, bool):
             found = "no schema" if schema is None else f"schema {schema!r}"
-            raise RecipeError(f"The recipe has {found}; this version reads {SCHEMA}.")
+            raise RecipeError(f"The recipe has {found}; this version reads {_BEFORE} and {SCHEMA}.")
         _known(data, ("name", *TASKS, "decisions"), "The recipe")
         if "name" not in data:
             raise RecipeError("The recipe has no name; add the field 'name'.")
+        if schema == _BEFORE:
+            data[T2I.name] = {"as_published": True, **_object(data.get(T2I.name, {}), repr(T2I.name))}
         decisions = _object(data.get("decisions", {}), "'decisions'")
         try:
             configs: dict[str, Any] = {

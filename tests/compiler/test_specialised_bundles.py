@@ -176,6 +176,10 @@ T2I_RECIPES = {
     "no pruning, cache of two": T2IConfig(
         points=9, guidance_scale=3.0, time_shift=2.0, full_ffn=0.25, layer_skipping=0.3, head_cache=2
     ),
+    "as published": T2IConfig(
+        points=9, guidance_scale=3.0, time_shift=2.0, ffn_pruning=0.4, full_ffn=0.25, full_ffn_at="first",
+        head_cache=2, as_published=True,
+    ),
 }  # fmt: skip
 
 
@@ -201,7 +205,8 @@ def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
         shift=config.time_shift,
         kept=_lists(recipe.decided("t2i").kept_neurons),
         skipped={k + 1: [p.skipped for p in phases if p.start <= k / count + 1e-9][-1] for k in range(count)},
-        full=steps,
+        full={*steps, *() if config.as_published else (count,)},
+        whole=() if config.as_published else range(config.head_cache, count + 1, config.head_cache),
         cache_interval=config.head_cache,
         extrapolate=config.head_extrapolation,
         solver=config.solver,
