@@ -205,7 +205,7 @@ def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
         shift=config.time_shift,
         kept=_lists(recipe.decided("t2i").kept_neurons),
         skipped={k + 1: [p.skipped for p in phases if p.start <= k / count + 1e-9][-1] for k in range(count)},
-        full={*steps, *() if config.as_published else (count,)},
+        full={*steps, *(() if config.as_published else (count,))},
         whole=() if config.as_published else range(config.head_cache, count + 1, config.head_cache),
         cache_interval=config.head_cache,
         extrapolate=config.head_extrapolation,
