@@ -141,10 +141,16 @@ class TestRules:
             [*range(1, 7), 20] if at == "first" else list(range(15, 21))
         )
 
-    def test_no_cache_is_left_from_full_evaluations(self) -> None:
-        result = plan(T2IConfig(11, full_ffn=0.3, full_ffn_at="first", head_cache=3))
-        assert numbers(result, store=True) == [6, 9]
-        assert numbers(result, engine="reuse") == [7, 8]
+    def test_full_evaluations_at_the_beginning_leave_their_cache(self) -> None:
+        config = T2IConfig(11, full_ffn=0.4, full_ffn_at="first", head_cache=3)
+        assert numbers(plan(config), store=True) == [1, 2, 3, 4, 6, 9]
+        assert numbers(plan(config), engine="reuse") == [5, 7, 8]
+        published = plan(dataclasses.replace(config, as_published=True))
+        assert numbers(published, store=True) == [6, 9]
+        assert numbers(published, engine="reuse") == [7, 8, 10]
+        last = plan(dataclasses.replace(config, full_ffn_at="last"))
+        assert numbers(last, store=True) == [3, 6]
+        assert numbers(last, engine="reuse") == [4, 5]
 
     @pytest.mark.parametrize("count", [9, 10, 11])
     def test_what_stores_and_what_comes_last_runs_the_whole_network(self, count: int) -> None:
@@ -315,8 +321,8 @@ def test_any_plan_can_be_followed(config: T2IConfig, decided: Decisions) -> None
     for k, step in enumerate(result.steps):
         assert step.engine in known
         if k in full:
-            assert (step.engine, step.store) == ("denoise", False)
-            assert config.full_ffn_at == "last" or not stored
+            assert step.engine == "denoise"
+            assert not step.store or (config.full_ffn_at == "first" and not config.as_published)
         if step.engine == "reuse":
             assert k not in full
             assert not step.store
@@ -329,7 +335,7 @@ def test_any_plan_can_be_followed(config: T2IConfig, decided: Decisions) -> None
         else:
             assert not step.extrapolate
         if step.store:
-            assert (k + 1) % config.head_cache == 0
+            assert (k + 1) % config.head_cache == 0 or k in full
             assert step.engine == "denoise" or config.as_published
             stored.append(step)
         assert step.branches == (

@@ -108,9 +108,9 @@ class FlashuTwin:
     - kept: neurons that stay on steps that are not full.
     - skipped: LLM layers left out from a step on until the next entry's, on steps that are not full.
     - full: steps on which nothing is pruned, skipped or cached.
-    - whole: steps on which nothing is pruned or skipped, but whose features may be stored.
+    - whole: steps on which nothing is pruned or skipped, and whose features are stored.
     - cache_interval: the head stack runs on multiples of it, and where nothing usable is stored; 1 is no cache.
-      Only multiples store; full steps empty the store; one branch stored does not serve two.
+      Multiples store; full steps empty the store; one branch stored does not serve two.
     - extrapolate: a reusing step continues the line through the last two stored features instead of holding
       the last, when both serve.
     - solver: "euler", or "ab2": Adams–Bashforth 2 on the grid as it is, its first step Euler.
@@ -158,7 +158,8 @@ class FlashuTwin:
             sequence = both if guided else prompt
             full, ranks = step in self.full, step in self.rank_on
             whole = full or step in self.whole
-            stores = self.cache_interval > 1 and step % self.cache_interval == 0 and not full
+            due = self.cache_interval > 1 and step % self.cache_interval == 0
+            stores = (due or step in self.whole) and not full
             if full:
                 store.clear()
             usable = _serving(store, 2 if guided else 1)
