@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
@@ -34,12 +36,12 @@ def flat_areas(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return flat
 
 
-def _median(picture: NDArray[np.generic], side: int) -> NDArray[np.float64]:
+def _median(picture: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
     result: NDArray[np.float64] = np.median(_windows(picture, side), axis=-1)
     return result
 
 
-def _windows(picture: NDArray[np.generic], side: int) -> NDArray[np.generic]:
+def _windows(picture: NDArray[Any], side: int) -> NDArray[Any]:
     """Return the `side`² values around each pixel: [h, w, 3, side²]; beyond its edges the picture is mirrored."""
     reach = side // 2
     padded = np.pad(picture, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
