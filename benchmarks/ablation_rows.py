@@ -27,7 +27,7 @@ TECHNIQUES: dict[str, dict[str, tuple[str, ...]]] = {
         "layer skipping": ("layer_skipping", "skipping_interval"),
         "fewer points": ("points",),
         "adaptive guidance": ("guidance",),
-        "head cache": ("head_cache", "head_extrapolation"),
+        "head cache": ("head_cache", "head_extrapolation", "as_published"),
     },
     "mmu": {
         "FFN pruning": ("ffn_pruning", "semantic_pruning"),

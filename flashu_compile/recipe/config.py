@@ -30,7 +30,7 @@ Guidance = tuple[tuple[float, float | None], ...]
 
 #: The fields of `T2IConfig` that are the sampler's, and those that say how a technique works and do nothing alone.
 _SAMPLER = ("points", "guidance_scale", "time_shift")
-_IDLE = ("width_multiple", "skipping_interval")
+_IDLE = ("width_multiple", "skipping_interval", "as_published")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,8 @@ class T2IConfig:
         head_cache: the diffusion head's features are stored every so many evaluations and reused in between
             (T_cache); 1 is off.
         head_extrapolation: continue the line through the last two stored features, instead of reusing the last.
+        as_published: let pruned evaluations store features, and the last evaluation be pruned or reuse some, as in the
+            published code. Pictures are speckled by it; otherwise the whole network runs on both.
 
     Raises `ConfigurationError` on a value of the wrong type or out of range.
     """
@@ -75,6 +77,7 @@ class T2IConfig:
     skipping_interval: int = 10
     head_cache: int = 1
     head_extrapolation: bool = False
+    as_published: bool = False
 
     def __post_init__(self) -> None:
         check = _Checks(self)
@@ -90,7 +93,8 @@ class T2IConfig:
         check.integer("width_multiple", 1, _LARGEST_WIDTH)
         for name in ("skipping_interval", "head_cache"):
             check.integer(name, 1, LARGEST_POINTS)
-        arguments.flag("head_extrapolation", self.head_extrapolation)
+        for name in ("head_extrapolation", "as_published"):
+            arguments.flag(name, getattr(self, name))
         if self.head_extrapolation and self.head_cache == 1:
             raise ConfigurationError("head_extrapolation needs a head cache; set head_cache above 1.")
 

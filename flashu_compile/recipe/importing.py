@@ -71,6 +71,7 @@ def published_decisions(
         layer_skipping=r_LS,
         skipping_interval=T_LS,
         head_cache=T_cache,
+        as_published=True,
     )
     kept = {int(layer): np.sort(np.asarray(neurons)) for layer, neurons in kept_neurons.items()}
     return Recipe(name, t2i=config, decisions={T2I.name: Decisions({stack: kept}, phases)})

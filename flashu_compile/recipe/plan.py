@@ -4,11 +4,14 @@
 step s = k + 1 in the published code's counting:
 
 - Full: `full_ffn` of the evaluations, at one end of the trajectory, run the engine `denoise`, which is the whole
-  network. There is no head cache on them, nor left from them.
+  network. There is no head cache on them; those at the beginning leave theirs, unless `as_published`.
 - Cache: otherwise, with `head_cache` T above 1, a step computes if T divides s or there is no cache it can use, and
   stores the head's features only if T divides s. All other steps run the engine `reuse` on what was stored last.
   What was stored from one guidance branch is of no use to a step that needs the other.
-- Layers: a step that computes skips the layers of the phase that holds at k / n.
+- Whole network: a step that stores features runs `denoise`, and so does the last one, which never reuses any. What
+  a cut network leaves in features would be repeated by all that reuse them, and what the last step leaves nothing
+  mends: pictures would be speckled. `as_published` leaves this rule out, as the published code does.
+- Layers: any other step that computes is pruned, and skips the layers of the phase that holds at k / n.
 - Guidance: the scale is s0 times the factor that holds at k / n, or 1.
 """
 
@@ -182,23 +185,25 @@ def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str
     length = round(config.full_ffn * count)
     full = range(length) if config.full_ffn_at == "first" else range(count - length, count)
     phases = [(phase.start, phase.skipped) for phase in decided.phases] or [(0.0, ())]
-    # The branches of each cache stored so far. Full evaluations, at either end, find none and leave none.
+    cached, ruled = config.head_cache > 1, not config.as_published
+    leaves = cached and ruled and config.full_ffn_at == "first"  # whether full evaluations store
+    # The branches of each cache stored so far.
     stored: list[frozenset[int]] = []
     rows: list[dict[str, Any]] = []
     for k in range(count):
         scale = _scale(config, k, count)
         row: dict[str, Any] = {"guidance_scale": scale, "engine": DENOISE}
         rows.append(row)
-        if k in full:
+        if (k in full and not leaves) or (k == count - 1 and ruled):
             continue
         needed = frozenset(branches(scale))
-        due = config.head_cache > 1 and (k + 1) % config.head_cache == 0
+        due = k in full or (cached and (k + 1) % config.head_cache == 0)
         if stored and needed <= stored[-1] and not due:
             two = len(stored) > 1 and needed <= stored[-2]
             row |= {"engine": REUSE, "extrapolate": config.head_extrapolation and two}
         else:
-            skipped = _in_force(phases, k / count)
-            row |= {"engine": Variant(_pruned(decided), skipped).name, "store": due}
+            cut = Variant(_pruned(decided), _in_force(phases, k / count))
+            row |= {"engine": DENOISE if due and ruled else cut.name, "store": due}
             if due:
                 stored.append(needed)
     return rows

@@ -5,7 +5,7 @@ which layers are skipped in which phase. It is kept as `recipe.json`, readable a
 neurons in `recipe.safetensors` beside it if there are any. Every field of the JSON but `schema` and `name` may be
 left out:
 
-    {"schema": 2, "name": "mine", "t2i": {"points": 25, "head_cache": 5}, "mmu": {"token_pruning": 0.5}}
+    {"schema": 3, "name": "mine", "t2i": {"points": 25, "head_cache": 5}, "mmu": {"token_pruning": 0.5}}
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
 from flashu_compile.tasks import MMU, T2I, TASKS
 
-SCHEMA = 2
+SCHEMA = 3
+_BEFORE = 2  # when all plans were as published
 FILE = "recipe.json"
 
 
@@ -125,16 +126,18 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Recipe:
-        """Parse a recipe written by `to_json`.
+        """Parse a recipe written by `to_json`. One of schema 2 keeps its plan: it is read as `as_published`.
 
         Raises `RecipeError` that names the field which is unknown, mistyped or wrong.
         """
         data = reading.parse(text, "The recipe", RecipeError)
         schema = data.pop("schema", None) if isinstance(data, dict) else None
-        if schema != SCHEMA or isinstance(schema, bool):
+        if schema not in (SCHEMA, _BEFORE) or isinstance(schema, bool):
             found = "no schema" if schema is None else f"schema {shown(schema)}"
-            raise RecipeError(f"The recipe has {found}; this version reads {SCHEMA}.")
+            raise RecipeError(f"The recipe has {found}; this version reads {_BEFORE} and {SCHEMA}.")
         written = reading.convert(data, _Written, "The recipe", RecipeError)
+        if schema == _BEFORE:
+            written.t2i.setdefault("as_published", True)
         configs: dict[str, Any] = {
             task: config_from_dict(kind, getattr(written, task), repr(task), RecipeError)
             for task, kind in CONFIGS.items()

@@ -130,7 +130,10 @@ def _full(config: T2IConfig) -> str:
 def _cache(config: T2IConfig) -> str:
     if config.head_cache == 1:
         return "off"
-    return f"every {config.head_cache}" + (", extrapolated" if config.head_extrapolation else "")
+    how = (", extrapolated" if config.head_extrapolation else "") + (
+        ", as published" if config.as_published else ""
+    )
+    return f"every {config.head_cache}{how}"
 
 
 def _tokens(config: MMUConfig) -> str:

@@ -133,7 +133,7 @@ UNDONE = {
         Recipe(
             "x",
             T2IConfig(points=3, layer_skipping=0.5),
-            decisions={"t2i": Decisions(phases=(Phase(0.0, ()), Phase(0.5, (1,))))},
+            decisions={"t2i": Decisions(phases=(Phase(0.0, (1,)), Phase(0.5, ())))},
         ),
         [],
     ),

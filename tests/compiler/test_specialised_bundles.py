@@ -176,6 +176,10 @@ T2I_RECIPES = {
     "no pruning, cache of two": T2IConfig(
         points=9, guidance_scale=3.0, time_shift=2.0, full_ffn=0.25, layer_skipping=0.3, head_cache=2
     ),
+    "as published": T2IConfig(
+        points=9, guidance_scale=3.0, time_shift=2.0, ffn_pruning=0.4, full_ffn=0.25, full_ffn_at="first",
+        head_cache=2, as_published=True,
+    ),
 }  # fmt: skip
 
 
@@ -188,8 +192,13 @@ def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
     pipe = flashu_compile.load(bundle.path)
     assert config.points is not None
     count = config.points - 1
-    full = round(config.full_ffn * count)
-    steps = range(1, full + 1) if config.full_ffn_at == "first" else range(count - full + 1, count + 1)
+    length = round(config.full_ffn * count)
+    first = config.full_ffn_at == "first"
+    full = set(range(1, length + 1) if first else range(count - length + 1, count + 1))
+    whole: set[int] = set()
+    if not config.as_published:
+        whole = {*range(config.head_cache, count, config.head_cache), *(full if first else ())}
+        full = {count} if first else full
     scales: list[float | None] = []
     for k in range(count):
         factor = [f for start, f in config.guidance if start <= k / count + 1e-9][-1]
@@ -201,7 +210,8 @@ def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
         shift=config.time_shift,
         kept=_lists(recipe.decided("t2i").kept_neurons),
         skipped={k + 1: [p.skipped for p in phases if p.start <= k / count + 1e-9][-1] for k in range(count)},
-        full=steps,
+        full=full,
+        whole=whole,
         cache_interval=config.head_cache,
         extrapolate=config.head_extrapolation,
         solver=config.solver,

@@ -58,6 +58,7 @@ def test_numbers_become_plain_ones() -> None:
         ({"skipping_interval": 0}, "skipping_interval must be an integer from 1 to 1,000"),
         ({"head_cache": 0}, "head_cache must be an integer from 1 to 1,000"),
         ({"head_cache": 5, "head_extrapolation": 1}, "head_extrapolation must be true or false"),
+        ({"as_published": None}, "as_published must be true or false"),
         ({"head_extrapolation": True}, "head_extrapolation needs a head cache"),
         ({"guidance": 3}, "guidance must be a list of pairs .*, not 3"),
         ({"guidance": ()}, "guidance must be a list of pairs"),

@@ -27,6 +27,7 @@ def test_the_oracle_s_decisions() -> None:
         layer_skipping=0.34,
         skipping_interval=5,
         head_cache=4,
+        as_published=True,
         full_ffn=5 / n,
     )
     early, late = (6, 7, 8), (3, 7, 8)

@@ -133,18 +133,36 @@ class TestRules:
         assert engines_needed(plain) == ("denoise",)
         assert {s.guidance_scale for s in plain.steps} == {5.0}
 
-    @pytest.mark.parametrize(("at", "full"), [("first", [1, 2, 3]), ("last", [8, 9, 10])])
+    @pytest.mark.parametrize(("at", "full"), [("first", [1, 2, 3, 10]), ("last", [8, 9, 10])])
     def test_full_evaluations(self, at: str, full: list[int]) -> None:
         config = T2IConfig(11, full_ffn=0.3, full_ffn_at=at, ffn_pruning=0.5)
         assert numbers(plan(config, PRUNED), engine="denoise") == full
         assert numbers(plan(config, PRUNED, points=21), engine="denoise") == (
-            list(range(1, 7)) if at == "first" else list(range(15, 21))
+            [*range(1, 7), 20] if at == "first" else list(range(15, 21))
         )
 
-    def test_no_cache_is_left_from_full_evaluations(self) -> None:
-        result = plan(T2IConfig(11, full_ffn=0.3, full_ffn_at="first", head_cache=3))
-        assert numbers(result, store=True) == [6, 9]
-        assert numbers(result, engine="reuse") == [7, 8, 10]
+    def test_full_evaluations_at_the_beginning_leave_their_cache(self) -> None:
+        config = T2IConfig(11, full_ffn=0.4, full_ffn_at="first", head_cache=3)
+        assert numbers(plan(config), store=True) == [1, 2, 3, 4, 6, 9]
+        assert numbers(plan(config), engine="reuse") == [5, 7, 8]
+        published = plan(dataclasses.replace(config, as_published=True))
+        assert numbers(published, store=True) == [6, 9]
+        assert numbers(published, engine="reuse") == [7, 8, 10]
+        last = plan(dataclasses.replace(config, full_ffn_at="last"))
+        assert numbers(last, store=True) == [3, 6]
+        assert numbers(last, engine="reuse") == [4, 5]
+
+    @pytest.mark.parametrize("count", [9, 10, 11])
+    def test_what_stores_and_what_comes_last_runs_the_whole_network(self, count: int) -> None:
+        config = T2IConfig(count + 1, ffn_pruning=0.5, layer_skipping=0.2, head_cache=3)
+        decisions = Decisions(phases=(Phase(0, (1,)),), kept_widths=PRUNED.kept_widths)
+        result = plan(config, decisions)
+        assert numbers(result, engine="denoise") == [3, 6, *[9] * (count > 9), count]
+        assert numbers(result, store=True) == [3, 6, *[9] * (count > 9)]
+        assert numbers(result, engine="denoise_pruned_skip1") == [1, 2]
+        published = plan(dataclasses.replace(config, as_published=True), decisions)
+        assert numbers(published, engine="denoise") == []
+        assert numbers(published, engine="denoise_pruned_skip1") == [1, 2, 3, 6, 9]
 
     def test_a_cache_as_long_as_the_trajectory_is_never_stored(self) -> None:
         result = plan(T2IConfig(6, head_cache=6))
@@ -156,14 +174,14 @@ class TestRules:
         config = T2IConfig(13, guidance=((0, None), (0.25, 1.0), (0.75, None)), head_cache=3)
         result = plan(config)
         assert [step.branches for step in result.steps] == [(0,)] * 3 + [(0, 1)] * 6 + [(0,)] * 3
-        assert numbers(result, store=True) == [3, 6, 9, 12]
+        assert numbers(result, store=True) == [3, 6, 9]
         assert numbers(result, engine="reuse") == [7, 8, 10, 11]
 
     def test_a_scale_of_0_needs_the_other_branch(self) -> None:
         result = plan(T2IConfig(7, guidance=((0, None), (0.5, 0.0)), head_cache=2))
         assert [step.branches for step in result.steps] == [(0,)] * 3 + [(1,)] * 3
         assert numbers(result, engine="reuse") == [3, 5]
-        assert numbers(result, store=True) == [2, 4, 6]
+        assert numbers(result, store=True) == [2, 4]
 
     def test_extrapolation_needs_two_stores_of_the_same_branches(self) -> None:
         config = T2IConfig(13, head_cache=3, head_extrapolation=True)
@@ -176,9 +194,9 @@ class TestRules:
     def test_phases_hold_from_their_share_on(self) -> None:
         decisions = Decisions(phases=(Phase(0), Phase(1 / 3, (1,)), Phase(0.5, (2, 4))))
         config = T2IConfig(7, layer_skipping=0.1)
-        engines = ["denoise", "denoise", "denoise_skip1", *["denoise_skip2-4"] * 3]
+        engines = ["denoise", "denoise", "denoise_skip1", *["denoise_skip2-4"] * 2, "denoise"]
         assert [step.engine for step in plan(config, decisions).steps] == engines
-        assert engines_needed(plan(config, decisions, points=3)) == ("denoise", "denoise_skip2-4")
+        assert engines_needed(plan(config, decisions, points=4)) == ("denoise", "denoise_skip1")
 
     @pytest.mark.parametrize("n", range(1, 60))
     def test_shares_are_not_lost_to_rounding(self, n: int) -> None:
@@ -190,8 +208,11 @@ class TestRules:
     def test_a_technique_switched_off_uses_no_decision(self) -> None:
         decisions = Decisions(phases=(Phase(0, (1,)),), kept_widths=PRUNED.kept_widths)
         assert engines_needed(plan(T2IConfig(5), decisions)) == ("denoise",)
-        assert engines_needed(plan(T2IConfig(5, ffn_pruning=0.1), decisions)) == ("denoise_pruned",)
-        assert engines_needed(plan(T2IConfig(5, layer_skipping=0.1), decisions)) == ("denoise_skip1",)
+        assert engines_needed(plan(T2IConfig(5, ffn_pruning=0.1), decisions)) == ("denoise_pruned", "denoise")
+        assert engines_needed(plan(T2IConfig(5, layer_skipping=0.1), decisions)) == (
+            "denoise_skip1",
+            "denoise",
+        )
 
     def test_a_stack_in_which_nothing_is_pruned(self) -> None:
         config = T2IConfig(5, head_pruning=0.1)
@@ -276,6 +297,7 @@ def configs(draw: st.DrawFn) -> T2IConfig:
         full_ffn_at=draw(st.sampled_from(["first", "last"])),
         head_cache=cache,
         head_extrapolation=cache > 1 and draw(st.booleans()),
+        as_published=draw(st.booleans()),
     )
 
 
@@ -299,23 +321,26 @@ def test_any_plan_can_be_followed(config: T2IConfig, decided: Decisions) -> None
     for k, step in enumerate(result.steps):
         assert step.engine in known
         if k in full:
-            assert (step.engine, step.store) == ("denoise", False)
-            assert config.full_ffn_at == "last" or not stored
+            assert step.engine == "denoise"
+            assert not step.store or (config.full_ffn_at == "first" and not config.as_published)
         if step.engine == "reuse":
             assert k not in full
             assert not step.store
             assert (k + 1) % config.head_cache
             assert set(step.branches) <= set(stored[-1].branches)
+            assert k < n - 1 or config.as_published
             if step.extrapolate:
                 assert config.head_extrapolation
                 assert set(step.branches) <= set(stored[-2].branches)
         else:
             assert not step.extrapolate
         if step.store:
-            assert (k + 1) % config.head_cache == 0
+            assert (k + 1) % config.head_cache == 0 or k in full
+            assert step.engine == "denoise" or config.as_published
             stored.append(step)
         assert step.branches == (
             (0, 1) if step.guidance_scale not in (0, 1) else (int(step.guidance_scale == 0),)
         )
+    assert result.steps[-1].engine == "denoise" or config.as_published
     if config.head_cache == 1:
         assert "reuse" not in engines_needed(result)

@@ -184,13 +184,19 @@ class TestJson:
         assert not back.decisions["mmu"].complete
 
     def test_a_recipe_by_hand(self) -> None:
-        text = """{"schema": 2, "name": "mine", "t2i": {"points": 20, "guidance": [[0, null], [0.3, 1]]},
+        text = """{"schema": 3, "name": "mine", "t2i": {"points": 20, "guidance": [[0, null], [0.3, 1]]},
                    "decisions": {"mmu": {"phases": [{"start": 0, "skipped": [5, 4]}]}}}"""
         assert Recipe.from_json(text) == Recipe(
             "mine",
             T2IConfig(20, guidance=((0, None), (0.3, 1))),
             decisions={"mmu": Decisions(phases=(Phase(0, (4, 5)),))},
         )
+
+    def test_one_of_an_older_version_keeps_its_plan(self) -> None:
+        old = Recipe.from_json('{"schema": 2, "name": "x", "t2i": {"points": 9, "head_cache": 4}}')
+        assert old.t2i == T2IConfig(9, head_cache=4, as_published=True)
+        assert not Recipe.from_json('{"schema": 2, "name": "exact"}').t2i.is_lossy(None)
+        assert Recipe.from_json(old.to_json()) == old
 
     def test_the_docstring_s_example(self) -> None:
         import flashu_compile.recipe.recipe as module
@@ -201,7 +207,7 @@ class TestJson:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"schema": 1}, "has schema 1; this version reads 2"),
+            ({"schema": 1}, "has schema 1; this version reads 2 and 3"),
             ({"schema": None}, "no schema"),
             ({"schema": "2"}, "has schema '2'"),
             ({"name": 4}, "expected str, got int at \\$.name"),
@@ -255,7 +261,7 @@ class TestJson:
         ],
     )
     def test_mistakes_are_named(self, change: dict[str, Any], message: str) -> None:
-        data = {k: v for k, v in {"schema": 2, "name": "x", **change}.items() if (k, v) != ("schema", None)}
+        data = {k: v for k, v in {"schema": 3, "name": "x", **change}.items() if (k, v) != ("schema", None)}
         with pytest.raises(RecipeError, match=message):
             Recipe.from_json(json.dumps(data))
 
@@ -264,9 +270,9 @@ class TestJson:
         [
             ("", "no strict JSON"),
             ("[]", "no schema"),
-            ('{"schema": 2}', "missing required field name"),
-            ('{"schema": 2, "name": "x", "name": "y"}', "'name' is there twice"),
-            ('{"schema": 2, "name": "x", "t2i": {"points": NaN}}', "'NaN' is not finite"),
+            ('{"schema": 3}', "missing required field name"),
+            ('{"schema": 3, "name": "x", "name": "y"}', "'name' is there twice"),
+            ('{"schema": 3, "name": "x", "t2i": {"points": NaN}}', "'NaN' is not finite"),
             ("[" * 100_000, "more than 100 levels"),
         ],
     )
@@ -420,6 +426,7 @@ class TestPresets:
         assert (t2i.points, t2i.ffn_pruning, t2i.layer_skipping) == (35, 0.2, 0.2)
         assert (t2i.skipping_interval, t2i.head_cache, t2i.full_ffn * 34) == (10, 5, 10)
         assert (t2i.full_ffn_at, t2i.solver, t2i.head_extrapolation) == ("last", "euler", False)
+        assert [name for name in PRESETS if preset(name).t2i.as_published] == ["flashu"]
         assert (t2i.semantic_pruning, t2i.head_pruning, t2i.width_multiple) == (0, 0, 64)
         assert t2i.guidance == ((0, 0.75), (24 / 34, 1))
         assert mmu == MMUConfig(

@@ -25,6 +25,7 @@ RECIPE = Recipe(
         head_extrapolation=True,
         full_ffn=0.3,
         full_ffn_at="first",
+        as_published=True,
     ),
     MMUConfig(token_pruning=0.5, layer_skipping=0.1),
     {
@@ -50,7 +51,7 @@ def test_a_table_tells_every_technique() -> None:
         ),
         "full evaluations": ("the first 30%", "–"),
         "layer skipping": ("20%: none; 2, 5 from 4.2%", "10%: undecided"),
-        "head cache": ("every 4, extrapolated", "–"),
+        "head cache": ("every 4, extrapolated, as published", "–"),
         "token pruning": ("–", "50% after layer 2, by v_norm"),
     }
 

@@ -30,7 +30,7 @@ def recipe() -> Recipe:
     kept = {"llm": {block: np.arange(48) for block in range(LAYERS)}}
     t2i = T2IConfig(
         points=13, guidance_scale=5.0, time_shift=3.0, guidance=((0, 0.75), (0.7, 1.0)), ffn_pruning=0.25,
-        full_ffn=0.25, layer_skipping=0.2, skipping_interval=6, head_cache=3,
+        full_ffn=0.25, layer_skipping=0.2, skipping_interval=6, head_cache=3, as_published=True,
     )  # fmt: skip
     phases = (Phase(0.0, (1,)), Phase(0.5, (3,)))
     return Recipe(

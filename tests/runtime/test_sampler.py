@@ -149,6 +149,7 @@ def plan(points: int = 13, **fields: Any) -> StepPlan:
     [
         {},
         {"head_cache": 3},
+        {"head_cache": 3, "as_published": True},
         {"head_cache": 3, "head_extrapolation": True},
         {"head_cache": 2, "full_ffn": 0.4},
         {"head_cache": 3, "full_ffn": 0.3, "full_ffn_at": "first"},
@@ -186,7 +187,7 @@ def test_a_step_runs_its_engine_once_with_the_branches_it_needs() -> None:
         *[("denoise", (0, 1))] * 3,
         *[("reuse", (0, 1))] * 2,
         ("denoise", (0, 1)),
-        ("reuse", (1,)),
+        ("denoise", (1,)),
     ]
     np.testing.assert_allclose([t for _, _, t in engines.calls], [step.t for step in steps.steps], rtol=1e-6)
 

@@ -108,8 +108,9 @@ class FlashuTwin:
     - kept: neurons that stay on steps that are not full.
     - skipped: LLM layers left out from a step on until the next entry's, on steps that are not full.
     - full: steps on which nothing is pruned, skipped or cached.
+    - whole: steps on which nothing is pruned or skipped, and whose features are stored.
     - cache_interval: the head stack runs on multiples of it, and where nothing usable is stored; 1 is no cache.
-      Only multiples store; full steps empty the store; one branch stored does not serve two.
+      Multiples store; full steps empty the store; one branch stored does not serve two.
     - extrapolate: a reusing step continues the line through the last two stored features instead of holding
       the last, when both serve.
     - solver: "euler", or "ab2": Adams–Bashforth 2 on the grid as it is, its first step Euler.
@@ -127,6 +128,7 @@ class FlashuTwin:
     kept: Kept = dataclasses.field(default_factory=dict)
     skipped: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
     full: Collection[int] = ()
+    whole: Collection[int] = ()
     cache_interval: int = 1
     extrapolate: bool = False
     solver: str = "euler"
@@ -155,17 +157,19 @@ class FlashuTwin:
             t, guided = grid[step - 1], scale is not None and scale != 1
             sequence = both if guided else prompt
             full, ranks = step in self.full, step in self.rank_on
-            stores = self.cache_interval > 1 and step % self.cache_interval == 0 and not full
+            whole = full or step in self.whole
+            due = self.cache_interval > 1 and step % self.cache_interval == 0
+            stores = (due or step in self.whole) and not full
             if full:
                 store.clear()
             usable = _serving(store, 2 if guided else 1)
             reuses = bool(usable) and not stores
 
             states = list[Tensor]()
-            with pruned(self.model, {} if full else self.kept):
+            with pruned(self.model, {} if whole else self.kept):
                 if ranks or not reuses:
                     layers = phases[max(start for start in phases if start <= step)]
-                    states = sequence.states(latents, t, [] if full or ranks else layers)
+                    states = sequence.states(latents, t, [] if whole or ranks else layers)
                     if ranks:
                         importance[step] = _importance(states)
                     if ranks and self.rank_share is not None:
