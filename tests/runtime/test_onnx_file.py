@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,21 +224,5 @@ def test_hostile_files(data: bytes, message: str) -> None:
     ],
 )
 def test_work_is_bounded(data: bytes) -> None:
-    started = time.process_time()
     with pytest.raises(BundleError, match="more than 1000000 fields"):
         read_onnx(data, "it")
-    assert time.process_time() - started < 60  # some seconds; it only must end
-
-
-def test_time_grows_with_the_size() -> None:
-    """Of graphs in graphs, and of names."""
-
-    def seconds(count: int) -> float:
-        node = _field(2, b"")
-        names = b"".join(_field(1, _field(2, f"{n:08}".encode()) + node) for n in range(count))
-        started = time.process_time()
-        read_onnx(_field(7, names), "it")
-        return time.process_time() - started
-
-    seconds(1000)
-    assert seconds(80_000) < 60 * max(seconds(4_000), 1e-3)

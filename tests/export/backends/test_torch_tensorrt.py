@@ -284,7 +284,7 @@ def test_a_bundle_tells_what_its_engines_were_built_for(bundle: BundleFiles) -> 
     with pytest.raises(BundleError, match="is damaged"):
         read_built(BundleFiles(bundle.directory, bundle.manifest))
     (bundle.directory / BUILT_FILE).write_text('{"step": {}}')
-    with pytest.raises(BundleError, match=r"torch_tensorrt\.json is damaged.*build the bundle again"):
+    with pytest.raises(BundleError, match=r"torch_tensorrt\.json is not valid.*build the bundle again"):
         read_built(BundleFiles(bundle.directory, bundle.manifest, verify_hashes=False))
 
 
