@@ -4,8 +4,8 @@
     python benchmarks/preset_quality.py --output presets.json --recipe balanced --recipe mine.json --prompts 20 --seed 7
 
 A recipe's pictures are held against those of its own trajectory with every technique off: the same points, guidance,
-solver, prompts and seeds. Noise is the deviation from a 3×3 median on a picture's flat areas, in levels of 255, the mean
-over pictures. Evaluations are counted in whole ones of both guidance branches, by FLOPs. Prompts are none of
+solver, prompts and seeds. Noise is the deviation from a 3×3 median on a picture's flat areas, in levels of 255, the
+mean over pictures. Evaluations are counted in whole ones of both guidance branches, by FLOPs. Prompts are none of
 evaluate.py's, and those of different seeds differ. Finished recipes are in the JSON file, a rerun does the others;
 their bundles are beside it in `<output>.work`.
 """
