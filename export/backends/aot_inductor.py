@@ -20,6 +20,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.export.passes import move_to_device_pass
 
 from flashu_compile.bundle.profiles import Range
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -97,8 +98,8 @@ def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchMod
     exported = _with_named_constants(plain_copy(program))
     tensors = {} if holds_weights else dict(exported.state_dict)
     place_inductor()
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "engine.pt2"
+    with draft_folder(Path(tempfile.gettempdir())) as scratch:
+        path = scratch / "engine.pt2"
         try:
             if device != "cpu":
                 exported = move_to_device_pass(exported, device)

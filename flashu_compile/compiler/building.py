@@ -36,7 +36,7 @@ _CAPTURE_SHARE, _END = 0.4, 0.88
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """The settings by which engines are made; they are tried in temporary directories in `scratch_parent`.
+    """The settings by which engines are made; they are tried in drafts in `scratch_parent`.
 
     `ranges` are the sizes of the model's dynamic dimensions. With `allow_declined`, engines are made even if
     they lack a technique that the recipe asks for.

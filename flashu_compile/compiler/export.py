@@ -109,9 +109,12 @@ def export(
             than one token; the report then says that it was asked for and not done.
         progress: called with (what is being done, fraction done in [0, 1]).
 
+    An exception leaves nothing behind, and so does a signal that raises one. No handler of signals is set here: SIGTERM
+    by default ends Python at once, as SIGKILL does, and leaves a draft, which the next build at this place removes.
+
     Raises:
         DeclinedError: a technique that the recipe asks for does nothing, and `allow_declined` is not given.
-        FlashuError: its base, by a subclass that says what is wrong and what to do; nothing is left behind.
+        FlashuError: its base, by a subclass that says what is wrong and what to do.
     """
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
@@ -132,7 +135,6 @@ def export(
     ensure_writable(directory, overwrite=overwrite)
 
     decided, figures = decide(chosen, source, tasks, given, samples, seed, tell)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     measured = given or own_samples(loaded)
     precise, losses = measured_precision(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
