@@ -57,10 +57,11 @@ class BundleProbe:
         """
         with one_thread():
             try:
-                pipe = open_bundle(threads=1)
+                opened = open_bundle(threads=1)
             except BackendUnavailableError as reason:
                 return {task: self._not_run(reason) for task in self.tasks}
-            return {task: self._answered(task, pipe) for task in self.tasks}
+            with opened as pipe:
+                return {task: self._answered(task, pipe) for task in self.tasks}
 
     def _answered(self, task: str, pipe: Pipeline) -> dict[str, Any]:
         ask = self._picture if task == T2I.name else self._tokens

@@ -19,7 +19,6 @@ from flashu_compile.bundle.manifest import (
     PLAN,
     RECIPE,
     TOKENIZER,
-    EngineSpec,
     GenerationSettings,
     Manifest,
     UnderstandingSettings,
@@ -40,12 +39,13 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engine, Engines
+from flashu_compile.runtime.lifetime import Closing, OwnedEngines
+from flashu_compile.runtime.parts import check_parts
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
-from flashu_compile.tasks import LANGUAGE, MMU, T2I, VAE_DECODE, VISION, TaskRecord
+from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
 
 CountProgress = Callable[[int, int], None]
-Shape = tuple[int | None, ...]
 
 
 def load(
@@ -90,7 +90,7 @@ def load(
     if manifest.generation is not None:
         plan = StepPlan.from_json(files.text(PLAN))
         recipe = _read_recipe(files)
-    _check_parts(manifest, plan)
+    check_parts(manifest, plan)
     engines = open_engines(
         files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
         options=options,
@@ -110,43 +110,11 @@ def _read_recipe(files: BundleFiles) -> Recipe:
     return recipe
 
 
-def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
-    """Check that every engine the tasks need exists, with the outputs they read. Raises `BundleError` otherwise."""
-    needed: list[tuple[str, str, Shape]] = []
-    if manifest.generation is not None:
-        steps, settings = plan.steps if plan else (), manifest.generation
-        needed.append((VAE_DECODE, "pixels", (None, 3, None, None)))
-        needed.extend((step.engine, "velocity", (None, *settings.latent_shape)) for step in steps)
-        needed.extend((step.engine, "head_features", (None, None, None)) for step in steps if step.store)
-    if manifest.understanding is not None:
-        needed.append((VISION, "image_embeds", (None, None, None)))
-        needed.append((LANGUAGE, "logits", (None, None)))
-    for engine in manifest.engines:
-        for before in filter(None, (engine.prologue, engine.schedule)):
-            manifest.engine(before)
-    for name, output, shape in dict.fromkeys(needed):
-        _check_output(manifest.engine(name), output, shape)
-
-
-def _check_output(spec: EngineSpec, name: str, shape: Shape) -> None:
-    """Check that an output exists with this rank, and with these sizes where the signature fixes them."""
-    found = next((tensor for tensor in spec.outputs if tensor.name == name), None)
-    if found is None:
-        raise BundleError(f"Engine {spec.name!r} has no output {name!r}; build the bundle again.")
-    fits = len(found.shape) == len(shape) and all(
-        size is None or not isinstance(given, int) or given == size
-        for given, size in zip(found.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise BundleError(
-            f"Engine {spec.name!r}: output {name!r} has the shape {shown(list(found.shape))}, where [{wanted}] is "
-            "needed; build the bundle again."
-        )
-
-
-class Pipeline:
+class Pipeline(Closing):
     """A loaded bundle; make one with `flashu_compile.load`. All methods may be called from several threads.
+
+    `with load(…) as pipe:` closes it at the end. Sessions do not survive a fork and cannot be pickled: what would run
+    one in a forked process, or pickle it, raises `PipelineError`; each process loads the bundle itself.
 
     `manifest` says what the bundle holds. `plan` is the trajectory it was built with, and `recipe` has the rules
     that other plans follow from (both None without t2i).
@@ -171,6 +139,12 @@ class Pipeline:
     def engines(self) -> Engines:
         """The bundle's engines by name; for measuring and checking."""
         return self._engines
+
+    def close(self) -> None:
+        """Release sessions, weights and their maps. Methods that need one raise `PipelineError` afterwards."""
+        if isinstance(self._engines, OwnedEngines):
+            self._engines.close()
+        self._schedules = schedules(self._engines)  # without the values it remembered
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.manifest.model}: {', '.join(self.manifest.tasks)}>"

@@ -30,6 +30,7 @@ from flashu_compile.bundle.signatures import check_inputs, check_outputs, state_
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.binding import BoundRuns, StateRuns
 from flashu_compile.runtime.engine import State, Tensors
+from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
     TENSORRT,
@@ -110,8 +111,10 @@ class OnnxRuntimeEngine:
         *,
         weights: SharedWeights | None = None,
         bound: BoundRuns | None = None,
+        lifetime: Lifetime | None = None,
     ) -> None:
         self.spec = spec
+        self._lifetime = lifetime or Lifetime()
         self.placements: tuple[Placement, ...] = placements(session)
         self._session, self._bound = session, bound
         self._weights = weights  # the session reads them for as long as it lives
@@ -132,6 +135,7 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Run the session; see `Engine.run`. Raises `BundleError` if ONNX Runtime fails."""
+        self._lifetime.check()
         sizes = check_inputs(self.spec, inputs)
         if self._state:
             state = {name: inputs[name].copy() for name in self._state}
@@ -149,6 +153,7 @@ class OnnxRuntimeEngine:
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
         """Run the session and update `state` in place; see `Updating.update` and `StateRuns`."""
+        self._lifetime.check()
         sizes = check_inputs(self.spec, {**inputs, **state})
         try:
             outputs = self._stateful.run(inputs, state, sizes)
@@ -160,8 +165,8 @@ class OnnxRuntimeEngine:
         return BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}")
 
 
-class OnnxRuntimeEngines:
-    """Sessions of a bundle on one execution provider, created lazily and once, whichever thread asks first.
+class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
+    """Sessions of a bundle on one execution provider; see `OwnedEngines`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
     `threads` is the number of threads an engine computes with (None: one per core); `memory` is `fast`, or `low` for
@@ -193,23 +198,13 @@ class OnnxRuntimeEngines:
         self.provider, self.options = provider, given
         self._shares, self._contrib = memory == "low", contrib_operators
         self._weights: SharedWeights | None = None
-        self._files, self._threads = files, threads
-        self._engines: dict[str, OnnxRuntimeEngine] = {}
-        self._lock = threading.Lock()
+        self._threads = threads
+        super().__init__(files)
 
-    @property
-    def precision(self) -> str:
-        """The precision the engines compute in, as recorded in the manifest."""
-        return self._files.manifest.precision
+    def _release(self) -> None:
+        self._weights = None
 
-    def engine(self, name: str) -> OnnxRuntimeEngine:
-        """Return the engine called `name`, creating its session on first use."""
-        with self._lock:
-            if name not in self._engines:
-                self._engines[name] = self._create(self._files.manifest.engine(name))
-            return self._engines[name]
-
-    def _create(self, spec: EngineSpec) -> OnnxRuntimeEngine:
+    def _create(self, spec: EngineSpec, lifetime: Lifetime) -> OnnxRuntimeEngine:
         path = self._files.path(spec.file)
         if WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists():
             weights = self._files.path(WEIGHTS)
@@ -224,7 +219,7 @@ class OnnxRuntimeEngines:
         outputs = [tensor.name for tensor in spec.outputs]
         device = int(str(self.options.get("device_id", 0)))
         bound = BoundRuns(session, outputs, "cuda", device) if request.cuda_graph else None
-        engine = OnnxRuntimeEngine(spec, session, weights=self._weights, bound=bound)
+        engine = OnnxRuntimeEngine(spec, session, weights=self._weights, bound=bound, lifetime=lifetime)
         check_placements(spec.name, self.provider, wanted, engine.placements)
         if len(engine.placements) > 1:
             told = ", ".join(map(str, engine.placements))

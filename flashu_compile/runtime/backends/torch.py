@@ -7,7 +7,6 @@ of it; so engines are code, whatever they look like.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from flashu_compile.errors import BackendUnavailableError, BundleError, Configur
 from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
+from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
 
 TENSORS = "weights.safetensors"
 
@@ -39,8 +39,10 @@ Maker = Callable[[EngineSpec, Path, Mapping[str, Tensor], torch.device], Call]
 class TorchEngine:
     """A function of tensors under an engine's signature."""
 
-    def __init__(self, spec: EngineSpec, call: Call, device: torch.device) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: EngineSpec, call: Call, device: torch.device, lifetime: Lifetime | None = None
+    ) -> None:
+        self.spec, self._lifetime = spec, lifetime or Lifetime()
         self._call, self._device = call, device
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
@@ -64,6 +66,7 @@ class TorchEngine:
         return {name: _array(value) for name, value in outputs.items()}
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        self._lifetime.check()
         sizes = check_inputs(self.spec, inputs, (np.ndarray, Tensor))
         tensors = [self._tensor(inputs[given.name]) for given in self.spec.inputs]
         try:
@@ -92,30 +95,20 @@ def _array(value: Tensor) -> NDArray[Any]:
     return value.cpu().contiguous().numpy().copy()
 
 
-class TorchEngines:
+class TorchEngines(OwnedEngines[TorchEngine]):
     """The engines of a bundle, which share one set of tensors; `make` makes each when it is first requested."""
 
     def __init__(self, files: BundleFiles, device: torch.device, make: Maker) -> None:
-        self._files, self._device, self._make = files, device, make
-        self._engines: dict[str, TorchEngine] = {}
-        self._keys: dict[str, dict[str, str]] = {}
+        self._device, self._make = device, make
         self._tensors: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
+        super().__init__(files)
 
-    @property
-    def precision(self) -> str:
-        """The precision the engines compute in, as recorded in the manifest."""
-        return self._files.manifest.precision
+    def _create(self, spec: EngineSpec, lifetime: Lifetime) -> TorchEngine:
+        call = self._make(spec, self._files.path(spec.file), self.tensors_of(spec.name), self._device)
+        return TorchEngine(spec, call, self._device, lifetime)
 
-    def engine(self, name: str) -> TorchEngine:
-        """Return the engine called `name`, making it on first use."""
-        with self._lock:
-            if name not in self._engines:
-                spec = self._files.manifest.engine(name)
-                path = self._files.path(spec.file)
-                call = self._make(spec, path, self.tensors_of(name), self._device)
-                self._engines[name] = TorchEngine(spec, call, self._device)
-            return self._engines[name]
+    def _release(self) -> None:
+        self._tensors.clear()
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of an engine, by its own names."""
