@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.agreement import REORDERED, output_difference
@@ -61,15 +60,12 @@ def written_errors(
         tasks, files = (build.task,), {path.name: file_entry(path) for path in directory.iterdir()}
         manifest = Manifest("", tasks, name, precision, "", written.specs, None, None, {}, files)
         inputs = {role: tensor.numpy() for role, tensor in build.reference_inputs.items()}
-        threads = torch.get_num_threads()  # which in PyTorch are those of the whole process
         try:
             bundle = BundleFiles(directory, manifest)
             engines = open_engines(bundle, provider=written.provider, threads=1, trust=True)
             values = engines.engine(build.name).run(inputs)
         except (BundleError, InputError) as error:
             raise EmissionError(f"Engine {build.name!r} does not run: {error}") from error
-        finally:
-            torch.set_num_threads(threads)
         return output_errors(build, values, tolerance(precision))
 
 

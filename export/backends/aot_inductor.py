@@ -30,6 +30,7 @@ from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import TorchModel, plain_copy, write_engines
 from flashu_compile.libraries import place_inductor
 from flashu_compile.program.program import Program
+from flashu_compile.threads import default_threads
 
 _HALF = "bfloat16"
 
@@ -107,7 +108,10 @@ def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchMod
                 torch._inductor.aoti_compile_and_package(
                     exported,
                     package_path=str(path),
-                    inductor_configs={"aot_inductor.package_constants_in_so": holds_weights},
+                    inductor_configs={
+                        "aot_inductor.package_constants_in_so": holds_weights,
+                        "cpp.threads": default_threads(),  # which are in the code, whatever a build computes with
+                    },
                 )
         except Exception as error:  # whatever Inductor or the C++ compiler trips over
             raise EmissionError(f"AOTInductor cannot compile program {program.name!r}: {error}") from error

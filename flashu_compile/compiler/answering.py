@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
-from flashu_compile.compiler.captured import one_thread
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.eager import EagerPipeline
@@ -26,6 +25,7 @@ from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.tasks import MMU, T2I
+from flashu_compile.threads import torch_threads
 
 PROMPT, QUESTION, SEED = "a red circle", "What is this?", 0
 EVALUATIONS, TOKENS = 2, 3
@@ -55,7 +55,7 @@ class BundleProbe:
 
         Raises `BundleError` if the bundle does not answer, or not as the eager model does.
         """
-        with one_thread():
+        with torch_threads(1):
             try:
                 opened = open_bundle(threads=1)
             except BackendUnavailableError as reason:

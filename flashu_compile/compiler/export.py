@@ -32,8 +32,11 @@ from flashu_compile.paths import absolute
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.work import engine_errors
+from flashu_compile.threads import torch_threads
 
 COST_SAMPLES = 3
+#: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.
+_THREADS = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Bundle:
         }
 
 
+@torch_threads(_THREADS)
 def export(
     model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
@@ -198,6 +202,7 @@ def _write(
     )
 
 
+@torch_threads(_THREADS)
 def calibrate(
     model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
@@ -259,6 +264,7 @@ def _captured(
     return model
 
 
+@torch_threads(_THREADS)
 def capture_model(
     model: nn.Module | str | Path,
     task: str | Sequence[str],

@@ -65,8 +65,9 @@ def load(
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; loading fails if it does not work.
     `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
     `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
-    one per core). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
-    `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
+    one for each core that the process may use, by its affinity and its container's quota). With `memory="fast"` each
+    engine keeps weights in the form that is fastest to compute with; with `"low"` (ONNX Runtime on the CPU) all engines
+    read one map of the weights, which takes less memory and more time.
     `verify_hashes=False` skips comparing each file with its recorded SHA-256 before its first use. `trust=True` lets a
     backend run whose engines are code: give it only for bundles whose builder you know. A prompt or question is plain
     text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens in it (`<|im_end|>`,

@@ -46,6 +46,7 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, WeightsBeside, check_memory
+from flashu_compile.threads import default_threads
 
 # A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
 PROVIDERS: dict[str, tuple[str, ...]] = {
@@ -169,10 +170,10 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
     """Sessions of a bundle on one execution provider; see `OwnedEngines`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
-    `threads` is the number of threads an engine computes with (None: one per core); `memory` is `fast`, or `low` for
-    engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the operators that the
-    graphs have. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
-    does not work here.
+    `threads` is the number of threads an engine computes with (None: see `default_threads`); `memory` is `fast`, or
+    `low` for engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the
+    operators that the graphs have. Raises `ConfigurationError` if one of them makes no sense,
+    `BackendUnavailableError` if the provider does not work here.
     """
 
     def __init__(
@@ -296,8 +297,7 @@ def create_session(
     if not contrib:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     configure(options, request)
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = default_threads() if threads is None else threads
     if isinstance(weights, WeightsBeside):
         weights.configure(options)
     elif weights is not None and isinstance(model, Path):

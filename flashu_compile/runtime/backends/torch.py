@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
 from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
+from flashu_compile.threads import default_threads, torch_threads
 
 TENSORS = "weights.safetensors"
 
@@ -40,9 +42,15 @@ class TorchEngine:
     """A function of tensors under an engine's signature."""
 
     def __init__(
-        self, spec: EngineSpec, call: Call, device: torch.device, lifetime: Lifetime | None = None
+        self,
+        spec: EngineSpec,
+        call: Call,
+        device: torch.device,
+        lifetime: Lifetime | None = None,
+        threads: int | None = None,
     ) -> None:
         self.spec, self._lifetime = spec, lifetime or Lifetime()
+        self._threads, self._cores = threads, default_threads()
         self._call, self._device = call, device
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
@@ -71,7 +79,7 @@ class TorchEngine:
         tensors = [self._tensor(inputs[given.name]) for given in self.spec.inputs]
         try:
             # Not inference mode, whose tensors a caller could not write to.
-            with torch.no_grad():
+            with torch.no_grad(), self._own_threads():
                 results = self._call(*tensors)
         except FlashuError:
             raise
@@ -83,6 +91,9 @@ class TorchEngine:
                 f"Engine {self.spec.name!r} does not give the outputs {', '.join(names)}; build the bundle again."
             )
         return check_outputs(self.spec, dict(zip(names, results, strict=True)), sizes, Tensor)
+
+    def _own_threads(self) -> AbstractContextManager[None]:
+        return torch_threads(self._threads or min(torch.get_num_threads(), self._cores))
 
     def _tensor(self, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
@@ -98,14 +109,16 @@ def _array(value: Tensor) -> NDArray[Any]:
 class TorchEngines(OwnedEngines[TorchEngine]):
     """The engines of a bundle, which share one set of tensors; `make` makes each when it is first requested."""
 
-    def __init__(self, files: BundleFiles, device: torch.device, make: Maker) -> None:
-        self._device, self._make = device, make
+    def __init__(
+        self, files: BundleFiles, device: torch.device, make: Maker, threads: int | None = None
+    ) -> None:
+        self._device, self._make, self._threads = device, make, threads
         self._tensors: dict[str, Tensor] = {}
         super().__init__(files)
 
     def _create(self, spec: EngineSpec, lifetime: Lifetime) -> TorchEngine:
         call = self._make(spec, self._files.path(spec.file), self.tensors_of(spec.name), self._device)
-        return TorchEngine(spec, call, self._device, lifetime)
+        return TorchEngine(spec, call, self._device, lifetime, self._threads)
 
     def _release(self) -> None:
         self._tensors.clear()
@@ -141,8 +154,8 @@ def _replayed(make: Maker, provider: str) -> Maker:
     return lambda spec, path, tensors, device: Replayed(make(spec, path, tensors, device))
 
 
-def find_device(provider: str, threads: int | None) -> torch.device:
-    """Return the device of a provider, and set PyTorch's number of threads, which holds for the whole process.
+def find_device(provider: str) -> torch.device:
+    """Return the device of a provider.
 
     Raises `ConfigurationError` on an unknown provider, `BackendUnavailableError` if there is no CUDA device.
     """
@@ -155,8 +168,6 @@ def find_device(provider: str, threads: int | None) -> torch.device:
             f"Provider 'cuda' does not work here: PyTorch {torch.__version__} sees no CUDA device; it needs an "
             "NVIDIA driver and a PyTorch built for CUDA."
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
     return torch.device(provider)
 
 
@@ -177,14 +188,14 @@ class Torch:
         make: Maker = _compiled if _switched_on("compile", options) else _eager
         if _switched_on("cuda_graph", options):
             make = _replayed(make, provider)
-        return TorchEngines(files, find_device(provider, threads), make)
+        return TorchEngines(files, find_device(provider), make, threads)
 
     def examine(self) -> Iterator[Finding]:
         """Compute one sum on every device and yield a finding for each."""
         for provider in ("cpu", "cuda"):
             name, purpose = f"torch: {provider}", f"bundles of backend 'torch' with provider={provider!r}"
             try:
-                two = torch.ones(1, device=find_device(provider, None)).add(1).item()
+                two = torch.ones(1, device=find_device(provider)).add(1).item()
             except (BackendUnavailableError, RuntimeError) as error:
                 yield Finding(name, "missing", str(error), purpose)
             else:
