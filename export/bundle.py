@@ -8,7 +8,7 @@ import errno
 import functools
 import json
 import os
-import tempfile
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from flashu_compile.bundle.manifest import (
     file_entry,
     read_manifest,
 )
+from flashu_compile.drafts import draft_folder, nearest_folder
 from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
 from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -74,7 +75,7 @@ def write_bundle(
 ) -> Manifest:
     """Write a bundle to `output`, which appears whole or not at all.
 
-    Everything is written and checked in a temporary directory beside `output` and then renamed into place.
+    Everything is written and checked in a draft beside `output` (see `draft_folder`) and then renamed into place.
 
     Args:
         report: stored in the bundle, together with the entry `sizes` (in bytes), the backend's own entries and those
@@ -96,9 +97,8 @@ def write_bundle(
     if len(set(names)) != len(names):
         raise BundleError(f"Two engines of the bundle have the same name: {', '.join(sorted(names))}.")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-            directory = Path(scratch) / "bundle"
+        with draft_folder(output.parent) as scratch:
+            directory = scratch / "bundle"
             directory.mkdir()
             written = find_backend(metadata.backend).write(engines, directory)
             tokenizer.save(str(directory / TOKENIZER))
@@ -121,6 +121,7 @@ def write_bundle(
             _readable(directory)
             # Again, since somebody may have filled it meanwhile.
             ensure_writable(output, overwrite=overwrite)
+            output.parent.mkdir(parents=True, exist_ok=True)
             _put_in_place(directory, output, overwrite=overwrite)
     except OSError as error:
         raise BundleError(f"The bundle could not be written to {output}: {error}.") from error
@@ -130,6 +131,10 @@ def write_bundle(
 def ensure_writable(output: Path, *, overwrite: bool = False) -> None:
     """Raise, before any work is done, the error that `write_bundle` would later raise for `output`."""
     if not os.path.lexists(output):
+        above = nearest_folder(output.parent)
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            why = "may not be written to" if above.is_dir() else "is not a directory"
+            raise BundleError(f"{output} cannot be made, since {above} {why}; choose another output.")
         return
     if not output.is_dir():
         raise OutputExistsError(f"{output} exists and is not a directory; choose another output.")
@@ -198,10 +203,11 @@ def _manifest(specs: Sequence[EngineSpec], metadata: BundleMetadata, files: dict
 
 def _readable(directory: Path) -> None:
     """Give files the permissions of any new file; safetensors makes them readable by their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
+    usual = (
+        (directory / MANIFEST).stat().st_mode
+    )  # of a file that Python makes; a umask is read by changing it
     for path in directory.iterdir():
-        path.chmod(0o666 & ~umask)
+        path.chmod(stat.S_IMODE(usual))
 
 
 def _put_in_place(directory: Path, output: Path, *, overwrite: bool) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, Manifest, file_entry
 from flashu_compile.bundle.precision import tolerance
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import BundleError, EmissionError, InputError
 from flashu_compile.exporters.backends import Backend
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -27,13 +26,13 @@ from flashu_compile.runtime.sessions import create_session
 def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
     """Measure the relative L2 error of every output on the reference inputs, on ONNX Runtime's CPU provider.
 
-    The engine is written, with its weights, to a temporary directory in `scratch_parent`. It runs on one
+    The engine is written, with its weights, to a draft in `scratch_parent`. It runs on one
     thread, so that the figures do not depend on the machine's cores. Raises `EmissionError` if ONNX Runtime
     cannot run the engine, or if an output is off by more than its precision allows (relative L2, `agreement`)
     or not a number.
     """
-    with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
-        path = Path(scratch) / "engine.onnx"
+    with draft_folder(scratch_parent) as scratch:
+        path = scratch / "engine.onnx"
         with weight_store([build.model], path.with_name(WEIGHTS)):
             ir.save(build.model, path)
         inputs = {name: tensor.numpy() for name, tensor in build.reference_inputs.items()}
@@ -53,24 +52,20 @@ def written_errors(
 ) -> dict[str, float]:
     """Measure the errors of `engine_errors` for an engine of any backend, run by that backend's own runtime.
 
-    The engine is written to a temporary directory in `scratch_parent` and run where the backend's engines
+    The engine is written to a draft in `scratch_parent` and run where the backend's engines
     run. Raises `EmissionError` as `engine_errors` does.
     """
-    with tempfile.TemporaryDirectory(prefix=".engine-", dir=scratch_parent) as scratch:
-        directory = Path(scratch)
+    with draft_folder(scratch_parent) as directory:
         written = backend.write([build], directory)
         tasks, files = (build.task,), {path.name: file_entry(path) for path in directory.iterdir()}
         manifest = Manifest("", tasks, name, precision, "", written.specs, None, None, {}, files)
         inputs = {role: tensor.numpy() for role, tensor in build.reference_inputs.items()}
-        threads = torch.get_num_threads()  # which in PyTorch are those of the whole process
         try:
             bundle = BundleFiles(directory, manifest)
             engines = open_engines(bundle, provider=written.provider, threads=1, trust=True)
             values = engines.engine(build.name).run(inputs)
         except (BundleError, InputError) as error:
             raise EmissionError(f"Engine {build.name!r} does not run: {error}") from error
-        finally:
-            torch.set_num_threads(threads)
         return output_errors(build, values, tolerance(precision))
 
 

@@ -81,5 +81,9 @@ class NotFiniteError(FlashuError):
     """An engine or a model computed values that are not finite; the message names it, and says what to do."""
 
 
+class PipelineError(FlashuError):
+    """A pipeline is used after `close`, in a forked process, or as an object to pickle; the message says what to do."""
+
+
 class InputError(FlashuError):
     """A prompt, picture, tensor or sampling parameter given at run time is unusable."""

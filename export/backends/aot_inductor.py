@@ -20,6 +20,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.export.passes import move_to_device_pass
 
 from flashu_compile.bundle.profiles import Range
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -29,6 +30,7 @@ from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import TorchModel, plain_copy, write_engines
 from flashu_compile.libraries import place_inductor
 from flashu_compile.program.program import Program
+from flashu_compile.threads import default_threads
 
 _HALF = "bfloat16"
 
@@ -97,8 +99,8 @@ def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchMod
     exported = _with_named_constants(plain_copy(program))
     tensors = {} if holds_weights else dict(exported.state_dict)
     place_inductor()
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "engine.pt2"
+    with draft_folder(Path(tempfile.gettempdir())) as scratch:
+        path = scratch / "engine.pt2"
         try:
             if device != "cpu":
                 exported = move_to_device_pass(exported, device)
@@ -106,7 +108,10 @@ def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchMod
                 torch._inductor.aoti_compile_and_package(
                     exported,
                     package_path=str(path),
-                    inductor_configs={"aot_inductor.package_constants_in_so": holds_weights},
+                    inductor_configs={
+                        "aot_inductor.package_constants_in_so": holds_weights,
+                        "cpp.threads": default_threads(),  # which are in the code, whatever a build computes with
+                    },
                 )
         except Exception as error:  # whatever Inductor or the C++ compiler trips over
             raise EmissionError(f"AOTInductor cannot compile program {program.name!r}: {error}") from error

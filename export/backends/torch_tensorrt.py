@@ -22,6 +22,7 @@ from torch.export.passes import move_to_device_pass
 from flashu_compile.bundle.dimensions import evaluate
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.profiles import Range, engine_profile, ranges_of
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -212,10 +213,10 @@ def bounded(
 def _compiled(
     library: Any, program: Program, ranges: Mapping[str, Range], options: Mapping[str, Any]
 ) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "engine.pt2"
+    with draft_folder(Path(tempfile.gettempdir())) as scratch:
+        path = scratch / "engine.pt2"
         # The library's own place for timings is one for all users of the machine.
-        options = {_TIMINGS: str(Path(scratch) / "timings"), **options}
+        options = {_TIMINGS: str(scratch / "timings"), **options}
         try:
             exported, arguments = bounded(program, ranges, DEVICE)
             module = library.dynamo.compile(exported, arg_inputs=arguments, **options)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
-import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flashu_compile.bundle.finite import Source
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import InputError
 from flashu_compile.paths import absolute
 
@@ -156,12 +155,9 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """
     check_picture_path(path)
     kind, options = _SAVED[path.suffix.lower()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        picture.save(temporary, format=kind, **options)
-        os.replace(temporary, path)
+        with draft_folder(path.parent) as draft:
+            picture.save(draft / path.name, format=kind, **options)
+            os.replace(draft / path.name, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -34,6 +36,32 @@ def told_in_one_line(exit_code: int) -> Iterator[None]:
         return
     say(f"error: {' '.join(message.split())}", err=True)
     raise typer.Exit(exit_code)
+
+
+@contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into `SystemExit`, with the exit code that shells use, so that drafts are removed.
+
+    What the process was told to ignore (`nohup`) stays ignored. Repeated signals are ignored too: a terminal
+    that closes sends SIGHUP more than once, which must not end the clean-up.
+    """
+    kinds = [kind for kind in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if kind is not None]
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        kinds = []
+    taken = [kind for kind in kinds if signal.getsignal(kind) == signal.SIG_DFL]
+
+    def end(number: int, frame: object) -> NoReturn:
+        for kind in taken:
+            signal.signal(kind, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for kind in taken:
+        signal.signal(kind, end)
+    try:
+        yield
+    finally:
+        for kind in taken:
+            signal.signal(kind, signal.SIG_DFL)
 
 
 class _LogLine(logging.Formatter):
@@ -71,7 +99,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         if logging.lastResort is not None:
             logging.lastResort.setFormatter(_LogLine())
-        with told_in_one_line(1), _visible_usage_errors():
+        with unwound_by_signals(), told_in_one_line(1), _visible_usage_errors():
             return super().invoke(ctx)
 
 

@@ -21,7 +21,6 @@ from torch import nn
 
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
-from flashu_compile.compiler.captured import one_thread
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.eager import EagerPipeline
@@ -29,6 +28,7 @@ from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.tasks import MMU, T2I
+from flashu_compile.threads import torch_threads
 
 PROMPT, QUESTION, SEED = "a red circle", "What is this?", 0
 EVALUATIONS, TOKENS = 2, 3
@@ -60,12 +60,13 @@ class BundleProbe:
 
         Raises `BundleError` if the bundle does not answer, or not as the eager model does.
         """
-        with one_thread():
+        with torch_threads(1):
             try:
-                pipe = open_bundle(threads=1)
+                opened = open_bundle(threads=1)
             except BackendUnavailableError as reason:
                 return {task: self._not_run(reason) for task in self.tasks}
-            return {task: self._answered(task, pipe) for task in self.tasks}
+            with opened as pipe:
+                return {task: self._answered(task, pipe) for task in self.tasks}
 
     def _answered(self, task: str, pipe: Pipeline) -> dict[str, Any]:
         ask = self._picture if task == T2I.name else self._tokens

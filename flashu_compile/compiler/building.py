@@ -17,7 +17,6 @@ from flashu_compile.compiler.captured import (
     CapturedModel,
     CapturedProgram,
     ProgressReporter,
-    one_thread,
 )
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.specialise import Job, Specialised, neuron_order
@@ -30,13 +29,14 @@ from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.program.program import BATCH, Program
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import prologue_of, schedule_of
+from flashu_compile.threads import torch_threads
 
 _CAPTURE_SHARE, _END = 0.4, 0.88
 
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """The settings by which engines are made; they are tried in temporary directories in `scratch_parent`.
+    """The settings by which engines are made; they are tried in drafts in `scratch_parent`.
 
     `ranges` are the sizes of the model's dynamic dimensions. With `allow_declined`, engines are made even if
     they lack a technique that the recipe asks for.
@@ -203,7 +203,7 @@ def _truth(
     """
     if set(program.outputs) <= set(eager):
         return eager
-    with torch.inference_mode(), one_thread():
+    with torch.inference_mode(), torch_threads(1):
         return {**program.run(inputs), **eager}
 
 

@@ -1,8 +1,8 @@
 """A directory of finished work that later builds, in any process, can reuse.
 
-An entry is one file: a SHA-256 hash, and the safetensors file that it is the hash of. It is written under a
-temporary name and renamed into place, so it is there whole or not at all, and two builds that write the same
-entry do not harm each other. A damaged entry is recognised by its hash. The least recently used entries are
+An entry is one file: a SHA-256 hash, and the safetensors file that it is the hash of. It is written in a draft
+and renamed into place, so it is there whole or not at all, and two builds that write the same entry do not harm
+each other. A damaged entry is recognised by its hash. The least recently used entries are
 removed when the directory grows too large.
 """
 
@@ -13,20 +13,18 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from flashu_compile import reading
+from flashu_compile.drafts import draft_folder, remove_dead_drafts
 from flashu_compile.errors import CacheError
 from flashu_compile.paths import LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
 LARGEST_ENTRY = 1 << 30
-_SUFFIX, _PARTIAL = ".engines", ".engines-partial"
+_SUFFIX = ".engines"
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_STALE_SECONDS = 24 * 3600
 
 _log = logging.getLogger(__name__)
 
@@ -73,27 +71,22 @@ class EngineCache:
         """Store `content` under `key`; on failure only warn, since a build does not need its cache."""
         path = self._path(key)
         try:
-            descriptor, partial = tempfile.mkstemp(suffix=_PARTIAL, dir=self.directory)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
+            with draft_folder(self.directory) as draft:
+                with (draft / path.name).open("wb") as file:
                     file.write(hashlib.sha256(content).digest())
                     file.write(content)
-                os.replace(partial, path)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+                os.replace(draft / path.name, path)
+            self.prune()
         except OSError as error:
             _log.warning("Engines could not be kept for later builds: %s.", error)
-            return
-        self.prune()
 
     def files(self) -> list[CacheFile]:
         """List all entries, the least recently used first."""
-        found = [CacheFile(p, s.st_size, s.st_mtime) for p, s in self._listed(_SUFFIX)]
+        found = [CacheFile(p, s.st_size, s.st_mtime) for p, s in self._listed()]
         return sorted(found, key=lambda file: (file.used, file.path))
 
     def prune(self) -> None:
-        """Remove the least recently used entries beyond the limit, and stale files of killed builds."""
+        """Remove the least recently used entries beyond the limit. Raises `OSError` if one cannot be removed."""
         files = self.files()
         total = sum(file.bytes for file in files)
         for file in files:
@@ -101,9 +94,6 @@ class EngineCache:
                 break
             file.path.unlink(missing_ok=True)
             total -= file.bytes
-        for path, status in self._listed(_PARTIAL):
-            if status.st_mtime < time.time() - _STALE_SECONDS:
-                path.unlink(missing_ok=True)
 
     def library_bytes(self) -> int:
         """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts."""
@@ -114,10 +104,10 @@ class EngineCache:
         freed = self.library_bytes()
         for name in LIBRARIES:
             shutil.rmtree(self.directory / name, ignore_errors=True)
-        for suffix in (_SUFFIX, _PARTIAL):
-            for path, status in self._listed(suffix):
-                path.unlink(missing_ok=True)
-                freed += status.st_size
+        for path, status in self._listed():
+            path.unlink(missing_ok=True)
+            freed += status.st_size
+        remove_dead_drafts(self.directory)
         return freed
 
     def _library_files(self) -> Iterator[Path]:
@@ -127,8 +117,8 @@ class EngineCache:
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}{_SUFFIX}"
 
-    def _listed(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.directory.glob(f"*{suffix}"):
+    def _listed(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.directory.glob(f"*{_SUFFIX}"):
             try:
                 yield path, path.stat()
             except FileNotFoundError:  # another build removed it

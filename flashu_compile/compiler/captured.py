@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -20,6 +19,7 @@ from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
+from flashu_compile.threads import torch_threads
 
 Progress = Callable[[str, float], None]
 
@@ -69,7 +69,7 @@ class CapturedProgram:
     @functools.cached_property
     def truth(self) -> Mapping[str, Tensor]:
         """Compute the outputs of the untraced module on the sample, the reference of exact engines."""
-        with torch.inference_mode(), one_thread():
+        with torch.inference_mode(), torch_threads(1):
             results = self.spec.module(*(self.spec.sample[i.role] for i in self.spec.inputs))
         return dict(zip(self.spec.outputs, results, strict=True))
 
@@ -129,14 +129,3 @@ class CapturedModel:
                 "built when it is captured."
             )
         return {name: c for name, c in self.programs.items() if c.spec.task in tasks}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch on one thread, since the last bits depend on their number and a build's bytes must not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

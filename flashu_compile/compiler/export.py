@@ -32,8 +32,11 @@ from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
 from flashu_compile.report.work import engine_errors
+from flashu_compile.threads import torch_threads
 
 COST_SAMPLES = 3
+#: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.
+_THREADS = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Bundle:
         }
 
 
+@torch_threads(_THREADS)
 def export(
     model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
@@ -115,9 +119,12 @@ def export(
             than one token; the report then says that it was asked for and not done.
         progress: called with (what is being done, fraction done in [0, 1]).
 
+    An exception leaves nothing behind, and so does a signal that raises one. No handler of signals is set here: SIGTERM
+    by default ends Python at once, as SIGKILL does, and leaves a draft, which the next build at this place removes.
+
     Raises:
         DeclinedError: a technique that the recipe asks for does nothing, and `allow_declined` is not given.
-        FlashuError: its base, by a subclass that says what is wrong and what to do; nothing is left behind.
+        FlashuError: its base, by a subclass that says what is wrong and what to do.
     """
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
@@ -138,7 +145,6 @@ def export(
     ensure_writable(directory, overwrite=overwrite)
 
     decided, figures = decide(chosen, source, tasks, given, samples, seed, tell)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     measured = given or own_samples(loaded)
     precise, losses = measured_precision(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
@@ -202,6 +208,7 @@ def _write(
     )
 
 
+@torch_threads(_THREADS)
 def calibrate(
     model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
@@ -265,6 +272,7 @@ def _captured(
     return model
 
 
+@torch_threads(_THREADS)
 def capture_model(
     model: nn.Module | str | Path,
     task: str | Sequence[str],

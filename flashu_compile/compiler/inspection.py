@@ -59,7 +59,7 @@ class BuildChecks:
     def _costs(self, open_bundle: Open) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         points = self.source.loaded.network.config.steps
-        open_once = functools.cache(open_bundle)
+        open_once = functools.cache(lambda: open_bundle(threads=1))
         for task in self.tasks:
             if self.exact_precision and not self.recipe.config(task).is_lossy(points):
                 continue

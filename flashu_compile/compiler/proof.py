@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flashu_compile.arguments import shown
@@ -21,6 +19,7 @@ from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import write_bundle
 from flashu_compile.models.loading import LoadedModel
@@ -174,9 +173,9 @@ def _answered_by_copy(
         found.update(answers.of(open_bundle))
         return found
 
-    with tempfile.TemporaryDirectory(prefix=".copy-", dir=maker.scratch_parent) as scratch:
+    with draft_folder(maker.scratch_parent) as scratch:
         write_bundle(
-            Path(scratch) / "copy",
+            scratch / "copy",
             engines=built.engines.engines,
             metadata=bundle_metadata(loaded, tasks, backend, str(maker.precision), copy.recipe.name),
             tokenizer=loaded.tokenizer,

@@ -268,5 +268,5 @@ def _mean(values: Iterator[float]) -> float:
 
 
 def _rounded(value: float) -> float:
-    # Three digits: the last bits depend on how many threads compute.
+    # Three digits: the last bits depend on where in memory operands lie.
     return float(f"{value:.2e}")

@@ -18,6 +18,7 @@ from torch import nn
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError, UnsupportedModelError
 from flashu_compile.models import hub, saved_vae, weights
 from flashu_compile.models.origins import CARD, IN_MEMORY, origin, vae_files, vae_origin
@@ -363,6 +364,6 @@ def _check(loaded: LoadedModel) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    with draft_folder(path.parent) as draft:
+        write(draft / path.name)
+        os.replace(draft / path.name, path)

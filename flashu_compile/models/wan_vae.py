@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashu_compile import reading
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from flashu_compile.models import weights
 from flashu_compile.paths import absolute
@@ -119,12 +120,12 @@ class WanVAE(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write a diffusers folder: `config.json` and safetensors, the same bytes for the same VAE."""
-        directory.mkdir(parents=True, exist_ok=True)
         settings = {"_class_name": "AutoencoderKLWan", **dict(sorted(self.settings.items()))}
         state = {name: value.to("cpu").contiguous() for name, value in self.state_dict().items()}
-        partial = directory / (_WEIGHTS + ".partial")
-        save_file(state, partial, metadata={"format": "pt"})
-        os.replace(partial, directory / _WEIGHTS)
+        with draft_folder(directory) as draft:
+            save_file(state, draft / _WEIGHTS, metadata={"format": "pt"})
+            directory.mkdir(parents=True, exist_ok=True)
+            os.replace(draft / _WEIGHTS, directory / _WEIGHTS)
         (directory / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from flashu_compile import reading
+from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import RecipeError
 
 _METADATA = {"content": "kept neurons of a flashu_compile recipe"}
@@ -24,26 +25,23 @@ def write_files(path: Path, text: str, tensors: Tensors) -> Path:
     At no moment do the two files belong to different recipes. Raises `RecipeError` if something cannot be written.
     """
     beside = path.with_suffix(".safetensors")
-    drafts = [p.with_name(f".{p.name}.{os.getpid()}") for p in (path, beside)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if beside.exists() and not _is_ours(beside):
             raise RecipeError(f"{beside} is not part of a recipe and will not be replaced; save elsewhere.")
-        drafts[0].write_text(text, encoding="utf-8")
-        if tensors:
-            drafts[1].write_bytes(save(tensors, _METADATA))
-        # Without its JSON file there is no recipe, so at no moment is there a mixture of two.
-        path.unlink(missing_ok=True)
-        if tensors:
-            os.replace(drafts[1], beside)
-        else:
-            beside.unlink(missing_ok=True)
-        os.replace(drafts[0], path)
+        with draft_folder(path.parent) as draft:
+            (draft / path.name).write_text(text, encoding="utf-8")
+            if tensors:
+                (draft / beside.name).write_bytes(save(tensors, _METADATA))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Without its JSON file there is no recipe, so at no moment is there a mixture of two.
+            path.unlink(missing_ok=True)
+            if tensors:
+                os.replace(draft / beside.name, beside)
+            else:
+                beside.unlink(missing_ok=True)
+            os.replace(draft / path.name, path)
     except OSError as error:
         raise RecipeError(f"The recipe could not be written to {path}: {error}.") from error
-    finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
     return path
 
 

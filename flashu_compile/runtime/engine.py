@@ -45,7 +45,10 @@ class Engines(Protocol):
         ...
 
     def engine(self, name: str) -> Engine:
-        """Return the engine called `name`. Raises `BundleError` if there is none or its files are damaged."""
+        """Return the engine called `name`.
+
+        Raises `BundleError` if there is none or its files are damaged, `PipelineError` after `close` or a fork.
+        """
         ...
 
 

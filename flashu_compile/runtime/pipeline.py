@@ -34,6 +34,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engine, Engines
+from flashu_compile.runtime.lifetime import Closing, OwnedEngines
 from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
@@ -60,12 +61,13 @@ def load(
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; loading fails if it does not work.
     `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
     `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
-    one per core). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
-    `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
-    `verify_hashes=False` skips comparing each file with its SHA-256; `digest` is that of the manifest, as `export` gave
-    it. `trust=True` lets engines be code, or have any operators: give it only for bundles whose builder you know. A
-    prompt or question is plain text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens
-    in it (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own.
+    one for each core that the process may use, by its affinity and its container's quota). With `memory="fast"` each
+    engine keeps weights in the form that is fastest to compute with; with `"low"` (ONNX Runtime on the CPU) all engines
+    read one map of the weights, which takes less memory and more time. `verify_hashes=False` skips comparing each file
+    with its SHA-256; `digest` is that of the manifest, as `export` gave it. `trust=True` lets engines be code, or have
+    any operators: give it only for bundles whose builder you know. A prompt or question is plain text, whatever it
+    spells; with `allow_control_tokens=True` the tokenizer's added tokens in it (`<|im_end|>`, `<image>`) are control
+    tokens, as in the published scripts. `options` are the backend's own.
 
     Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle, it is damaged, or not of `digest`,
     `BundleVersionError` if its schema is newer, `BackendUnavailableError` if backend or provider do not work here,
@@ -88,8 +90,11 @@ def load(
     return Pipeline(manifest, parts.plan, parts.recipe, parts.codec, engines)
 
 
-class Pipeline:
+class Pipeline(Closing):
     """A loaded bundle; make one with `flashu_compile.load`. All methods may be called from several threads.
+
+    `with load(…) as pipe:` closes it at the end. Sessions do not survive a fork and cannot be pickled: what would run
+    one in a forked process, or pickle it, raises `PipelineError`; each process loads the bundle itself.
 
     `manifest` says what the bundle holds, `plan` its trajectory, `recipe` the rules of others (both None without t2i).
     """
@@ -113,6 +118,12 @@ class Pipeline:
     def engines(self) -> Engines:
         """The bundle's engines by name; for measuring and checking."""
         return self._engines
+
+    def close(self) -> None:
+        """Release sessions, weights and their maps. Methods that need one raise `PipelineError` afterwards."""
+        if isinstance(self._engines, OwnedEngines):
+            self._engines.close()
+        self._schedules = schedules(self._engines)  # without the values it remembered
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.manifest.model}: {', '.join(self.manifest.tasks)}>"

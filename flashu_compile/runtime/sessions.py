@@ -32,6 +32,7 @@ from flashu_compile.errors import BackendUnavailableError, BundleError, Configur
 from flashu_compile.runtime.binding import BoundRuns, StateRuns
 from flashu_compile.runtime.checked_graph import read_graph
 from flashu_compile.runtime.engine import State, Tensors
+from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
 from flashu_compile.runtime.onnx_file import OnnxFile
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
@@ -48,6 +49,7 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
+from flashu_compile.threads import default_threads
 
 # A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
 PROVIDERS: dict[str, tuple[str, ...]] = {
@@ -113,8 +115,10 @@ class OnnxRuntimeEngine:
         *,
         weights: SharedWeights | None = None,
         bound: BoundRuns | None = None,
+        lifetime: Lifetime | None = None,
     ) -> None:
         self.spec = spec
+        self._lifetime = lifetime or Lifetime()
         self.placements: tuple[Placement, ...] = placements(session)
         self._session, self._bound = session, bound
         self._weights = weights  # the session reads them for as long as it lives
@@ -135,6 +139,7 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Run the session; see `Engine.run`. Raises `BundleError` if ONNX Runtime fails."""
+        self._lifetime.check()
         sizes = check_inputs(self.spec, inputs)
         if self._state:
             state = {name: inputs[name].copy() for name in self._state}
@@ -152,6 +157,7 @@ class OnnxRuntimeEngine:
 
     def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
         """Run the session and update `state` in place; see `Updating.update` and `StateRuns`."""
+        self._lifetime.check()
         sizes = check_inputs(self.spec, {**inputs, **state})
         try:
             outputs = self._stateful.run(inputs, state, sizes)
@@ -163,14 +169,14 @@ class OnnxRuntimeEngine:
         return BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}")
 
 
-class OnnxRuntimeEngines:
-    """Sessions of a bundle on one execution provider, created lazily and once, whichever thread asks first.
+class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
+    """Sessions of a bundle on one execution provider; see `OwnedEngines`.
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
-    `threads` is the number of threads an engine computes with (None: one per core); `memory` is `fast`, or `low` for
-    engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the operators that the
-    graphs have. With `trust`, graphs may have any operators. Raises `ConfigurationError` if one of them makes no sense,
-    `BackendUnavailableError` if the provider does not work here.
+    `threads` is the number of threads an engine computes with (None: see `default_threads`); `memory` is `fast`, or
+    `low` for engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the
+    operators that the graphs have. With `trust`, graphs may have any operators. Raises `ConfigurationError` if one of
+    them makes no sense, `BackendUnavailableError` if the provider does not work here.
     """
 
     def __init__(
@@ -197,31 +203,22 @@ class OnnxRuntimeEngines:
         self.provider, self.options = provider, given
         self._shares, self._contrib, self._trust = memory == "low", contrib_operators, trust
         self._weights: SharedWeights | None = None
-        self._files, self._threads = files, threads
-        self._engines: dict[str, OnnxRuntimeEngine] = {}
-        self._lock = threading.Lock()
+        self._threads = threads
+        super().__init__(files)
 
-    @property
-    def precision(self) -> str:
-        """The precision the engines compute in, as recorded in the manifest."""
-        return self._files.manifest.precision
+    def _release(self) -> None:
+        self._weights = None
 
-    def engine(self, name: str) -> OnnxRuntimeEngine:
-        """Return the engine called `name`, creating its session on first use."""
-        with self._lock:
-            if name not in self._engines:
-                spec = self._files.manifest.engine(name)
-                stored = WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists()
-                if stored and self._shares and self._weights is None:
-                    with self._files.held(WEIGHTS) as (path,):
-                        shared = SharedWeights(path)
-                    self._weights = shared
-                with self._files.held(spec.file, *[WEIGHTS] * stored) as (path, *_):
-                    engine = self._create(spec, path)
-                self._engines[name] = engine
-            return self._engines[name]
+    def _create(self, spec: EngineSpec, lifetime: Lifetime) -> OnnxRuntimeEngine:
+        stored = WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists()
+        if stored and self._shares and self._weights is None:
+            with self._files.held(WEIGHTS) as (path,):
+                shared = SharedWeights(path)
+            self._weights = shared
+        with self._files.held(spec.file, *[WEIGHTS] * stored) as (path, *_):
+            return self._opened(spec, path, lifetime)
 
-    def _create(self, spec: EngineSpec, path: Path) -> OnnxRuntimeEngine:
+    def _opened(self, spec: EngineSpec, path: Path, lifetime: Lifetime) -> OnnxRuntimeEngine:
         graph = read_graph(self._files, spec, trust=self._trust)
         wanted = resolve_provider(self.provider)
         manifest = self._files.manifest
@@ -232,7 +229,7 @@ class OnnxRuntimeEngines:
         outputs = [tensor.name for tensor in spec.outputs]
         device = int(str(self.options.get("device_id", 0)))
         bound = BoundRuns(session, outputs, "cuda", device) if request.cuda_graph else None
-        engine = OnnxRuntimeEngine(spec, session, weights=self._weights, bound=bound)
+        engine = OnnxRuntimeEngine(spec, session, weights=self._weights, bound=bound, lifetime=lifetime)
         check_placements(spec.name, self.provider, wanted, engine.placements)
         if len(engine.placements) > 1:
             told = ", ".join(map(str, engine.placements))
@@ -312,8 +309,7 @@ def create_session(
     if not contrib:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     configure(options, request)
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = default_threads() if threads is None else threads
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever a file's name is
     if place_weights is not None:
         place_weights(options)

@@ -27,6 +27,7 @@ from flashu_compile.bundle.profiles import Profile
 from flashu_compile.bundle.signatures import check_inputs, check_outputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.engine import Tensors
+from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
 
 PLAN_FILE = "tensorrt.json"
 
@@ -175,7 +176,7 @@ def import_libraries() -> Libraries:
     return libraries
 
 
-class TensorRTEngines:
+class TensorRTEngines(OwnedEngines["TensorRTEngine"]):
     """The built engines of a bundle, each deserialised when it is first requested.
 
     Raises `BundleError` without a plan, `ConfigurationError` if engines carry code and are not trusted,
@@ -195,27 +196,14 @@ class TensorRTEngines:
                 f"The TensorRT engines of {files.directory} are version compatible and carry code that loading runs; "
                 "if you know who built them, load them with trust=True."
             )
-        self._files, self._libraries = files, libraries()
+        self._libraries = libraries()
         self._runtime = self._libraries.trt.Runtime(
             self._libraries.trt.Logger(self._libraries.trt.Logger.WARNING)
         )
         self._runtime.engine_host_code_allowed = self.plan.carries_code
-        self._engines: dict[str, TensorRTEngine] = {}
-        self._lock = threading.Lock()
+        super().__init__(files)
 
-    @property
-    def precision(self) -> str:
-        """The precision the engines compute in, as recorded in the manifest."""
-        return self._files.manifest.precision
-
-    def engine(self, name: str) -> TensorRTEngine:
-        """Return the engine called `name`, deserialising it on first use."""
-        with self._lock:
-            if name not in self._engines:
-                self._engines[name] = self._load(self._files.manifest.engine(name))
-            return self._engines[name]
-
-    def _load(self, spec: EngineSpec) -> TensorRTEngine:
+    def _create(self, spec: EngineSpec, lifetime: Lifetime) -> TensorRTEngine:
         planned = self.plan.engines.get(spec.name)
         if planned is None or planned.built is None:
             raise BundleError(
@@ -230,7 +218,7 @@ class TensorRTEngines:
             raise BundleError(f"TensorRT cannot load engine {spec.name!r}; build it again on this machine.")
         if self.plan.options.strip_weights:
             self._refit(engine, spec, planned)
-        return TensorRTEngine(spec, engine, self._libraries)
+        return TensorRTEngine(spec, engine, self._libraries, lifetime)
 
     def _refit(self, engine: Any, spec: EngineSpec, planned: PlannedEngine) -> None:
         """Refit an engine that was built without weights with those of the bundle."""
@@ -265,8 +253,10 @@ def check_built_for(name: str, built: BuiltEngine, plan: TensorRTPlan, libraries
 class TensorRTEngine:
     """One engine, its execution context and its stream. Calls from several threads take turns."""
 
-    def __init__(self, spec: EngineSpec, engine: Any, libraries: Libraries) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: EngineSpec, engine: Any, libraries: Libraries, lifetime: Lifetime | None = None
+    ) -> None:
+        self.spec, self._lifetime = spec, lifetime or Lifetime()
         self._engine, self._lib = engine, libraries
         self._context = engine.create_execution_context()
         self._stream = libraries.checked(libraries.cuda.cudaStreamCreate())
@@ -281,6 +271,7 @@ class TensorRTEngine:
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Run the engine; see `Engine.run`. Raises `BackendUnavailableError` if a CUDA call fails."""
+        self._lifetime.check()
         sizes = check_inputs(self.spec, inputs)
         with self._lock:
             memory: list[int] = []

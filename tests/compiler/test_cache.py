@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashu_compile.compiler.cache import EngineCache, open_cache
+from flashu_compile.drafts import PREFIX
 from flashu_compile.errors import CacheError
 from tests.runtime.tiny_bundle import flip_byte
 
@@ -50,17 +51,24 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert (cache.read("a"), cache.read("b"), cache.read("c")) == (bytes(68), None, bytes(68))
 
 
-def test_what_killed_builds_leave_is_removed_when_it_is_old(tmp_path: Path) -> None:
+def test_what_killed_builds_leave_is_removed(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
-    old, new = tmp_path / "old.engines-partial", tmp_path / "new.engines-partial"
-    old.touch()
-    new.touch()
-    os.utime(old, (1e9, 1e9))
+    (tmp_path / f"{PREFIX}killed").mkdir()
     (tmp_path / "thesis.partial").touch()
-    cache.prune()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.engines-partial", "thesis.partial"]
+    cache.write("a", b"content")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.engines", "thesis.partial"]
+    (tmp_path / f"{PREFIX}killed").mkdir()
     cache.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.partial"]
+
+
+def test_an_entry_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "old.engines").mkdir()  # which unlink refuses
+    with caplog.at_level(logging.WARNING):
+        EngineCache(tmp_path, limit=0).write("a", b"content")
+    assert "could not be kept" in caplog.text
 
 
 def test_what_libraries_keep_is_told_and_cleared(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.export import capture_model
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import size_ranges
+from flashu_compile.drafts import PREFIX
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.showo2.modeling import Showo2
@@ -234,5 +237,35 @@ def test_two_builds_at_once(fresh: Path, tmp_path: Path) -> None:
     builds = [run(_AT_ONCE, tmp_path / name, tmp_path / "cache") for name in ("one", "two")]
     assert [each.wait(timeout=600) for each in builds] == [0, 0]
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(fresh)
-    assert not list((tmp_path / "cache").glob("*partial"))
+    assert not list((tmp_path / "cache").glob(f"{PREFIX}*"))
     assert build(small_model(), tmp_path / "three", tmp_path / "cache").built() == []
+
+
+def killed_build(folder: Path, call: int) -> subprocess.CompletedProcess[str]:
+    """Build, killed at a call that touches a file."""
+    command = [sys.executable, "-m", "tests.support.killed_build", str(folder), str(call)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="drafts of killed builds stay there")
+def test_killed_at_any_point_a_build_leaves_a_whole_bundle_or_none(
+    fresh: Path, cache: Path, tmp_path: Path
+) -> None:
+    """And the next build succeeds, and removes what killed ones left. Every other build replaces a bundle."""
+    shutil.copytree(cache, tmp_path / "cache")
+    calls, points, left = int(killed_build(tmp_path, 0).stdout), random.Random(20), 0
+    for attempt in range(6):
+        if attempt % 2 == 0:
+            shutil.rmtree(tmp_path / "bundle")
+        ended = killed_build(tmp_path, points.randint(1, calls))
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert attempt % 2 == 0 or (tmp_path / "bundle").exists()
+        if (tmp_path / "bundle").exists():
+            assert contents(tmp_path / "bundle") == contents(fresh)
+        left += sum(path.name.startswith(PREFIX) for path in tmp_path.rglob("*"))
+        build(small_model(), tmp_path / "bundle", tmp_path / "cache", overwrite=True)
+        assert contents(tmp_path / "bundle") == contents(fresh)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "cache"]
+    assert left > 0
+    assert contents(tmp_path / "cache").keys() == contents(cache).keys()

@@ -338,7 +338,7 @@ class TestFiles:
             Recipe.from_json(RECIPE.to_json()).save(tmp_path)
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("broken", [".recipe.json", ".recipe.safetensors"])
+    @pytest.mark.parametrize("broken", ["recipe.json", "recipe.safetensors"])
     def test_a_failed_write_leaves_what_was_there(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
     ) -> None:

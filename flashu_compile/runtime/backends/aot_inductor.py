@@ -41,13 +41,13 @@ class AOTInductor:
                 f"The engines in {files.directory} were compiled for {self.provider}: load the bundle with provider "
                 f"{self.provider!r}, or build one with backend 'torch', whose engines run on either."
             )
-        return TorchEngines(files, find_device(provider, threads), _packaged)
+        return TorchEngines(files, find_device(provider), _packaged, threads)
 
     def examine(self) -> Iterator[Finding]:
         """Try the device, which running needs, and compile a one-line function, as building needs compilers too."""
         purpose = f"bundles of backend {self.name!r}"
         try:
-            device = find_device(self.provider, None)
+            device = find_device(self.provider)
         except BackendUnavailableError as error:
             yield Finding(self.name, "missing", str(error), purpose)
             return

@@ -7,8 +7,8 @@ of it; so engines are code, whatever they look like.
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from flashu_compile.errors import BackendUnavailableError, BundleError, Configur
 from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
+from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
+from flashu_compile.threads import default_threads, torch_threads
 
 TENSORS = "weights.safetensors"
 _LARGEST_GRAPH = 1 << 30  # bytes
@@ -43,8 +45,16 @@ Maker = Callable[[EngineSpec, Path, Mapping[str, Tensor], torch.device], Call]
 class TorchEngine:
     """A function of tensors under an engine's signature."""
 
-    def __init__(self, spec: EngineSpec, call: Call, device: torch.device) -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        spec: EngineSpec,
+        call: Call,
+        device: torch.device,
+        lifetime: Lifetime | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.spec, self._lifetime = spec, lifetime or Lifetime()
+        self._threads, self._cores = threads, default_threads()
         self._call, self._device = call, device
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
@@ -68,11 +78,12 @@ class TorchEngine:
         return {name: _array(value) for name, value in outputs.items()}
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        self._lifetime.check()
         sizes = check_inputs(self.spec, inputs, (np.ndarray, Tensor))
         tensors = [self._tensor(inputs[given.name]) for given in self.spec.inputs]
         try:
             # Not inference mode, whose tensors a caller could not write to.
-            with torch.no_grad():
+            with torch.no_grad(), self._own_threads():
                 results = self._call(*tensors)
         except FlashuError:
             raise
@@ -85,6 +96,9 @@ class TorchEngine:
             )
         return check_outputs(self.spec, dict(zip(names, results, strict=True)), sizes, Tensor)
 
+    def _own_threads(self) -> AbstractContextManager[None]:
+        return torch_threads(self._threads or min(torch.get_num_threads(), self._cores))
+
     def _tensor(self, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
             value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
@@ -96,30 +110,23 @@ def _array(value: Tensor) -> NDArray[Any]:
     return value.cpu().contiguous().numpy().copy()
 
 
-class TorchEngines:
+class TorchEngines(OwnedEngines[TorchEngine]):
     """The engines of a bundle, which share one set of tensors; `make` makes each when it is first requested."""
 
-    def __init__(self, files: BundleFiles, device: torch.device, make: Maker) -> None:
-        self._files, self._device, self._make = files, device, make
-        self._engines: dict[str, TorchEngine] = {}
-        self._keys: dict[str, dict[str, str]] = {}
+    def __init__(
+        self, files: BundleFiles, device: torch.device, make: Maker, threads: int | None = None
+    ) -> None:
+        self._device, self._make, self._threads = device, make, threads
         self._tensors: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
+        super().__init__(files)
 
-    @property
-    def precision(self) -> str:
-        """The precision the engines compute in, as recorded in the manifest."""
-        return self._files.manifest.precision
+    def _create(self, spec: EngineSpec, lifetime: Lifetime) -> TorchEngine:
+        with self._files.held(spec.file, TENSORS) as (path, _):
+            call = self._make(spec, path, self.tensors_of(spec.name), self._device)
+        return TorchEngine(spec, call, self._device, lifetime, self._threads)
 
-    def engine(self, name: str) -> TorchEngine:
-        """Return the engine called `name`, making it on first use."""
-        with self._lock:
-            if name not in self._engines:
-                spec = self._files.manifest.engine(name)
-                with self._files.held(spec.file, TENSORS) as (path, _):
-                    call = self._make(spec, path, self.tensors_of(name), self._device)
-                self._engines[name] = TorchEngine(spec, call, self._device)
-            return self._engines[name]
+    def _release(self) -> None:
+        self._tensors.clear()
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of an engine, by its own names."""
@@ -153,8 +160,8 @@ def _replayed(make: Maker, provider: str) -> Maker:
     return lambda spec, path, tensors, device: Replayed(make(spec, path, tensors, device))
 
 
-def find_device(provider: str, threads: int | None) -> torch.device:
-    """Return the device of a provider, and set PyTorch's number of threads, which holds for the whole process.
+def find_device(provider: str) -> torch.device:
+    """Return the device of a provider.
 
     Raises `ConfigurationError` on an unknown provider, `BackendUnavailableError` if there is no CUDA device.
     """
@@ -167,8 +174,6 @@ def find_device(provider: str, threads: int | None) -> torch.device:
             f"Provider 'cuda' does not work here: PyTorch {torch.__version__} sees no CUDA device; it needs an "
             "NVIDIA driver and a PyTorch built for CUDA."
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
     return torch.device(provider)
 
 
@@ -189,14 +194,14 @@ class Torch:
         make: Maker = _compiled if _switched_on("compile", options) else _eager
         if _switched_on("cuda_graph", options):
             make = _replayed(make, provider)
-        return TorchEngines(files, find_device(provider, threads), make)
+        return TorchEngines(files, find_device(provider), make, threads)
 
     def examine(self) -> Iterator[Finding]:
         """Compute one sum on every device and yield a finding for each."""
         for provider in ("cpu", "cuda"):
             name, purpose = f"torch: {provider}", f"bundles of backend 'torch' with provider={provider!r}"
             try:
-                two = torch.ones(1, device=find_device(provider, None)).add(1).item()
+                two = torch.ones(1, device=find_device(provider)).add(1).item()
             except (BackendUnavailableError, RuntimeError) as error:
                 yield Finding(name, "missing", str(error), purpose)
             else:

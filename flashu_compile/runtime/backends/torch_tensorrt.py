@@ -141,7 +141,7 @@ class TorchTensorRT:
         Raises `BackendUnavailableError` without torch-tensorrt or an NVIDIA GPU.
         """
         library = import_torch_tensorrt()
-        device = find_device(provider, threads)
+        device = find_device(provider)
         if device.type != "cuda":
             raise BackendUnavailableError(
                 "Engines of torch-tensorrt run on NVIDIA GPUs alone; load the bundle with provider 'cuda'."
@@ -154,7 +154,7 @@ class TorchTensorRT:
             check_target(spec.name, engines[spec.name].target, here)
             return _loaded(library, spec, path, engines[spec.name].profile)
 
-        return TorchEngines(files, device, make)
+        return TorchEngines(files, device, make, threads)
 
     def examine(self) -> Iterator[Finding]:
         """Import torch-tensorrt and query the GPU, and yield one finding."""

@@ -1,0 +1,101 @@
+"""Folders for unfinished work, which is then renamed into place, so that it appears whole or not at all.
+
+A draft holds a lock for as long as the process that made it lives, however that ends. So a later process can tell
+the drafts of dead ones, and removes them. Where there are no locks (Windows, some network file systems) nothing
+proves a process dead, and what killed ones leave stays there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX = ".flashu-draft-"
+_LOCK, _FILES = "lock", "files"
+
+
+@contextlib.contextmanager
+def draft_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new empty folder on the file system of `parent`, which need not exist; it is removed at the end.
+
+    It lies in `parent`, or in the nearest folder above it that exists. Drafts that dead processes left there are
+    removed first. Raises `OSError` if it cannot be made.
+    """
+    place = nearest_folder(parent)
+    remove_dead_drafts(place)
+    draft, lock = _new_draft(place)
+    try:
+        (
+            draft / _FILES
+        ).mkdir()  # with the permissions of any new folder; the draft itself is its owner's alone
+        yield draft / _FILES
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest path above it that exists."""
+    return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+
+
+def remove_dead_drafts(folder: Path) -> None:
+    """Remove this user's drafts in `folder` whose processes are dead."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    _remove_if_dead(Path(entry.path))
+
+
+def _new_draft(place: Path) -> tuple[Path, int | None]:
+    """Make and lock a draft; return it with its open lock file, or None where there are no locks."""
+    while True:
+        draft = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        if fcntl is None:
+            return draft, None
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # taken for dead by another process, before it was locked
+            lock = os.open(draft / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                if _take(lock, draft):
+                    return draft, lock
+            except OSError:  # a file system without locks, so that nobody else gets this one either
+                return draft, lock
+            os.close(lock)
+
+
+def _remove_if_dead(draft: Path) -> None:
+    if draft.stat().st_uid != os.geteuid():
+        return
+    lock = os.open(draft / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        if _take(lock, draft):
+            shutil.rmtree(draft, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, draft: Path) -> bool:
+    """Lock an open file; tell whether that succeeded and the file still is the draft's. Raises `OSError`."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(lock), (draft / _LOCK).stat())
+    except FileNotFoundError:
+        return False

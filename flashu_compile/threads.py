@@ -1,0 +1,105 @@
+"""How many threads compute: as many as this process may use cores, and no more than a caller asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_lock = threading.Lock()
+
+
+def default_threads(system: Path = Path("/")) -> int:
+    """Return the number of physical cores that this process may use: by its affinity, and by its container's quota.
+
+    `system` is the root of the file system that tells (Linux alone); what it does not tell is not limited.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_siblings(system, processor) for processor in allowed}
+    return max(1, int(min(len(cores), *_quotas(system))))
+
+
+def _siblings(system: Path, processor: int) -> str:
+    """Return a name of the physical core of a logical processor."""
+    topology = system / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
+    return _text(topology) or str(processor)
+
+
+def _quotas(system: Path) -> list[float]:
+    """Return the quotas, in processors, of the control groups of this process and those above them."""
+    quotas = [math.inf]
+    mounted = system / "sys/fs/cgroup"
+    for line in _text(system / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # Seen from inside of a container, its own group may be the root.
+        root = next(
+            (p for p in (mounted / controllers, mounted / "cpu") if controllers and p.is_dir()), mounted
+        )
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            quotas.append(_group_quota(folder))
+            if folder == root:
+                break
+    return quotas
+
+
+def _group_quota(folder: Path) -> float:
+    """Return the quota of one control group, of version 2 or 1; infinity if it has none."""
+    limit, period = (*_text(folder / "cpu.max").split(), "", "")[:2]
+    if not limit:
+        limit, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+    if not (limit.isdecimal() and period.isdecimal() and int(period)):  # "max", or -1
+        return math.inf
+    return int(limit) / int(period)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute on `count` threads in this thread of the process, and in no other one."""
+    import torch
+
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    _set_own(count)
+    try:
+        yield
+    finally:
+        _set_own(before)
+
+
+def _set_own(count: int) -> None:
+    """Set PyTorch's number for this thread alone.
+
+    It keeps one for each thread, and one that threads begin with, and sets both; so the latter is set back, by a
+    thread that has none of its own yet.
+    """
+    import torch
+
+    with _lock:
+        others = _in_new_thread(torch.get_num_threads)
+        torch.set_num_threads(count)
+        _in_new_thread(torch.set_num_threads, others)
+
+
+def _in_new_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work(*arguments)))
+    thread.start()
+    thread.join()
+    return results[0]
