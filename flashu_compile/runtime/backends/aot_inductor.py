@@ -97,9 +97,8 @@ def check_processor(name: str, told: Mapping[str, str]) -> None:
 
 def _packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
     try:
-        check_processor(
-            spec.name, torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
-        )
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        check_processor(spec.name, loader.load_metadata_from_package(str(path), "model"))
         package = torch._inductor.aoti_load_package(str(path))
         # A package may have its constants in itself.
         wanted = {name: tensors[name] for name in package.get_constant_fqns()} if tensors else {}
