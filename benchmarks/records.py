@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from flashu_compile.drafts import draft_folder
 from flashu_compile.recipe.recipe import Recipe
 
 
@@ -73,9 +74,9 @@ def save_array(path: Path, values: np.ndarray) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a draft beside `path`, with its suffix, then put it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
-    write(draft)
-    os.replace(draft, path)
+    with draft_folder(path.parent) as draft:
+        write(draft / path.name)
+        os.replace(draft / path.name, path)
 
 
 def ratio(value: float | None, of: float | None) -> float | None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch._inductor import config
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.export.passes import move_to_device_pass
@@ -33,6 +34,9 @@ from flashu_compile.program.program import Program
 from flashu_compile.threads import default_threads
 
 _HALF = "bfloat16"
+#: Compilers use no instructions but those that PyTorch asks for and records; by default they may use all of the
+#: processor at hand. Older versions of PyTorch have no such setting.
+_RECORDED_INSTRUCTIONS = {"cpp.march": ""} if hasattr(config.cpp, "march") else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,7 @@ def _compiled(program: Program, device: str, *, holds_weights: bool) -> TorchMod
                     exported,
                     package_path=str(path),
                     inductor_configs={
+                        **_RECORDED_INSTRUCTIONS,
                         "aot_inductor.package_constants_in_so": holds_weights,
                         "cpp.threads": default_threads(),  # which are in the code, whatever a build computes with
                     },

@@ -63,7 +63,9 @@ class Maker:
     def fingerprint(self) -> str:
         """Return a text that is equal for makers that make the same engines and records of the same programs."""
         not_validated = "" if self.validate else " not_validated"
-        return f"{type(self.backend).__module__} {self.precision.fingerprint()}{not_validated}"
+        # Two backends may be objects of one class.
+        backend = f"{type(self.backend).__module__} {sorted(vars(self.backend).items())}"
+        return f"{backend} {self.precision.fingerprint()}{not_validated}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from torch import nn
 
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
+from flashu_compile.autocast import without_autocast
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
@@ -65,6 +66,7 @@ class Bundle:
 
 
 @torch_threads(_THREADS)
+@without_autocast()
 def export(
     model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
@@ -209,6 +211,7 @@ def _write(
 
 
 @torch_threads(_THREADS)
+@without_autocast()
 def calibrate(
     model: nn.Module | str | Path | CapturedModel,
     task: str | Sequence[str],
@@ -273,6 +276,7 @@ def _captured(
 
 
 @torch_threads(_THREADS)
+@without_autocast()
 def capture_model(
     model: nn.Module | str | Path,
     task: str | Sequence[str],

@@ -1,4 +1,4 @@
-"""The bytes of a bundle do not depend on how many threads PyTorch has, and the number is as it was afterwards."""
+"""The bytes of a bundle depend neither on PyTorch's number of threads nor on autocast; both are as they were after."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def number() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("number")
 @pytest.mark.parametrize(("recipe", "precision"), [(LOSSY, "float32"), (Recipe("exact"), "int8")])
-def test_the_number_of_threads_is_not_in_a_bundle(tmp_path: Path, recipe: Recipe, precision: str) -> None:
+def test_what_the_caller_has_set_is_not_in_a_bundle(tmp_path: Path, recipe: Recipe, precision: str) -> None:
     """The model is wide enough for PyTorch to divide its products, as the tiny one is not."""
     model = tiny_model(llm=dataclasses.replace(CONFIG.llm, hidden_size=256, intermediate_size=512))
     files = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        bundle = flashu_compile.export(
-            model, "mmu", output=tmp_path / str(threads), recipe=recipe, precision=precision,
-            calibration={"questions": QUESTIONS}, vae=VAE, tokenizer=tokenizer(), cache=False,
-        )  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=threads == 2):
+            bundle = flashu_compile.export(
+                model, "mmu", output=tmp_path / str(threads), recipe=recipe, precision=precision,
+                calibration={"questions": QUESTIONS}, vae=VAE, tokenizer=tokenizer(), cache=False,
+            )  # fmt: skip
         assert torch.get_num_threads() == threads
         files.append(bundle.manifest.files)
     assert files[0] == files[1]

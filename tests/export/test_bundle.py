@@ -322,7 +322,7 @@ def test_a_failed_swap_puts_the_old_bundle_back(
 
 def test_a_parent_that_cannot_be_created_is_a_bundle_error(tmp_path: Path, write: Write) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match="could not be written"):
+    with pytest.raises(BundleError, match="file is not a directory; choose another output"):
         write(tmp_path / "file" / "bundle")
 
 

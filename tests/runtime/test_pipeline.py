@@ -203,7 +203,7 @@ def test_other_plans_follow_from_the_recipe_s_rules(own_bundle: Path) -> None:
 
 
 def test_a_plan_whose_engine_is_missing_is_refused(own_bundle: Path) -> None:
-    """The phase that skips layers holds for the last fifth: in short plans for the last evaluation alone, which is whole."""
+    """The phase that skips holds for the last fifth: in short plans the last evaluation alone, which is whole."""
     recipe = Recipe(
         "late",
         dataclasses.replace(RECIPE.t2i, layer_skipping=0.5),

@@ -6,6 +6,8 @@ On a GPU without CUDA graphs: a package asks its events whether they are over, w
 from __future__ import annotations
 
 import dataclasses
+import platform
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._inductor.cpu_vec_isa import x86_isa_checker
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
@@ -67,9 +70,35 @@ class AOTInductor:
 
 BACKEND = AOTInductor("aot_inductor", "cpu")
 
+#: Sets of instructions by PyTorch's names, of which packages record all that their code has.
+_INSTRUCTIONS = frozenset({"avx2", "avx512", "avx512_vnni", "amx_tile"})
+
+
+def check_processor(name: str, told: Mapping[str, str]) -> None:
+    """Compare what PyTorch recorded in the package of engine `name` with this machine, before its code is loaded.
+
+    Raises `BackendUnavailableError` if the machine is of another kind, or lacks instructions that the code has.
+    """
+    here = {"AOTI_PLATFORM": sys.platform, "AOTI_MACHINE": platform.machine()}
+    for key, found in here.items():
+        if told.get(key, found) != found:
+            raise BackendUnavailableError(
+                f"Engine {name!r} was compiled for {told[key]}, and this machine is {found}; build the bundle here, or "
+                "one for backend 'torch'."
+            )
+    wanted = set(told.get("AOTI_CPU_ISA", "").lower().split())
+    lacking = sorted((wanted & _INSTRUCTIONS) - set(x86_isa_checker()))
+    if lacking:
+        raise BackendUnavailableError(
+            f"Engine {name!r} was compiled for processors with {', '.join(lacking)}, which this one lacks; build the "
+            "bundle here, or one for backend 'torch'."
+        )
+
 
 def _packaged(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: torch.device) -> Call:
     try:
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        check_processor(spec.name, loader.load_metadata_from_package(str(path), "model"))
         package = torch._inductor.aoti_load_package(str(path))
         # A package may have its constants in itself.
         wanted = {name: tensors[name] for name in package.get_constant_fqns()} if tensors else {}

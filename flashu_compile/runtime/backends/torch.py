@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 import flashu_compile.operators.write_rows  # noqa: F401  # registers an operator that graphs may hold
 from flashu_compile import reading
 from flashu_compile.arguments import shown
+from flashu_compile.autocast import without_autocast
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import BUILD_AGAIN, EngineSpec
 from flashu_compile.bundle.signatures import check_inputs, check_outputs, updated
@@ -83,7 +84,7 @@ class TorchEngine:
         tensors = [self._tensor(inputs[given.name]) for given in self.spec.inputs]
         try:
             # Not inference mode, whose tensors a caller could not write to.
-            with torch.no_grad(), self._own_threads():
+            with torch.no_grad(), self._own_threads(), without_autocast():
                 results = self._call(*tensors)
         except FlashuError:
             raise
