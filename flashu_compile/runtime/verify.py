@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
-from flashu_compile import arguments
+from flashu_compile import arguments, reading
 from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES, tolerance
-from flashu_compile.errors import BackendUnavailableError, FlashuError
+from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
@@ -127,7 +124,7 @@ def verify(
                 placed[spec.name] = engine.placements
         except BackendUnavailableError:
             raise
-        except (FlashuError, SafetensorError, OSError) as error:
+        except (FlashuError, OSError) as error:
             outputs.append(_not_run(spec, str(error)))
     return Verification(checked, tuple(outputs), placed, _refusal(files))
 
@@ -160,7 +157,7 @@ def _check_files(directory: Path, manifest: Manifest, tell: Callable[[str], None
 
 
 def _check_engine(spec: EngineSpec, files: BundleFiles, engines: Engines) -> Iterator[OutputCheck]:
-    tensors = load_file(files.path(spec.reference))
+    tensors = reading.read_tensors(files.path(spec.reference), BundleError)
     inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
     given = engines.engine(spec.name).run(inputs)
     for output in spec.outputs:
