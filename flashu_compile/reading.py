@@ -19,8 +19,6 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import FlashuError
@@ -72,6 +70,9 @@ def read_tensors(
     Raises `error` if there is no such file, with the message `absent` if one is given, or if it is damaged or holds
     types that NumPy lacks.
     """
+    from safetensors import SafetensorError  # recipes without kept neurons do without
+    from safetensors.numpy import load_file
+
     _size(path, error, absent)
     try:
         return load_file(path)
