@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+from numpy.typing import NDArray
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import FlashuError
@@ -50,19 +51,46 @@ def read_bytes(
     Raises `error` if it is no regular file, larger than `limit` bytes or cannot be read; with the message `absent`, if
     one is given, where there is no file.
     """
+    size = _size(path, error, absent)
+    try:
+        with path.open("rb") as file:
+            content = b"" if size > limit else file.read(limit + 1)
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem}.") from problem
+    if size > limit or len(content) > limit:
+        raise error(f"{path} has more than {limit:,} bytes, which no such file needs.")
+    return content
+
+
+def read_tensors(
+    path: Path, error: type[FlashuError], *, absent: str | None = None
+) -> dict[str, NDArray[Any]]:
+    """Read the arrays of a safetensors file.
+
+    Raises `error` if there is no such file, with the message `absent` if one is given, or if it is damaged or holds
+    types that NumPy lacks.
+    """
+    from safetensors import SafetensorError  # recipes without kept neurons do without
+    from safetensors.numpy import load_file
+
+    _size(path, error, absent)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise error(f"{path} cannot be read as NumPy's arrays: {problem}.") from problem
+
+
+def _size(path: Path, error: type[FlashuError], absent: str | None) -> int:
+    """Return the size of a file in bytes. Raises `error` if it is no regular file."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path} is not a file.")
-        with path.open("rb") as file:
-            content = b"" if status.st_size > limit else file.read(limit + 1)
     except FileNotFoundError as problem:
         raise error(absent or f"{path} does not exist.") from problem
     except (OSError, ValueError) as problem:
         raise error(f"{path} cannot be read: {problem}.") from problem
-    if status.st_size > limit or len(content) > limit:
-        raise error(f"{path} has more than {limit:,} bytes, which no such file needs.")
-    return content
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path} is not a file.")
+    return status.st_size
 
 
 def read_json(

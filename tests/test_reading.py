@@ -127,6 +127,14 @@ def test_what_is_no_file(tmp_path: Path) -> None:
             read()
 
 
+@pytest.mark.parametrize("dtype", ["F4", "F8_E4M3"])
+def test_arrays_of_types_that_numpy_lacks(tmp_path: Path, dtype: str) -> None:
+    header = json.dumps({"x": {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(BundleError, match="cannot be read as NumPy's arrays"):
+        reading.read_tensors(tmp_path / "a", BundleError)
+
+
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="not a POSIX system")
 @pytest.mark.parametrize("closed", ["bundle", "bundle/manifest.json", "."])
 def test_what_may_not_be_read(tmp_path: Path, closed: str) -> None:

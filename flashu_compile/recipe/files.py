@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from flashu_compile import reading
 from flashu_compile.drafts import draft_folder
@@ -49,11 +49,7 @@ def read_tensors(path: Path) -> tuple[Path, Tensors]:
     """Return the path of the file beside the JSON file `path` and its tensors. Raises `RecipeError` if it is absent."""
     beside = path.with_suffix(".safetensors")
     absent = f"{beside} is missing; it holds the neurons that {path.name} keeps."
-    content = reading.read_bytes(beside, RecipeError, absent=absent)
-    try:
-        return beside, load(content)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{beside} cannot be read: {error}.") from error
+    return beside, reading.read_tensors(beside, RecipeError, absent=absent)
 
 
 def _is_ours(path: Path) -> bool:

@@ -8,15 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
-from flashu_compile import arguments
+from flashu_compile import arguments, reading
 from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES, tolerance
-from flashu_compile.errors import BackendUnavailableError, FlashuError
+from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
@@ -128,7 +125,7 @@ def verify(
                 placed[spec.name] = engine.placements
         except BackendUnavailableError:
             raise
-        except (FlashuError, SafetensorError, OSError) as error:
+        except (FlashuError, OSError) as error:
             outputs.append(_not_run(spec, str(error)))
     return Verification(checked, tuple(outputs), placed, _refusal(files))
 
@@ -156,7 +153,7 @@ def _check_files(files: BundleFiles, tell: Callable[[str], None]) -> Iterator[Fi
 
 
 def _check_engine(spec: EngineSpec, files: BundleFiles, engines: Engines) -> Iterator[OutputCheck]:
-    tensors = load_file(files.path(spec.reference))
+    tensors = reading.read_tensors(files.path(spec.reference), BundleError)
     inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
     given = engines.engine(spec.name).run(inputs)
     for output in spec.outputs:

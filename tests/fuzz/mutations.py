@@ -28,6 +28,7 @@ _ODD: tuple[Any, ...] = (
     float("nan"), float("inf"), -float("inf"), "", " ", "x", "1", "((((", "x + 1", "1 // 0",
     "__import__('os')", "../up",
     "/dev/zero", "a\0b", "\ud800", "\ud83d\ude00", "é" * 300, "x" * 5000, "(" * 90 + ")" * 90, "none", "float32",
+    "BF16", "F8_E4M3", "F4", "C64", "U8",
     [], {}, [[]], [None], [0, 1], {"x": 1}, {"": None}, {"file": 5}, _nested(20), _nested(99), _nested(150),
 )  # fmt: skip
 

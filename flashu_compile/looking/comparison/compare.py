@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from flashu_compile import arguments
+from flashu_compile import arguments, reading
 from flashu_compile.bundle import precision
 from flashu_compile.bundle.agreement import Difference, output_difference
 from flashu_compile.bundle.files import BundleFiles
@@ -194,10 +192,7 @@ def _check_engines(path: Path, manifest: Manifest, chosen: Sequence[EngineSpec])
 
 def _recorded_inputs(files: BundleFiles, spec: EngineSpec) -> dict[str, NDArray[Any]]:
     path = files.path(spec.reference)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{path} cannot be read: {error}; build the bundle again.") from error
+    tensors = reading.read_tensors(path, BundleError)
     found = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
     missing = [tensor.name for tensor in spec.inputs if tensor.name not in found]
     if missing:

@@ -17,6 +17,7 @@ FILE = "tokenizer.json"
 _PAD = "[PAD]"
 # The order gives the ids. Only the pad token is special.
 _ADDED = ("<image>", "<|vid_start|>", "<|vid_end|>")
+_LARGEST_ID = 2**24
 _PROBE = "What is in the picture?"
 
 
@@ -83,6 +84,10 @@ def check_usable(tokenizer: Tokenizer) -> None:
 
 
 def _written_and_read(tokenizer: Tokenizer) -> Tokenizer:
+    if (highest := _highest(tokenizer)) > _LARGEST_ID:  # writing takes time for every id that no token has
+        raise CheckpointError(
+            f"The tokenizer has ids up to {highest:,}; one that works has none above {_LARGEST_ID:,}."
+        )
     try:
         return Tokenizer.from_str(tokenizer.to_str())
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -94,8 +99,12 @@ def _written_and_read(tokenizer: Tokenizer) -> Tokenizer:
 
 def check_size(tokenizer: Tokenizer, rows: int) -> None:
     """Raise `CheckpointError` if the tokenizer has ids beyond the `rows` of the embedding table."""
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    highest = _highest(tokenizer)
     if highest >= rows:
         raise CheckpointError(
             f"The tokenizer has ids up to {highest}, the model embeds {rows}; they do not belong together."
         )
+
+
+def _highest(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
