@@ -1,4 +1,7 @@
-"""The passes of each captured program, in order: these lists define all that runs.
+"""The passes of each captured program, in order.
+
+Two more kinds run elsewhere: neurons are ordered before (`compiler/specialise.py`), and precision is lowered when an
+engine is emitted (`export/precision.py`).
 
 Lossy passes come first, while block indices are still those of the captured program, which each of them
 refers to: tokens are gathered before layers are removed, and neurons are pruned while all FFNs are still
