@@ -25,6 +25,7 @@ from flashu_compile.version import __version__
 if TYPE_CHECKING:
     from flashu_compile.compiler.captured import CapturedModel
     from flashu_compile.compiler.export import calibrate, capture_model, export
+    from flashu_compile.looking.benchmark import benchmark
     from flashu_compile.looking.comparison import compare_layers
     from flashu_compile.recipe.config import MMUConfig, T2IConfig
     from flashu_compile.recipe.recipe import Recipe
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "T2IConfig",
     "__version__",
+    "benchmark",
     "calibrate",
     "capture_model",
     "compare_layers",
@@ -53,6 +55,7 @@ _HOMES = {
     "Pipeline": "flashu_compile.runtime",
     "Recipe": "flashu_compile.recipe.recipe",
     "T2IConfig": "flashu_compile.recipe.config",
+    "benchmark": "flashu_compile.looking.benchmark",
     "calibrate": "flashu_compile.compiler.export",
     "capture_model": "flashu_compile.compiler.export",
     "compare_layers": "flashu_compile.looking.comparison",

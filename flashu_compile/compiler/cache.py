@@ -15,11 +15,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flashu_compile.errors import CacheError
-from flashu_compile.paths import LIBRARIES, absolute, cache_directory
+from flashu_compile.paths import EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
 _SUFFIX, _PARTIAL = ".engines", ".engines-partial"
@@ -105,12 +105,16 @@ class EngineCache:
 
     def library_bytes(self) -> int:
         """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts."""
-        return sum(path.stat().st_size for path in self._library_files())
+        return self._bytes_of(LIBRARIES)
+
+    def bundle_bytes(self) -> int:
+        """Return the bytes of exact bundles that others were held against, which have no limit."""
+        return self._bytes_of((EXACT_BUNDLES,))
 
     def clear(self) -> int:
-        """Remove every entry and the files of libraries; return the number of bytes freed."""
-        freed = self.library_bytes()
-        for name in LIBRARIES:
+        """Remove every entry, exact bundles and the files of libraries; return the number of bytes freed."""
+        freed = self.library_bytes() + self.bundle_bytes()
+        for name in (*LIBRARIES, EXACT_BUNDLES):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         for suffix in (_SUFFIX, _PARTIAL):
             for path, status in self._listed(suffix):
@@ -118,9 +122,9 @@ class EngineCache:
                 freed += status.st_size
         return freed
 
-    def _library_files(self) -> Iterator[Path]:
-        for name in LIBRARIES:
-            yield from (path for path in (self.directory / name).rglob("*") if path.is_file())
+    def _bytes_of(self, folders: Iterable[str]) -> int:
+        files = (path for name in folders for path in (self.directory / name).rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in files)
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}{_SUFFIX}"

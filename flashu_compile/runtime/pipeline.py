@@ -163,7 +163,7 @@ class Pipeline:
         self.manifest = manifest
         self.plan = plan
         self.recipe = recipe
-        self._codec = codec
+        self.codec = codec
         self._engines = engines
         self._schedules = schedules(engines)
 
@@ -284,7 +284,7 @@ class Pipeline:
             )
         seeds = [check_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(prompts))]
         arguments.function("progress", progress, InputError)
-        texts = [prompt_pair(self._codec, settings, text) for text in prompts]
+        texts = [prompt_pair(self.codec, settings, text) for text in prompts]
         total, done = len(texts) * len(plan.steps), 0
 
         def evaluated() -> None:
@@ -319,9 +319,9 @@ class Pipeline:
         suffixes, limit = self._questions(question, max_new_tokens)
         picture = self._picture(image)
         answers: list[list[int]] = [[] for _ in suffixes]
-        for number, token in decoding.tokens(picture, suffixes, self._codec.eos, limit):
+        for number, token in decoding.tokens(picture, suffixes, self.codec.eos, limit):
             answers[number].append(token)
-        texts = [self._codec.decode(ids) for ids in answers]
+        texts = [self.codec.decode(ids) for ids in answers]
         return texts[0] if isinstance(question, str) else texts
 
     def logits(self, image: Picture, question: str, *, tokens: int) -> tuple[list[int], NDArray[np.float32]]:
@@ -356,8 +356,8 @@ class Pipeline:
         the next piece of its answer. Arguments and errors as for `ask`; all arguments are checked when this is called.
         """
         suffixes, limit = self._questions(question, max_new_tokens)
-        said = decoding.tokens(self._picture(image), suffixes, self._codec.eos, limit)
-        pieces = decoding.pieces(said, self._codec.decode)
+        said = decoding.tokens(self._picture(image), suffixes, self.codec.eos, limit)
+        pieces = decoding.pieces(said, self.codec.decode)
         return (piece for _, piece in pieces) if isinstance(question, str) else pieces
 
     def _questions(
@@ -366,12 +366,12 @@ class Pipeline:
         """Encode every question to the ids behind the image, and return them with the limit of new tokens."""
         settings = self._understanding()
         suffixes = [
-            self._codec.question_suffix(text, settings.max_question_tokens)
+            self.codec.question_suffix(text, settings.max_question_tokens)
             for text in arguments.texts("question", question)
         ]
         if max_new_tokens is None:
             return suffixes, settings.max_new_tokens
-        template = len(self._codec.question_suffix(""))
+        template = len(self.codec.question_suffix(""))
         longest = max((len(suffix) for suffix in suffixes), default=template) - template
         room = settings.max_question_tokens + settings.max_new_tokens - longest
         return suffixes, arguments.integer("max_new_tokens", max_new_tokens, 1, room, InputError)
@@ -380,7 +380,7 @@ class Pipeline:
         pixels = engine_pixels(image, self._understanding().picture_size)
         embeds = self._engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
         Source.engine(self._engines, VISION).check("image_embeds", embeds)
-        return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
+        return decoding.Picture(self._engines, self.codec.question_prefix(), embeds)
 
     def _generation(self) -> GenerationSettings:
         if self.manifest.generation is None:

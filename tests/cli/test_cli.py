@@ -35,6 +35,7 @@ COMMANDS = (
     "verify",
     "doctor",
     "diff",
+    "benchmark",
     "cache",
 )
 
