@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flashu_compile.compiler.export import calibrate, capture_model, export
     from flashu_compile.looking.benchmark import benchmark
     from flashu_compile.looking.comparison import compare_layers
+    from flashu_compile.looking.evaluate import evaluate
     from flashu_compile.recipe.config import MMUConfig, T2IConfig
     from flashu_compile.recipe.recipe import Recipe
     from flashu_compile.runtime import Pipeline, load
@@ -45,6 +46,7 @@ __all__ = [
     "calibrate",
     "capture_model",
     "compare_layers",
+    "evaluate",
     "export",
     "load",
 ]
@@ -59,6 +61,7 @@ _HOMES = {
     "calibrate": "flashu_compile.compiler.export",
     "capture_model": "flashu_compile.compiler.export",
     "compare_layers": "flashu_compile.looking.comparison",
+    "evaluate": "flashu_compile.looking.evaluate",
     "export": "flashu_compile.compiler.export",
     "load": "flashu_compile.runtime",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashu_compile.arguments import LARGEST_COUNT, LARGEST_POINTS
+from flashu_compile.arguments import LARGEST_COUNT, LARGEST_POINTS, LARGEST_THREADS
 from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     LOOKING,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flashu_compile.evaluation.intervals import Median
     from flashu_compile.evaluation.timing import SideCost
     from flashu_compile.looking.benchmark import Benchmark
+    from flashu_compile.looking.evaluate import Evaluation
 
 OfModel = Annotated[
     str | None,
@@ -195,3 +196,173 @@ def _of_sides(sides: Sequence[SideCost]) -> list[tuple[str, ...]]:
         for name, values in figures.items()
         if any(value is not None for value in values)
     ]
+
+
+@app.command(
+    rich_help_panel=LOOKING,
+    epilog=examples(
+        "evaluate build/flashu --against exact",
+        "evaluate build/flashu --against exact --data mine.jsonl --keep 0.95 --json",
+        "evaluate build/new --against build/old --score mine.py:score --equal-points",
+    ),
+)
+def evaluate(
+    bundle: Bundle,
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|exact",
+            help="The other side: another bundle, or exact, the exact bundle of the same checkpoint, built once and "
+            "kept in the cache.",
+        ),
+    ] = "exact",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help='JSON, {"prompts": […], "questions": […]}, or JSONL: {"prompt": "…"} or {"image": "path from the '
+            'file", "question": "…", "answer": "…"} a line; or a folder of pictures.',
+            show_default="a neutral set",
+        ),
+    ] = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE.py:FUNCTION",
+            help="agreement, answers, or a function of yours: (pipeline, samples) to scores from 0 to 1 by part. "
+            "Repeatable. The file is run.",
+            show_default="agreement, and answers if all are known",
+        ),
+    ] = None,
+    task: OfTask = None,
+    keep: Annotated[
+        float, typer.Option(help="The share of each part of a score to be kept, by its lower bound; below 1.")
+    ] = 0.97,
+    floor: Annotated[
+        float, typer.Option(help='The share of parts called "right" to be kept, without the bound.')
+    ] = 0.95,
+    split: Annotated[
+        str, typer.Option(help="What is judged: held-out, search, calibration, or all of the samples.")
+    ] = "held-out",
+    seed: Annotated[int, typer.Option(min=0, help="Draws the splits.")] = 0,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=LARGEST_COUNT,
+            help="At most so many different prompts, and pictures to ask about.",
+            show_default="all of the split",
+        ),
+    ] = None,
+    steps: Steps = None,
+    equal_points: Annotated[
+        bool,
+        typer.Option(
+            "--equal-points", help="Let the other side follow this bundle's points, guidance and solver."
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer, in tokens.", show_default="32, or the bundle's longest"),
+    ] = None,
+    model: OfModel = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
+    provider: Provider = "cpu",
+    provider_option: ProviderOption = None,
+    threads: Threads = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=LARGEST_THREADS,
+            help="Prompts and questions computed at a time, each with --threads threads.",
+        ),
+    ] = 1,
+    memory: Memory = "fast",
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Score a bundle and another one on the same held-out samples, and tell whether each part of the score is kept.
+
+    A part passes if the lower bound (one-sided, 95%) of the share kept reaches --keep, and 90% of it are kept on every
+    kind of sample. The exit code is 1 if a part fails. Pictures are compared at equal seed.
+    """
+    import flashu_compile
+
+    quiet_onnxruntime()
+    quiet_torch()
+    with display.progress_bar("Starting") as advance:
+        found = flashu_compile.evaluate(
+            bundle,
+            against,
+            data=data,
+            score=score,
+            task=task,
+            keep=keep,
+            floor=floor,
+            split=split,
+            seed=seed,
+            samples=samples,
+            steps=steps,
+            equal_points=equal_points,
+            max_new_tokens=max_new_tokens,
+            model=model,
+            vae=vae,
+            tokenizer=tokenizer,
+            provider=provider,
+            provider_options=provider_options(provider_option) or None,
+            threads=threads,
+            workers=workers,
+            memory=memory,
+            trust=trust,
+            progress=advance,
+        )
+    if as_json:
+        display.print_json({"passed": found.passed, **dataclasses.asdict(found)})
+    else:
+        _print_evaluation(found)
+    if not found.passed:
+        failed = ", ".join(f"{part.scorer} {part.name}" for part in found.parts if part.failed)
+        say(f"error: {bundle} does not keep enough of {against}: {failed}.", err=True)
+        raise typer.Exit(1)
+
+
+def _print_evaluation(found: Evaluation) -> None:
+    from flashu_compile.evaluation.judging import FLOORED
+
+    display.print_table(
+        ("score", "samples", "this", "other", "kept", "at least", "required", ""),
+        [
+            (
+                f"{part.scorer} {part.name}",
+                f"{part.samples} ({part.clusters})",
+                f"{part.score:.3f}",
+                f"{part.other:.3f}",
+                f"{part.kept:.1%}",
+                f"{part.bound:.1%}",
+                f"{'kept ' if part.name in FLOORED else ''}{part.required:.1%}",
+                "FAILED" if part.failed else "kept",
+            )
+            for part in found.parts
+        ],
+        title=f"{found.bundle} against {found.against}",
+    )
+    kinds = [
+        (f"{part.scorer} {part.name}", kind, f"{row.kept:.1%}", str(row.clusters), "judged" * row.judged)
+        for part in found.parts
+        for kind, row in part.kinds.items()
+    ]
+    if kinds:
+        display.print_table(("score", "kind", "kept", "of", ""), kinds)
+    for part in found.parts:
+        for reason in part.failed:
+            say(f"{part.scorer} {part.name}: {reason}")
+    if None not in found.points:
+        say(f"pictures: {found.points[0]} time points, the other's {found.points[1]}")
+    for name, value in found.figures.items():
+        say(f"{name}: {'infinite' if value is None else f'{value:.1f}'}")
+    say(f"{found.split} samples of {found.data} (SHA-256 {found.sha256[:12]}…), drawn by seed {found.seed}")
+    for task, counts in found.splits.items():
+        unit = "prompts" if task == T2I.name else "pictures"
+        say(f"different {unit}: {', '.join(f'{name} {count}' for name, count in counts.items())}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from flashu_compile.evaluation.intervals import LEAST_ROUNDS, Median
 from flashu_compile.evaluation.machine import cores, machine
 from flashu_compile.evaluation.timing import Side, SideCost, measure
 from flashu_compile.extras import naming_the_extra
+from flashu_compile.looking.against import Progress, other_bundle
 from flashu_compile.paths import absolute
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.tasks import MMU, TASKS
 
-EXACT, EAGER = "exact", "eager"
+EAGER = "eager"
 TOKENS = 32
 _BUNDLES, _EAGER_MODEL = "flashu_compile.evaluation.worker", "flashu_compile.compiler.eager_side"
-
-Progress = Callable[[str, float | None], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,22 +136,21 @@ def _other(
     tell: Progress,
 ) -> Iterator[tuple[Path | dict[str, str | None] | None, str]]:
     """Provide the other side, a bundle or what the eager model is loaded by, and what to call it."""
-    if against not in (EXACT, EAGER):
+    if against is None:
         if any(given.values()):
             raise ConfigurationError("model, vae and tokenizer go with against='exact' or 'eager'.")
-        yield (None, "") if against is None else (absolute(against), str(against))
-        return
-    with naming_the_extra(f"Benchmarking against {against}"):
-        from flashu_compile.compiler.captured import ProgressReporter
-        from flashu_compile.compiler.checkpoint_of_bundle import checkpoint, exact_bundle, model_of
-    parts: Any = {name: given[name] for name in ("vae", "tokenizer")}
-    if against == EXACT:
-        with exact_bundle(manifest, given["model"], ProgressReporter(tell), **parts) as exact:
-            yield exact, EXACT
-        return
-    checkpoint(manifest, given["model"], ProgressReporter(tell), **parts)
-    name = given["model"] or model_of(manifest)
-    yield {**given, "model": name}, f"{EAGER} {name}"
+        yield None, ""
+    elif against == EAGER:
+        with naming_the_extra("Benchmarking against eager"):
+            from flashu_compile.compiler.captured import ProgressReporter
+            from flashu_compile.compiler.checkpoint_of_bundle import checkpoint, model_of
+        parts: Any = {name: given[name] for name in ("vae", "tokenizer")}
+        checkpoint(manifest, given["model"], ProgressReporter(tell), **parts)
+        name = given["model"] or model_of(manifest)
+        yield {**given, "model": name}, f"{EAGER} {name}"
+    else:
+        with other_bundle(path, against, tell=tell, **given) as other:
+            yield other, str(against)
 
 
 def _tasks(asked: str | Sequence[str] | None, *manifests: Manifest) -> list[str]:

@@ -27,13 +27,7 @@ from flashu_compile.bundle.manifest import (
 )
 from flashu_compile.bundle.noise import check_seed, initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.errors import (
-    BundleError,
-    ConfigurationError,
-    InputError,
-    RecipeError,
-    UnknownTaskError,
-)
+from flashu_compile.errors import BundleError, ConfigurationError, InputError, RecipeError, UnknownTaskError
 from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
@@ -324,16 +318,20 @@ class Pipeline:
         texts = [self.codec.decode(ids) for ids in answers]
         return texts[0] if isinstance(question, str) else texts
 
-    def logits(self, image: Picture, question: str, *, tokens: int) -> tuple[list[int], NDArray[np.float32]]:
+    def logits(
+        self, image: Picture, question: str, *, tokens: int, answer: Sequence[int] = ()
+    ) -> tuple[list[int], NDArray[np.float32]]:
         """Return the first `tokens` ids of the answer, and the logits [tokens, vocab] whose argmax they are.
 
-        The end-of-sequence token counts like any other here; for measuring and checking. Errors as for `ask`.
+        The end-of-sequence token counts like any other here. Each id follows those before it, or as many of `answer`
+        as there are instead; for measuring and checking. Errors as for `ask`.
         """
         suffixes, count = self._questions(question, tokens)
         answers = self._picture(image).answers(suffixes)
         rows = [answers.first()]
         while len(rows) < count:
-            rows.append(answers.after(rows[-1].argmax(axis=1).tolist()))
+            given = answer[len(rows) - 1 : len(rows)]
+            rows.append(answers.after(list(given) or rows[-1].argmax(axis=1).tolist()))
         logits = np.concatenate(rows)
         return logits.argmax(axis=1).tolist(), logits
 

@@ -36,6 +36,7 @@ COMMANDS = (
     "doctor",
     "diff",
     "benchmark",
+    "evaluate",
     "cache",
 )
 
