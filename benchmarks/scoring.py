@@ -64,13 +64,17 @@ class _CountedEngine:
         return self._engine.spec
 
     def run(self, inputs: Tensors) -> dict[str, np.ndarray]:
-        self._rows[self.spec.name] += len(inputs[batched_input(self.spec)])
+        batched = batched_input(self.spec)
+        self._rows[self.spec.name] += 1 if batched is None else len(inputs[batched])
         return self._engine.run(inputs)
 
 
-def batched_input(spec: EngineSpec) -> str:
-    """The first input with a row for each guidance branch or picture; latents and time are given once for all."""
-    return next(tensor.name for tensor in spec.inputs if isinstance(tensor.shape[0], str))
+def batched_input(spec: EngineSpec) -> str | None:
+    """The first input with a row for each guidance branch or picture; latents and time are given once for all.
+
+    None if there is none, as for a schedule, which computes once for a time point.
+    """
+    return next((tensor.name for tensor in spec.inputs if isinstance(tensor.shape[0], str)), None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -182,7 +186,9 @@ def row_flops(bundle: Path) -> dict[str, float]:
     engines = json.loads((bundle / REPORT).read_text(encoding="utf-8"))["engines"]
     flops = {}
     for spec in read_manifest(bundle).engines:
-        with safe_open(bundle / spec.reference, framework="np") as reference:
-            rows = reference.get_slice(f"input.{batched_input(spec)}").get_shape()[0]
+        batched, rows = batched_input(spec), 1
+        if batched is not None:
+            with safe_open(bundle / spec.reference, framework="np") as reference:
+                rows = reference.get_slice(f"input.{batched}").get_shape()[0]
         flops[spec.name] = sum(engines[spec.name]["flops"].values()) / rows
     return flops
