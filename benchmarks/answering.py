@@ -40,7 +40,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     pipes["techniques_int8"] = flashu_compile.load(short, threads=threads)
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     onednn = with_onednn(model)
-    codec = pipes["exact"]._codec
+    codec = pipes["exact"].codec
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
     side = config.latent_shape[1] * VAE.spatial_factor
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)

@@ -38,7 +38,7 @@ class PaddedPrompt:
     """One prompt of `tokens` and the empty prompt, in the published layout and in the engines'."""
 
     def __init__(self, pipe: Pipeline, config: Showo2Config, tokens: int = PROMPT_TOKENS) -> None:
-        codec, facts = pipe._codec, pipe.manifest.generation
+        codec, facts = pipe.codec, pipe.manifest.generation
         assert facts is not None
         self.prompt = "x" * (tokens - len(codec.generation_prefix("", facts.max_prompt_tokens)))
         self.text = prompt_pair(codec, facts, self.prompt)

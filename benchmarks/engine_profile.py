@@ -1,4 +1,4 @@
-"""Engines watched while they run: how often and how long, and by ONNX Runtime's profiler, which operators.
+"""Engines under ONNX Runtime's profiler: which operators run, and how much work they do.
 
 Work is counted from the shapes in the profile: matrix products, convolutions and attention, a multiplication and an
 addition being two operations.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,50 +18,14 @@ import flashu_compile  # noqa: F401  # isort: skip
 
 import onnxruntime as ort
 
-from benchmarks.measuring import Call, seconds
-from flashu_compile.bundle.manifest import EngineSpec, read_manifest
-from flashu_compile.runtime.engine import Engine, Engines, update
+from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.runtime.engine import Engine
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine
 
 _BYTE_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", *_BYTE_PRODUCTS)
 _ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 _CONVOLUTIONS = ("Conv", "FusedConv")
-
-
-class WatchedEngines:
-    """Engines that note the seconds of each of their runs."""
-
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-
-    @property
-    def precision(self) -> str:
-        return self._engines.precision
-
-    def engine(self, name: str) -> Engine:
-        return _Watched(self._engines.engine(name), self.seconds[name])
-
-
-class _Watched:
-    def __init__(self, engine: Engine, noted: list[float]) -> None:
-        self._engine, self._seconds = engine, noted
-
-    @property
-    def spec(self) -> EngineSpec:
-        return self._engine.spec
-
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return self._timed(lambda: self._engine.run(inputs))
-
-    def update(self, inputs: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-        return self._timed(lambda: update(self._engine, inputs, state))
-
-    def _timed(self, call: Call) -> dict[str, Any]:
-        taken, outputs = seconds(call)
-        self._seconds.append(taken)
-        return outputs
 
 
 class ProfiledEngines:

@@ -26,6 +26,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashu_compile.evaluation.machine import processor
 from flashu_compile.runtime.sessions import create_session
 
 Call = Callable[[], Any]
@@ -36,7 +37,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     names = ("torch", "onnx", "transformers", "numpy")
     return {
         **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
@@ -170,13 +171,3 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     """Two products: [rows, d] with [d, columns], and [rows, columns] with [columns, d_v]. Called with shapes."""
     *batch, rows, width = query
     return 2 * int(np.prod(batch)) * rows * key[-2] * (width + value[-1])
-
-
-def _processor() -> str:
-    """The processor's name, which only /proc tells on Linux."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

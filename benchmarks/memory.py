@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -29,22 +28,11 @@ import flashu_compile  # isort: skip
 import onnxruntime
 
 from flashu_compile.bundle.manifest import WEIGHTS
+from flashu_compile.evaluation.machine import forget_peak, resident
 from flashu_compile.runtime.pipeline import load
 
 MODES = ("fast", "low")
 PROMPT = "a red circle"
-
-
-def resident() -> tuple[int, int]:
-    """Bytes of this process in memory now, and at most since the last `forget_peak`."""
-    text = Path("/proc/self/status").read_text()
-    values = [re.search(rf"{name}:\s+(\d+) kB", text) for name in ("VmRSS", "VmHWM")]
-    now, peak = (int(value[1]) * 1024 for value in values if value is not None)
-    return now, peak
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(bundle: Path, mode: str, threads: int) -> dict[str, float]:

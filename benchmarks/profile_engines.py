@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flashu_compile
 from benchmarks.bundles import Bundles
-from benchmarks.engine_profile import ProfiledEngines, WatchedEngines, operations, operator_seconds
+from benchmarks.engine_profile import ProfiledEngines, operations, operator_seconds
 from benchmarks.geometries import GEOMETRIES, SEED, published_defaults, understanding_defaults
 from benchmarks.measuring import engine_peak, machine, matmul_peak, parser, report
 from benchmarks.records import markdown_table, number
+from flashu_compile.evaluation.watching import WatchedEngines
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.pipeline import Pipeline
@@ -102,7 +103,7 @@ def _answer(pipe: Pipeline, engines: Engines) -> None:
 
 def _on(pipe: Pipeline, engines: Engines) -> Pipeline:
     """The same pipeline on other engines."""
-    return Pipeline(pipe.manifest, pipe.plan, pipe.recipe, pipe._codec, engines)
+    return Pipeline(pipe.manifest, pipe.plan, pipe.recipe, pipe.codec, engines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -25,7 +25,9 @@ from flashu_compile.version import __version__
 if TYPE_CHECKING:
     from flashu_compile.compiler.captured import CapturedModel
     from flashu_compile.compiler.export import calibrate, capture_model, export
+    from flashu_compile.looking.benchmark import benchmark
     from flashu_compile.looking.comparison import compare_layers
+    from flashu_compile.looking.evaluate import evaluate
     from flashu_compile.recipe.config import MMUConfig, T2IConfig
     from flashu_compile.recipe.recipe import Recipe
     from flashu_compile.runtime import Pipeline, load
@@ -40,9 +42,11 @@ __all__ = [
     "Recipe",
     "T2IConfig",
     "__version__",
+    "benchmark",
     "calibrate",
     "capture_model",
     "compare_layers",
+    "evaluate",
     "export",
     "load",
 ]
@@ -53,9 +57,11 @@ _HOMES = {
     "Pipeline": "flashu_compile.runtime",
     "Recipe": "flashu_compile.recipe.recipe",
     "T2IConfig": "flashu_compile.recipe.config",
+    "benchmark": "flashu_compile.looking.benchmark",
     "calibrate": "flashu_compile.compiler.export",
     "capture_model": "flashu_compile.compiler.export",
     "compare_layers": "flashu_compile.looking.comparison",
+    "evaluate": "flashu_compile.looking.evaluate",
     "export": "flashu_compile.compiler.export",
     "load": "flashu_compile.runtime",
 }

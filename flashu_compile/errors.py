@@ -87,3 +87,7 @@ class PipelineError(FlashuError):
 
 class InputError(FlashuError):
     """A prompt, picture, tensor or sampling parameter given at run time is unusable."""
+
+
+class EvaluationError(FlashuError):
+    """A bundle cannot be measured or judged as asked: data, splits, scores or sides do not allow it."""

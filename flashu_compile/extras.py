@@ -1,4 +1,4 @@
-"""The optional libraries of the extra `compile`, and the error that names the extra where one of them is absent."""
+"""The libraries of the extras `compile` and `evaluate`, and the error that names the extra of an absent one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ COMPILE_MODULES = frozenset(
     }
 )
 
+#: What the extra `evaluate` installs, by import name; scikit-image brings scipy.
+EVALUATE_MODULES = frozenset({"scipy", "skimage"})
+_EXTRAS = {"compile": (COMPILE_MODULES, "compiling"), "evaluate": (EVALUATE_MODULES, "comparing pictures")}
+
 
 @contextmanager
 def naming_the_extra(what: str) -> Iterator[None]:
@@ -31,9 +35,10 @@ def naming_the_extra(what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in COMPILE_MODULES:
-            raise
-        raise MissingDependencyError(
-            f"{what} needs {missing}, which is not installed. "
-            'Install what compiling takes with: pip install "flashu-compile[compile]"'
-        ) from error
+        for extra, (modules, purpose) in _EXTRAS.items():
+            if missing in modules:
+                raise MissingDependencyError(
+                    f"{what} needs {missing}, which is not installed. "
+                    f'Install what {purpose} takes with: pip install "flashu-compile[{extra}]"'
+                ) from error
+        raise

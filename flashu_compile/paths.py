@@ -20,6 +20,9 @@ VARIABLE, OFF = "FLASHU_CACHE", "off"
 LIBRARIES = ("inductor", "matplotlib", "tensorrt", "torch_tensorrt")
 """Folders of the cache whose files are those of libraries."""
 
+EXACT_BUNDLES = "exact"
+"""The folder of the cache with the exact bundles that others were held against."""
+
 _NAME = "flashu_compile"
 _SHOWN = 100  # characters of a path that is too long to be told in full
 

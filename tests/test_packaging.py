@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import flashu_compile
-from flashu_compile.extras import COMPILE_MODULES
+from flashu_compile.extras import COMPILE_MODULES, EVALUATE_MODULES
 from tests.runtime.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,8 @@ SOURCES = ("flashu_compile", "passes", "export", "tests", "benchmarks", "example
 # Whatever only the extras install. Serving a bundle must work without all of it.
 EXTRAS = (
     *sorted(COMPILE_MODULES),
-    *("diffusers", "scipy", "skimage", "tensorrt", "torch_tensorrt"),
+    *sorted(EVALUATE_MODULES),
+    *("diffusers", "tensorrt", "torch_tensorrt"),
 )
 
 WITHOUT_EXTRAS = f"""
@@ -165,6 +166,18 @@ def test_comparing_layers_names_the_extra_it_needs(tmp_path: Path, against: str)
         "    print(error)\n"
     )
     assert 'pip install "flashu-compile[compile]"' in said
+
+
+def test_comparing_pictures_names_the_extra_it_needs(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", ("t2i",))
+    said = run_without_extras(
+        "import flashu_compile\n"
+        "try:\n"
+        f"    flashu_compile.evaluate({str(bundle)!r}, {str(bundle)!r})\n"
+        "except flashu_compile.errors.MissingDependencyError as error:\n"
+        "    print(error)\n"
+    )
+    assert 'pip install "flashu-compile[evaluate]"' in said
 
 
 def test_known_compile_modules_are_those_of_the_extra() -> None:

@@ -29,7 +29,7 @@ Directory = Annotated[
 
 @cache_app.callback(epilog=examples("cache show", "cache clear"))
 def cache() -> None:
-    """Look at the finished engines that builds have kept for later ones, with what libraries keep, or remove them."""
+    """Look at the engines and exact bundles that are kept for later, with what libraries keep, or remove them."""
 
 
 @cache_app.command(epilog=examples("cache show", "cache show --cache ./engines --json"))
@@ -45,6 +45,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
             "bytes": taken,
             "limit": found.limit,
             "library_bytes": found.library_bytes(),
+            "bundle_bytes": found.bundle_bytes(),
         }
         display.print_json(pairs)
         return
@@ -53,6 +54,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
         "entries": len(files),
         "size": f"{size(taken)} of {size(found.limit)}",
         "of_libraries": size(found.library_bytes()),
+        "exact_bundles": size(found.bundle_bytes()),
     }
     if files:
         told["last_used"] = f"{datetime.datetime.fromtimestamp(files[-1].used):%Y-%m-%d %H:%M}"

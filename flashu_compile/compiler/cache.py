@@ -13,13 +13,13 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flashu_compile import reading
 from flashu_compile.drafts import draft_folder, remove_dead_drafts
 from flashu_compile.errors import CacheError
-from flashu_compile.paths import LIBRARIES, absolute, cache_directory
+from flashu_compile.paths import EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
 LARGEST_ENTRY = 1 << 30
@@ -97,12 +97,16 @@ class EngineCache:
 
     def library_bytes(self) -> int:
         """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts."""
-        return sum(path.stat().st_size for path in self._library_files())
+        return self._bytes_of(LIBRARIES)
+
+    def bundle_bytes(self) -> int:
+        """Return the bytes of exact bundles that others were held against, which have no limit."""
+        return self._bytes_of((EXACT_BUNDLES,))
 
     def clear(self) -> int:
-        """Remove every entry and the files of libraries; return the number of bytes freed."""
-        freed = self.library_bytes()
-        for name in LIBRARIES:
+        """Remove every entry, exact bundles and the files of libraries; return the number of bytes freed."""
+        freed = self.library_bytes() + self.bundle_bytes()
+        for name in (*LIBRARIES, EXACT_BUNDLES):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         for path, status in self._listed():
             path.unlink(missing_ok=True)
@@ -110,9 +114,9 @@ class EngineCache:
         remove_dead_drafts(self.directory)
         return freed
 
-    def _library_files(self) -> Iterator[Path]:
-        for name in LIBRARIES:
-            yield from (path for path in (self.directory / name).rglob("*") if path.is_file())
+    def _bytes_of(self, folders: Iterable[str]) -> int:
+        files = (path for name in folders for path in (self.directory / name).rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in files)
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}{_SUFFIX}"

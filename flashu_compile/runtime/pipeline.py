@@ -23,11 +23,7 @@ from flashu_compile.bundle.manifest import (
 )
 from flashu_compile.bundle.noise import check_seed, initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.errors import (
-    ConfigurationError,
-    InputError,
-    UnknownTaskError,
-)
+from flashu_compile.errors import ConfigurationError, InputError, UnknownTaskError
 from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
@@ -110,7 +106,7 @@ class Pipeline(Closing):
         self.manifest = manifest
         self.plan = plan
         self.recipe = recipe
-        self._codec = codec
+        self.codec = codec
         self._engines = engines
         self._schedules = schedules(engines)
 
@@ -237,7 +233,7 @@ class Pipeline(Closing):
             )
         seeds = [check_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(prompts))]
         arguments.function("progress", progress, InputError)
-        texts = [prompt_pair(self._codec, settings, text) for text in prompts]
+        texts = [prompt_pair(self.codec, settings, text) for text in prompts]
         total, done = len(texts) * len(plan.steps), 0
 
         def evaluated() -> None:
@@ -272,21 +268,25 @@ class Pipeline(Closing):
         suffixes, limit = self._questions(question, max_new_tokens)
         picture = self._picture(image)
         answers: list[list[int]] = [[] for _ in suffixes]
-        for number, token in decoding.tokens(picture, suffixes, self._codec.eos, limit):
+        for number, token in decoding.tokens(picture, suffixes, self.codec.eos, limit):
             answers[number].append(token)
-        texts = [self._codec.decode(ids) for ids in answers]
+        texts = [self.codec.decode(ids) for ids in answers]
         return texts[0] if isinstance(question, str) else texts
 
-    def logits(self, image: Picture, question: str, *, tokens: int) -> tuple[list[int], NDArray[np.float32]]:
+    def logits(
+        self, image: Picture, question: str, *, tokens: int, answer: Sequence[int] = ()
+    ) -> tuple[list[int], NDArray[np.float32]]:
         """Return the first `tokens` ids of the answer, and the logits [tokens, vocab] whose argmax they are.
 
-        The end-of-sequence token counts like any other here; for measuring and checking. Errors as for `ask`.
+        The end-of-sequence token counts like any other here. Each id follows those before it, or as many of `answer`
+        as there are instead; for measuring and checking. Errors as for `ask`.
         """
         suffixes, count = self._questions(question, tokens)
         answers = self._picture(image).answers(suffixes)
         rows = [answers.first()]
         while len(rows) < count:
-            rows.append(answers.after(rows[-1].argmax(axis=1).tolist()))
+            given = answer[len(rows) - 1 : len(rows)]
+            rows.append(answers.after(list(given) or rows[-1].argmax(axis=1).tolist()))
         logits = np.concatenate(rows)
         return logits.argmax(axis=1).tolist(), logits
 
@@ -309,8 +309,8 @@ class Pipeline(Closing):
         the next piece of its answer. Arguments and errors as for `ask`; all arguments are checked when this is called.
         """
         suffixes, limit = self._questions(question, max_new_tokens)
-        said = decoding.tokens(self._picture(image), suffixes, self._codec.eos, limit)
-        pieces = decoding.pieces(said, self._codec.decode)
+        said = decoding.tokens(self._picture(image), suffixes, self.codec.eos, limit)
+        pieces = decoding.pieces(said, self.codec.decode)
         return (piece for _, piece in pieces) if isinstance(question, str) else pieces
 
     def _questions(
@@ -319,12 +319,12 @@ class Pipeline(Closing):
         """Encode every question to the ids behind the image, and return them with the limit of new tokens."""
         settings = self._understanding()
         suffixes = [
-            self._codec.question_suffix(text, settings.max_question_tokens)
+            self.codec.question_suffix(text, settings.max_question_tokens)
             for text in arguments.texts("question", question)
         ]
         if max_new_tokens is None:
             return suffixes, settings.max_new_tokens
-        template = len(self._codec.question_suffix(""))
+        template = len(self.codec.question_suffix(""))
         longest = max((len(suffix) for suffix in suffixes), default=template) - template
         room = settings.max_question_tokens + settings.max_new_tokens - longest
         return suffixes, arguments.integer("max_new_tokens", max_new_tokens, 1, room, InputError)
@@ -333,7 +333,7 @@ class Pipeline(Closing):
         pixels = engine_pixels(image, self._understanding().picture_size)
         embeds = self._engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
         Source.engine(self._engines, VISION).check("image_embeds", embeds)
-        return decoding.Picture(self._engines, self._codec.question_prefix(), embeds)
+        return decoding.Picture(self._engines, self.codec.question_prefix(), embeds)
 
     def _generation(self) -> GenerationSettings:
         if self.manifest.generation is None:

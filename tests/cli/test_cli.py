@@ -36,6 +36,8 @@ COMMANDS = (
     "verify",
     "doctor",
     "diff",
+    "benchmark",
+    "evaluate",
     "cache",
 )
 

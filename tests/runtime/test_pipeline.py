@@ -198,7 +198,7 @@ def test_other_plans_follow_from_the_recipe_s_rules(own_bundle: Path) -> None:
     assert (derived.solver, derived.time_shift) == ("ab2", SHIFT)
     np.testing.assert_array_equal(
         pipe.latents("a", steps=5, guidance_scale=8),
-        sample(pipe._engines, derived, prompt_pair(pipe._codec, FACTS, "a"), NOISE),
+        sample(pipe._engines, derived, prompt_pair(pipe.codec, FACTS, "a"), NOISE),
     )
 
 

@@ -169,8 +169,8 @@ class TestPipeline:
         np.testing.assert_array_equal(plain.latents("a star"), control.latents("a star"))
         spelled = list(EOS.encode())
         letters = [byte_tokenizer().token_to_id(chr(byte)) for byte in spelled]
-        assert plain._codec.encode(EOS) == letters
-        assert control._codec.encode(EOS) == [byte_tokenizer().token_to_id(EOS)]
+        assert plain.codec.encode(EOS) == letters
+        assert control.codec.encode(EOS) == [byte_tokenizer().token_to_id(EOS)]
         assert not np.allclose(plain.latents(EOS), control.latents(EOS))
 
     def test_so_are_a_question_s(self, bundle: Path) -> None:

@@ -1,0 +1,232 @@
+"""Judge a bundle against another: scores of both sides on the same samples, part by part, and whether each is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flashu_compile.bundle.images import Picture
+from flashu_compile.errors import EvaluationError
+from flashu_compile.evaluation import gate
+from flashu_compile.evaluation.evaluators import Evaluator
+from flashu_compile.evaluation.gate import Scores, clustered
+from flashu_compile.runtime.pipeline import Pipeline
+from flashu_compile.tasks import T2I
+
+FLOORED = frozenset({"right"})
+"""Parts that are held to a floor and not to the bound: yes-or-no scores beside a graded one of the same samples."""
+
+KIND_FLOOR, LEAST_OF_KIND = 0.9, 10
+_SHORT = 8  # tokens
+
+Tell = Callable[[str, float | None], None]
+
+
+class Side:
+    """A pipeline whose pictures and answers are kept, so that evaluators, which are given this, share them."""
+
+    def __init__(
+        self,
+        title: str,
+        pipeline: Pipeline,
+        tell: Tell,
+        *,
+        steps: int | None = None,
+        limit: int | None = None,
+        workers: int = 1,
+    ) -> None:
+        self.title, self._workers = title, workers
+        self._pipeline, self._tell, self._steps, self._limit = pipeline, tell, steps, limit
+        self._pictures: dict[tuple[str, int], Image.Image] = {}
+        self._texts: dict[tuple[str, str], str] = {}
+
+    def over(self, function: Callable[[Any], Any], samples: Sequence[Any]) -> list[Any]:
+        """Return `function(sample)` for each sample, as many at a time as there are workers."""
+        if self._workers == 1:
+            return [function(sample) for sample in samples]
+        with ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(function, samples))
+
+    def generate(self, prompt: str, *, seed: int = 0) -> Image.Image:
+        """Return the picture of a prompt."""
+        key = prompt, seed
+        if key not in self._pictures:
+            self._tell(f"{self.title}: picture {len(self._pictures) + 1}", None)
+            self._pictures[key] = self._pipeline.generate(prompt, seed=seed, steps=self._steps)
+        return self._pictures[key]
+
+    def ask(self, image: Picture, question: str) -> str:
+        """Return the answer to a question about a picture."""
+        key = os.fspath(image) if isinstance(image, str | os.PathLike) else str(id(image)), question
+        if key not in self._texts:
+            self._tell(f"{self.title}: answer {len(self._texts) + 1}", None)
+            self._texts[key] = self._pipeline.ask(image, question, max_new_tokens=self._limit)
+        return self._texts[key]
+
+    def logits(self, image: Picture, question: str, *, tokens: int, answer: Sequence[int] = ()) -> Any:
+        """Return the ids of the next tokens and their logits; see `Pipeline.logits`."""
+        return self._pipeline.logits(image, question, tokens=tokens, answer=answer)
+
+    def answer_ids(self, image: Picture, question: str, limit: int) -> list[int]:
+        """Return the ids of the answer with its end token, at most `limit`."""
+        self._tell(f"{self.title}: answering", None)
+        end, ids = self._pipeline.codec.eos, list[int]()
+        for tokens in (
+            min(_SHORT, limit),
+            limit,
+        ):  # most answers are short, and decoding does not stop at their end
+            ids, _ = self._pipeline.logits(image, question, tokens=tokens)
+            if end in ids:
+                return ids[: ids.index(end) + 1]
+        return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class KindShare:
+    """The share kept on samples of one kind. `judged` is whether there are enough of them to be held to the floor."""
+
+    kept: float
+    clusters: int
+    judged: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a score, and whether the bundle keeps it.
+
+    Attributes:
+        score, other: the mean scores of the bundle and of the other side, each cluster of samples counting once.
+        kept: the share of the other side's score that the bundle keeps.
+        bound: the one-sided 95% lower bound of that share.
+        required: what `bound`, or for a part of `FLOORED` `kept`, must reach.
+        failed: why it is not kept; empty if it is.
+    """
+
+    scorer: str
+    name: str
+    task: str
+    samples: int
+    clusters: int
+    score: float
+    other: float
+    kept: float
+    bound: float
+    required: float
+    kinds: dict[str, KindShare]
+    failed: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is to be kept: the lower bound of each part's share, the floor of `FLOORED` parts, and that of each kind."""
+
+    keep: float
+    floor: float
+    kind_floor: float = KIND_FLOOR
+
+
+def judge(
+    bundle: Side,
+    other: Side,
+    samples: Mapping[str, Sequence[Any]],
+    evaluators: Sequence[Evaluator],
+    rules: Rules,
+) -> list[Part]:
+    """Return every part of every evaluator on the samples of each task.
+
+    Raises `EvaluationError` if an evaluator gives no scores, or there are too few samples for any bundle to pass.
+    """
+    for task, of_task in samples.items():
+        clusters = len({sample.key for sample in of_task})
+        _check_count(clusters, [1.0], rules, f"{clusters} different {_unit(task)}", task)
+    parts: list[Part] = []
+    for evaluator in evaluators:
+        before = len(parts)
+        for task, of_task in samples.items():
+            theirs = evaluator.parts(other, of_task)
+            keys = [sample.key for sample in of_task]
+            for name, values in theirs.items():
+                if name not in FLOORED:
+                    scores = clustered(values, keys)
+                    what = f"{len(scores)} different {_unit(task)} and a mean {name} of {scores.mean():.3f}"
+                    _check_count(len(scores), scores, rules, f"{what} of {other.title}", task)
+            ours = evaluator.parts(bundle, of_task) if theirs else {}
+            if ours.keys() != theirs.keys():
+                raise EvaluationError(
+                    f"Scorer {evaluator.name} gave other parts for one side than for the other."
+                )
+            parts.extend(
+                _part(evaluator.name, name, task, of_task, ours[name], theirs[name], rules) for name in theirs
+            )
+        if len(parts) == before:
+            raise EvaluationError(f"Scorer {evaluator.name} judges none of the tasks: {', '.join(samples)}.")
+    return parts
+
+
+def _unit(task: str) -> str:
+    return "prompts" if task == T2I.name else "pictures"
+
+
+def _check_count(clusters: int, others: Sequence[float] | Scores, rules: Rules, what: str, task: str) -> None:
+    least = gate.needed(np.asarray(others, dtype=np.float64), rules.keep)
+    if least is None:
+        raise EvaluationError(f"With {what} nothing can be kept: all scores of the other side are 0.")
+    if clusters < least:
+        raise EvaluationError(
+            f"With {what}, no bundle could be shown to keep {rules.keep:.1%}, not even one that loses nothing: give at "
+            f"least {least} different {_unit(task)}, or keep less."
+        )
+
+
+def _part(
+    scorer: str,
+    name: str,
+    task: str,
+    samples: Sequence[Any],
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    rules: Rules,
+) -> Part:
+    keys = [sample.key for sample in samples]
+    scores, others = clustered(ours, keys), clustered(theirs, keys)
+    kept, bound = gate.share(scores, others), gate.lower_bound(scores, others)
+    kinds = _kinds(samples, ours, theirs)
+    floored = name in FLOORED
+    required, reached = (rules.floor, kept) if floored else (rules.keep, bound)
+    what = "kept" if floored else "the lower bound of what is kept"
+    failed = [f"{what} is {reached:.1%}, below {required:.1%}"] if reached < required else []
+    failed += [
+        f"of kind {kind!r} {found.kept:.1%} is kept, below {rules.kind_floor:.0%}"
+        for kind, found in kinds.items()
+        if found.judged and found.kept < rules.kind_floor
+    ]
+    return Part(
+        scorer=scorer,
+        name=name,
+        task=task,
+        samples=len(samples),
+        clusters=len(scores),
+        score=float(scores.mean()),
+        other=float(others.mean()),
+        kept=kept,
+        bound=bound,
+        required=required,
+        kinds=kinds,
+        failed=tuple(failed),
+    )
+
+
+def _kinds(samples: Sequence[Any], ours: Sequence[float], theirs: Sequence[float]) -> dict[str, KindShare]:
+    found = {}
+    for kind in sorted({sample.kind for sample in samples} - {""}):
+        places = [place for place, sample in enumerate(samples) if sample.kind == kind]
+        keys = [samples[place].key for place in places]
+        scores, others = (clustered([values[place] for place in places], keys) for values in (ours, theirs))
+        found[kind] = KindShare(gate.share(scores, others), len(scores), len(scores) >= LEAST_OF_KIND)
+    return found

@@ -1,0 +1,75 @@
+"""The machine that something was measured on: processor, cores, versions, and the memory of this process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flashu_compile.version import __version__
+
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "torch-tensorrt")
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, cores, system and versions of what is installed."""
+    return {
+        "processor": processor(),
+        "cores": cores(),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": {"python": platform.python_version(), "flashu_compile": __version__, **_installed()},
+    }
+
+
+def processor() -> str:
+    """Return the processor's name, which only /proc tells on Linux."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def forget_peak() -> None:
+    """Let the peak of resident memory begin anew, where the system can (Linux)."""
+    try:
+        _FORGET.write_text("5")
+    except OSError:
+        return
+
+
+def resident() -> tuple[int | None, int | None]:
+    """Return the bytes of this process in memory now and at most; None where the system does not tell."""
+    if _STATUS.is_file():
+        text = _STATUS.read_text()
+        values = [re.search(rf"{name}:\s+(\d+) kB", text) for name in ("VmRSS", "VmHWM")]
+        now, peak = (None if value is None else int(value[1]) * 1024 for value in values)
+        return now, peak
+    if sys.platform == "win32":
+        return None, None
+    import resource
+
+    return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

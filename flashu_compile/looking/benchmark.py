@@ -1,0 +1,177 @@
+"""benchmark: what a bundle costs on this machine, beside another bundle, the exact one, or the eager model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_COUNT, LARGEST_POINTS, LARGEST_THREADS
+from flashu_compile.bundle.manifest import Manifest, read_manifest
+from flashu_compile.errors import ConfigurationError, UnknownTaskError
+from flashu_compile.evaluation import intervals
+from flashu_compile.evaluation.intervals import LEAST_ROUNDS, Median
+from flashu_compile.evaluation.machine import cores, machine
+from flashu_compile.evaluation.timing import Side, SideCost, measure
+from flashu_compile.extras import naming_the_extra
+from flashu_compile.looking.against import Progress, other_bundle
+from flashu_compile.paths import absolute
+from flashu_compile.runtime.providers import ProviderOptions
+from flashu_compile.tasks import MMU, TASKS
+
+EAGER = "eager"
+TOKENS = 32
+_BUNDLES, _EAGER_MODEL = "flashu_compile.evaluation.worker", "flashu_compile.compiler.eager_side"
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What a bundle costs, and another side if there is one.
+
+    `speedups` say, by task, how many times faster the bundle is than the other side: the median over rounds of the
+    ratio within a round, with its 95% interval. `tokens` is the length of every answer, None without mmu.
+    """
+
+    bundle: SideCost
+    against: SideCost | None
+    speedups: dict[str, Median]
+    rounds: int
+    tokens: int | None
+    threads: int
+    provider: str
+    machine: dict[str, Any]
+
+
+def benchmark(
+    bundle: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    rounds: int = LEAST_ROUNDS,
+    task: str | Sequence[str] | None = None,
+    steps: int | None = None,
+    tokens: int | None = None,
+    model: str | os.PathLike[str] | None = None,
+    vae: str | None = None,
+    tokenizer: str | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+    provider_options: ProviderOptions | None = None,
+    memory: str = "fast",
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Time one picture and one answer of a bundle, in turn with another side, each in a process of its own.
+
+    Args:
+        bundle: the bundle's directory.
+        against: the directory of another bundle; "exact", the exact bundle of the same checkpoint, which is built and
+            kept in the user's cache; "eager", the model in PyTorch (on the CPU); or None. The last two need the extra
+            `compile`.
+        rounds: how often each side does the same work, in turn; at least 9.
+        task: what is timed, "t2i" or "mmu" or both; all that both sides can do if not given.
+        steps: time points of a picture on both sides; each side's own plan if not given.
+        tokens: length of the answer on both sides, whatever it says; 32 or the bundle's longest if not given.
+        model, vae, tokenizer: with "exact" and "eager", where the checkpoint is, if not by the name in the bundle.
+        threads: threads that each side computes with; one per core if not given.
+        provider, provider_options, memory, trust: how engines run; see `load`. They hold for both bundles.
+        progress: called with (what is being done, fraction done in [0, 1] or None).
+
+    Raises:
+        EvaluationError: the process of a side ended by itself.
+        FlashuError: its base, by a subclass that says what is wrong and what to do.
+    """
+    arguments.function("progress", progress)
+    tell = progress or (lambda stage, fraction: None)
+    rounds = arguments.integer("rounds", rounds, LEAST_ROUNDS, LARGEST_COUNT)
+    threads = cores() if threads is None else arguments.integer("threads", threads, 1, LARGEST_THREADS)
+    if steps is not None:
+        steps = arguments.integer("steps", steps, 2, LARGEST_POINTS)
+    path = absolute(bundle)
+    manifest = read_manifest(path)
+    loading = {
+        "provider": provider,
+        "provider_options": None if provider_options is None else dict(provider_options),
+        "threads": threads,
+        "memory": memory,
+        "trust": trust,
+    }
+    given = {"model": None if model is None else os.fspath(model), "vae": vae, "tokenizer": tokenizer}
+    with _other(path, manifest, against, given, tell) as (other, title):
+        tasks = _tasks(task, manifest, *([] if not isinstance(other, Path) else [read_manifest(other)]))
+        length = _tokens(tokens, manifest)
+        work = {"tasks": tasks, "steps": steps, "tokens": length}
+        sides = [Side(str(bundle), _BUNDLES, {"path": str(path), "loading": loading, **work})]
+        if isinstance(other, Path):
+            sides.append(Side(title, _BUNDLES, {"path": str(other), "loading": loading, **work}))
+        elif other is not None:
+            sides.append(Side(title, _EAGER_MODEL, {**other, "threads": threads, **work}))
+        costs = measure(sides, tasks, rounds, tell)
+    own, theirs = costs[0], costs[1] if len(costs) > 1 else None
+    return Benchmark(
+        bundle=own,
+        against=theirs,
+        speedups={
+            name: intervals.ratio(theirs.tasks[name].rounds, own.tasks[name].rounds)
+            for name in (tasks if theirs is not None else ())
+            if theirs is not None
+        },
+        rounds=rounds,
+        tokens=length if MMU.name in tasks else None,
+        threads=threads,
+        provider=provider,
+        machine=machine(),
+    )
+
+
+@contextlib.contextmanager
+def _other(
+    path: Path,
+    manifest: Manifest,
+    against: str | os.PathLike[str] | None,
+    given: Mapping[str, str | None],
+    tell: Progress,
+) -> Iterator[tuple[Path | dict[str, str | None] | None, str]]:
+    """Provide the other side, a bundle or what the eager model is loaded by, and what to call it."""
+    if against is None:
+        if any(given.values()):
+            raise ConfigurationError("model, vae and tokenizer go with against='exact' or 'eager'.")
+        yield None, ""
+    elif against == EAGER:
+        with naming_the_extra("Benchmarking against eager"):
+            from flashu_compile.compiler.captured import ProgressReporter
+            from flashu_compile.compiler.checkpoint_of_bundle import checkpoint, model_of
+        parts: Any = {name: given[name] for name in ("vae", "tokenizer")}
+        checkpoint(manifest, given["model"], ProgressReporter(tell), **parts)
+        name = given["model"] or model_of(manifest)
+        yield {**given, "model": name}, f"{EAGER} {name}"
+    else:
+        with other_bundle(path, against, tell=tell, **given) as other:
+            yield other, str(against)
+
+
+def _tasks(asked: str | Sequence[str] | None, *manifests: Manifest) -> list[str]:
+    """Return the tasks to be timed. Raises `UnknownTaskError` if one of them is not that of every bundle."""
+    common = [name for name in TASKS if all(name in manifest.tasks for manifest in manifests)]
+    if asked is None and not common:
+        raise UnknownTaskError("The two bundles have no task in common.")
+    wanted = common if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    unknown = [name for name in wanted if name not in common]
+    if unknown or not wanted:
+        raise UnknownTaskError(
+            f"Task {arguments.shown(unknown[0]) if unknown else 'none'} cannot be timed; these can: "
+            f"{', '.join(common)}."
+        )
+    return [name for name in TASKS if name in wanted]
+
+
+def _tokens(given: int | None, manifest: Manifest) -> int | None:
+    settings = manifest.understanding
+    if settings is None:
+        return None
+    if given is None:
+        return min(TOKENS, settings.max_new_tokens)
+    return arguments.integer("tokens", given, 1, settings.max_new_tokens)

@@ -1,0 +1,280 @@
+"""evaluate: whether a bundle is as good as another, by scores of both on the same held-out samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT, LARGEST_THREADS
+from flashu_compile.errors import ConfigurationError, EvaluationError, InputError, UnknownTaskError
+from flashu_compile.evaluation.data import Data, read_data
+from flashu_compile.evaluation.evaluators import AGREEMENT, ANSWERS, Evaluator, find_evaluator
+from flashu_compile.evaluation.judging import Part, Rules, Side, judge
+from flashu_compile.evaluation.machine import machine
+from flashu_compile.evaluation.neutral import neutral_data
+from flashu_compile.evaluation.splits import HELD_OUT, check_split
+from flashu_compile.looking.against import EXACT, Progress, other_bundle
+from flashu_compile.paths import absolute
+from flashu_compile.recipe.plan import engines_needed
+from flashu_compile.runtime.pipeline import Pipeline, load
+from flashu_compile.runtime.providers import ProviderOptions
+from flashu_compile.tasks import MMU, T2I, TASKS
+
+ANSWER_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a bundle keeps of another one.
+
+    Attributes:
+        bundle, against: what the two sides are called; `points` are the time points of their pictures.
+        data: what the samples are called, and `sha256` their hash.
+        split, seed: what was judged; `splits` has, by task, how many different prompts or pictures each split has.
+        parts: every part of every scorer.
+        figures: what scorers tell beside the parts, such as PSNR; None where infinite.
+        passed: whether every part is kept.
+    """
+
+    bundle: str
+    against: str
+    points: tuple[int | None, int | None]
+    data: str
+    sha256: str
+    split: str
+    seed: int
+    splits: dict[str, dict[str, int]]
+    keep: float
+    parts: tuple[Part, ...]
+    figures: dict[str, float | None]
+    machine: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Return whether every part is kept."""
+        return not any(part.failed for part in self.parts)
+
+
+def evaluate(
+    bundle: str | os.PathLike[str] | Pipeline,
+    against: str | os.PathLike[str] | Pipeline = EXACT,
+    *,
+    data: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    score: str | Sequence[str | Evaluator] | None = None,
+    task: str | Sequence[str] | None = None,
+    keep: float = 0.97,
+    floor: float = 0.95,
+    split: str = HELD_OUT,
+    seed: int = 0,
+    samples: int | None = None,
+    steps: int | None = None,
+    equal_points: bool = False,
+    max_new_tokens: int | None = None,
+    model: str | os.PathLike[str] | None = None,
+    vae: str | None = None,
+    tokenizer: str | None = None,
+    provider: str = "cpu",
+    provider_options: ProviderOptions | None = None,
+    threads: int | None = None,
+    workers: int = 1,
+    memory: str = "fast",
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Hold the scores of a bundle against those of another one, on the same samples.
+
+    A part of a score passes if the one-sided 95% lower bound of the share kept reaches `keep`; see evaluation/gate.py.
+
+    Args:
+        bundle: a bundle's directory, or a loaded one.
+        against: the other side; "exact" is the exact bundle of the same checkpoint, which is built and kept in the
+            user's cache (extra `compile`).
+        data: a JSON or JSONL file, a folder of pictures, or a mapping (see `read_data`); a neutral set if not given.
+        score: scorers: "agreement" (extra `evaluate`), "answers", "FILE.py:FUNCTION" or an `Evaluator`. If not given,
+            "agreement", and "answers" where every question has one.
+        task: what is judged, "t2i" or "mmu" or both; all that bundles and data have if not given.
+        keep: the share of a score that is to be kept, above 0 and below 1.
+        floor: what the share kept itself, without its bound, must reach for parts called "right".
+        split, seed: "held-out", "search", "calibration" or "all" of the samples; `seed` draws the splits.
+        samples: the largest number of different prompts, and of pictures; all of the split if not given.
+        steps: time points of pictures on both sides; each side's own plan if not given.
+        equal_points: the other side follows the points, guidance and solver of the bundle's plan, so that techniques
+            alone are compared.
+        max_new_tokens: longest answer; 32, or the bundle's if that is less, if not given.
+        model, vae, tokenizer: with "exact", where the checkpoint is, if not by the name in the bundle.
+        provider, provider_options, threads, memory, trust: how bundles given by directory run; see `load`.
+        workers: prompts and questions that are computed at a time, each with so many threads: on small models several
+            with `threads=1` are quicker than one with several threads.
+        progress: called with (what is being done, fraction done in [0, 1] or None).
+
+    Raises:
+        EvaluationError: data, split or a scorer's scores are unusable, or there are too few samples for any bundle to
+            pass; the message names how many are needed.
+        FlashuError: its base, by a subclass that says what is wrong and what to do.
+    """
+    arguments.function("progress", progress)
+    tell = progress or (lambda stage, fraction: None)
+    rules = Rules(
+        keep=arguments.number("keep", keep, 0, 1, EvaluationError, above=True, below=True),
+        floor=arguments.number("floor", floor, 0, 1, EvaluationError),
+    )
+    if steps is not None and arguments.flag("equal_points", equal_points):
+        raise ConfigurationError("steps sets the points of both sides; leave equal_points out.")
+    workers = arguments.integer("workers", workers, 1, LARGEST_THREADS)
+    asked = _asked(data, split, seed, samples, score)
+    loading = {
+        "provider": provider,
+        "provider_options": provider_options,
+        "threads": threads,
+        "memory": memory,
+        "trust": trust,
+    }
+    given = {"model": model, "vae": vae, "tokenizer": tokenizer}
+    with _pipelines(bundle, against, given, loading, tell) as (own, theirs):
+        if equal_points:
+            theirs = _on_the_plan_of(own, theirs)
+        chosen = asked.samples(_tasks(task, (own, theirs), asked.data))
+        limit = _limit(max_new_tokens, (own, theirs))
+        one, other = (
+            Side(_title(place), pipe, tell, steps=steps, limit=limit, workers=workers)
+            for place, pipe in ((bundle, own), (against, theirs))
+        )
+        evaluators = asked.evaluators(chosen, other, limit)
+        parts = judge(one, other, chosen, evaluators, rules)
+        points = [None if T2I.name not in chosen else pipe.plan_for(steps).points for pipe in (own, theirs)]
+    return Evaluation(
+        bundle=one.title,
+        against=other.title,
+        points=(points[0], points[1]),
+        data=asked.data.title,
+        sha256=asked.data.sha256,
+        split=split,
+        seed=seed,
+        splits={name: dict(Counter(asked.data.splits(name, seed).values())) for name in chosen},
+        keep=keep,
+        parts=tuple(parts),
+        figures={
+            # JSON has no infinity.
+            name: value if value < math.inf else None
+            for evaluator in evaluators
+            for name, value in evaluator.figures.items()
+        },
+        machine=machine(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is to be judged, by which scorers; None among these is `agreement`, all of them if nothing was chosen."""
+
+    data: Data
+    split: str
+    seed: int
+    count: int | None
+    scorers: tuple[Evaluator | None, ...] | None
+
+    def samples(self, tasks: Sequence[str]) -> dict[str, list[Any]]:
+        return {name: self.data.chosen(name, self.split, self.seed, self.count) for name in tasks}
+
+    def evaluators(self, chosen: Mapping[str, list[Any]], other: Side, limit: int | None) -> list[Evaluator]:
+        scorers = self.scorers
+        if scorers is None:
+            questions = chosen.get(MMU.name, [])
+            answered = questions and all(sample.answer is not None for sample in questions)
+            scorers = (None, *([find_evaluator(ANSWERS)] if answered else []))
+        return [_agreement(other, limit) if scorer is None else scorer for scorer in scorers]
+
+
+def _asked(
+    data: Any, split: str, seed: int, count: int | None, score: str | Sequence[str | Evaluator] | None
+) -> _Asked:
+    named = None if score is None else [score] if isinstance(score, str | Evaluator) else list(score)
+    scorers = None
+    if named is not None:
+        scorers = tuple(
+            None if s == AGREEMENT else s if isinstance(s, Evaluator) else find_evaluator(s) for s in named
+        )
+    return _Asked(
+        neutral_data() if data is None else read_data(data),
+        check_split(split),
+        arguments.integer("seed", seed, 0, LARGEST_BUILD_SEED),
+        None if count is None else arguments.integer("samples", count, 1, LARGEST_COUNT),
+        scorers,
+    )
+
+
+def _agreement(other: Side, limit: int | None) -> Evaluator:
+    from flashu_compile.evaluation.agreement import Agreement
+
+    figures: dict[str, float] = {}
+    return Evaluator(AGREEMENT, Agreement(other, limit, figures), figures)
+
+
+@contextlib.contextmanager
+def _pipelines(
+    bundle: Any, against: Any, given: Mapping[str, Any], loading: Mapping[str, Any], tell: Progress
+) -> Iterator[tuple[Pipeline, Pipeline]]:
+    """Load both sides, of which the exact one is made if need be."""
+    tell("loading", None)
+    own = bundle if isinstance(bundle, Pipeline) else load(bundle, **loading)
+    if isinstance(against, Pipeline):
+        yield own, against
+        return
+    if isinstance(bundle, Pipeline) and against == EXACT:
+        raise ConfigurationError(
+            "The exact bundle is found by the bundle's directory; give that, or both pipelines."
+        )
+    home = Path() if isinstance(bundle, Pipeline) else absolute(bundle)
+    with other_bundle(home, against, tell=tell, **given) as path:
+        yield own, load(path, **loading)
+
+
+def _title(side: Any) -> str:
+    return repr(side) if isinstance(side, Pipeline) else os.fspath(side)
+
+
+def _on_the_plan_of(own: Pipeline, theirs: Pipeline) -> Pipeline:
+    """Return the other side's engines on the points, guidance and solver of the bundle's plan, without techniques."""
+    if own.recipe is None or theirs.plan is None:
+        return theirs
+    recipe = dataclasses.replace(own.recipe, t2i=own.recipe.t2i.without_techniques())
+    plan = recipe.plan()
+    present = {engine.name for engine in theirs.manifest.engines}
+    missing = [name for name in engines_needed(plan) if name not in present]
+    if missing:
+        raise ConfigurationError(f"The other bundle lacks engine {missing[0]!r}; leave equal points out.")
+    return Pipeline(theirs.manifest, plan, recipe, theirs.codec, theirs.engines)
+
+
+def _tasks(asked: str | Sequence[str] | None, pipelines: Sequence[Pipeline], data: Data) -> list[str]:
+    """Return the tasks to be judged. Raises `UnknownTaskError` if bundles or data lack one of them."""
+    common = [
+        name for name in TASKS if data.of(name) and all(name in pipe.manifest.tasks for pipe in pipelines)
+    ]
+    wanted = common if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    unknown = [name for name in wanted if name not in common]
+    if unknown or not wanted:
+        what = f"Task {arguments.shown(unknown[0])}" if unknown else "These bundles"
+        raise UnknownTaskError(
+            f"{what} cannot be judged: both bundles must have the task, and {data.title} prompts (t2i) or questions "
+            f"(mmu) for it. What can be judged: {', '.join(common) or 'nothing'}."
+        )
+    return [name for name in TASKS if name in wanted]
+
+
+def _limit(given: int | None, pipelines: Sequence[Pipeline]) -> int | None:
+    """Return the longest answer in tokens, or None if a side answers no questions."""
+    longest = [pipe.manifest.understanding for pipe in pipelines]
+    limits = [settings.max_new_tokens for settings in longest if settings is not None]
+    if len(limits) < len(longest):
+        return None
+    if given is None:
+        return min(ANSWER_TOKENS, *limits)
+    return arguments.integer("max_new_tokens", given, 1, min(limits), InputError)

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from examples.showo2_shapes import evaluate
+from examples.showo2_shapes.questions import SEARCHED, write
+from examples.showo2_shapes.world.language import parse_caption
+from examples.showo2_shapes.world.scenes import canonical_key, is_heldout
+from flashu_compile.evaluation.data import read_data
+
+
+def test_nothing_of_it_was_trained_on_or_searched_with(tmp_path: Path) -> None:
+    data = read_data(write(tmp_path, 60, 4, 3))
+    searched = {canonical_key(spec) for spec in evaluate.prompts(SEARCHED)}
+    assert len(data.prompts) == 60
+    for sample in data.prompts:
+        spec = parse_caption(sample.prompt)
+        assert is_heldout(spec)
+        assert sample.key == canonical_key(spec)
+        assert sample.key not in searched
+    assert len(data.questions) == 12
+    assert len({sample.key for sample in data.questions}) == 4
+    assert all(sample.answer for sample in data.questions)
