@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from flashu_compile.drafts import draft_folder
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system.drafts import draft_folder
 
 
 def digest(*parts: object) -> str:

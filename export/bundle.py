@@ -31,14 +31,14 @@ from flashu_compile.bundle.manifest import (
     file_entry,
     read_manifest,
 )
-from flashu_compile.drafts import draft_folder, nearest_folder
 from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
 from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.exporters.engine_build import EngineBuild
-from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline, load
+from flashu_compile.system.drafts import draft_folder, nearest_folder
+from flashu_compile.system.paths import absolute
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,13 @@ from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, Manifest, file_entry
 from flashu_compile.bundle.precision import tolerance
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import BundleError, EmissionError, InputError
 from flashu_compile.exporters.backends import Backend
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.weights import weight_store
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.sessions import create_session
+from flashu_compile.system.drafts import draft_folder
 
 
 def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:

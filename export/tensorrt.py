@@ -16,7 +16,6 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, read_manifest
 from flashu_compile.errors import BundleError, EmissionError
 from flashu_compile.exporters.tensorrt_plan import TIMING_CACHE, update_manifest
-from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import (
     PLAN_FILE,
     BuildOptions,
@@ -27,6 +26,7 @@ from flashu_compile.runtime.tensorrt_engine import (
     import_libraries,
     read_plan,
 )
+from flashu_compile.system.paths import absolute
 
 DEVICE_FILE = "tensorrt.device"  # what build_engines.sh leaves: name and compute capability
 

@@ -20,8 +20,8 @@ from flashu_compile.bundle.profiles import dimension_ranges, engine_profile, sha
 from flashu_compile.errors import BundleError, EmissionError
 from flashu_compile.exporters.tensorrt_support import load_model, objections
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
-from flashu_compile.paths import absolute
 from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, BuildOptions, PlannedEngine, TensorRTPlan
+from flashu_compile.system.paths import absolute
 
 SCRIPT = "build_engines.sh"
 TIMING_CACHE = "tensorrt.timing"

@@ -25,8 +25,8 @@ from flashu_compile.bundle.manifest import EngineSpec, read_manifest
 from flashu_compile.errors import FlashuError
 from flashu_compile.exporters.onnx import OPERATOR
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
-from flashu_compile.paths import absolute
 from flashu_compile.runtime.checked_graph import read_graph
+from flashu_compile.system.paths import absolute
 
 ONNX_PARSER, TORCH_TENSORRT = "tensorrt_onnx.json", "torch_tensorrt.json"
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashu_compile.errors import FlashuError
 from flashu_compile.extras import naming_the_extra
-from flashu_compile.libraries import switch_telemetry_off
+from flashu_compile.system.libraries import switch_telemetry_off
 from flashu_compile.version import __version__
 
 if TYPE_CHECKING:

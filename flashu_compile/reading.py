@@ -145,6 +145,11 @@ def parse(content: bytes | str, where: str, error: type[FlashuError], advice: st
     return value
 
 
+def value_at(text: str, start: int) -> tuple[Any, int]:
+    """Return the value that begins at an offset of a text which `parse` took, and the offset of its end."""
+    return json.JSONDecoder().raw_decode(text, start)
+
+
 def convert(
     data: object,
     kind: type[T],

@@ -21,7 +21,6 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.export.passes import move_to_device_pass
 
 from flashu_compile.bundle.profiles import Range
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import BackendUnavailableError, EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -29,9 +28,10 @@ from flashu_compile.exporters.parity import written_errors
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import traced_statistics
 from flashu_compile.exporters.torch_programs import TorchModel, plain_copy, write_engines
-from flashu_compile.libraries import place_inductor
 from flashu_compile.program.program import Program
-from flashu_compile.threads import default_threads
+from flashu_compile.system.drafts import draft_folder
+from flashu_compile.system.libraries import place_inductor
+from flashu_compile.system.threads import default_threads
 
 _HALF = "bfloat16"
 #: Compilers use no instructions but those that PyTorch asks for and records; by default they may use all of the

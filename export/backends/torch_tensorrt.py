@@ -22,7 +22,6 @@ from torch.export.passes import move_to_device_pass
 from flashu_compile.bundle.dimensions import evaluate
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.profiles import Range, engine_profile, ranges_of
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.backends import Emitted, Packed, Written
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -39,7 +38,6 @@ from flashu_compile.exporters.tensorrt_support import (
 from flashu_compile.exporters.torch_programs import PRECISIONS, TorchModel, plain_copy, write_engines
 from flashu_compile.operators.write_rows import WRITE_ROWS, scatter_rows
 from flashu_compile.passes.editing import module_path
-from flashu_compile.paths import cache_folder
 from flashu_compile.program.program import Program
 from flashu_compile.runtime.backends.torch_tensorrt import (
     BUILT_FILE,
@@ -48,6 +46,8 @@ from flashu_compile.runtime.backends.torch_tensorrt import (
     built_text,
     import_torch_tensorrt,
 )
+from flashu_compile.system.drafts import draft_folder
+from flashu_compile.system.paths import cache_folder
 
 DEVICE = torch.device("cuda")
 _TIMINGS = "timing_cache_path"

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flashu_compile.bundle.finite import Source
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import InputError
-from flashu_compile.paths import absolute
+from flashu_compile.system.drafts import draft_folder
+from flashu_compile.system.paths import absolute
 
 # What a picture can be saved as: Pillow's name and options that lose as little as the format allows.
 _SAVED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from flashu_compile import arguments, reading
 from flashu_compile.bundle.dimensions import parsed
 from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError
-from flashu_compile.paths import absolute
 from flashu_compile.reading import Count
+from flashu_compile.system.paths import absolute
 
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
 _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20

@@ -13,8 +13,8 @@ from flashu_compile.cli.base import LOOKING, Json, app, examples
 from flashu_compile.cli.terminal import say
 from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.errors import CacheError
-from flashu_compile.paths import absolute, cache_directory
 from flashu_compile.quantities import size
+from flashu_compile.system.paths import absolute, cache_directory
 
 cache_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}

@@ -22,8 +22,8 @@ import flashu_compile
 from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import visible
 from flashu_compile.errors import FlashuError
-from flashu_compile.paths import absolute
 from flashu_compile.runtime import Pipeline, load
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import TASKS
 
 MODEL = "showo2-shapes"

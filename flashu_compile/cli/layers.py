@@ -12,7 +12,7 @@ import typer
 from flashu_compile.cli import display
 from flashu_compile.cli.base import quiet_torch
 from flashu_compile.cli.terminal import say
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 
 if TYPE_CHECKING:
     from flashu_compile.bundle.agreement import Difference

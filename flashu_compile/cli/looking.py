@@ -34,7 +34,7 @@ from flashu_compile.cli.layers import reference_named, verify_layers
 from flashu_compile.cli.terminal import say
 from flashu_compile.errors import InputError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import TASKS
 
 

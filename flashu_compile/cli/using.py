@@ -25,7 +25,7 @@ from flashu_compile.cli.base import (
     quiet_onnxruntime,
 )
 from flashu_compile.cli.terminal import say
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 
 if TYPE_CHECKING:
     from flashu_compile.runtime import Pipeline

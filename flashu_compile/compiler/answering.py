@@ -27,8 +27,8 @@ from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
+from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import MMU, T2I
-from flashu_compile.threads import torch_threads
 
 PROMPT, QUESTION, SEED = "a red circle", "What is this?", 0
 EVALUATIONS, TOKENS = 2, 3

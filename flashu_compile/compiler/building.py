@@ -28,8 +28,8 @@ from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import program_statistics
 from flashu_compile.program.program import BATCH, Program
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import prologue_of, schedule_of
-from flashu_compile.threads import torch_threads
 
 _CAPTURE_SHARE, _END = 0.4, 0.88
 

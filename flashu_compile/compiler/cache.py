@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flashu_compile import reading
-from flashu_compile.drafts import draft_folder, remove_dead_drafts
 from flashu_compile.errors import CacheError
-from flashu_compile.paths import EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
+from flashu_compile.system.drafts import draft_folder, remove_dead_drafts
+from flashu_compile.system.paths import EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
 LARGEST_ENTRY = 1 << 30

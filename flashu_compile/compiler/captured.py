@@ -19,7 +19,7 @@ from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
-from flashu_compile.threads import torch_threads
+from flashu_compile.system.threads import torch_threads
 
 Progress = Callable[[str, float], None]
 

@@ -16,7 +16,7 @@ from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress
 from flashu_compile.compiler.export import export
 from flashu_compile.compiler.fingerprints import environment
 from flashu_compile.errors import CheckpointError, ConfigurationError, OutputExistsError
-from flashu_compile.paths import EXACT_BUNDLES, cache_folder
+from flashu_compile.system.paths import EXACT_BUNDLES, cache_folder
 
 EXACT = "exact"
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
-from flashu_compile.autocast import without_autocast
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
@@ -28,12 +27,13 @@ from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
-from flashu_compile.paths import absolute
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
 from flashu_compile.report.work import engine_errors
-from flashu_compile.threads import torch_threads
+from flashu_compile.system.autocast import without_autocast
+from flashu_compile.system.paths import absolute
+from flashu_compile.system.threads import torch_threads
 
 COST_SAMPLES = 3
 #: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.

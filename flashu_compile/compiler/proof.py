@@ -19,13 +19,13 @@ from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import write_bundle
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system.drafts import draft_folder
 from flashu_compile.tasks import LLM, MMU, T2I
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"

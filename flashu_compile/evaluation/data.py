@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from flashu_compile import reading
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.images import Picture, read_picture
 from flashu_compile.errors import EvaluationError, InputError
 from flashu_compile.evaluation.splits import ALL, canonical, split_of
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, T2I
 
 FILES = ("data.jsonl", "data.json", "questions.jsonl", "questions.json")
@@ -135,15 +136,16 @@ def _from_folder(folder: Path) -> Data:
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield each record of a file with the place it is at, for errors."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = reading.read_bytes(path, EvaluationError).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise EvaluationError(f"{path} cannot be read as data: {error}.") from error
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield f"{path}, line {number}", _parsed(line, path, number - 1)
+                where = f"{path}, line {number}"
+                yield where, reading.parse(line, where, EvaluationError)
         return
-    whole = _parsed(text, path, 0)
+    whole = reading.parse(text, str(path), EvaluationError)
     breaks = [found.start() for found in re.finditer("\n", text)]
     lists = _members(text) if isinstance(whole, dict) else {"": 0}
     for name, start in lists.items():
@@ -151,16 +153,6 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         _listed(items, str(path), name)
         for offset, item in _elements(text, _after(text, start)):
             yield f"{path}, line {bisect.bisect_left(breaks, offset) + 1}", item
-
-
-def _parsed(text: str, path: Path, lines_before: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = lines_before + getattr(error, "lineno", 1)
-        raise EvaluationError(
-            f"{path}, line {line}: this is not JSON: {getattr(error, 'msg', error)}."
-        ) from error
 
 
 def _listed(items: Any, where: str, name: str) -> Sequence[Any]:
@@ -181,7 +173,7 @@ def _elements(text: str, start: int) -> Iterator[tuple[int, Any]]:
     """Yield the offset and value of each element of the JSON list that begins at `start` of a valid text."""
     at = _after(text, start + 1)
     while text[at] != "]":
-        value, end = json.JSONDecoder().raw_decode(text, at)
+        value, end = reading.value_at(text, at)
         yield at, value
         at = _after(text, end)
         at = _after(text, at + 1) if text[at] == "," else at
@@ -192,9 +184,9 @@ def _members(text: str) -> dict[str, int]:
     offsets: dict[str, int] = {}
     at = _after(text, _after(text, 0) + 1)
     while text[at] != "}":
-        name, end = json.JSONDecoder().raw_decode(text, at)
+        name, end = reading.value_at(text, at)
         offsets[name] = _after(text, _after(text, end) + 1)
-        at = _after(text, json.JSONDecoder().raw_decode(text, offsets[name])[1])
+        at = _after(text, reading.value_at(text, offsets[name])[1])
         at = _after(text, at + 1) if text[at] == "," else at
     return offsets
 

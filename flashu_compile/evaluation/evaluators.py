@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.images import Picture
 from flashu_compile.errors import EvaluationError, FlashuError
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU
 
 AGREEMENT, ANSWERS = "agreement", "answers"

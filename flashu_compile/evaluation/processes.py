@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from flashu_compile import errors
+from flashu_compile import errors, reading
 from flashu_compile.errors import EvaluationError, FlashuError
 
 _ROOT = str(Path(__file__).parents[2])
@@ -60,7 +60,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise self._ended()
-        reply: dict[str, Any] = json.loads(line)
+        reply: dict[str, Any] = reading.parse(line, f"The reply of {self.title}", EvaluationError)
         if "error" in reply:
             kind: type[FlashuError] = getattr(errors, reply["kind"], EvaluationError)
             raise kind(reply["error"])

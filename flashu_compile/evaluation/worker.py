@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile import reading
 from flashu_compile.bundle.manifest import read_manifest
-from flashu_compile.errors import FlashuError
+from flashu_compile.errors import EvaluationError, FlashuError
 from flashu_compile.evaluation.machine import forget_peak, resident
 from flashu_compile.evaluation.watching import WatchedEngines
-from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import find_run_backend
 from flashu_compile.runtime.pipeline import Pipeline, load
+from flashu_compile.system.paths import absolute
 
 PROMPT = "a red circle left of a blue square"
 QUESTION = "what is left of the blue square?"
@@ -118,8 +119,9 @@ class _Served:
 def serve(prepare: Prepare) -> None:
     """Load a side by the settings on stdin, and answer requests until stdin ends."""
     replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
-    served = _Served(prepare, json.loads(sys.stdin.readline()))
-    for request in itertools.chain([None], map(json.loads, sys.stdin)):
+    asked = (reading.parse(line, "A request", EvaluationError) for line in sys.stdin)
+    served = _Served(prepare, next(asked))
+    for request in itertools.chain([None], asked):
         try:
             value = served.reply(request)
         except FlashuError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.extras import naming_the_extra
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 
 EXACT = "exact"
 

@@ -19,8 +19,8 @@ from flashu_compile.evaluation.machine import cores, machine
 from flashu_compile.evaluation.timing import Side, SideCost, measure
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.looking.against import Progress, other_bundle
-from flashu_compile.paths import absolute
 from flashu_compile.runtime.providers import ProviderOptions
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, TASKS
 
 EAGER = "eager"

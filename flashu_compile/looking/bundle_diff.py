@@ -9,11 +9,11 @@ from typing import Any
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import PLAN, RECIPE, Manifest, read_manifest
-from flashu_compile.paths import absolute
 from flashu_compile.recipe import view as recipe_view
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_report
+from flashu_compile.system.paths import absolute
 
 _FACTS = ("model", "tasks", "backend", "precision")
 

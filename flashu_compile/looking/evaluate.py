@@ -21,10 +21,10 @@ from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.neutral import neutral_data
 from flashu_compile.evaluation.splits import HELD_OUT, check_split
 from flashu_compile.looking.against import EXACT, Progress, other_bundle
-from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import engines_needed
 from flashu_compile.runtime.pipeline import Pipeline, load
 from flashu_compile.runtime.providers import ProviderOptions
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, T2I, TASKS
 
 ANSWER_TOKENS = 32

@@ -13,7 +13,7 @@ import numpy as np
 from flashu_compile import reading
 from flashu_compile.bundle.images import Picture
 from flashu_compile.errors import CalibrationError
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import RECORDS
 
 DEFAULT_SAMPLES = 20

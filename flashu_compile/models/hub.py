@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flashu_compile.errors import CheckpointError
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_NAME}/{_NAME}(@{_NAME}(/{_NAME})*)?", re.ASCII)

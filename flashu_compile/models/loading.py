@@ -18,7 +18,6 @@ from torch import nn
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError, UnsupportedModelError
 from flashu_compile.models import hub, saved_vae, weights
 from flashu_compile.models.origins import CARD, IN_MEMORY, origin, vae_files, vae_origin
@@ -27,7 +26,8 @@ from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec
 from flashu_compile.models.wan_vae import WanVAE
-from flashu_compile.paths import absolute
+from flashu_compile.system.drafts import draft_folder
+from flashu_compile.system.paths import absolute
 
 __all__ = ["BUNDLED", "LoadedModel", "load_model", "save_model"]
 

@@ -11,7 +11,7 @@ from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
 from flashu_compile.models import weights
 from flashu_compile.models.hub import Snapshot
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 
 CARD, CONFIG = "README.md", "config.json"
 IN_MEMORY = Origin(None)

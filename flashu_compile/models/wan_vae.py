@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashu_compile import reading
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from flashu_compile.models import weights
-from flashu_compile.paths import absolute
 from flashu_compile.reading import Few
+from flashu_compile.system.drafts import draft_folder
+from flashu_compile.system.paths import absolute
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from flashu_compile import reading
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.errors import CheckpointError
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 
 StateDict = dict[str, Tensor]
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flashu_compile import reading
-from flashu_compile.drafts import draft_folder
 from flashu_compile.errors import RecipeError
+from flashu_compile.system.drafts import draft_folder
 
 _METADATA = {"content": "kept neurons of a flashu_compile recipe"}
 

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from flashu_compile import arguments, reading
 from flashu_compile.arguments import shown
 from flashu_compile.errors import RecipeError
-from flashu_compile.paths import absolute
 from flashu_compile.recipe.config import (
     CONFIGS,
     MMUConfig,
@@ -33,6 +32,7 @@ from flashu_compile.recipe.config import (
 )
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, T2I, TASKS
 
 SCHEMA = 3

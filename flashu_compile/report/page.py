@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flashu_compile.bundle.manifest import Manifest
-from flashu_compile.libraries import place_matplotlib
 from flashu_compile.quantities import change, quantity, size
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
@@ -22,6 +21,7 @@ from flashu_compile.report.work import (
     program_work,
     result_work,
 )
+from flashu_compile.system.libraries import place_matplotlib
 from flashu_compile.tasks import MMU, RECORDS, T2I
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from flashu_compile.bundle.manifest import (
 from flashu_compile.bundle.noise import check_seed, initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import ConfigurationError, InputError, UnknownTaskError
-from flashu_compile.paths import absolute
 from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
@@ -34,6 +33,7 @@ from flashu_compile.runtime.lifetime import Closing, OwnedEngines
 from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
+from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
 
 CountProgress = Callable[[int, int], None]

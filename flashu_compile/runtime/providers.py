@@ -18,7 +18,7 @@ import onnxruntime as ort
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, Manifest
 from flashu_compile.bundle.profiles import Profile, shapes_text
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
-from flashu_compile.paths import absolute, cache_folder
+from flashu_compile.system.paths import absolute, cache_folder
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 

@@ -49,7 +49,7 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
-from flashu_compile.threads import default_threads
+from flashu_compile.system.threads import default_threads
 
 # A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
 PROVIDERS: dict[str, tuple[str, ...]] = {

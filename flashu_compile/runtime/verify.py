@@ -14,12 +14,12 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES, tolerance
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
-from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import Placement, ProviderOptions
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine
+from flashu_compile.system.paths import absolute
 
 TOLERANCE = TOLERANCES["float32"]
 

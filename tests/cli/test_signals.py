@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flashu_compile.drafts import PREFIX
 from flashu_compile.models.loading import save_model
+from flashu_compile.system.drafts import PREFIX
 from tests.support.tiny import VAE, tiny_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ _SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
 from flashu_compile.cli.base import unwound_by_signals
-from flashu_compile.drafts import draft_folder
+from flashu_compile.system.drafts import draft_folder
 
 kind, before = getattr(signal, sys.argv[2]), getattr(signal, sys.argv[3])
 signal.signal(kind, before)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flashu_compile.compiler.cache import EngineCache, open_cache
-from flashu_compile.drafts import PREFIX
 from flashu_compile.errors import CacheError
+from flashu_compile.system.drafts import PREFIX
 from tests.runtime.tiny_bundle import flip_byte
 
 

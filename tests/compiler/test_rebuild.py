@@ -22,13 +22,13 @@ from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.export import capture_model
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import size_ranges
-from flashu_compile.drafts import PREFIX
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system.drafts import PREFIX
 from tests.runtime.tiny_bundle import flip_byte
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 

@@ -19,10 +19,10 @@ from flashu_compile.bundle.manifest import EngineSpec, Manifest, read_manifest
 from flashu_compile.errors import BundleError, ConfigurationError
 from flashu_compile.looking.comparison.search import Departure, LayerDifference, find_departure
 from flashu_compile.looking.comparison.sides import BundleSide, ModelSide, OnnxSide, Side
-from flashu_compile.paths import absolute
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.providers import ProviderOptions
+from flashu_compile.system.paths import absolute
 
 EAGER, ONNX = "eager", "onnx"
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from flashu_compile.bundle.prompts import PromptCodec, read_tokenizer
 from flashu_compile.errors import BundleError, CheckpointError
 from flashu_compile.models import hub
-from flashu_compile.paths import absolute
+from flashu_compile.system.paths import absolute
 
 FILE = "tokenizer.json"
 

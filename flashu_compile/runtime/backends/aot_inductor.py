@@ -20,9 +20,9 @@ from torch._inductor.cpu_vec_isa import x86_isa_checker
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
-from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.backends.torch import TENSORS, Call, TorchEngines, find_device
 from flashu_compile.runtime.findings import Finding
+from flashu_compile.system.libraries import place_inductor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,16 +23,16 @@ from torch.export import ExportedProgram
 import flashu_compile.operators.write_rows  # noqa: F401  # registers an operator that graphs may hold
 from flashu_compile import reading
 from flashu_compile.arguments import shown
-from flashu_compile.autocast import without_autocast
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import BUILD_AGAIN, EngineSpec
 from flashu_compile.bundle.signatures import check_inputs, check_outputs, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, FlashuError
-from flashu_compile.libraries import place_inductor
 from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.findings import Finding
 from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
-from flashu_compile.threads import default_threads, torch_threads
+from flashu_compile.system.autocast import without_autocast
+from flashu_compile.system.libraries import place_inductor
+from flashu_compile.system.threads import default_threads, torch_threads
 
 TENSORS = "weights.safetensors"
 _LARGEST_GRAPH = 1 << 30  # bytes

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from flashu_compile.libraries import _FIRST_WITH_TELEMETRY, _telling
+from flashu_compile.system.libraries import _FIRST_WITH_TELEMETRY, _telling
 from tests.runtime.tiny_bundle import write_bundle
 from tests.test_packaging import ROOT
 
@@ -198,7 +198,7 @@ class TestTelemetry:
 
 
 RENDER = "from tests.report.test_page import lossy_page; assert '<svg' in lossy_page()"
-WHERE = "from flashu_compile.libraries import {0}; {0}(); import os; print(os.environ.get({1!r}))"
+WHERE = "from flashu_compile.system.libraries import {0}; {0}(); import os; print(os.environ.get({1!r}))"
 MATPLOTLIB = WHERE.format("place_matplotlib", "MPLCONFIGDIR")
 INDUCTOR = WHERE.format("place_inductor", "TORCHINDUCTOR_CACHE_DIR")
 

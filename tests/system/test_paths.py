@@ -27,10 +27,10 @@ from flashu_compile.measure.samples import calibration_samples
 from flashu_compile.models.loading import load_model, save_model
 from flashu_compile.models.showo2 import vocabulary
 from flashu_compile.models.wan_vae import WanVAE
-from flashu_compile.paths import absolute, cache_directory, cache_folder
 from flashu_compile.recipe.presets import find_recipe, preset
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.verify import verify
+from flashu_compile.system.paths import absolute, cache_directory, cache_folder
 from tests.runtime.tiny_bundle import write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
 from tests.test_packaging import ROOT, python_files
@@ -279,6 +279,6 @@ def test_one_module_knows_of_homes_and_current_directories() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in own
     ]
-    known = ("flashu_compile/paths.py:", "flashu_compile/libraries.py:")
+    known = ("flashu_compile/system/paths.py:", "flashu_compile/system/libraries.py:")
     assert [line for line in asked if not line.startswith(known)] == []
     assert {line.split()[-1] for line in asked if line.startswith(known[0])} == {"absolute", "expanduser"}

@@ -15,7 +15,7 @@ import torch
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.runtime.backends.torch import TorchEngine
-from flashu_compile.threads import default_threads, torch_threads
+from flashu_compile.system.threads import default_threads, torch_threads
 
 SPEC = EngineSpec(
     "double", "t2i", "", (TensorSpec("x", "float32", (2,)),), (TensorSpec("y", "float32", (2,)),), ""

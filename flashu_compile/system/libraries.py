@@ -15,7 +15,7 @@ from pathlib import Path
 
 import platformdirs
 
-from flashu_compile.paths import cache_folder
+from flashu_compile.system.paths import cache_folder
 
 _ONNXRUNTIME, _HUB = "ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"
 _FIRST_WITH_TELEMETRY = (1, 29)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flashu_compile import drafts
-from flashu_compile.drafts import PREFIX, draft_folder, remove_dead_drafts
+from flashu_compile.system import drafts
+from flashu_compile.system.drafts import PREFIX, draft_folder, remove_dead_drafts
 
 _HOLDING = """
 import sys
 from pathlib import Path
-from flashu_compile.drafts import draft_folder
+from flashu_compile.system.drafts import draft_folder
 with draft_folder(Path(sys.argv[1])) as draft:
     (draft / "half").write_text("written")
     print(draft, flush=True)
