@@ -15,10 +15,9 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
-from numpy.typing import NDArray
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import FlashuError
@@ -34,6 +33,9 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
 #: Layers, heads, rows of tokens or of pixels: what work and memory grow with.
 Few = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+
+if TYPE_CHECKING:  # recipes, and the command's help, do without NumPy
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 

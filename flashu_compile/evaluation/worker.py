@@ -126,7 +126,8 @@ def serve(prepare: Prepare) -> None:
             value = served.reply(request)
         except FlashuError as error:
             value = {"error": str(error), "kind": type(error).__name__}
-        print(json.dumps(value), file=replies, flush=True)
+        replies.write(json.dumps(value) + "\n")
+        replies.flush()
 
 
 def main() -> None:

@@ -23,8 +23,10 @@ from typer.testing import CliRunner, Result
 
 import flashu_compile
 from flashu_compile import cli
+from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import demo, display
 from flashu_compile.cli.terminal import visible
+from flashu_compile.compiler.export import Bundle
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import doctor
 from flashu_compile.runtime.findings import Finding
@@ -237,9 +239,10 @@ def test_what_is_logged(hostile: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_the_demo(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def export(model: str, tasks: list[str], *, output: Path, progress: Callable, **_: object) -> None:
+    def export(model: str, tasks: list[str], *, output: Path, progress: Callable, **_: object) -> Bundle:
         shutil.copytree(hostile, output)
         progress(HOSTILE, 0.5)
+        return Bundle(output, read_manifest(output))
 
     monkeypatch.setattr(flashu_compile, "export", export)
     monkeypatch.setenv("COLUMNS", "400")

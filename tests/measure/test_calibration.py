@@ -294,7 +294,7 @@ class TestSamples:
             ({"prompts": "a red circle"}, "'prompts' must be a list"),
             ({"prompts": [1]}, "prompt 0 is not a string"),
             ([("x.png", "what?"), ("y.png",)], "question 1 must be a pair"),
-            ("no-such-file.json", "could not be read"),
+            ("no-such-file.json", "no-such-file.json does not exist"),
         ],
     )
     def test_bad_samples_are_named(self, value: object, message: str) -> None:
