@@ -178,7 +178,7 @@ T2I_RECIPES = {
     ),
     "as published": T2IConfig(
         points=9, guidance_scale=3.0, time_shift=2.0, ffn_pruning=0.4, full_ffn=0.25, full_ffn_at="first",
-        head_cache=2, as_published=True,
+        layer_skipping=0.3, head_cache=2, as_published=True,
     ),
 }  # fmt: skip
 
