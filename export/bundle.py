@@ -203,9 +203,8 @@ def _manifest(specs: Sequence[EngineSpec], metadata: BundleMetadata, files: dict
 
 def _readable(directory: Path) -> None:
     """Give files the permissions of any new file; safetensors makes them readable by their owner alone."""
-    usual = (
-        (directory / MANIFEST).stat().st_mode
-    )  # of a file that Python makes; a umask is read by changing it
+    # A umask can only be read by changing it, so the mode is that of a file which Python made.
+    usual = (directory / MANIFEST).stat().st_mode
     for path in directory.iterdir():
         path.chmod(stat.S_IMODE(usual))
 

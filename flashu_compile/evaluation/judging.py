@@ -77,10 +77,8 @@ class Side:
         """Return the ids of the answer with its end token, at most `limit`."""
         self._tell(f"{self.title}: answering", None)
         end, ids = self._pipeline.codec.eos, list[int]()
-        for tokens in (
-            min(_SHORT, limit),
-            limit,
-        ):  # most answers are short, and decoding does not stop at their end
+        # Most answers are short, and decoding does not stop at their end.
+        for tokens in (min(_SHORT, limit), limit):
             ids, _ = self._pipeline.logits(image, question, tokens=tokens)
             if end in ids:
                 return ids[: ids.index(end) + 1]

@@ -103,9 +103,8 @@ class OwnedEngines(Closing, Generic[_Engine]):
 
     def engine(self, name: str) -> _Engine:
         """Return the engine called `name`, making it on first use. Raises `PipelineError` after `close` or a fork."""
-        if (
-            self._lifetime is not None
-        ):  # before the lock, which a thread may have held while the process forked
+        # Before the lock, which a thread may have held while the process forked.
+        if self._lifetime is not None:
             self._lifetime.check()
         with self._lock:
             self._lifetime = self._lifetime or Lifetime()

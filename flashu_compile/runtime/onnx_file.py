@@ -252,9 +252,8 @@ class _Contents:
     def _nodes(self, body: Mapping[str, Any], names: set[str]) -> None:
         """Take in the nodes of a graph or a function, in which `names` are known before them."""
         nodes = body.get("nodes", ())
-        given = [
-            name for node in nodes for name in node.get("outputs", ()) if name
-        ]  # one not needed has none
+        # An output that is not needed has no name.
+        given = [name for node in nodes for name in node.get("outputs", ()) if name]
         known = frozenset(names | _unique(given, names))
         for node in nodes:
             domain = node.get("domain", "")

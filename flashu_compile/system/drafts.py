@@ -34,9 +34,8 @@ def draft_folder(parent: Path) -> Iterator[Path]:
     remove_dead_drafts(place)
     draft, lock = _new_draft(place)
     try:
-        (
-            draft / _FILES
-        ).mkdir()  # with the permissions of any new folder; the draft itself is its owner's alone
+        # With the permissions of any new folder; the draft itself is its owner's alone.
+        (draft / _FILES).mkdir()
         yield draft / _FILES
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -66,9 +65,8 @@ def _new_draft(place: Path) -> tuple[Path, int | None]:
         draft = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
         if fcntl is None:
             return draft, None
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # taken for dead by another process, before it was locked
+        # Another process may take it for dead before it is locked.
+        with contextlib.suppress(FileNotFoundError):
             lock = os.open(draft / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 if _take(lock, draft):
