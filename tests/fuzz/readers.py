@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +29,7 @@ from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, ProgressReporter
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.errors import FlashuError
+from flashu_compile.evaluation.data import read_data
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.torch_programs import TorchModel
@@ -35,6 +37,8 @@ from flashu_compile.looking.bundle_diff import diff
 from flashu_compile.measure.samples import calibration_samples
 from flashu_compile.models.loading import LoadedModel, load_model, save_model
 from flashu_compile.models.showo2.config import SemanticConfig
+from flashu_compile.models.wan_vae import WanVAE
+from flashu_compile.models.weights import read_weight_file
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.presets import preset
@@ -42,6 +46,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import load
 from flashu_compile.runtime.backends.torch import read_program
 from flashu_compile.runtime.backends.torch_tensorrt import BuiltFor, Target, built_text, read_built
+from flashu_compile.runtime.checked_graph import read_graph
 from flashu_compile.runtime.tensorrt_engine import (
     BuildOptions,
     BuiltEngine,
@@ -259,7 +264,48 @@ def _pictures(folder: Path) -> Reader:
     return Reader(paths, read)
 
 
-#: Each with the number of its cases among 40.
+def _graphs(folder: Path) -> Reader:
+    write_bundle(folder)
+    specs = read_manifest(folder).engines
+
+    def read(_: Random) -> None:
+        files = _unchecked(folder)
+        for spec in specs:
+            read_graph(files, spec)
+
+    return Reader([folder / spec.file for spec in specs], read)
+
+
+def _wan_vaes(folder: Path) -> Reader:
+    WanVAE(diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)).save(folder)
+    return Reader([folder / "config.json"], lambda _: WanVAE.load(folder))
+
+
+def _pickles(folder: Path) -> Reader:
+    folder.mkdir()
+    torch.save({"a": torch.ones(3), "b": torch.zeros(2, 2)}, folder / "weights.bin")
+    return Reader([folder / "weights.bin"], lambda _: read_weight_file(folder / "weights.bin", None))
+
+
+def _evaluation_data(folder: Path) -> Reader:
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    records = [
+        {"prompt": "a", "kind": "x", "key": "y"},
+        {"image": "a.png", "question": "what?", "answer": "a"},
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "data.json").write_text(json.dumps({"prompts": ["a", records[0]], "questions": records[1:]}))
+    paths = [folder / "data.jsonl", folder / "data.json"]
+
+    def read(_: Random) -> None:
+        for path in paths:
+            read_data(path)
+
+    return Reader(paths, read)
+
+
+#: Each with the number of its cases among 48.
 READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "load": (10, _loading),
     "references": (1, _references),
@@ -272,4 +318,8 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "tensorrt": (4, _tensorrt),
     "kept engines": (2, _kept_engines),
     "pictures": (4, _pictures),
+    "graphs": (3, _graphs),
+    "Wan VAEs": (1, _wan_vaes),
+    "pickles": (2, _pickles),
+    "evaluation data": (2, _evaluation_data),
 }

@@ -85,7 +85,7 @@ def test_every_case_is_read_or_refused(name: str, tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries', of what they make of the files
-        found = [_case(reader, f"{SEED}/{name}/{index}") for index in range(CASES * share // 40)]
+        found = [_case(reader, f"{SEED}/{name}/{index}") for index in range(CASES * share // 48)]
     unheld = [case for case in found if isinstance(case, str)]
     assert not unheld, f"{len(unheld)} of {len(found)} cases:\n" + "\n".join(unheld[:20])
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
