@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.showo2_shapes.world.language import parse_caption
 from examples.showo2_shapes.world.scorer import Score
 from examples.showo2_shapes.world.scorer import score as judge
-from flashu_compile.evaluation.agreement import noise
+from flashu_compile.evaluation.agreement import LEAST_FLAT, flat, noise
 
 NOISY = 8.0
 """Levels of 255 at which flat areas count as noise alone."""
@@ -32,12 +33,21 @@ def score(pipeline: Any, samples: Sequence[Any]) -> Mapping[str, Sequence[float]
         return None
     pictures = pipeline.over(lambda s: np.asarray(pipeline.generate(s.prompt, seed=s.seed)), samples)
     judged = [judge(picture, parse_caption(s.prompt)) for picture, s in zip(pictures, samples, strict=True)]
-    levels = [float(noise(picture.astype(np.float64), blocks=1)[0, 0]) for picture in pictures]
     return {
         "conditions": [_share(found) for found in judged],
         "right": [float(found.correct) for found in judged],
-        "flat": [max(0.0, 1 - level / NOISY) for level in levels],
+        "flat": [_flat(picture.astype(np.float64)) for picture in pictures],
     }
+
+
+def _flat(picture: NDArray[np.float64]) -> float:
+    """How free of noise the flat areas are; 0 without any, since scenes have a plain background."""
+    where = flat(picture)
+    return (
+        0.0
+        if where.mean() < LEAST_FLAT
+        else max(0.0, 1 - float(noise(picture, where, blocks=1)[0, 0]) / NOISY)
+    )
 
 
 def _share(found: Score) -> float:

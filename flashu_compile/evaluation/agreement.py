@@ -1,10 +1,11 @@
 """agreement: how far a bundle does what another one does, without known answers.
 
 Pictures are compared at equal seed: `ssim` is the mean structural similarity (Wang et al., 2004), and `clean` tells
-speckle, which SSIM hardly sees on busy pictures or in a corner: the noise of flat areas beyond that of the other side's
-picture, in the worst of 4 × 4 blocks; `TOLERATED` levels of 255 cost nothing, `LEVELS` more cost all. PSNR is told
-beside them. Answers are compared token by token: the other side's answer is given to the bundle, and `next_tokens` is
-the share of its tokens that the bundle would have chosen, since free answers part for good at the first difference.
+speckle, which SSIM hardly sees on busy pictures or in a corner: the noise where the other side's picture is flat,
+beyond that of that picture, in the worst of 4 × 4 blocks; `TOLERATED` levels of 255 cost nothing, `LEVELS` more cost
+all. PSNR is told beside them. Answers are compared token by token: the other side's answer is given to the bundle, and
+`next_tokens` is the share of its tokens that the bundle would have chosen, since free answers part for good at the
+first difference.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ with naming_the_extra("Comparing pictures"):
 TOLERATED, LEVELS = 1.0, 8.0
 _BLOCKS = 4
 _FLAT_RANGE = 32  # levels within 5 × 5 pixels, after the median
-_LEAST_FLAT = 0.1  # of a block
+LEAST_FLAT = 0.1  # of a block
 _WINDOW = 7
 
 Pixels = NDArray[np.float64]
@@ -46,7 +47,10 @@ class Agreement:
         self._answers: dict[tuple[str, str], list[int]] = {}
 
     def __call__(self, pipeline: Any, samples: Sequence[Any]) -> Parts:
-        """Return `ssim` and `clean` of prompts, or `next_tokens` of questions."""
+        """Return `ssim` and `clean` of prompts, or `next_tokens` of questions; of the other side itself all are 1."""
+        if pipeline is self._other:  # nothing to compute, so that too few samples are told at once
+            names = ("ssim", "clean") if samples[0].task == T2I.name else ("next_tokens",)
+            return dict.fromkeys(names, [1.0] * len(samples))
         if samples[0].task != T2I.name:
             return {"next_tokens": pipeline.over(lambda sample: self._next_tokens(pipeline, sample), samples)}
         pairs = pipeline.over(lambda sample: self._pictures(pipeline, sample), samples)
@@ -90,30 +94,38 @@ def similarity(picture: Pixels, other: Pixels) -> float:
 
 def clean(picture: Pixels, other: Pixels) -> float:
     """Return 1 where no block is noisier than in the other picture, 0 where one is by `TOLERATED + LEVELS` levels."""
-    excess = float(np.max(noise(picture) - noise(other)))
+    where = flat(other)  # the same pixels of both: a noisy picture is flat nowhere itself
+    excess = float(np.max(noise(picture, where) - noise(other, where)))
     return float(np.clip(1 - (excess - TOLERATED) / LEVELS, 0, 1))
 
 
-def noise(picture: Pixels, blocks: int = _BLOCKS) -> Pixels:
-    """Return the noise of flat areas, in levels, by part of the picture: the rms deviation from a 3 × 3 median.
-
-    It is 0 in a block that is hardly flat anywhere.
-    """
-    median = ndimage.median_filter(picture, size=(3, 3, 1))
-    window = (5, 5, 1)
+def flat(picture: Pixels) -> NDArray[np.bool_]:
+    """Mark the pixels around which a 3 × 3 median hardly changes."""
+    median, window = _median(picture), (5, 5, 1)
     spread = ndimage.maximum_filter(median, size=window) - ndimage.minimum_filter(median, size=window)
-    flat = spread.max(axis=2) < _FLAT_RANGE
-    squares = np.where(flat, ((picture - median) ** 2).mean(axis=2), 0)
+    return np.asarray(spread.max(axis=2) < _FLAT_RANGE)
+
+
+def noise(picture: Pixels, where: NDArray[np.bool_], blocks: int = _BLOCKS) -> Pixels:
+    """Return the noise of the pixels `where`, in levels, by part of the picture: the rms deviation from a 3 × 3 median.
+
+    It is 0 in a block that has hardly any of them.
+    """
+    squares = np.where(where, ((picture - _median(picture)) ** 2).mean(axis=2), 0)
     levels = np.zeros((blocks, blocks))
     for row, (marks, values) in enumerate(
-        zip(_parts(flat, 0, blocks), _parts(squares, 0, blocks), strict=True)
+        zip(_parts(where, 0, blocks), _parts(squares, 0, blocks), strict=True)
     ):
         for column, (mark, value) in enumerate(
             zip(_parts(marks, 1, blocks), _parts(values, 1, blocks), strict=True)
         ):
-            if mark.size and mark.mean() >= _LEAST_FLAT:
+            if mark.size and mark.mean() >= LEAST_FLAT:
                 levels[row, column] = math.sqrt(value.sum() / mark.sum())
     return levels
+
+
+def _median(picture: Pixels) -> Pixels:
+    return np.asarray(ndimage.median_filter(picture, size=(3, 3, 1)))
 
 
 def _parts(values: NDArray[Any], axis: int, count: int) -> list[NDArray[Any]]:

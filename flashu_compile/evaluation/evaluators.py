@@ -6,15 +6,18 @@ their own as `FILE.py:FUNCTION`. All are called with the samples of one task, an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import numbers
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.images import Picture
@@ -25,6 +28,8 @@ from flashu_compile.tasks import MMU
 AGREEMENT, ANSWERS = "agreement", "answers"
 
 Parts = Mapping[str, Sequence[float]]
+
+_NUMBERS: Any = (numbers.Real, np.bool_)
 
 
 class Judged(Protocol):
@@ -57,27 +62,30 @@ class Evaluator:
         Raises `EvaluationError` if the function raises, or gives anything but numbers in [0, 1] for each sample.
         """
         found: Any
-        try:
+        with self._naming_what_it_raises(len(samples)):
             found = self.score(pipeline, samples)
-        except FlashuError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            raise EvaluationError(
-                f"Scorer {self.name} raised {type(error).__name__}: {error} (on {len(samples)} samples)."
-            ) from error
         if found is None:
             return {}
-        if not found or not isinstance(found, Mapping):
+        if not isinstance(found, Mapping) or not found:
             raise EvaluationError(
                 f"Scorer {self.name} must give a mapping from parts to scores, or None, not {shown(found)}."
             )
         return {str(name): self._checked(str(name), values, len(samples)) for name, values in found.items()}
 
-    def _checked(self, part: str, values: Any, count: int) -> list[float]:
+    @contextlib.contextmanager
+    def _naming_what_it_raises(self, count: int) -> Iterator[None]:
         try:
-            scores: list[Any] | None = list(values)
-        except TypeError:
-            scores = None
+            yield
+        except FlashuError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise EvaluationError(
+                f"Scorer {self.name} raised {type(error).__name__}: {error} (on {count} samples)."
+            ) from error
+
+    def _checked(self, part: str, values: Any, count: int) -> list[float]:
+        with self._naming_what_it_raises(count):  # a generator runs only now
+            scores: list[Any] | None = list(values) if isinstance(values, Iterable) else None
         if scores is None or len(scores) != count:
             given = "no list" if scores is None else f"{len(scores)}"
             raise EvaluationError(
@@ -85,7 +93,7 @@ class Evaluator:
             )
         for number, value in enumerate(scores):
             # NaN is neither at least 0 nor at most 1.
-            if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+            if not isinstance(value, _NUMBERS) or not 0 <= value <= 1:
                 raise EvaluationError(
                     f"Scorer {self.name} gave {shown(value)} as {part!r} of sample {number}; scores are numbers from 0 "
                     "to 1."

@@ -34,10 +34,10 @@ def clustered(values: Sequence[float], clusters: Sequence[Hashable]) -> Scores:
     return np.array([np.mean(group) for group in groups.values()], dtype=np.float64)
 
 
-def share(scores: Scores, others: Scores) -> float:
-    """Return the share of the other side's mean score that is kept; 1 if both are 0."""
-    total, kept = float(others.sum()), float(scores.sum())
-    return kept / total if total else math.inf if kept else 1.0
+def share(scores: Scores, others: Scores) -> float | None:
+    """Return the share of the other side's mean score that is kept; None if that is 0."""
+    total = float(others.sum())
+    return float(scores.sum()) / total if total else None
 
 
 def lower_bound(scores: Scores, others: Scores) -> float:

@@ -87,9 +87,12 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class KindShare:
-    """The share kept on samples of one kind. `judged` is whether there are enough of them to be held to the floor."""
+    """The share kept on samples of one kind, None if the other side's scores are all 0.
 
-    kept: float
+    `judged` is whether there is one, of enough samples to be held to the floor.
+    """
+
+    kept: float | None
     clusters: int
     judged: bool
 
@@ -138,11 +141,9 @@ def judge(
 ) -> list[Part]:
     """Return every part of every evaluator on the samples of each task.
 
-    Raises `EvaluationError` if an evaluator gives no scores, or there are too few samples for any bundle to pass.
+    Raises `EvaluationError` if an evaluator gives no scores, if all scores of the other side are 0, or if there are too
+    few samples for any bundle to pass.
     """
-    for task, of_task in samples.items():
-        clusters = len({sample.key for sample in of_task})
-        _check_count(clusters, [1.0], rules, f"{clusters} different {_unit(task)}", task)
     parts: list[Part] = []
     for evaluator in evaluators:
         before = len(parts)
@@ -150,10 +151,7 @@ def judge(
             theirs = evaluator.parts(other, of_task)
             keys = [sample.key for sample in of_task]
             for name, values in theirs.items():
-                if name not in FLOORED:
-                    scores = clustered(values, keys)
-                    what = f"{len(scores)} different {_unit(task)} and a mean {name} of {scores.mean():.3f}"
-                    _check_count(len(scores), scores, rules, f"{what} of {other.title}", task)
+                _check_can_pass(name, clustered(values, keys), rules, other.title, _unit(task))
             ours = evaluator.parts(bundle, of_task) if theirs else {}
             if ours.keys() != theirs.keys():
                 raise EvaluationError(
@@ -171,14 +169,15 @@ def _unit(task: str) -> str:
     return "prompts" if task == T2I.name else "pictures"
 
 
-def _check_count(clusters: int, others: Sequence[float] | Scores, rules: Rules, what: str, task: str) -> None:
-    least = gate.needed(np.asarray(others, dtype=np.float64), rules.keep)
-    if least is None:
-        raise EvaluationError(f"With {what} nothing can be kept: all scores of the other side are 0.")
-    if clusters < least:
+def _check_can_pass(name: str, others: Scores, rules: Rules, title: str, unit: str) -> None:
+    """Raise `EvaluationError` if no bundle could pass, given the scores of the other side."""
+    what = f"With {len(others)} different {unit} and a mean {name} of {others.mean():.3f} of {title}"
+    if not others.any():
+        raise EvaluationError(f"{what}, nothing can be kept: all scores of the other side are 0.")
+    if name not in FLOORED and gate.lower_bound(np.ones_like(others), others) < rules.keep:
         raise EvaluationError(
-            f"With {what}, no bundle could be shown to keep {rules.keep:.1%}, not even one that loses nothing: give at "
-            f"least {least} different {_unit(task)}, or keep less."
+            f"{what}, no bundle could be shown to keep {rules.keep:.1%}, not even one that scores 1 throughout: give "
+            f"at least {gate.needed(others, rules.keep)} different {unit}, or keep less."
         )
 
 
@@ -194,15 +193,19 @@ def _part(
     keys = [sample.key for sample in samples]
     scores, others = clustered(ours, keys), clustered(theirs, keys)
     kept, bound = gate.share(scores, others), gate.lower_bound(scores, others)
+    assert kept is not None  # `_check_can_pass`
     kinds = _kinds(samples, ours, theirs)
     floored = name in FLOORED
     required, reached = (rules.floor, kept) if floored else (rules.keep, bound)
     what = "kept" if floored else "the lower bound of what is kept"
     failed = [f"{what} is {reached:.1%}, below {required:.1%}"] if reached < required else []
+    least = None if floored else gate.needed(others, rules.keep)
+    if failed and least is not None and len(scores) < least:
+        failed[0] += f" (a bundle that loses nothing takes {least} different {_unit(task)})"
     failed += [
         f"of kind {kind!r} {found.kept:.1%} is kept, below {rules.kind_floor:.0%}"
         for kind, found in kinds.items()
-        if found.judged and found.kept < rules.kind_floor
+        if found.judged and found.kept is not None and found.kept < rules.kind_floor
     ]
     return Part(
         scorer=scorer,
@@ -226,5 +229,6 @@ def _kinds(samples: Sequence[Any], ours: Sequence[float], theirs: Sequence[float
         places = [place for place, sample in enumerate(samples) if sample.kind == kind]
         keys = [samples[place].key for place in places]
         scores, others = (clustered([values[place] for place in places], keys) for values in (ours, theirs))
-        found[kind] = KindShare(gate.share(scores, others), len(scores), len(scores) >= LEAST_OF_KIND)
+        kept = gate.share(scores, others)
+        found[kind] = KindShare(kept, len(scores), kept is not None and len(scores) >= LEAST_OF_KIND)
     return found

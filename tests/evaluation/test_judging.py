@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flashu_compile.errors import EvaluationError
-from flashu_compile.evaluation.agreement import Agreement, clean, noise
+from flashu_compile.evaluation.agreement import Agreement, clean, flat, noise
 from flashu_compile.evaluation.evaluators import AGREEMENT, Evaluator, find_evaluator
 from flashu_compile.evaluation.judging import Part, Rules, Side, judge
 from tests.evaluation.planted import Draws, Noisy, OfAnotherPrompt, SpeckledCorner, prompts
@@ -64,7 +64,23 @@ class TestPlantedFaults:
     def test_noise_is_measured_in_levels(self) -> None:
         picture = 128 + np.random.default_rng(0).normal(0, 8, (64, 64, 3))
         # The pixel is one of nine whose median is taken off.
-        assert noise(picture) == pytest.approx(np.full((4, 4), 8), rel=0.15)
+        assert noise(picture, flat(picture)) == pytest.approx(np.full((4, 4), 8), rel=0.15)
+
+    def test_the_more_noise_the_less_clean(self) -> None:
+        grey, rng = np.full((64, 64, 3), 128.0), np.random.default_rng(0)
+        speckle = rng.normal(0, 1, grey.shape)
+        scores = [clean((grey + level * speckle).clip(0, 255), grey) for level in range(61)]
+        assert scores == sorted(scores, reverse=True)
+        assert scores[1] > 0.95
+        assert set(scores[10:]) == {0}
+
+    @pytest.mark.parametrize("level", [10, 20, 30, 60])
+    def test_noise_without_flat_areas_is_not_free_of_noise(self, level: int) -> None:
+        class Flooded(Draws):
+            def changed(self, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+                return picture + rng.normal(0, level, picture.shape)
+
+        assert judged(Flooded())["flat"].score < 0.01
 
 
 class TestRules:
@@ -88,17 +104,38 @@ class TestRules:
 
     def test_too_few_samples_name_the_number_needed(self) -> None:
         with pytest.raises(
-            EvaluationError, match=r"With 143 different prompts, .* give at least 144 different prompts"
+            EvaluationError, match=r"With 143 different prompts .* give at least 144 different prompts"
         ):
             judged(Draws(), 143)
 
+    def test_a_bundle_that_is_better_may_do_with_fewer(self) -> None:
         def scorer(pipeline: Any, samples: Sequence[Any]) -> Mapping[str, Sequence[float]]:
-            return {"x": [float(number % 2) for number in range(len(samples))]}
+            better = pipeline.title == "bundle"
+            return {
+                "better": [float(number % 2 or better) for number in range(len(samples))],
+                "equal": [float(number % 2) for number in range(len(samples))],
+            }
 
-        with pytest.raises(
-            EvaluationError, match=r"a mean x of 0.500 of exact, .* give at least 287 different prompts"
-        ):
-            judged(Draws(), 170, [Evaluator("mine", scorer)])
+        parts = judged(Draws(), 170, [Evaluator("mine", scorer)])
+        assert parts["better"].failed == ()
+        assert parts["better"].bound > 1
+        (reason,) = parts["equal"].failed
+        assert reason.endswith("below 97.0% (a bundle that loses nothing takes 287 different prompts)")
+
+    def test_parts_with_a_floor_need_no_number_of_samples(self) -> None:
+        only_right = Evaluator("mine", lambda pipeline, samples: {"right": [1] * len(samples)})
+        assert judged(Draws(), 12, [only_right])["right"].failed == ()
+
+    def test_a_kind_of_which_the_other_side_keeps_nothing_has_no_share(self) -> None:
+        def scorer(pipeline: Any, samples: Sequence[Any]) -> Mapping[str, Sequence[float]]:
+            better = pipeline.title == "bundle"
+            return {"x": [float(better or sample.kind != "single") for sample in samples]}
+
+        part = judged(Draws(), 600, [Evaluator("mine", scorer)])["x"]
+        assert part.failed == ()
+        assert part.kinds["single"].kept is None
+        assert not part.kinds["single"].judged
+        assert part.kinds["count"].kept == 1
 
 
 class TestScorers:
@@ -111,17 +148,29 @@ class TestScorers:
             ("return {'x': ['1'] * len(samples)}", "gave '1' as 'x' of sample 0"),
             ("return {'x': [1]}", "must give 170 scores of 'x', one for each sample, not 1"),
             ("return {'x': 1.0}", "must give 170 scores of 'x', one for each sample, not no list"),
+            ("return {'x': (1 / 0 for _ in samples)}", "score raised ZeroDivisionError: division by zero"),
+            ("return {'x': [10**400] * len(samples)}", "gave 1000.* as 'x' of sample 0"),
             ("return [1]", "must give a mapping from parts to scores"),
+            ("return np.ones(len(samples))", "must give a mapping from parts to scores"),
             ("return None", "judges none of the tasks: t2i"),
             ("return {'x': [0] * len(samples)}", "nothing can be kept: all scores of the other side are 0"),
+            (
+                "return {'right': [0] * len(samples)}",
+                "nothing can be kept: all scores of the other side are 0",
+            ),
             ("return {pipeline.title: [1] * len(samples)}", "gave other parts for one side"),
         ],
     )
     def test_what_a_scorer_may_not_do(self, body: str, message: str, tmp_path: Path) -> None:
         path = tmp_path / "mine.py"
-        path.write_text(f"def score(pipeline, samples):\n    {body}\n")
+        path.write_text(f"import numpy as np\ndef score(pipeline, samples):\n    {body}\n")
         with pytest.raises(EvaluationError, match=message):
             judged(Draws(), evaluators=[find_evaluator(f"{path}:score")])
+
+    def test_scores_may_be_of_numpy(self) -> None:
+        for values in (np.ones(2, bool), np.ones(2, np.float32), iter([True, 1])):
+            found = Evaluator("mine", lambda pipeline, samples, given=values: {"x": given})
+            assert found.parts(Draws(), [1, 2]) == {"x": [1.0, 1.0]}
 
     def test_a_scorer_that_cannot_be_found(self, tmp_path: Path) -> None:
         (tmp_path / "mine.py").write_text("x = 1\n")
