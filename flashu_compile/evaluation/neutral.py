@@ -22,7 +22,7 @@ _COLOURS = {
     "cyan": (40, 200, 225),
 }
 _SHAPES = ("circle", "square", "triangle")
-_RELATIONS = ("left of", "right of", "above", "below")
+_OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _NUMBERS = ("two", "three", "four")
 _QUESTIONS = ("what color is the largest object?", "how many objects are there?", "what is in this picture?")
 
@@ -30,9 +30,13 @@ _QUESTIONS = ("what color is the largest object?", "how many objects are there?"
 def neutral_data() -> Data:
     """Return the neutral set: the same prompts and pictures every time. Its questions have no known answers."""
     rng = np.random.default_rng(_SEED)
-    prompts = list(dict.fromkeys(_prompts(rng, 3 * PROMPTS)))[:PROMPTS]
+    prompts: dict[str, dict[str, str]] = {}
+    for record in _prompts(rng):
+        prompts.setdefault(record["key"], record)
+        if len(prompts) == PROMPTS:
+            break
     records: dict[str, Any] = {
-        "prompts": [{"prompt": prompt, "kind": kind} for prompt, kind in prompts],
+        "prompts": list(prompts.values()),
         "questions": [
             {"image": picture, "question": question}
             for picture in (_picture(rng) for _ in range(PICTURES))
@@ -43,19 +47,25 @@ def neutral_data() -> Data:
     return Data(TITLE, read.prompts, read.questions)
 
 
-def _prompts(rng: np.random.Generator, count: int) -> Iterator[tuple[str, str]]:
+def _prompts(rng: np.random.Generator) -> Iterator[dict[str, str]]:
+    """Draw prompts without end. Those that mean the same have the same key."""
     things = [f"{colour} {shape}" for colour in _COLOURS for shape in _SHAPES]
-    for _ in range(count):
+    while True:
         one, two = (things[index] for index in rng.choice(len(things), 2, replace=False))
         match int(rng.integers(8)):
             case 0:
-                yield f"a {one}", "one"
+                prompt, kind, key = f"a {one}", "one", one
             case 1:
-                yield f"{rng.choice(_NUMBERS)} {one}s", "count"
+                prompt = key = f"{rng.choice(_NUMBERS)} {one}s"
+                kind = "count"
             case 2 | 3:
-                yield f"a {one} and a {two}", "two"
+                prompt, kind, key = f"a {one} and a {two}", "two", " and ".join(sorted((one, two)))
             case _:
-                yield f"a {one} {rng.choice(_RELATIONS)} a {two}", "relation"
+                relation = str(rng.choice(list(_OPPOSITES)))
+                prompt, kind = f"a {one} {relation} a {two}", "relation"
+                same = f"{two} {_OPPOSITES[relation]} {one}"
+                key = min(f"{one} {relation} {two}", same)
+        yield {"prompt": prompt, "kind": kind, "key": key}
 
 
 def _picture(rng: np.random.Generator) -> Image.Image:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation.data import ASKED, read_data
-from flashu_compile.evaluation.neutral import neutral_data
+from flashu_compile.evaluation.neutral import PROMPTS, neutral_data
 from flashu_compile.evaluation.splits import ALL, SPLITS, canonical, split_of
 
 
@@ -122,6 +123,17 @@ class TestSplits:
             EvaluationError, match="has 2 prompts, and none of them in the split 'calibration'"
         ):
             data.chosen("t2i", "calibration", 0)
+
+
+def test_no_two_prompts_of_the_neutral_set_mean_the_same() -> None:
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    data = neutral_data()
+    told = {sample.prompt: sample.key for sample in data.prompts}
+    assert len(told) == len(set(told.values())) == PROMPTS
+    for prompt in told:
+        one, between, two = re.fullmatch(r"(a \w+ \w+) (\D+) (a \w+ \w+)|.*", prompt).groups()  # type: ignore[union-attr]
+        if between is not None:
+            assert f"{two} {opposite.get(between, between)} {one}" not in told
 
 
 def test_the_neutral_set_is_the_same_each_time_and_large_enough() -> None:
