@@ -28,6 +28,7 @@ from flashu_compile.cli.base import (
     quiet_torch,
 )
 from flashu_compile.cli.terminal import say
+from flashu_compile.evaluation.intervals import LEAST_ROUNDS
 from flashu_compile.quantities import size
 from flashu_compile.tasks import T2I
 
@@ -79,8 +80,11 @@ def benchmark(
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=9, max=LARGEST_COUNT, help="How often each side does the same work, in turn.")
-    ] = 9,
+        int,
+        typer.Option(
+            min=LEAST_ROUNDS, max=LARGEST_COUNT, help="How often each side does the same work, in turn."
+        ),
+    ] = LEAST_ROUNDS,
     task: OfTask = None,
     steps: Steps = None,
     tokens: Annotated[
@@ -286,7 +290,7 @@ def evaluate(
     """Score a bundle and another one on the same held-out samples, and tell whether each part of the score is kept.
 
     A part passes if the lower bound (one-sided, 95%) of the share kept reaches --keep, and 90% of it are kept on every
-    kind of sample. The exit code is 1 if a part fails. Pictures are compared at equal seed.
+    kind with ten or more different samples. The exit code is 1 if a part fails. Pictures are compared at equal seed.
     """
     import flashu_compile
 
@@ -349,7 +353,13 @@ def _print_evaluation(found: Evaluation) -> None:
         title=f"{found.bundle} against {found.against}",
     )
     kinds = [
-        (f"{part.scorer} {part.name}", kind, f"{row.kept:.1%}", str(row.clusters), "judged" * row.judged)
+        (
+            f"{part.scorer} {part.name}",
+            kind,
+            "" if row.kept is None else f"{row.kept:.1%}",
+            str(row.clusters),
+            "judged" if row.judged else "",
+        )
         for part in found.parts
         for kind, row in part.kinds.items()
     ]

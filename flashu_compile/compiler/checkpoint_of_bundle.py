@@ -18,8 +18,6 @@ from flashu_compile.compiler.fingerprints import environment
 from flashu_compile.errors import CheckpointError, ConfigurationError, OutputExistsError
 from flashu_compile.system.paths import EXACT_BUNDLES, cache_folder
 
-EXACT = "exact"
-
 
 def model_of(manifest: Manifest) -> str:
     """Return the name by which the model of a bundle can be loaded again: its hub id and commit, or its own name."""
@@ -68,13 +66,14 @@ def exact_bundle(
     """Provide the exact bundle, in float32 on the same backend, of the checkpoint that a bundle was made of.
 
     It is kept in the user's cache for the next time if the weights have a hash and there is a cache; else it is removed
-    in the end. Raises as `checkpoint` and `export` do.
+    in the end. Where one is kept already, `model` and `parts` are not looked at. Raises as `checkpoint` and `export`
+    do.
     """
     with contextlib.ExitStack() as stack:
         folder, key = cache_folder(EXACT_BUNDLES), _key(manifest)
         if folder is None or key is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flashu-exact-")))
-        path = folder / (key or EXACT)
+        path = folder / (key or "bundle")
         if not (path / MANIFEST).is_file():
             source = checkpoint(manifest, model, tell, **parts)
             with contextlib.suppress(OutputExistsError):  # another process was quicker

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -118,7 +119,8 @@ class _Served:
 
 def serve(prepare: Prepare) -> None:
     """Load a side by the settings on stdin, and answer requests until stdin ends."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print, in C too, is no reply
     asked = (reading.parse(line, "A request", EvaluationError) for line in sys.stdin)
     served = _Served(prepare, next(asked))
     for request in itertools.chain([None], asked):

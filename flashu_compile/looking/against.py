@@ -8,14 +8,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flashu_compile import arguments
 from flashu_compile.bundle.manifest import read_manifest
-from flashu_compile.errors import ConfigurationError
+from flashu_compile.errors import ConfigurationError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.system.paths import absolute
 
 EXACT = "exact"
 
 Progress = Callable[[str, float | None], None]
+
+
+def tasks_asked(task: object) -> list[str]:
+    """Return the tasks that the argument `task` names. Raises `UnknownTaskError` if it is no text and no list."""
+    found = [task] if isinstance(task, str) else task
+    if not isinstance(found, list | tuple):
+        raise UnknownTaskError(f"task must be a task or a list of tasks, not {arguments.shown(task)}.")
+    return list(found)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from flashu_compile.evaluation.intervals import LEAST_ROUNDS, Median
 from flashu_compile.evaluation.machine import cores, machine
 from flashu_compile.evaluation.timing import Side, SideCost, measure
 from flashu_compile.extras import naming_the_extra
-from flashu_compile.looking.against import Progress, other_bundle
+from flashu_compile.looking.against import Progress, other_bundle, tasks_asked
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, TASKS
@@ -74,7 +74,8 @@ def benchmark(
         rounds: how often each side does the same work, in turn; at least 9.
         task: what is timed, "t2i" or "mmu" or both; all that both sides can do if not given.
         steps: time points of a picture on both sides; each side's own plan if not given.
-        tokens: length of the answer on both sides, whatever it says; 32 or the bundle's longest if not given.
+        tokens: length of the answer on both sides, whatever it says; 32, or the longest of both bundles if that is
+            less, if not given.
         model, vae, tokenizer: with "exact" and "eager", where the checkpoint is, if not by the name in the bundle.
         threads: threads that each side computes with; one per core if not given.
         provider, provider_options, memory, trust: how engines run; see `load`. They hold for both bundles.
@@ -101,8 +102,9 @@ def benchmark(
     }
     given = {"model": None if model is None else os.fspath(model), "vae": vae, "tokenizer": tokenizer}
     with _other(path, manifest, against, given, tell) as (other, title):
-        tasks = _tasks(task, manifest, *([] if not isinstance(other, Path) else [read_manifest(other)]))
-        length = _tokens(tokens, manifest)
+        manifests = [manifest, *([read_manifest(other)] if isinstance(other, Path) else [])]
+        tasks = _tasks(task, manifests)
+        length = _tokens(tokens, tasks, manifests)
         work = {"tasks": tasks, "steps": steps, "tokens": length}
         sides = [Side(str(bundle), _BUNDLES, {"path": str(path), "loading": loading, **work})]
         if isinstance(other, Path):
@@ -111,16 +113,17 @@ def benchmark(
             sides.append(Side(title, _EAGER_MODEL, {**other, "threads": threads, **work}))
         costs = measure(sides, tasks, rounds, tell)
     own, theirs = costs[0], costs[1] if len(costs) > 1 else None
+    speedups = {}
+    if theirs is not None:
+        speedups = {
+            name: intervals.ratio(theirs.tasks[name].rounds, own.tasks[name].rounds) for name in tasks
+        }
     return Benchmark(
         bundle=own,
         against=theirs,
-        speedups={
-            name: intervals.ratio(theirs.tasks[name].rounds, own.tasks[name].rounds)
-            for name in (tasks if theirs is not None else ())
-            if theirs is not None
-        },
+        speedups=speedups,
         rounds=rounds,
-        tokens=length if MMU.name in tasks else None,
+        tokens=length,
         threads=threads,
         provider=provider,
         machine=machine(),
@@ -153,12 +156,12 @@ def _other(
             yield other, str(against)
 
 
-def _tasks(asked: str | Sequence[str] | None, *manifests: Manifest) -> list[str]:
+def _tasks(asked: str | Sequence[str] | None, manifests: Sequence[Manifest]) -> list[str]:
     """Return the tasks to be timed. Raises `UnknownTaskError` if one of them is not that of every bundle."""
     common = [name for name in TASKS if all(name in manifest.tasks for manifest in manifests)]
     if asked is None and not common:
         raise UnknownTaskError("The two bundles have no task in common.")
-    wanted = common if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    wanted = common if asked is None else tasks_asked(asked)
     unknown = [name for name in wanted if name not in common]
     if unknown or not wanted:
         raise UnknownTaskError(
@@ -168,10 +171,13 @@ def _tasks(asked: str | Sequence[str] | None, *manifests: Manifest) -> list[str]
     return [name for name in TASKS if name in wanted]
 
 
-def _tokens(given: int | None, manifest: Manifest) -> int | None:
-    settings = manifest.understanding
-    if settings is None:
+def _tokens(given: int | None, tasks: Sequence[str], manifests: Sequence[Manifest]) -> int | None:
+    """Return the length of every answer, which no bundle may exceed; None if none is timed."""
+    if MMU.name not in tasks:
+        if given is not None:
+            raise ConfigurationError("tokens is the length of answers, and none is timed; leave it out.")
         return None
+    longest = min(manifest.understanding.max_new_tokens for manifest in manifests if manifest.understanding)
     if given is None:
-        return min(TOKENS, settings.max_new_tokens)
-    return arguments.integer("tokens", given, 1, settings.max_new_tokens)
+        return min(TOKENS, longest)
+    return arguments.integer("tokens", given, 1, longest)

@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flashu_compile.evaluation.judging import Part, Rules, Side, judge
 from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.neutral import neutral_data
 from flashu_compile.evaluation.splits import HELD_OUT, check_split
-from flashu_compile.looking.against import EXACT, Progress, other_bundle
+from flashu_compile.looking.against import EXACT, Progress, other_bundle, tasks_asked
 from flashu_compile.recipe.plan import engines_needed
 from flashu_compile.runtime.pipeline import Pipeline, load
 from flashu_compile.runtime.providers import ProviderOptions
@@ -195,12 +196,10 @@ class _Asked:
 def _asked(
     data: Any, split: str, seed: int, count: int | None, score: str | Sequence[str | Evaluator] | None
 ) -> _Asked:
-    named = None if score is None else [score] if isinstance(score, str | Evaluator) else list(score)
-    scorers = None
-    if named is not None:
-        scorers = tuple(
-            None if s == AGREEMENT else s if isinstance(s, Evaluator) else find_evaluator(s) for s in named
-        )
+    named = [score] if isinstance(score, str | Evaluator) else score
+    if named is not None and not (isinstance(named, list | tuple) and named):
+        raise EvaluationError(f"score must be a scorer or a list of scorers, not {arguments.shown(score)}.")
+    scorers = None if named is None else tuple(map(_scorer, named))
     return _Asked(
         neutral_data() if data is None else read_data(data),
         check_split(split),
@@ -208,6 +207,14 @@ def _asked(
         None if count is None else arguments.integer("samples", count, 1, LARGEST_COUNT),
         scorers,
     )
+
+
+def _scorer(asked: object) -> Evaluator | None:
+    """Return the evaluator that is asked for; None for `agreement`, which takes the other side."""
+    if isinstance(asked, Evaluator):
+        return asked
+    name = arguments.name_of("A scorer that is no Evaluator", asked, EvaluationError)
+    return None if name == AGREEMENT else find_evaluator(name)
 
 
 def _agreement(other: Side, limit: int | None) -> Evaluator:
@@ -221,19 +228,22 @@ def _agreement(other: Side, limit: int | None) -> Evaluator:
 def _pipelines(
     bundle: Any, against: Any, given: Mapping[str, Any], loading: Mapping[str, Any], tell: Progress
 ) -> Iterator[tuple[Pipeline, Pipeline]]:
-    """Load both sides, of which the exact one is made if need be."""
+    """Load both sides, of which the exact one is made if need be, and close what was loaded here in the end."""
     tell("loading", None)
-    own = bundle if isinstance(bundle, Pipeline) else load(bundle, **loading)
-    if isinstance(against, Pipeline):
-        yield own, against
-        return
-    if isinstance(bundle, Pipeline) and against == EXACT:
+    if isinstance(bundle, Pipeline) and not isinstance(against, Pipeline) and against == EXACT:
         raise ConfigurationError(
             "The exact bundle is found by the bundle's directory; give that, or both pipelines."
         )
-    home = Path() if isinstance(bundle, Pipeline) else absolute(bundle)
-    with other_bundle(home, against, tell=tell, **given) as path:
-        yield own, load(path, **loading)
+    with contextlib.ExitStack() as stack:
+
+        def opened(side: Any) -> Pipeline:
+            return side if isinstance(side, Pipeline) else stack.enter_context(closing(load(side, **loading)))
+
+        own = opened(bundle)
+        if not isinstance(against, Pipeline):
+            home = Path() if isinstance(bundle, Pipeline) else absolute(bundle)
+            against = stack.enter_context(other_bundle(home, against, tell=tell, **given))
+        yield own, opened(against)
 
 
 def _title(side: Any) -> str:
@@ -258,7 +268,7 @@ def _tasks(asked: str | Sequence[str] | None, pipelines: Sequence[Pipeline], dat
     common = [
         name for name in TASKS if data.of(name) and all(name in pipe.manifest.tasks for pipe in pipelines)
     ]
-    wanted = common if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    wanted = common if asked is None else tasks_asked(asked)
     unknown = [name for name in wanted if name not in common]
     if unknown or not wanted:
         what = f"Task {arguments.shown(unknown[0])}" if unknown else "These bundles"

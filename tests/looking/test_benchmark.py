@@ -68,8 +68,20 @@ class TestBenchmark:
             flashu_compile.benchmark(bundle, task="video")
         with pytest.raises(ConfigurationError, match="tokens must be an integer from 1 to 12"):
             flashu_compile.benchmark(bundle, tokens=13)
+        with pytest.raises(ConfigurationError, match="tokens is the length of answers, and none is timed"):
+            flashu_compile.benchmark(bundle, task="t2i", tokens=5)
+        with pytest.raises(UnknownTaskError, match="task must be a task or a list of tasks, not 5"):
+            flashu_compile.benchmark(bundle, task=5)  # type: ignore[arg-type]
         with pytest.raises(BundleError, match="does not exist"):
             flashu_compile.benchmark(bundle, tmp_path / "none")
+
+    def test_answers_are_no_longer_than_either_bundle_lets_them(self, bundle: Path, tmp_path: Path) -> None:
+        shorter = write_bundle(tmp_path / "shorter")
+        manifest = json.loads((shorter / MANIFEST).read_text())
+        edit_json(shorter / MANIFEST, understanding={**manifest["understanding"], "max_new_tokens": 4})
+        with pytest.raises(ConfigurationError, match="tokens must be an integer from 1 to 4"):
+            flashu_compile.benchmark(bundle, shorter, tokens=5)
+        assert flashu_compile.benchmark(bundle, shorter, task="mmu").tokens == 4
 
     def test_a_model_that_is_not_here(self, bundle: Path, tmp_path: Path) -> None:
         path = write_bundle(tmp_path / "tiny")
@@ -84,6 +96,25 @@ class TestWorker:
     def test_an_error_of_the_side_is_raised_here(self, tmp_path: Path) -> None:
         with pytest.raises(BundleError, match="is not a bundle"):
             Worker("side", WORKER, {"path": str(tmp_path)})
+
+    def test_what_a_side_prints_is_no_reply(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "loud.py").write_text(
+            "import os\n"
+            "from flashu_compile.evaluation import worker\n"
+            "class Side:\n"
+            "    facts = {}\n"
+            "    def run(self, task):\n"
+            "        print('python')\n"
+            "        os.system('echo a process')\n"
+            "        os.write(1, b'C')\n"
+            "        return {'engine': [1.0]}\n"
+            "def main():\n"
+            "    worker.serve(lambda settings: Side)\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        with Worker("side", "loud", {}) as worker:
+            assert worker.ask("t2i")["engines"] == {"engine": [1, 1.0]}
+            assert worker.ask("t2i")["engines"] == {"engine": [1, 1.0]}
 
     def test_a_process_that_ends_by_itself(self) -> None:
         with pytest.raises(

@@ -12,7 +12,13 @@ from typer.testing import CliRunner, Result
 
 import flashu_compile
 from flashu_compile import cli
-from flashu_compile.errors import ConfigurationError, EvaluationError, FlashuError, UnknownTaskError
+from flashu_compile.errors import (
+    ConfigurationError,
+    EvaluationError,
+    FlashuError,
+    PipelineError,
+    UnknownTaskError,
+)
 from flashu_compile.models.loading import save_model
 from tests.runtime.tiny_bundle import write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
@@ -85,6 +91,30 @@ class TestEvaluate:
         np.testing.assert_array_equal(others[0], rows[0])
         assert np.abs(others[1:] - rows[1:]).max() > 0
 
+    def test_what_is_loaded_here_is_closed_here(
+        self, bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened: list[flashu_compile.Pipeline] = []
+
+        def load(*arguments: Any, **options: Any) -> flashu_compile.Pipeline:
+            opened.append(flashu_compile.load(*arguments, **options))
+            return opened[-1]
+
+        monkeypatch.setattr("flashu_compile.looking.evaluate.load", load)
+        own = flashu_compile.load(bundle)
+        options: dict[str, Any] = {"data": data, "split": "all", "task": "t2i"}
+        flashu_compile.evaluate(own, bundle, equal_points=True, **options)
+        flashu_compile.evaluate(bundle, own, **options)
+        with pytest.raises(EvaluationError, match="split"):
+            flashu_compile.evaluate(bundle, bundle, **{**options, "split": "test"})
+        with pytest.raises(EvaluationError, match="has no answer"):
+            flashu_compile.evaluate(bundle, bundle, data=data, split="all", score="answers")
+        assert len(opened) == 4
+        for pipe in opened:
+            with pytest.raises(PipelineError):
+                pipe.generate("a")
+        own.generate("a")
+
     def test_known_answers_are_scored(self, bundle: Path, data: Path) -> None:
         pipe = flashu_compile.load(bundle)
         records = [json.loads(line) for line in data.read_text().splitlines()][COUNT:]
@@ -110,6 +140,12 @@ class TestEvaluate:
             ({"task": "video"}, UnknownTaskError, "Task 'video' cannot be judged"),
             ({"steps": 3, "equal_points": True}, ConfigurationError, "leave equal_points out"),
             ({"max_new_tokens": 99}, FlashuError, "max_new_tokens must be an integer from 1 to 12"),
+            ({"score": []}, EvaluationError, r"score must be a scorer or a list of scorers, not \[\]"),
+            ({"score": len}, EvaluationError, "score must be a scorer or a list of scorers, not <built-in"),
+            ({"score": 5}, EvaluationError, "score must be a scorer or a list of scorers, not 5"),
+            ({"score": [len]}, EvaluationError, "A scorer that is no Evaluator must be a text"),
+            ({"task": 5}, UnknownTaskError, "task must be a task or a list of tasks, not 5"),
+            ({"task": []}, UnknownTaskError, "These bundles cannot be judged"),
             ({"model": "x"}, ConfigurationError, "model, vae and tokenizer go with against='exact'"),
         ],
     )
