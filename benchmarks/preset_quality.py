@@ -6,8 +6,8 @@
 A recipe's pictures are held against those of its own trajectory with every technique off: the same points, guidance,
 solver, prompts and seeds. Noise is the deviation from a 3×3 median on a picture's flat areas, in levels of 255, the
 mean over pictures. Evaluations are counted in whole ones of both guidance branches, by FLOPs. Prompts are none of
-evaluate.py's, and those of different seeds differ. Finished recipes are in the JSON file, a rerun does the others;
-their bundles are beside it in `<output>.work`.
+evaluate.py's, and those of different seeds differ at equal --prompts. Finished recipes are in the JSON file, a rerun
+does the others; their bundles are beside it in `<output>.work`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from benchmarks.bundles import compiler_digest
 from benchmarks.measuring import in_turn, machine, parser
 from benchmarks.records import Records, digest, markdown_table, number, recipe_digest, save_array
 from benchmarks.scoring import Workers, pipeline, row_flops, workers
-from examples.showo2_shapes.evaluate import prompts as searched
+from examples.showo2_shapes.evaluate import chosen_prompts
 from examples.showo2_shapes.world.language import caption
-from examples.showo2_shapes.world.scenes import PromptSpec, canonical_key, sample_spec
+from examples.showo2_shapes.world.scenes import PromptSpec
 from flashu_compile.bundle.manifest import MANIFEST
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import capture_model, export
@@ -45,22 +45,8 @@ from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 
-_SPLITS = ("heldout", "train")  # in turn: some kinds of prompts have few that are held out
 _SHOWN = 8
 _SCALE = 3
-
-
-def chosen_prompts(count: int, seed: int) -> list[PromptSpec]:
-    """Prompts of different meaning, none of which has that of one in evaluate.py or of another seed below this one."""
-    taken = {canonical_key(spec) for spec in searched(200)}
-    for earlier in range(seed + 1):
-        rng, found = np.random.default_rng([71_000, earlier]), []
-        while len(found) < count:
-            spec = sample_spec(rng, _SPLITS[len(found) % 2])
-            if canonical_key(spec) not in taken:
-                taken.add(canonical_key(spec))
-                found.append(spec)
-    return found
 
 
 def compare(exact: np.ndarray, drawn: np.ndarray) -> dict[str, float]:

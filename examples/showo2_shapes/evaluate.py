@@ -21,11 +21,19 @@ from rich.progress import track
 
 from examples.showo2_shapes.world.language import QA, caption, questions
 from examples.showo2_shapes.world.render import render
-from examples.showo2_shapes.world.scenes import PromptSpec, sample_free_scene, sample_scene, sample_spec
+from examples.showo2_shapes.world.scenes import (
+    PromptSpec,
+    Split,
+    canonical_key,
+    sample_free_scene,
+    sample_scene,
+    sample_spec,
+)
 from examples.showo2_shapes.world.scorer import score_many
 
 CANVAS = 32
 SEED = 20_000
+_SPLITS: tuple[Split, ...] = ("heldout", "train")  # in turn: some kinds of prompts have few that are held out
 
 Generate = Callable[[str, int], np.ndarray]
 Ask = Callable[[np.ndarray, list[str]], list[str]]
@@ -34,6 +42,22 @@ Ask = Callable[[np.ndarray, list[str]], list[str]]
 def prompts(count: int) -> list[PromptSpec]:
     rng = np.random.default_rng([SEED, 0])
     return [sample_spec(rng, "heldout") for _ in range(count)]
+
+
+def chosen_prompts(count: int, seed: int) -> list[PromptSpec]:
+    """Prompts of different meaning, none of which has that of one of the first 200 `prompts`.
+
+    Presets were chosen on those of seed 0. At equal `count`, no two seeds share a meaning.
+    """
+    taken = {canonical_key(spec) for spec in prompts(200)}
+    for earlier in range(seed + 1):
+        rng, found = np.random.default_rng([71_000, earlier]), []
+        while len(found) < count:
+            spec = sample_spec(rng, _SPLITS[len(found) % 2])
+            if canonical_key(spec) not in taken:
+                taken.add(canonical_key(spec))
+                found.append(spec)
+    return found
 
 
 def quizzes(pictures: int, each: int) -> list[tuple[np.ndarray, list[QA]]]:

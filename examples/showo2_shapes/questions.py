@@ -2,15 +2,18 @@
 
     python -m examples.showo2_shapes.questions shapes
 
-Nothing of it was trained on. The prompts that presets were chosen by (`evaluate.prompts`) are not among them, under no
-other wording, so all of it may be judged: `--split all`.
+All of it is of the held-out split, which was not trained on. The prompts that presets, and earlier ones, were chosen by
+(`evaluate.chosen_prompts`, `evaluate.prompts`) are not among them, under no other wording, so all of it may be judged:
+`--split all`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +22,35 @@ from PIL import Image
 from examples.showo2_shapes import evaluate
 from examples.showo2_shapes.world.language import caption, questions
 from examples.showo2_shapes.world.render import render
-from examples.showo2_shapes.world.scenes import canonical_key, sample_free_scene, sample_scene, sample_spec
+from examples.showo2_shapes.world.scenes import (
+    PromptSpec,
+    canonical_key,
+    sample_free_scene,
+    sample_scene,
+    sample_spec,
+)
+from flashu_compile.errors import EvaluationError
 
 CANVAS = 32
 SEED = 40_000
 OF_A_KEY = 2  # prompts that ask for the same, sizes aside
-SEARCHED = 200  # prompts of evaluate.py, by which presets were chosen
+SEARCHED, CHOSEN = 200, 60  # prompts of evaluate.py by which earlier presets, and those of today, were chosen
+MISSES = 5_000  # draws that give nothing new, after which there is nothing new
 
 
 def write(folder: Path, prompts: int, pictures: int, each: int) -> Path:
     rng = np.random.default_rng(SEED)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    searched = {canonical_key(spec) for spec in evaluate.prompts(SEARCHED)}
     records: list[dict[str, str]] = []
-    drawn: Counter[str] = Counter()
-    while len(records) < prompts:
-        spec = sample_spec(rng, "heldout")
-        key = canonical_key(spec)
-        if key not in searched and drawn[key] < OF_A_KEY:
-            drawn[key] += 1
-            records.append({"prompt": caption(spec, rng), "key": key, "kind": spec.kind})
+    for spec in itertools.islice(unsearched(rng), prompts):
+        records.append({"prompt": caption(spec, rng), "key": canonical_key(spec), "kind": spec.kind})
+    if len(records) < prompts:
+        raise EvaluationError(
+            f"There are {len(records)} held-out prompts, not {prompts}; ask for fewer (--prompts)."
+        )
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for index in range(pictures):
         prompted = sample_scene(sample_spec(rng, "heldout"), rng, CANVAS)
-        scene = prompted if index % 2 else sample_free_scene(rng, CANVAS)
+        scene = prompted if index % 2 else sample_free_scene(rng, CANVAS, "heldout")
         name = f"pictures/{index:03d}.png"
         Image.fromarray(render(scene)).save(folder / name)
         records += [
@@ -51,6 +60,21 @@ def write(folder: Path, prompts: int, pictures: int, each: int) -> Path:
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def unsearched(rng: np.random.Generator) -> Iterator[PromptSpec]:
+    """Draw held-out prompts of meanings that no preset was chosen by, until there are no more."""
+    searched = {canonical_key(s) for s in (*evaluate.prompts(SEARCHED), *evaluate.chosen_prompts(CHOSEN, 0))}
+    drawn: Counter[str] = Counter()
+    misses = 0
+    while misses < MISSES:
+        spec = sample_spec(rng, "heldout")
+        key = canonical_key(spec)
+        misses += 1
+        if key not in searched and drawn[key] < OF_A_KEY:
+            drawn[key] += 1
+            misses = 0
+            yield spec
 
 
 def main() -> None:

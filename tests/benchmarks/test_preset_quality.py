@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.preset_quality import chosen_prompts, compare, sheet, table
+from benchmarks.preset_quality import compare, sheet, table
 from benchmarks.records import save_array
-from examples.showo2_shapes.evaluate import prompts
+from examples.showo2_shapes.evaluate import chosen_prompts, prompts
 from examples.showo2_shapes.world.render import render
 from examples.showo2_shapes.world.scenes import KINDS, canonical_key, sample_scene
 
