@@ -35,7 +35,7 @@ CANVAS = 32
 SEED = 40_000
 OF_A_KEY = 2  # prompts that ask for the same, sizes aside
 SEARCHED, CHOSEN = 200, 60  # prompts of evaluate.py by which earlier presets, and those of today, were chosen
-MISSES = 5_000  # draws that give nothing new, after which there is nothing new
+MISSES = 10_000  # draws that give nothing new, after which there is nothing new
 
 
 def write(folder: Path, prompts: int, pictures: int, each: int) -> Path:

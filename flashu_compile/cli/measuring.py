@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 OfModel = Annotated[
     str | None,
     typer.Option(
-        help="With exact or eager: the model that the bundle was made of, as [bold]build[/] takes it.",
+        help="With exact or eager: the model that the bundle was made of, as [bold]build[/] takes it. It, --vae and "
+        "--tokenizer are not looked at if the exact bundle is in the cache.",
         show_default="the one that the bundle names",
     ),
 ]
@@ -246,7 +247,11 @@ def evaluate(
         float, typer.Option(help='The share of parts called "right" to be kept, without the bound.')
     ] = 0.95,
     split: Annotated[
-        str, typer.Option(help="What is judged: held-out, search, calibration, or all of the samples.")
+        str,
+        typer.Option(
+            help="What is judged: held-out, search, calibration, or all of the samples. Builds do not know these "
+            "splits: give no data that the bundle was calibrated on."
+        ),
     ] = "held-out",
     seed: Annotated[int, typer.Option(min=0, help="Draws the splits.")] = 0,
     samples: Annotated[

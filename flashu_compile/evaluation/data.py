@@ -121,9 +121,12 @@ def read_data(source: str | os.PathLike[str] | Mapping[str, Any]) -> Data:
 
 def _from_folder(folder: Path) -> Data:
     for name in FILES:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # unlike the method, False where that may not be known
             return read_data(folder / name)
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    try:
+        pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    except OSError as error:
+        raise EvaluationError(f"{folder} cannot be read: {error}.") from error
     if not pictures:
         raise EvaluationError(f"{folder} has no picture in it, and none of {', '.join(FILES)}.")
     records = [(str(path), {"image": path.name, "question": text}) for path in pictures for text in ASKED]
@@ -256,4 +259,6 @@ def _texts(
     for name, value in record.items():
         if not isinstance(value, str) or (name in required and not value.strip()):
             raise EvaluationError(f"{where}: {name!r} must be a text that is not empty, not {shown(value)}.")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):  # no UTF-8, and so no hash, has these
+            raise EvaluationError(f"{where}: {name!r} must be valid Unicode, not {shown(value)}.")
     return dict(record)

@@ -33,7 +33,7 @@ _NUMBERS: Any = (numbers.Real, np.bool_)
 
 
 class Judged(Protocol):
-    """What evaluators may do with a pipeline. The same arguments give the same result, computed once."""
+    """What evaluators may do with a pipeline. Pictures and answers are kept, so that scorers share them."""
 
     def generate(self, prompt: str, *, seed: int = 0) -> Any:
         """Return the PIL image of a prompt."""

@@ -1,4 +1,6 @@
-"""Which samples are for calibration, which for search, and which are held out.
+"""Which samples are held out for `evaluate`, and which its splits "calibration" and "search" leave for other uses.
+
+A build's calibration knows nothing of them: it draws from the samples that it is given.
 
 Samples are told apart by a key: prompts by the canonical one, questions by their picture. All samples of a key go to
 the same split, so splits share no prompt and no picture. Keys are ordered by a hash of the data, the seed and the key.

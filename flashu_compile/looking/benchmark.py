@@ -76,7 +76,8 @@ def benchmark(
         steps: time points of a picture on both sides; each side's own plan if not given.
         tokens: length of the answer on both sides, whatever it says; 32, or the longest of both bundles if that is
             less, if not given.
-        model, vae, tokenizer: with "exact" and "eager", where the checkpoint is, if not by the name in the bundle.
+        model, vae, tokenizer: with "exact" and "eager", where the checkpoint is, if not by the name in the bundle; not
+            looked at if the exact bundle is in the cache.
         threads: threads that each side computes with; one per core if not given.
         provider, provider_options, memory, trust: how engines run; see `load`. They hold for both bundles.
         progress: called with (what is being done, fraction done in [0, 1] or None).

@@ -103,13 +103,15 @@ def evaluate(
         task: what is judged, "t2i" or "mmu" or both; all that bundles and data have if not given.
         keep: the share of a score that is to be kept, above 0 and below 1.
         floor: what the share kept itself, without its bound, must reach for parts called "right".
-        split, seed: "held-out", "search", "calibration" or "all" of the samples; `seed` draws the splits.
+        split, seed: "held-out", "search", "calibration" or "all" of the samples; `seed` draws the splits. Builds do
+            not: data that a bundle was calibrated on is not to be given.
         samples: the largest number of different prompts, and of pictures; all of the split if not given.
         steps: time points of pictures on both sides; each side's own plan if not given.
         equal_points: the other side follows the points, guidance and solver of the bundle's plan, so that techniques
             alone are compared.
         max_new_tokens: longest answer; 32, or the bundle's if that is less, if not given.
-        model, vae, tokenizer: with "exact", where the checkpoint is, if not by the name in the bundle.
+        model, vae, tokenizer: with "exact", where the checkpoint is, if not by the name in the bundle; not looked at
+            if its exact bundle is in the cache.
         provider, provider_options, threads, memory, trust: how bundles given by directory run; see `load`.
         workers: prompts and questions that are computed at a time, each with so many threads: on small models several
             with `threads=1` are quicker than one with several threads.

@@ -36,8 +36,9 @@ _FLASHU = Recipe(
 )
 
 # The three below are ours. Their pictures come from fewer points, the guidance schedule, and a head cache that fills on
-# the whole network, after a full beginning. On showo2-shapes that is nearer to exact pictures, by fewer evaluations,
-# than any plan with pruned ones (benchmarks/preset_quality.py): one takes 0.8 of a whole one and leaves its noise.
+# the whole network, after a full beginning. On showo2-shapes that is nearer to exact pictures than the plans with
+# pruned evaluations that were tried (benchmarks/preset_quality.py): one takes 0.8 of a whole one and leaves its noise.
+# `balanced` and `aggressive` take fewer evaluations than those, too; `conservative` takes more.
 # Tokens go by duplication: dropping by v-norm loses half of the answers there, and more than a random choice does.
 
 

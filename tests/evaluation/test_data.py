@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flashu_compile.errors import EvaluationError
+from flashu_compile.errors import EvaluationError, FlashuError
 from flashu_compile.evaluation.data import ASKED, read_data
 from flashu_compile.evaluation.neutral import PROMPTS, neutral_data
 from flashu_compile.evaluation.splits import ALL, SPLITS, canonical, split_of
@@ -75,6 +77,34 @@ class TestRead:
         with pytest.raises(EvaluationError, match=message) as raised:
             read_data(path)
         assert str(path) in str(raised.value)
+
+    @pytest.mark.parametrize("entry", ["prompt", "key", "kind"])
+    def test_half_a_surrogate_pair_is_no_text(self, entry: str) -> None:
+        with pytest.raises(
+            EvaluationError, match=rf"prompts\[1\]: '{entry}' must be valid Unicode, not 'a.ud800'"
+        ):
+            read_data({"prompts": ["a", {"prompt": "b", entry: "a\ud800"}]}).splits("t2i", 0)
+
+    @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="not a POSIX system")
+    @pytest.mark.parametrize("mode", [0o000, 0o333, 0o666])
+    def test_a_folder_that_may_not_be_read(self, mode: int) -> None:
+        root = os.geteuid() == 0  # who may read everything
+        with tempfile.TemporaryDirectory() as name:
+            inner = Path(name) / "inner"
+            inner.mkdir()
+            (inner / "a.png").write_bytes(b"")
+            Path(name).chmod(0o755)
+            inner.chmod(mode)
+            try:
+                if root:
+                    os.seteuid(65534)
+                for path in (inner, inner / "data.json"):
+                    with pytest.raises(FlashuError, match=r"cannot be (read|used)|does not exist"):
+                        read_data(path)
+            finally:
+                if root:
+                    os.seteuid(0)
+                inner.chmod(0o700)
 
     def test_errors_of_jsonl_name_the_line(self, folder: Path) -> None:
         path = folder / "data.jsonl"
