@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.showo2_shapes.world.language import parse_caption
 from examples.showo2_shapes.world.scorer import Score
 from examples.showo2_shapes.world.scorer import score as judge
-from flashu_compile.evaluation.agreement import LEAST_FLAT, flat, noise
+from flashu_compile.evaluation.agreement import noise
 
 NOISY = 8.0
 """Levels of 255 at which flat areas count as noise alone."""
@@ -41,13 +41,9 @@ def score(pipeline: Any, samples: Sequence[Any]) -> Mapping[str, Sequence[float]
 
 
 def _flat(picture: NDArray[np.float64]) -> float:
-    """How free of noise the flat areas are; 0 without any, since scenes have a plain background."""
-    where = flat(picture)
-    return (
-        0.0
-        if where.mean() < LEAST_FLAT
-        else max(0.0, 1 - float(noise(picture, where, blocks=1)[0, 0]) / NOISY)
-    )
+    """How free of noise it is; all of a scene is flat but for edges, which `noise` leaves out."""
+    everywhere = np.ones(picture.shape[:2], dtype=np.bool_)
+    return max(0.0, 1 - float(noise(picture, everywhere, blocks=1)[0, 0]) / NOISY)
 
 
 def _share(found: Score) -> float:

@@ -30,7 +30,8 @@ with naming_the_extra("Comparing pictures"):
 TOLERATED, LEVELS = 1.0, 8.0
 _BLOCKS = 4
 _FLAT_RANGE = 32  # levels within 5 × 5 pixels, after the median
-LEAST_FLAT = 0.1  # of a block
+_LEAST_FLAT = 0.1  # of a block
+_RMS_OF_MEDIAN = 1.4826  # the rms of normal values over the median of their sizes
 _WINDOW = 7
 
 Pixels = NDArray[np.float64]
@@ -109,24 +110,23 @@ def flat(picture: Pixels) -> NDArray[np.bool_]:
 def noise(picture: Pixels, where: NDArray[np.bool_], blocks: int = _BLOCKS) -> Pixels:
     """Return the noise of the pixels `where`, in levels, by part of the picture: the rms deviation from a 3 × 3 median.
 
-    It is 0 in a block that has hardly any of them.
+    Around pixels that are not flat, the median deviation stands for the rms: most pixels near an edge deviate by
+    nothing, and most of a speckled area do not. The noise is 0 in a block that has hardly any of the pixels `where`.
     """
-    squares = np.where(where, ((picture - _median(picture)) ** 2).mean(axis=2), 0)
+    deviation, own = np.abs(picture - _median(picture)), flat(picture)
     levels = np.zeros((blocks, blocks))
-    for row, (marks, values) in enumerate(
-        zip(_parts(where, 0, blocks), _parts(squares, 0, blocks), strict=True)
-    ):
-        for column, (mark, value) in enumerate(
-            zip(_parts(marks, 1, blocks), _parts(values, 1, blocks), strict=True)
-        ):
-            if mark.size and mark.mean() >= LEAST_FLAT:
-                levels[row, column] = math.sqrt(value.sum() / mark.sum())
+    for row, rows in enumerate(np.array_split(np.arange(len(picture)), blocks)):
+        for column, columns in enumerate(np.array_split(np.arange(picture.shape[1]), blocks)):
+            part = np.ix_(rows, columns)
+            marks, deviations, smooth = where[part], deviation[part], own[part]
+            if not marks.size or marks.mean() < _LEAST_FLAT:
+                continue
+            rough = deviations[marks & ~smooth]
+            total = (deviations[marks & smooth] ** 2).sum()
+            total += rough.size * (_RMS_OF_MEDIAN * np.median(rough)) ** 2 if rough.size else 0
+            levels[row, column] = math.sqrt(total / deviations[marks].size)
     return levels
 
 
 def _median(picture: Pixels) -> Pixels:
     return np.asarray(ndimage.median_filter(picture, size=(3, 3, 1)))
-
-
-def _parts(values: NDArray[Any], axis: int, count: int) -> list[NDArray[Any]]:
-    return np.array_split(values, count, axis=axis)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.showo2_shapes.world.render import render
+from examples.showo2_shapes.world.scenes import sample_scene, sample_spec
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation.agreement import Agreement, clean, flat, noise
 from flashu_compile.evaluation.evaluators import AGREEMENT, Evaluator, find_evaluator
 from flashu_compile.evaluation.judging import Part, Rules, Side, judge
-from tests.evaluation.planted import Draws, Noisy, OfAnotherPrompt, SpeckledCorner, prompts
+from tests.evaluation.planted import CANVAS, Draws, Noisy, OfAnotherPrompt, SpeckledCorner, prompts
 
 SCORING = Path(__file__).parents[2] / "examples" / "showo2_shapes" / "scoring.py"
 RULES = Rules(keep=0.97, floor=0.95)
@@ -73,6 +76,16 @@ class TestPlantedFaults:
         assert scores == sorted(scores, reverse=True)
         assert scores[1] > 0.95
         assert set(scores[10:]) == {0}
+
+    @pytest.mark.parametrize("moved", [1, 3, 5])
+    def test_an_object_elsewhere_is_no_noise(self, moved: int) -> None:
+        rng, scores = np.random.default_rng(0), []
+        for _ in range(50):
+            scene = sample_scene(sample_spec(rng), rng, CANVAS)
+            first, *others = scene.objects
+            other = replace(scene, objects=(replace(first, x=first.x + moved), *others))
+            scores.append(clean(render(other).astype(float), render(scene).astype(float)))
+        assert np.mean(scores) > 0.97
 
     @pytest.mark.parametrize("level", [10, 20, 30, 60])
     def test_noise_without_flat_areas_is_not_free_of_noise(self, level: int) -> None:
