@@ -41,6 +41,8 @@ def build_engines(bundle: Path) -> TensorRTPlan:
     manifest = read_manifest(bundle)
     files = BundleFiles(bundle, manifest)
     plan = read_plan(files)
+    for name in plan.engines:
+        manifest.engine(name)
     libraries = import_libraries()
     weights = {WEIGHTS} & manifest.files.keys()
     cache = bundle / TIMING_CACHE

@@ -92,7 +92,7 @@ def _save(model: ir.Model, path: Path) -> None:
     ir.save(model, path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise EmissionError(f"Graph {path.name} does not pass ONNX's checks: {error}") from error
 
 

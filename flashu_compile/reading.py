@@ -13,6 +13,7 @@ import json
 import math
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -34,7 +35,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
 Few = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 
-if TYPE_CHECKING:  # recipes, and the command's help, do without NumPy
+if TYPE_CHECKING:  # the command's help does without NumPy
     from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -187,8 +188,7 @@ def _message(where: str, reason: str, advice: str) -> str:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the field {shown(twice)} is there twice")
     return data
 

@@ -26,7 +26,10 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
 
     def value(node: ast.expr) -> int:
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+            right = value(node.right)
+            if isinstance(node.op, ast.FloorDiv) and right == 0:
+                raise ConfigurationError(f"Dimension {expression!r} divides by zero.")
+            return _OPERATORS[type(node.op)](value(node.left), right)
         if isinstance(node, ast.Name) and node.id in sizes:
             return sizes[node.id]
         if isinstance(node, ast.Constant) and isinstance(node.value, int):

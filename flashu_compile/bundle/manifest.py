@@ -22,6 +22,7 @@ from flashu_compile.system.paths import absolute
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
 _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
 _LONGEST_NAME = 255  # bytes, as in most file systems
+_ENGINE_NAME = "[A-Za-z0-9_-]{1,200}"
 
 SCHEMA = 3
 BUILD_AGAIN = "build the bundle again"  # what to do about a damaged one
@@ -164,6 +165,11 @@ class Manifest:
     def __post_init__(self) -> None:
         for name in self.files:
             inside(name)
+        for engine in self.engines:
+            if not re.fullmatch(_ENGINE_NAME, engine.name):
+                raise BundleError(
+                    f"The engine name {arguments.shown(engine.name)} is not of letters, digits, '-' and '_'."
+                )
 
     def engine(self, name: str) -> EngineSpec:
         """Return the engine called `name`. Raises `BundleError` naming the engines there are."""

@@ -163,7 +163,10 @@ def _stretched(plan: StepPlan, steps: Sequence[Step]) -> StepPlan:
 def held_to_eager(
     loaded: LoadedModel, name: str, values: NDArray[Any], answer: Callable[[EagerPipeline], NDArray[Any]]
 ) -> dict[str, float]:
-    """Return the relative L2 error of `values` against the eager model's `answer`, and its limit if that is raised.
+    """Return the relative L2 error of `values` against the eager model's `answer`.
+
+    Where that exceeds `TOLERANCE`, the error is against the model's answer in float64, and the float32 model's own
+    rounding is told beside it.
 
     Raises `BundleError` if the error is too large to be rounding.
     """

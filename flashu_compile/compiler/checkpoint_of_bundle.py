@@ -76,7 +76,7 @@ def exact_bundle(
         path = folder / (key or "bundle")
         if not (path / MANIFEST).is_file():
             source = checkpoint(manifest, model, tell, **parts)
-            with contextlib.suppress(OutputExistsError):  # another process was quicker
+            try:
                 export(
                     source,
                     manifest.tasks,
@@ -85,6 +85,9 @@ def exact_bundle(
                     backend=manifest.backend,
                     progress=lambda stage, fraction: tell(f"building the exact bundle: {stage}", fraction),
                 )
+            except OutputExistsError:
+                if not (path / MANIFEST).is_file():  # else another process was quicker
+                    raise
         yield path
 
 

@@ -64,8 +64,10 @@ def read(
     facts: Any = reading.convert(described, _VAES[kind], where, CheckpointError)
     if isinstance(facts, _SpaceToDepthFacts):
         return SpaceToDepth(facts.factor, facts.mean, facts.std), ()
-    if Path(facts.folder).name != facts.folder:
-        raise CheckpointError(f"{where} is outside of the directory.")
+    if facts.folder in ("", ".", "..") or Path(facts.folder).name != facts.folder:
+        raise CheckpointError(
+            f"{where} is in {shown(facts.folder)}; it must be a folder in the model's directory."
+        )
     folder = config.parent / facts.folder
     files = weights.hashed(weights.weight_files(folder))
     return WanVAE.load(folder, dtype), files

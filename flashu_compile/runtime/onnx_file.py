@@ -19,6 +19,8 @@ from flashu_compile.errors import BundleError
 
 #: Domain and name; ONNX's own domain is the empty one.
 Operator = tuple[str, str]
+# The names in a graph and in those around it, outermost first.
+_Names = tuple[set[str], ...]
 
 # The kinds of values: a message by its name, or one of these. Of a marked field only the presence is of interest.
 _TEXT, _NUMBER, _NUMBERS, _MARK = "a text", "a number", "numbers", "a mark"
@@ -229,15 +231,15 @@ class _Contents:
             raise ValueError("it has no graph")
         self._operators: set[Operator] = set()
         self._weights: list[ExternalWeight] = []
-        self._graph(model["graph"], frozenset(), outermost=True)
+        self._graph(model["graph"], (), outermost=True)
         for function in model.get("functions", ()):
-            self._nodes(function, set(_unique(function.get("inputs", ()), frozenset())))
-            self._attributes(function, frozenset())
+            self._nodes(function, _unique(function.get("inputs", ()), ()), ())
+            self._attributes(function, ())
 
     def found(self) -> OnnxFile:
         return OnnxFile(frozenset(self._operators), tuple(self._weights))
 
-    def _graph(self, graph: Mapping[str, Any], outer: frozenset[str], *, outermost: bool = False) -> None:
+    def _graph(self, graph: Mapping[str, Any], outer: _Names, *, outermost: bool = False) -> None:
         tensors, sparse = graph.get("tensors", ()), graph.get("sparse", ())
         named = [value.get("name", "") for value in graph.get("inputs", ())]
         named += [tensor.get("name", "") for tensor in tensors]
@@ -247,20 +249,20 @@ class _Contents:
             self._tensor(tensor, may_be_beside=outermost)
         for tensor in sparse:
             self._sparse(tensor)
-        self._nodes(graph, names)
+        self._nodes(graph, names, outer)
 
-    def _nodes(self, body: Mapping[str, Any], names: set[str]) -> None:
-        """Take in the nodes of a graph or a function, in which `names` are known before them."""
+    def _nodes(self, body: Mapping[str, Any], names: set[str], outer: _Names) -> None:
+        """Take in the nodes of a graph or a function, in which `names` and those of `outer` are known before them."""
         nodes = body.get("nodes", ())
         # An output that is not needed has no name.
         given = [name for node in nodes for name in node.get("outputs", ()) if name]
-        known = frozenset(names | _unique(given, names))
+        known = (*outer, names | _unique(given, (*outer, names)))
         for node in nodes:
             domain = node.get("domain", "")
             self._operators.add(("" if domain == "ai.onnx" else domain, node.get("operator", "")))
             self._attributes(node, known)
 
-    def _attributes(self, holder: Mapping[str, Any], known: frozenset[str]) -> None:
+    def _attributes(self, holder: Mapping[str, Any], known: _Names) -> None:
         for attribute in holder.get("attributes", ()):
             for tensor in (*attribute.get("tensors", ()), *_optional(attribute, "tensor")):
                 self._tensor(tensor)
@@ -319,12 +321,14 @@ def _size(name: str, text: str) -> int:
     return int(text)
 
 
-def _unique(names: Sequence[str], known: frozenset[str] | set[str]) -> set[str]:
+def _unique(names: Sequence[str], known: _Names) -> set[str]:
     """Return these names, none of which may be empty, be there twice or be among the known ones."""
     found: set[str] = set()
     for name in names:
-        if not name or name in found or name in known:
-            raise ValueError(f"its name {name!r} stands for two tensors" if name else "a tensor has no name")
+        if not name or name in found or any(name in those for those in known):
+            raise ValueError(
+                f"its name {name[:80]!r} stands for two tensors" if name else "a tensor has no name"
+            )
         found.add(name)
     return found
 

@@ -226,3 +226,22 @@ def test_hostile_files(data: bytes, message: str) -> None:
 def test_work_is_bounded(data: bytes) -> None:
     with pytest.raises(BundleError, match="more than 1000000 fields"):
         read_onnx(data, "it")
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_name_of_an_outer_graph_stands_for_no_other_tensor(levels: int) -> None:
+    """ONNX Runtime takes the inner one in a subgraph, whatever is between."""
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    weight = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "inner", [], [value], [weight])
+    graph.node[0].output[0] = graph.output[0].name = "y0"
+    for level in range(1, levels + 1):
+        name = f"y{level}"
+        node = helper.make_node("If", ["c"], [name], then_branch=graph, else_branch=graph)
+        output = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+        graph = helper.make_graph([node], f"level{level}", [], [output])
+    graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    read_onnx(helper.make_model(graph).SerializeToString(), "it")
+    graph.initializer.append(weight)
+    with pytest.raises(BundleError, match="name 'w' stands for two tensors"):
+        read_onnx(helper.make_model(graph).SerializeToString(), "it")
