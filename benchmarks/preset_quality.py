@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ablation_rows import FULL, PRESETS, evaluations
 from benchmarks.bundles import compiler_digest
 from benchmarks.measuring import in_turn, machine, parser
+from benchmarks.picture_noise import picture_noise
 from benchmarks.records import Records, digest, markdown_table, number, recipe_digest, save_array
 from benchmarks.scoring import Workers, pipeline, row_flops, workers
 from examples.showo2_shapes.evaluate import chosen_prompts
@@ -40,7 +40,7 @@ from examples.showo2_shapes.world.scenes import PromptSpec
 from flashu_compile.bundle.manifest import MANIFEST
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import capture_model, export
-from flashu_compile.measure.pictures import picture_noise
+from flashu_compile.evaluation.agreement import psnr, similarity
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
@@ -51,9 +51,9 @@ _SCALE = 3
 
 def compare(exact: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
     """Noise of both, and SSIM and PSNR of pictures uint8 [n, side, side, 3] to the exact ones; means over pictures."""
-    pairs = list(zip(exact, drawn, strict=True))
-    similar = [structural_similarity(a, b, channel_axis=2) for a, b in pairs]
-    ratios = [peak_signal_noise_ratio(a, b) for a, b in pairs if not np.array_equal(a, b)]
+    pairs = list(zip(exact.astype(np.float64), drawn.astype(np.float64), strict=True))
+    similar = [similarity(*pair) for pair in pairs]
+    ratios = [psnr(*pair) for pair in pairs if not np.array_equal(*pair)]
     return {
         "noise": _noise(drawn),
         "noise_exact": _noise(exact),

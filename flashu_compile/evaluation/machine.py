@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import sys
@@ -10,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flashu_compile.system.threads import allowed_processors
 from flashu_compile.version import __version__
 
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -20,7 +20,7 @@ def machine() -> dict[str, Any]:
     """Return the processor, cores, system and versions of what is installed."""
     return {
         "processor": processor(),
-        "cores": cores(),
+        "cores": len(allowed_processors()),
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), "flashu_compile": __version__, **_installed()},
     }
@@ -34,13 +34,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _installed() -> dict[str, str]:

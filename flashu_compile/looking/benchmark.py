@@ -15,12 +15,13 @@ from flashu_compile.bundle.manifest import Manifest, read_manifest
 from flashu_compile.errors import ConfigurationError, UnknownTaskError
 from flashu_compile.evaluation import intervals
 from flashu_compile.evaluation.intervals import LEAST_ROUNDS, Median
-from flashu_compile.evaluation.machine import cores, machine
+from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.timing import Side, SideCost, measure
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.looking.against import Progress, other_bundle, tasks_asked
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
+from flashu_compile.system.threads import default_threads
 from flashu_compile.tasks import MMU, TASKS
 
 EAGER = "eager"
@@ -78,7 +79,7 @@ def benchmark(
             less, if not given.
         model, vae, tokenizer: with "exact" and "eager", where the checkpoint is, if not by the name in the bundle; not
             looked at if the exact bundle is in the cache.
-        threads: threads that each side computes with; one per core if not given.
+        threads: threads that each side computes with; if not given, as many as `load` takes.
         provider, provider_options, memory, trust: how engines run; see `load`. They hold for both bundles.
         progress: called with (what is being done, fraction done in [0, 1] or None).
 
@@ -89,7 +90,9 @@ def benchmark(
     arguments.function("progress", progress)
     tell = progress or (lambda stage, fraction: None)
     rounds = arguments.integer("rounds", rounds, LEAST_ROUNDS, LARGEST_COUNT)
-    threads = cores() if threads is None else arguments.integer("threads", threads, 1, LARGEST_THREADS)
+    threads = (
+        default_threads() if threads is None else arguments.integer("threads", threads, 1, LARGEST_THREADS)
+    )
     if steps is not None:
         steps = arguments.integer("steps", steps, 2, LARGEST_POINTS)
     path = absolute(bundle)

@@ -18,9 +18,13 @@ def default_threads(system: Path = Path("/")) -> int:
 
     `system` is the root of the file system that tells (Linux alone); what it does not tell is not limited.
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = {_siblings(system, processor) for processor in allowed}
+    cores = {_siblings(system, processor) for processor in allowed_processors()}
     return max(1, int(min(len(cores), *_quotas(system))))
+
+
+def allowed_processors() -> set[int]:
+    """Return the logical processors that this process may use, by its affinity."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _siblings(system: Path, processor: int) -> str:

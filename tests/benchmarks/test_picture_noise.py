@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashu_compile.measure.pictures import flat_areas, picture_noise
+from benchmarks.picture_noise import flat_areas, picture_noise
 
 
 def scene(side: int = 32) -> np.ndarray:
