@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,15 +32,14 @@ def draft_folder(parent: Path) -> Iterator[Path]:
     """
     place = nearest_folder(parent)
     remove_dead_drafts(place)
-    draft, lock = _new_draft(place)
+    draft = _Draft(place)
     try:
-        # With the permissions of any new folder; the draft itself is its owner's alone.
-        (draft / _FILES).mkdir()
-        yield draft / _FILES
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        try:
+            yield draft.make()
+        finally:
+            draft.remove()
+    finally:  # again, in case a signal interrupted the removal; the next ones are ignored
+        draft.remove()
 
 
 def nearest_folder(path: Path) -> Path:
@@ -59,20 +58,53 @@ def remove_dead_drafts(folder: Path) -> None:
                     _remove_if_dead(Path(entry.path))
 
 
-def _new_draft(place: Path) -> tuple[Path, int | None]:
-    """Make and lock a draft; return it with its open lock file, or None where there are no locks."""
-    while True:
-        draft = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
-        if fcntl is None:
-            return draft, None
-        # Another process may take it for dead before it is locked.
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(draft / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                if _take(lock, draft):
-                    return draft, lock
-            except OSError:  # a file system without locks, so that nobody else gets this one either
-                return draft, lock
+class _Draft:
+    """A folder that is not there yet, under a name chosen before it is made.
+
+    So whatever interrupts its making, such as a signal that raises between two lines, can be followed by `remove`.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._path = self._new_path()
+        self._lock: int | None = None
+
+    def _new_path(self) -> Path:
+        return self._place / f"{PREFIX}{secrets.token_hex(16)}"
+
+    def make(self) -> Path:
+        """Make and lock the folder; return the one in it for the files. Raises `OSError`."""
+        while True:
+            self._path.mkdir(mode=0o700)
+            if fcntl is None or self._locked():
+                break
+            self._path = self._new_path()
+        # With the permissions of any new folder; the draft itself is its owner's alone.
+        (self._path / _FILES).mkdir()
+        return self._path / _FILES
+
+    def _locked(self) -> bool:
+        """Lock the folder; tell whether that came before another process took it for a dead one's."""
+        try:
+            self._lock = os.open(self._path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            return False
+        try:
+            taken = _take(self._lock, self._path)
+        except OSError:  # a file system without locks, so that nobody else gets this one either
+            taken = True
+        if not taken:
+            self._close()
+        return taken
+
+    def remove(self) -> None:
+        """Remove the folder, if it was made, and then give up the lock."""
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._close()
+
+    def _close(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
             os.close(lock)
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,8 @@ from flashu_compile.system.drafts import PREFIX, draft_folder, remove_dead_draft
 _HOLDING = """
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 from flashu_compile.system.drafts import draft_folder
 with draft_folder(Path(sys.argv[1])) as draft:
     (draft / "half").write_text("written")
@@ -118,3 +122,40 @@ def test_the_umask_is_never_changed() -> None:
     """While it is, files that other threads make are writable by all."""
     sources = Path(drafts.__file__).parent.rglob("*.py")
     assert [path for path in sources if "os.umask" in path.read_text(encoding="utf-8")] == []
+
+
+def test_it_is_gone_whichever_line_is_interrupted(tmp_path: Path) -> None:
+    """Raise at the n-th line that runs in the module, as the handler of a signal does, for every n."""
+    source = drafts.__file__
+    lines = 0
+
+    def interrupt_at(n: int) -> bool:
+        left = n
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal left, lines
+            if frame.f_code.co_filename != source:
+                return None
+            if event == "line":
+                left -= 1
+                lines += 1
+                if left == 0:
+                    raise SystemExit(143)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with draft_folder(tmp_path) as draft:
+                (draft / "half").write_text("written")
+        except SystemExit:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    n = 1
+    while interrupt_at(n):
+        assert list(tmp_path.iterdir()) == [], n
+        n += 1
+    assert n > 30
