@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
-import functools
 import json
 import os
 import stat
@@ -59,6 +58,18 @@ class BundleMetadata:
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A bundle that has been written, but for its report and page, and the provider that runs it."""
+
+    directory: Path
+    provider: str
+
+    def open(self, *, threads: int) -> Pipeline:
+        """Open it as `flashu_compile.load` does. Raises as that does."""
+        return load(self.directory, provider=self.provider, threads=threads, trust=True)
+
+
 def write_bundle(
     output: Path,
     *,
@@ -68,7 +79,7 @@ def write_bundle(
     recipe: Recipe,
     plan: StepPlan | None = None,
     report: Mapping[str, Any] | None = None,
-    measure: Callable[[Callable[..., Pipeline]], Mapping[str, Any]] | None = None,
+    measure: Callable[[Draft], Mapping[str, Any]] | None = None,
     page: Callable[[Manifest, Mapping[str, Any]], str] | None = None,
     checkpoint_bytes: int | None = None,
     overwrite: bool = False,
@@ -80,8 +91,8 @@ def write_bundle(
     Args:
         report: stored in the bundle, together with the entry `sizes` (in bytes), the backend's own entries and those
             that `measure` returns.
-        measure: called with a function that opens the bundle just written, as `flashu_compile.load` does with the
-            same keyword arguments. An exception that it raises ends the build.
+        measure: called with the bundle just written, before it is put in place. An exception that it raises ends the
+            build.
         page: renders the bundle's web page from its manifest and report.
         overwrite: replace an existing bundle at `output`; nothing but a bundle is ever replaced.
 
@@ -111,7 +122,7 @@ def write_bundle(
             if measure is not None:
                 # It can be loaded without its report.
                 _write_manifest(directory, _manifest(written.specs, metadata, entries))
-                whole |= measure(functools.partial(load, directory, provider=written.provider, trust=True))
+                whole |= measure(Draft(directory, written.provider))
             _write_json(directory / REPORT, whole)
             if page is not None:
                 unlisted = _manifest(written.specs, metadata, {})
@@ -139,6 +150,11 @@ def ensure_writable(output: Path, *, overwrite: bool = False) -> None:
     if not output.is_dir():
         raise OutputExistsError(f"{output} exists and is not a directory; choose another output.")
     if not any(output.iterdir()):
+        above = output.resolve().parent  # where it is replaced
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise BundleError(
+                f"{output} cannot be replaced, since {above} may not be written to; choose another output."
+            )
         return
     if not overwrite:
         raise OutputExistsError(f"{output} exists and is not empty; choose another output, or overwrite it.")

@@ -19,6 +19,7 @@ from flashu_compile.exporters.backends import Backend
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.weights import weight_store
 from flashu_compile.runtime.backends import open_engines
+from flashu_compile.runtime.lifetime import closing
 from flashu_compile.runtime.sessions import create_session
 from flashu_compile.system.drafts import draft_folder
 
@@ -62,8 +63,8 @@ def written_errors(
         inputs = {role: tensor.numpy() for role, tensor in build.reference_inputs.items()}
         try:
             bundle = BundleFiles(directory, manifest)
-            engines = open_engines(bundle, provider=written.provider, threads=1, trust=True)
-            values = engines.engine(build.name).run(inputs)
+            with closing(open_engines(bundle, provider=written.provider, threads=1, trust=True)) as engines:
+                values = engines.engine(build.name).run(inputs)
         except (BundleError, InputError) as error:
             raise EmissionError(f"Engine {build.name!r} does not run: {error}") from error
         return output_errors(build, values, tolerance(precision))

@@ -24,3 +24,8 @@ def change(before: float, after: float) -> str:
     """Format the change from `before` to `after` in whole per cent: `−37 %`; empty if it rounds to zero."""
     share = round(100 * (after / before - 1)) if before else 0
     return f"{share:+d} %".replace("-", "−") if share else ""
+
+
+def seconds(value: float) -> str:
+    """Format a time with three significant digits: `1.24 s`, `83.1 ms`."""
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"

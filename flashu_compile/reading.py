@@ -25,6 +25,7 @@ from flashu_compile.errors import FlashuError
 
 #: Bytes of a file that is read whole, unless its reader says otherwise.
 LARGEST = 64 << 20
+LARGEST_TENSORS = 4 << 30
 DEEPEST = 100
 
 #: Bytes, elements and the like.
@@ -70,13 +71,14 @@ def read_tensors(
 ) -> dict[str, NDArray[Any]]:
     """Read the arrays of a safetensors file.
 
-    Raises `error` if there is no such file, with the message `absent` if one is given, or if it is damaged or holds
-    types that NumPy lacks.
+    Raises `error` if there is no such file, with the message `absent` if one is given, or if it is damaged, holds
+    types that NumPy lacks, or has more than `LARGEST_TENSORS` bytes.
     """
     from safetensors import SafetensorError  # recipes without kept neurons do without
     from safetensors.numpy import load_file
 
-    _size(path, error, absent)
+    if _size(path, error, absent) > LARGEST_TENSORS:
+        raise error(f"{path} has more than {LARGEST_TENSORS:,} bytes, which no such file needs.")
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as problem:

@@ -130,7 +130,7 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where weights were read from: files, by name; None for an object that was in memory.
+    """Where weights, and the settings beside them, were read from: files, by name; None for an object in memory.
 
     `repository` and `revision`, a commit, are those on the Hugging Face hub, if they came from there. `license` is what
     the model's card or configuration says.

@@ -55,7 +55,7 @@ Profile = tuple[InputShapes, ...]
 def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
     """Return the range of every symbol in the signature's dynamic dimensions.
 
-    Raises `ConfigurationError` on a symbol whose sizes cannot be determined.
+    Raises `ConfigurationError` on a symbol whose sizes cannot be determined, or if a picture has no number of rows.
     """
     known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
     return ranges_of(spec, known)
@@ -103,8 +103,13 @@ def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
 
 def _image_rows(manifest: Manifest) -> int:
     """Count a picture's rows in key and value caches: its tokens, the time token before and the end token behind."""
-    sizes = (t.shape[1] for e in manifest.engines for t in e.inputs if t.name == "image_embeds")
-    return int(next(sizes, 0)) + 2
+    shapes = (t.shape for e in manifest.engines for t in e.inputs if t.name == "image_embeds")
+    rows = next(shapes, (0, 0))[1:2]
+    if not rows or not isinstance(rows[0], int):
+        raise ConfigurationError(
+            "The manifest gives input 'image_embeds' no number of rows; build the bundle again."
+        )
+    return rows[0] + 2
 
 
 def engine_profile(spec: EngineSpec, ranges: Mapping[str, Range]) -> Profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,9 @@ from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.cli import display
 from flashu_compile.cli.base import COMPILING, Json, Tokenizer, Vae, app, examples, quiet_torch
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
+from flashu_compile.cli.terminal import say
+from flashu_compile.quantities import seconds
+from flashu_compile.tasks import T2I
 
 if TYPE_CHECKING:
     from flashu_compile.recipe.recipe import Recipe
@@ -104,6 +108,14 @@ def build(
             help="How many prompts and questions a lossy recipe's cost is measured on, for the report; 0 for none.",
         ),
     ] = 3,
+    no_benchmark: Annotated[
+        bool,
+        typer.Option(
+            "--no-benchmark",
+            help="Do not time the bundle, nor compare it with the exact one, for the report; the same build then gives "
+            "the same bytes.",
+        ),
+    ] = False,
     precision: Annotated[
         str,
         typer.Option(
@@ -161,6 +173,7 @@ def build(
             samples=samples,
             seed=seed,
             cost_samples=cost_samples,
+            benchmark=not no_benchmark,
             backend=backend,
             precision=precision,
             vae=vae,
@@ -176,6 +189,7 @@ def build(
         display.print_json(summary)
     else:
         display.print_build(summary)
+        _print_beside_exact(summary["beside_exact"] or {})
 
 
 @app.command(
@@ -233,6 +247,32 @@ def calibrate(
     tell_saved(decided, decided.save(output), as_json=as_json)
 
 
+def _print_beside_exact(found: Mapping[str, Any]) -> None:
+    """Print how fast and how good a bundle is beside the exact one."""
+    if "speed" in found:
+        sides, faster = found["speed"]["sides"], found["speed"]["faster"]
+        rows = []
+        for task, time in sides[0]["seconds"].items():
+            exact, times = "", ""
+            if task in faster:
+                exact = seconds(sides[1]["seconds"][task]["median"])
+                times = "{median:.2f}× ({low:.2f}× to {high:.2f}×)".format_map(faster[task])
+            rows.append(
+                ("a picture" if task == T2I.name else "an answer", seconds(time["median"]), exact, times)
+            )
+        display.print_table(("timed here", "this bundle", "exact", "faster (95%)"), rows)
+    if "quality" in found:
+        display.print_table(
+            ("against exact", "score", "at least kept (95%)", "samples"),
+            [
+                (part["name"], f"{part['score']:.3f}", f"{part['bound']:.1%}", str(part["clusters"]))
+                for part in found["quality"]["parts"]
+            ],
+        )
+    if "left_out" in found:
+        say(f"Left out: {found['left_out']}")
+
+
 def _recipe(source: str, settings: list[str] | None) -> Recipe:
     from flashu_compile.recipe.overrides import override
     from flashu_compile.recipe.presets import find_recipe
@@ -246,4 +286,6 @@ def _measured(bundle: Path) -> dict[str, Any]:
 
     report = read_new_report(bundle)
     told = ("calibration", "passes", "cost", "answered")
-    return {name: report[name] for name in told} | {"proof": report.get("proof")}
+    return {name: report[name] for name in told} | {
+        name: report.get(name) for name in ("proof", "beside_exact")
+    }

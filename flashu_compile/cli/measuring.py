@@ -29,7 +29,7 @@ from flashu_compile.cli.base import (
 )
 from flashu_compile.cli.terminal import say
 from flashu_compile.evaluation.intervals import LEAST_ROUNDS
-from flashu_compile.quantities import size
+from flashu_compile.quantities import seconds, size
 from flashu_compile.tasks import T2I
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _print_benchmark(found: Benchmark) -> None:
     display.print_table(
         ("", "of", "seconds", "95% interval", "faster", "95% interval"),
         [
-            (_work(found, task), side.title, *_interval(side.tasks[task].seconds, _seconds), *faster)
+            (_work(found, task), side.title, *_interval(side.tasks[task].seconds, seconds), *faster)
             for task in found.bundle.tasks
             for side, faster in zip(sides, (_faster(found, task), ("", "")), strict=False)
         ],
@@ -155,7 +155,7 @@ def _print_benchmark(found: Benchmark) -> None:
                 engine,
                 side.title,
                 str(time.runs),
-                _seconds(time.seconds),
+                seconds(time.seconds),
                 f"{time.seconds / cost.seconds.median:.0%}",
             )
             for side in sides
@@ -173,10 +173,6 @@ def _work(found: Benchmark, task: str) -> str:
     return "a picture" if task == T2I.name else f"an answer of {found.tokens} tokens"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
-
-
 def _interval(value: Median, shown: Callable[[float], str]) -> tuple[str, str]:
     return shown(value.median), f"{shown(value.low)} to {shown(value.high)}"
 
@@ -192,7 +188,7 @@ def _of_sides(sides: Sequence[SideCost]) -> list[tuple[str, ...]]:
     figures: dict[str, list[Any]] = {
         "evaluations": [side.facts.get("evaluations") for side in sides],
         "precision": [side.facts["precision"] for side in sides],
-        "time to load": [_seconds(side.load_seconds) for side in sides],
+        "time to load": [seconds(side.load_seconds) for side in sides],
         "peak memory": [None if side.peak_bytes is None else size(side.peak_bytes) for side in sides],
         "of which imports": [None if s.imported_bytes is None else size(s.imported_bytes) for s in sides],
     }
@@ -350,7 +346,7 @@ def _print_evaluation(found: Evaluation) -> None:
                 f"{part.other:.3f}",
                 f"{part.kept:.1%}",
                 f"{part.bound:.1%}",
-                f"{'kept ' if part.name in FLOORED else ''}{part.required:.1%}",
+                f"{'kept ' if part.name in FLOORED else ''}{part.required or 0:.1%}",
                 "FAILED" if part.failed else "kept",
             )
             for part in found.parts

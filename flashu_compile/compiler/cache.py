@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flashu_compile import reading
 from flashu_compile.errors import CacheError
-from flashu_compile.system.drafts import draft_folder, remove_dead_drafts
+from flashu_compile.system.drafts import PREFIX, draft_folder, remove_dead_drafts
 from flashu_compile.system.paths import EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
@@ -68,8 +68,13 @@ class EngineCache:
         _log.warning("Cached engines are damaged and are built anew: %s (%s).", self._path(key), reason)
 
     def write(self, key: str, content: bytes) -> None:
-        """Store `content` under `key`; on failure only warn, since a build does not need its cache."""
+        """Store `content` under `key`; on failure only warn, since a build does not need its cache.
+
+        What is larger than `read` takes is not stored.
+        """
         path = self._path(key)
+        if _DIGEST_BYTES + len(content) > LARGEST_ENTRY:
+            return
         try:
             with draft_folder(self.directory) as draft:
                 with (draft / path.name).open("wb") as file:
@@ -104,10 +109,17 @@ class EngineCache:
         return self._bytes_of((EXACT_BUNDLES,))
 
     def clear(self) -> int:
-        """Remove every entry, exact bundles and the files of libraries; return the number of bytes freed."""
-        freed = self.library_bytes() + self.bundle_bytes()
-        for name in (*LIBRARIES, EXACT_BUNDLES):
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+        """Remove every entry, exact bundles and the files of libraries; return the number of bytes freed.
+
+        Drafts of processes that live stay.
+        """
+        bundles = self.directory / EXACT_BUNDLES
+        before = self.library_bytes() + self.bundle_bytes()
+        for folder in (*(self.directory / name for name in LIBRARIES), *_subfolders(bundles)):
+            if not folder.name.startswith(PREFIX):
+                shutil.rmtree(folder, ignore_errors=True)
+        remove_dead_drafts(bundles)
+        freed = before - self.library_bytes() - self.bundle_bytes()
         for path, status in self._listed():
             path.unlink(missing_ok=True)
             freed += status.st_size
@@ -134,6 +146,10 @@ class EngineCache:
             os.utime(path)
         except OSError as error:  # a cache that may be read but not written
             _log.debug("The use of %s is not noted: %s.", path, error)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def open_cache(cache: str | Path | bool) -> EngineCache | None:

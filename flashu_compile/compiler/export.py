@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,6 +14,7 @@ from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
 from flashu_compile.compiler.answering import BundleProbe
+from flashu_compile.compiler.beside_exact import BesideExact
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
 from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, ProgressReporter
@@ -77,6 +79,7 @@ def export(
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
     cost_samples: int = COST_SAMPLES,
+    benchmark: bool = False,
     backend: str = "onnxruntime",
     precision: str | Mapping[str, str] = "float32",
     overwrite: bool = False,
@@ -102,6 +105,9 @@ def export(
         cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
             each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
             0 measures nothing.
+        benchmark: time a picture and an answer, and compare samples with those of the exact bundle, for the report; it
+            takes up to two minutes, and that of the exact bundle where none is kept. Times are never the same, and so
+            the bytes of report and manifest are not.
         backend: what runs the engines: "onnxruntime", "torch", "aot_inductor" for the CPU, or "aot_inductor_cuda" or
             "torch_tensorrt" for the NVIDIA GPU here. All but the first are code to whoever loads the bundle, which
             takes `load(…, trust=True)`.
@@ -131,7 +137,8 @@ def export(
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
     _check_counts(samples, seed, cost_samples)
-    arguments.flag("overwrite", overwrite)
+    for name, flag in {"overwrite": overwrite, "benchmark": benchmark}.items():
+        arguments.flag(name, flag)
     arguments.function("progress", progress)
     check_precision(arguments.name_of("backend", backend), wanted)
     find_backend(backend).check()
@@ -158,7 +165,18 @@ def export(
     if needs_copy(proof, loaded):
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
         maker, answers = maker.without_validation(), None
+    started = time.monotonic()
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
+    points = loaded.network.config.steps
+    beside = BesideExact(
+        exact=precise.is_exact and not any(decided.config(task).is_lossy(points) for task in tasks),
+        build=lambda path: export(
+            source, tasks, output=path, cost_samples=0, backend=backend, cache=cache, proof=proof
+        ),
+        built_in=time.monotonic() - started,
+        seed=seed,
+        tell=lambda stage: tell(stage, 0.95),
+    )
     inspection = BuildChecks(
         source=source,
         recipe=decided,
@@ -170,6 +188,7 @@ def export(
         tell=lambda stage: tell(stage, 0.9),
         exact_precision=precise.is_exact,
         answers=answers,
+        beside_exact=beside if benchmark else None,
     )
     tell("writing the bundle", 0.88)
     metadata = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)

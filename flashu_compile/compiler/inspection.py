@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest
-from flashu_compile.compiler.answering import BundleProbe, Open
+from flashu_compile.compiler.answering import BundleProbe
+from flashu_compile.compiler.beside_exact import BesideExact
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.tasks import COMPILED_TASKS
 from flashu_compile.errors import BackendUnavailableError
+from flashu_compile.exporters.bundle import Draft
 from flashu_compile.measure.samples import CalibrationSamples
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.page import render
 from flashu_compile.report.pictures import Comparison
+from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.tasks import RECORDS, T2I
 
 
@@ -25,7 +29,8 @@ class BuildChecks:
     """Examines a bundle that has been written, and renders its page.
 
     `samples` are all that there are, of which calibration has (or would have) chosen `calibrated_on` with
-    `seed`; `measured_on` is how many the cost is measured on. `answers`, if given, asks the bundle.
+    `seed`; `measured_on` is how many the cost is measured on. `answers`, if given, asks the bundle; `beside_exact`, if
+    given, holds it against the exact one.
     """
 
     source: CapturedModel
@@ -38,6 +43,7 @@ class BuildChecks:
     tell: Callable[[str], None]
     exact_precision: bool = True
     answers: BundleProbe | None = None
+    beside_exact: BesideExact | None = None
     comparisons: dict[str, tuple[Comparison, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -45,21 +51,30 @@ class BuildChecks:
         """Return the step plan of t2i, or None if that is not one of the tasks."""
         return self.recipe.plan() if T2I.name in self.tasks else None
 
-    def measure(self, open_bundle: Open) -> dict[str, Any]:
-        """Return the report's entries `answered` and `cost`, by task; an exact recipe in float32 has no cost.
+    def measure(self, draft: Draft) -> dict[str, Any]:
+        """Return the report's entries `answered` and `cost`, by task, and `beside_exact`.
+
+        An exact recipe in float32 has no cost.
 
         Raises `BundleError` if the bundle does not answer as it should, `CheckpointError` if the model's files were
         changed before its weights were written.
         """
         self.source.loaded.check_unchanged()
         self.tell("asking the bundle")
-        answered = {} if self.answers is None else {"answered": self.answers.of(open_bundle)}
-        return {**answered, "cost": self._costs(open_bundle)}
+        found: dict[str, Any] = {} if self.answers is None else {"answered": self.answers.of(draft.open)}
+        found["cost"] = self._costs(draft)
+        if self.beside_exact is not None:
+            found["beside_exact"] = self.beside_exact.figures(draft.directory, draft.provider)
+        return found
 
-    def _costs(self, open_bundle: Open) -> dict[str, Any]:
+    def _costs(self, draft: Draft) -> dict[str, Any]:
+        with contextlib.ExitStack() as stack:
+            open_once = functools.cache(lambda: stack.enter_context(draft.open(threads=1)))
+            return self._costs_by(open_once)
+
+    def _costs_by(self, open_once: Callable[[], Pipeline]) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         points = self.source.loaded.network.config.steps
-        open_once = functools.cache(lambda: open_bundle(threads=1))
         for task in self.tasks:
             if self.exact_precision and not self.recipe.config(task).is_lossy(points):
                 continue
@@ -83,7 +98,8 @@ class BuildChecks:
 
     def page(self, manifest: Manifest, report: Mapping[str, Any]) -> str:
         """Render the bundle's page as HTML."""
-        return render(manifest, report, self.recipe, self.plan, self.comparisons)
+        seen = () if self.beside_exact is None else self.beside_exact.seen
+        return render(manifest, report, self.recipe, self.plan, self.comparisons, seen)
 
     def _samples(self, task: str) -> tuple[tuple[Any, ...], bool]:
         """Return the samples to measure the cost on, and whether they were held out from calibration."""

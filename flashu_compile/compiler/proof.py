@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flashu_compile.arguments import shown
-from flashu_compile.compiler.answering import BundleProbe, Open, of_few_words
+from flashu_compile.compiler.answering import BundleProbe, of_few_words
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.exporters.bundle import write_bundle
+from flashu_compile.exporters.bundle import Draft, write_bundle
 from flashu_compile.models.loading import LoadedModel
 from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
@@ -169,8 +169,8 @@ def _answered_by_copy(
     answers = BundleProbe(loaded, copy.recipe, tasks, maker.precision.is_exact, COPY)
     found: dict[str, Any] = {}
 
-    def ask(open_bundle: Open) -> dict[str, Any]:
-        found.update(answers.of(open_bundle))
+    def ask(draft: Draft) -> dict[str, Any]:
+        found.update(answers.of(draft.open))
         return found
 
     with draft_folder(maker.scratch_parent) as scratch:

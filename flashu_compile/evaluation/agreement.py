@@ -54,11 +54,12 @@ class Agreement:
             return dict.fromkeys(names, [1.0] * len(samples))
         if samples[0].task != T2I.name:
             return {"next_tokens": pipeline.over(lambda sample: self._next_tokens(pipeline, sample), samples)}
-        pairs = pipeline.over(lambda sample: self._pictures(pipeline, sample), samples)
+        pairs = pipeline.over(lambda sample: self.pictures(pipeline, sample), samples)
         self._figures["median PSNR in dB"] = statistics.median(psnr(*pair) for pair in pairs)
         return {"ssim": [similarity(*pair) for pair in pairs], "clean": [clean(*pair) for pair in pairs]}
 
-    def _pictures(self, pipeline: Any, sample: Any) -> tuple[Pixels, Pixels]:
+    def pictures(self, pipeline: Any, sample: Any) -> tuple[Pixels, Pixels]:
+        """Return the pictures of both sides, [height, width, 3] in levels of 255."""
         one, two = (
             np.asarray(side.generate(sample.prompt, seed=sample.seed), dtype=np.float64)
             for side in (pipeline, self._other)

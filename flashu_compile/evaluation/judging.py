@@ -105,7 +105,7 @@ class Part:
         score, other: the mean scores of the bundle and of the other side, each cluster of samples counting once.
         kept: the share of the other side's score that the bundle keeps.
         bound: the one-sided 95% lower bound of that share.
-        required: what `bound`, or for a part of `FLOORED` `kept`, must reach.
+        required: what `bound`, or for a part of `FLOORED` `kept`, must reach; None if nothing is.
         failed: why it is not kept; empty if it is.
     """
 
@@ -118,9 +118,9 @@ class Part:
     other: float
     kept: float
     bound: float
-    required: float
     kinds: dict[str, KindShare]
-    failed: tuple[str, ...]
+    required: float | None = None
+    failed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,9 @@ def judge(
     other: Side,
     samples: Mapping[str, Sequence[Any]],
     evaluators: Sequence[Evaluator],
-    rules: Rules,
+    rules: Rules | None,
 ) -> list[Part]:
-    """Return every part of every evaluator on the samples of each task.
+    """Return every part of every evaluator on the samples of each task. Without rules, all parts pass.
 
     Raises `EvaluationError` if an evaluator gives no scores, if all scores of the other side are 0, or if there are too
     few samples for any bundle to pass.
@@ -169,12 +169,14 @@ def _unit(task: str) -> str:
     return "prompts" if task == T2I.name else "pictures"
 
 
-def _check_can_pass(name: str, others: Scores, rules: Rules, title: str, unit: str) -> None:
+def _check_can_pass(name: str, others: Scores, rules: Rules | None, title: str, unit: str) -> None:
     """Raise `EvaluationError` if no bundle could pass, given the scores of the other side."""
     what = f"With {len(others)} different {unit} and a mean {name} of {others.mean():.3f} of {title}"
     if not others.any():
         raise EvaluationError(f"{what}, nothing can be kept: all scores of the other side are 0.")
-    if name not in FLOORED and gate.lower_bound(np.ones_like(others), others) < rules.keep:
+    if rules is None or name in FLOORED:
+        return
+    if gate.lower_bound(np.ones_like(others), others) < rules.keep:
         raise EvaluationError(
             f"{what}, no bundle could be shown to keep {rules.keep:.1%}, not even one that scores 1 throughout: give "
             f"at least {gate.needed(others, rules.keep)} different {unit}, or keep less."
@@ -188,26 +190,13 @@ def _part(
     samples: Sequence[Any],
     ours: Sequence[float],
     theirs: Sequence[float],
-    rules: Rules,
+    rules: Rules | None,
 ) -> Part:
     keys = [sample.key for sample in samples]
     scores, others = clustered(ours, keys), clustered(theirs, keys)
     kept, bound = gate.share(scores, others), gate.lower_bound(scores, others)
     assert kept is not None  # `_check_can_pass`
-    kinds = _kinds(samples, ours, theirs)
-    floored = name in FLOORED
-    required, reached = (rules.floor, kept) if floored else (rules.keep, bound)
-    what = "kept" if floored else "the lower bound of what is kept"
-    failed = [f"{what} is {reached:.1%}, below {required:.1%}"] if reached < required else []
-    least = None if floored else gate.needed(others, rules.keep)
-    if failed and least is not None and len(scores) < least:
-        failed[0] += f" (a bundle that loses nothing takes {least} different {_unit(task)})"
-    failed += [
-        f"of kind {kind!r} {found.kept:.1%} is kept, below {rules.kind_floor:.0%}"
-        for kind, found in kinds.items()
-        if found.judged and found.kept is not None and found.kept < rules.kind_floor
-    ]
-    return Part(
+    part = Part(
         scorer=scorer,
         name=name,
         task=task,
@@ -217,10 +206,26 @@ def _part(
         other=float(others.mean()),
         kept=kept,
         bound=bound,
-        required=required,
-        kinds=kinds,
-        failed=tuple(failed),
+        kinds=_kinds(samples, ours, theirs),
     )
+    return part if rules is None else _judged(part, others, rules)
+
+
+def _judged(part: Part, others: Scores, rules: Rules) -> Part:
+    """Return `part` with what is required of it, and why it fails that."""
+    floored = part.name in FLOORED
+    required, reached = (rules.floor, part.kept) if floored else (rules.keep, part.bound)
+    what = "kept" if floored else "the lower bound of what is kept"
+    failed = [f"{what} is {reached:.1%}, below {required:.1%}"] if reached < required else []
+    least = None if floored else gate.needed(others, rules.keep)
+    if failed and least is not None and part.clusters < least:
+        failed[0] += f" (a bundle that loses nothing takes {least} different {_unit(part.task)})"
+    failed += [
+        f"of kind {kind!r} {found.kept:.1%} is kept, below {rules.kind_floor:.0%}"
+        for kind, found in part.kinds.items()
+        if found.judged and found.kept is not None and found.kept < rules.kind_floor
+    ]
+    return dataclasses.replace(part, required=required, failed=tuple(failed))
 
 
 def _kinds(samples: Sequence[Any], ours: Sequence[float], theirs: Sequence[float]) -> dict[str, KindShare]:

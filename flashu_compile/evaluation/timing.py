@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation import intervals
 from flashu_compile.evaluation.intervals import Median
 from flashu_compile.evaluation.processes import Worker
@@ -61,10 +63,13 @@ class SideCost:
     tasks: dict[str, TaskTime]
 
 
-def measure(sides: Sequence[Side], tasks: Sequence[str], rounds: int, tell: Tell) -> list[SideCost]:
+def measure(
+    sides: Sequence[Side], tasks: Sequence[str], rounds: int, tell: Tell, *, limit: float = math.inf
+) -> list[SideCost]:
     """Measure all sides on each task, `rounds` times in turn.
 
-    Raises what loading or running a side raises, and `EvaluationError` if the process of one ends.
+    Raises what loading or running a side raises, and `EvaluationError` if the process of one ends, or if the rounds
+    would take more than `limit` seconds by the first, which does not count.
     """
     loads: list[list[float]] = [[] for _ in sides]
     for start in range(STARTS - 1):
@@ -77,9 +82,12 @@ def measure(sides: Sequence[Side], tasks: Sequence[str], rounds: int, tell: Tell
         for taken, worker in zip(loads, workers, strict=True):
             taken.append(worker.loaded["load_seconds"])
         tell("warming up", 0.1)
-        for worker in workers:
-            for task in tasks:
-                worker.ask(task)
+        first = sum(worker.ask(task)["seconds"] for worker in workers for task in tasks)
+        if first * rounds > limit:
+            raise EvaluationError(
+                f"{rounds} rounds of {', '.join(tasks)} would take {first * rounds:.0f} seconds here, of which there "
+                f"are {limit:.0f}."
+            )
         replies = _in_turn(workers, tasks, rounds, tell)
         return [
             SideCost(

@@ -38,7 +38,7 @@ def other_bundle(
 ) -> Iterator[Path]:
     """Provide the directory of the other bundle; of "exact", the exact one of the same checkpoint.
 
-    `model` and `parts` say where that is, if not by the name in the bundle. Raises as `exact_bundle` does.
+    `model` and `parts` say where that is, if not by the name in the bundle. Raises as `exact_bundle_of` does.
     """
     if against != EXACT:
         if model is not None or any(parts.values()):
@@ -47,7 +47,7 @@ def other_bundle(
         return
     with naming_the_extra(f"The side {EXACT!r}"):
         from flashu_compile.compiler.captured import ProgressReporter
-        from flashu_compile.compiler.checkpoint_of_bundle import exact_bundle
+        from flashu_compile.compiler.checkpoint_of_bundle import exact_bundle_of
     place = None if model is None else os.fspath(model)
-    with exact_bundle(read_manifest(bundle), place, ProgressReporter(tell), **parts) as path:
+    with exact_bundle_of(read_manifest(bundle), place, ProgressReporter(tell), **parts) as path:
         yield path

@@ -247,7 +247,7 @@ def _from_own_layout(
         raise CheckpointError(f"{directory / _CONFIG} describes no model: {error}") from error
     found = vocabulary.resolve(directory if tokenizer is None else tokenizer)
     vocabulary.check_usable(found)
-    files = weights.hashed([directory / _WEIGHTS])
+    files = weights.hashed([directory / _WEIGHTS, directory / _CONFIG])
     state = weights.read_weight_file(directory / _WEIGHTS, dtype)
     vae, of_vae = saved_vae.read(directory / _CONFIG, settings.get("vae"), dtype) if read_vae else (None, ())
     origins = {"model": origin(files, directory, settings, place.snapshot)}
@@ -274,8 +274,9 @@ def _from_published(
     found = vocabulary.resolve(tokenizer) if tokenizer is not None else _llm_tokenizer(directory, source)
     found = vocabulary.extend(found)
     vocabulary.check_usable(found)
-    files = weights.hashed(weights.weight_files(directory))
-    state = weights.read_weight_files([file.path for file in files], dtype)
+    paths = weights.weight_files(directory)
+    files = weights.hashed([*paths, directory / _CONFIG])
+    state = weights.read_weight_files(paths, dtype)
     if missing := checkpoint.missing_signature(state):
         raise CheckpointError(f"{directory} holds no Show-o2 model: its weights have no {missing[0]}.")
     if llm_config is not None:

@@ -27,7 +27,7 @@ def origin(
     settings: Mapping[str, Any],
     snapshot: Snapshot | None = None,
 ) -> Origin:
-    """Describe the origin of weights that were read from `files`, whose model's card lies in `directory`.
+    """Describe the origin of weights and settings that were read from `files`, with the model's card in `directory`.
 
     `settings` are the model's `config.json`; `snapshot` is given if all that came from the hub.
     """

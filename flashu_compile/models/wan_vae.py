@@ -124,9 +124,10 @@ class WanVAE(nn.Module):
         state = {name: value.to("cpu").contiguous() for name, value in self.state_dict().items()}
         with draft_folder(directory) as draft:
             save_file(state, draft / _WEIGHTS, metadata={"format": "pt"})
+            (draft / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             directory.mkdir(parents=True, exist_ok=True)
-            os.replace(draft / _WEIGHTS, directory / _WEIGHTS)
-        (directory / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            for name in (_WEIGHTS, _CONFIG):
+                os.replace(draft / name, directory / name)
 
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Encode pixels in [-1, 1] to normalised latents, height and width divided by `spatial_factor`."""

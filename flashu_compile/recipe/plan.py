@@ -28,7 +28,7 @@ from flashu_compile import arguments, reading
 from flashu_compile.arguments import LARGEST_POINTS, shown
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.config import LARGEST_SCALE, SMALLEST_SHIFT, SOLVERS, T2IConfig
-from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.tasks import DENOISE, REUSE
 
 _APART = 1e-9  # how far, by rounding, the end of a step may lie from the beginning of the next
@@ -148,6 +148,17 @@ def variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
 def engines_needed(plan: StepPlan) -> tuple[str, ...]:
     """List the engines the plan runs, in the order of their first use."""
     return tuple(dict.fromkeys(step.engine for step in plan.steps))
+
+
+def phases_run(plan: StepPlan, phases: Sequence[Phase]) -> tuple[int, ...]:
+    """Return the numbers of the phases in which the plan runs an engine that skips their layers."""
+    count, starts = len(plan.steps), [(phase.start, number) for number, phase in enumerate(phases)]
+    seen = [
+        _in_force(starts, k / count)
+        for k, step in enumerate(plan.steps)
+        if starts and step.engine not in (DENOISE, REUSE)
+    ]
+    return tuple(dict.fromkeys(seen))
 
 
 def compile_plan(

@@ -132,7 +132,7 @@ class Recipe:
         """
         data = reading.parse(text, "The recipe", RecipeError)
         schema = data.pop("schema", None) if isinstance(data, dict) else None
-        if schema not in (SCHEMA, _BEFORE) or isinstance(schema, bool):
+        if type(schema) is not int or schema not in (SCHEMA, _BEFORE):
             found = "no schema" if schema is None else f"schema {shown(schema)}"
             raise RecipeError(f"The recipe has {found}; this version reads {_BEFORE} and {SCHEMA}.")
         written = reading.convert(data, _Written, "The recipe", RecipeError)

@@ -9,6 +9,7 @@ import numpy as np
 
 from flashu_compile.recipe.config import Guidance, MMUConfig, T2IConfig, TaskConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.plan import StepPlan, phases_run
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import MMU, T2I, TASKS
 
@@ -16,10 +17,16 @@ COLUMNS = ("technique", *TASKS)
 _NOT_THERE = "–"  # the technique does not exist for the task
 
 
-def recipe_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Return one table row for each technique, with the columns `COLUMNS`."""
+def recipe_rows(recipe: Recipe, plan: StepPlan | None = None) -> list[tuple[str, str, str]]:
+    """Return one table row for each technique, with the columns `COLUMNS`.
+
+    Of the phases in which layers are skipped, those that `plan` runs, if given.
+    """
     t2i, mmu = recipe.t2i, recipe.mmu
     decided = {task: recipe.decided(task) for task in TASKS}
+    phases = decided[T2I.name].phases
+    if plan is not None:
+        phases = tuple(phases[number] for number in phases_run(plan, phases))
     return [
         ("time points", _own(t2i.points), _NOT_THERE),
         ("guidance scale s0", _own(t2i.guidance_scale), _NOT_THERE),
@@ -28,7 +35,7 @@ def recipe_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
         ("solver", t2i.solver, _NOT_THERE),
         ("FFN pruning", _pruning(t2i, decided[T2I.name]), _pruning(mmu, decided[MMU.name])),
         ("full evaluations", _full(t2i), _NOT_THERE),
-        ("layer skipping", _skipping(t2i, decided[T2I.name]), _skipping(mmu, decided[MMU.name])),
+        ("layer skipping", _skipping(t2i, phases), _skipping(mmu, decided[MMU.name].phases)),
         ("head cache", _cache(t2i), _NOT_THERE),
         ("token pruning", _NOT_THERE, _tokens(mmu)),
     ]
@@ -107,10 +114,10 @@ def _widths(widths: Mapping[int, int] | None) -> str:
     return f"{kept} neurons kept in {len(widths)} block{'s' * (len(widths) > 1)}"
 
 
-def _skipping(config: TaskConfig, decided: Decisions) -> str:
+def _skipping(config: TaskConfig, phases: Sequence[Phase]) -> str:
     if config.layer_skipping == 0:
         return "off"
-    return f"{config.layer_skipping:.0%}: {_phases(decided.phases)}"
+    return f"{config.layer_skipping:.0%}: {_phases(phases)}"
 
 
 def _phases(phases: Sequence[Phase]) -> str:

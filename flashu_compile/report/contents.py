@@ -62,6 +62,7 @@ class Report(TypedDict, total=False):
     calibration: dict[str, Any]
     cost: dict[str, Any]
     answered: dict[str, dict[str, Any]]
+    beside_exact: dict[str, Any]
     int8: Any
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flashu_compile.bundle.manifest import Manifest
-from flashu_compile.quantities import change, quantity, size
-from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.quantities import change, quantity, seconds, size
+from flashu_compile.recipe.plan import StepPlan, phases_run
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.recipe.view import recipe_rows
-from flashu_compile.report.pictures import data_uri, keep_map
+from flashu_compile.report.pictures import AMPLIFIED, data_uri, keep_map
 from flashu_compile.report.work import (
     answers_text,
     declined,
@@ -25,7 +25,14 @@ from flashu_compile.system.libraries import place_matplotlib
 from flashu_compile.tasks import MMU, RECORDS, T2I
 
 if TYPE_CHECKING:
-    from flashu_compile.report.pictures import Comparison
+    from flashu_compile.report.pictures import Comparison, Seen
+
+
+_PARTS = {
+    "ssim": "SSIM of pictures",
+    "clean": "pictures free of speckle",
+    "next_tokens": "next tokens that are the same",
+}
 
 
 def render(
@@ -34,6 +41,7 @@ def render(
     recipe: Recipe,
     plan: StepPlan | None,
     comparisons: Mapping[str, Sequence[Comparison]],
+    seen: Sequence[Seen] = (),
 ) -> str:
     """Render the page as HTML, the same text for the same arguments. Sections with nothing to show are left out."""
     environment = Environment(
@@ -44,15 +52,25 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"quantity": quantity, "size": size, "error": _error, "share": _share}
+    environment.filters |= {
+        "quantity": quantity,
+        "size": size,
+        "error": _error,
+        "share": _share,
+        "seconds": seconds,
+        "times": "{:.2f}×".format,
+    }
     template = environment.get_template("page.html.j2")
     proof = report.get("proof", {})
     return template.render(
         manifest=manifest,
         report=report,
         tasks={task: RECORDS[task].title for task in manifest.tasks},
-        recipe_rows=[(name, t2i, mmu) for name, t2i, mmu in recipe_rows(recipe)],
+        recipe_rows=[(name, t2i, mmu) for name, t2i, mmu in recipe_rows(recipe, plan)],
         costs={task: _cost(report.get("cost", {}).get(task)) for task in manifest.tasks},
+        beside=report.get("beside_exact", {}),
+        part_titles=_PARTS,
+        seen=[_side_by_side(pictures) for pictures in seen],
         comparisons={task: list(_shown(comparisons.get(task, ()))) for task in manifest.tasks},
         programs=program_work(manifest, report, plan),
         results=result_work(manifest, report, plan),
@@ -90,6 +108,16 @@ def _shown(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
             seen = keep_map(pictures[0], comparison.kept)
             pictures += [] if seen is None else [seen]
         yield {"text": comparison.text, "pictures": [data_uri(picture) for picture in pictures]}
+
+
+def _side_by_side(seen: Seen) -> dict[str, Any]:
+    pictures = {
+        "exact": seen.exact,
+        "this bundle": seen.own,
+        f"difference × {AMPLIFIED}": seen.difference,
+    }
+    told = f"{seen.prompt} (seed {seen.seed}): SSIM {seen.ssim:.3f}"
+    return {"pictures": {title: data_uri(picture) for title, picture in pictures.items()}, "text": told}
 
 
 def _passes(
@@ -130,11 +158,16 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
         scores = measured.get("neuron_scores")
         if scores:
             made[f"{task}_scores"] = plots.score_curves(scores)
-        skipped = [phase.skipped for phase in recipe.decided(task).phases]
+        phases = recipe.decided(task).phases
         if task == T2I.name:
-            made["t2i_importance"] = plots.importance_map(measured["layer_importance"], skipped)
+            run = () if plan is None else phases_run(plan, phases)
+            rows = [row for number, row in enumerate(measured["layer_importance"]) if number in run]
+            if rows:
+                made["t2i_importance"] = plots.importance_map(
+                    rows, [phases[number].skipped for number in run]
+                )
         else:
-            layers = skipped[0] if skipped else ()
+            layers = phases[0].skipped if phases else ()
             made["mmu_importance"] = plots.importance_bars(measured["layer_importance"], layers)
     if MMU.name in figures:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None

@@ -13,6 +13,7 @@ from PIL import Image
 
 _LARGEST = 320  # pixels on the page
 _DIMMED = 0.22
+AMPLIFIED = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,6 +23,23 @@ class Comparison:
     text: str
     pictures: tuple[Image.Image, ...]
     kept: NDArray[np.bool_] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """A picture of this bundle beside that of the exact one, at equal seed, with their SSIM."""
+
+    prompt: str
+    seed: int
+    exact: Image.Image
+    own: Image.Image
+    ssim: float
+
+    @property
+    def difference(self) -> Image.Image:
+        """Return the picture of absolute differences, `AMPLIFIED` times."""
+        one, two = (np.asarray(picture.convert("RGB"), dtype=np.int16) for picture in (self.exact, self.own))
+        return Image.fromarray(np.minimum(AMPLIFIED * np.abs(one - two), 255).astype(np.uint8))
 
 
 def data_uri(picture: Image.Image) -> str:

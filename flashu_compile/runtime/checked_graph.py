@@ -8,6 +8,7 @@ operators open files (`com.microsoft::EPContext`).
 
 from __future__ import annotations
 
+from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.errors import BundleError
@@ -42,7 +43,7 @@ def read_graph(files: BundleFiles, spec: EngineSpec, *, trust: bool = False) -> 
     for weight in found.weights:
         if weight.location != WEIGHTS or weight.offset + weight.length > stored:
             raise BundleError(
-                f"{path} has no place in {files.directory / WEIGHTS} for {weight.name}; build the bundle again."
+                f"{path} has no place in {files.directory / WEIGHTS} for {shown(weight.name)}; build the bundle again."
             )
     if not trust:
         _check_operators(found, spec.name)
@@ -58,6 +59,6 @@ def _check_operators(found: OnnxFile, engine: str) -> None:
     if foreign:
         others = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise BundleError(
-            f"Engine {engine!r} has operator {foreign[0]!r}{others}, which no graph of a bundle needs; if you know who "
-            "built it, load it with trust=True (--trust)."
+            f"Engine {engine!r} has operator {shown(foreign[0])}{others}, which no graph of a bundle needs; if you "
+            "know who built it, load it with trust=True (--trust)."
         )

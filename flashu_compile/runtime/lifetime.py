@@ -7,6 +7,8 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from flashu_compile.bundle.files import BundleFiles
@@ -63,6 +65,16 @@ class Closing(ABC):
             f"A {type(self).__name__} cannot be pickled or copied, since its engines live in this process: hand the "
             "bundle's path over, and call load() there."
         )
+
+
+@contextmanager
+def closing(engines: _Engine) -> Iterator[_Engine]:
+    """Provide engines, and close them in the end if they can be closed."""
+    try:
+        yield engines
+    finally:
+        if isinstance(engines, Closing):
+            engines.close()
 
 
 _owners: weakref.WeakSet[OwnedEngines[Any]] = weakref.WeakSet()

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flashu_compile.arguments import shown
 from flashu_compile.errors import BundleError
 
 #: Domain and name; ONNX's own domain is the empty one.
@@ -280,13 +281,13 @@ class _Contents:
         contents = [content for content in _CONTENTS if content in tensor]
         beside = tensor.get("location", 0)
         if len(contents) > 1:
-            raise ValueError(f"its tensor {name!r} has two contents, {contents[0]} and {contents[1]}")
+            raise ValueError(f"its tensor {shown(name)} has two contents, {contents[0]} and {contents[1]}")
         if beside not in (0, _BESIDE) or bool(beside) != ("place" in tensor):
-            raise ValueError(f"its tensor {name!r} does not say whether it lies in another file")
+            raise ValueError(f"its tensor {shown(name)} does not say whether it lies in another file")
         if beside:
             if not may_be_beside:
                 raise ValueError(
-                    f"its tensor {name!r} lies in another file, as only the graph's own weights may"
+                    f"its tensor {shown(name)} lies in another file, as only the graph's own weights may"
                 )
             self._weights.append(_weight(name, tensor))
 
@@ -297,27 +298,29 @@ def _weight(name: str, tensor: Mapping[str, Any]) -> ExternalWeight:
     told = {entry.get("key", ""): entry.get("value", "") for entry in entries}
     if len(told) != len(entries) or not {"location", "length"} <= told.keys() <= _PLACE:
         raise ValueError(
-            f"its tensor {name!r} has a place by {', '.join(sorted(told))}, not by location, offset, length"
+            f"its tensor {shown(name)} has a place by {', '.join(map(shown, sorted(told)[:5]))}, not by location, offset, length"
         )
     if len(shape) > _MOST_DIMENSIONS or any(size > _LARGEST_SIZE for size in shape):
-        raise ValueError(f"its tensor {name!r} has a shape that no tensor has")
+        raise ValueError(f"its tensor {shown(name)} has a shape that no tensor has")
     data_type = tensor.get("type", 0)
     offset, length = (_size(name, told.get(key, "0")) for key in ("offset", "length"))
     element = ELEMENT_BYTES.get(data_type)
     if element is None:
-        raise ValueError(f"its tensor {name!r} has elements of type {data_type}, which lie in no other file")
+        raise ValueError(
+            f"its tensor {shown(name)} has elements of type {data_type}, which lie in no other file"
+        )
     if math.prod(shape) * element != length:
-        raise ValueError(f"its tensor {name!r} has {length} bytes for the shape {list(shape)}")
+        raise ValueError(f"its tensor {shown(name)} has {length} bytes for the shape {shown(list(shape))}")
     if offset % element:
         raise ValueError(
-            f"its tensor {name!r} lies at {offset}, which is no multiple of its elements' {element} bytes"
+            f"its tensor {shown(name)} lies at {offset}, which is no multiple of its elements' {element} bytes"
         )
     return ExternalWeight(name, data_type, shape, told["location"], offset, length)
 
 
 def _size(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise ValueError(f"its tensor {name!r} lies at {text[:40]!r}, which is no number")
+        raise ValueError(f"its tensor {shown(name)} lies at {shown(text)}, which is no number")
     return int(text)
 
 
@@ -327,7 +330,7 @@ def _unique(names: Sequence[str], known: _Names) -> set[str]:
     for name in names:
         if not name or name in found or any(name in those for those in known):
             raise ValueError(
-                f"its name {name[:80]!r} stands for two tensors" if name else "a tensor has no name"
+                f"its name {shown(name)} stands for two tensors" if name else "a tensor has no name"
             )
         found.add(name)
     return found

@@ -60,7 +60,8 @@ class SharedWeights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = np.memmap(path, np.uint8, "r")
+        # No file without a byte can be mapped; a bundle without weights has one.
+        self._map = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         self._values: dict[ExternalWeight, ort.OrtValue] = {}
         self._lock = threading.Lock()
 

@@ -16,6 +16,7 @@ from flashu_compile.bundle.precision import TOLERANCES, tolerance
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
+from flashu_compile.runtime.lifetime import closing
 from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import Placement, ProviderOptions
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine
@@ -26,7 +27,10 @@ TOLERANCE = TOLERANCES["float32"]
 
 @dataclasses.dataclass(frozen=True)
 class FileCheck:
-    """One file's check. `status` is `ok`, `missing`, `changed`, or `unexpected` (there, but not in the manifest)."""
+    """One file's check.
+
+    `status` is `ok`, `missing`, `changed`, `unreadable`, or `unexpected` (there, but not in the manifest).
+    """
 
     name: str
     status: str
@@ -102,17 +106,24 @@ def verify(
     manifest = read_manifest(directory, digest=digest)
     shared = find_run_backend(manifest.backend).weights
     files = BundleFiles(directory, manifest)
+    tell = progress or (lambda _: None)
     engines = open_engines(
         files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
         options=options,
     )  # fmt: skip
-    tell = progress or (lambda _: None)
+    with closing(engines):
+        return _verification(files, engines, shared, tell)
+
+
+def _verification(
+    files: BundleFiles, engines: Engines, shared: str | None, tell: Callable[[str], None]
+) -> Verification:
     checked = tuple(_check_files(files, tell))
     # Engines with a damaged file are not loaded.
     damaged = {row.name for row in checked if not row.ok}
     outputs: list[OutputCheck] = []
     placed: dict[str, tuple[Placement, ...]] = {}
-    for spec in manifest.engines:
+    for spec in files.manifest.engines:
         tell(spec.name)
         unusable = sorted(damaged & {spec.file, spec.reference, shared})
         if unusable:
@@ -147,7 +158,10 @@ def _check_files(files: BundleFiles, tell: Callable[[str], None]) -> Iterator[Fi
     directory, known = files.directory, {*files.manifest.files, MANIFEST}
     for name in sorted(files.manifest.files):
         tell(name)
-        yield FileCheck(name, files.status(name))
+        try:
+            yield FileCheck(name, files.status(name))
+        except BundleError:
+            yield FileCheck(name, "unreadable")
     present = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
     yield from (FileCheck(name, "unexpected") for name in present if name not in known)
 

@@ -76,7 +76,7 @@ class _Draft:
         """Make and lock the folder; return the one in it for the files. Raises `OSError`."""
         while True:
             self._path.mkdir(mode=0o700)
-            if fcntl is None or self._locked():
+            if self._locked():
                 break
             self._path = self._new_path()
         # With the permissions of any new folder; the draft itself is its owner's alone.
@@ -84,7 +84,9 @@ class _Draft:
         return self._path / _FILES
 
     def _locked(self) -> bool:
-        """Lock the folder; tell whether that came before another process took it for a dead one's."""
+        """Lock the folder where locks are; tell whether no other process has taken it for a dead one's before."""
+        if fcntl is None:
+            return True
         try:
             self._lock = os.open(self._path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:

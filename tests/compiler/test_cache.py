@@ -10,7 +10,8 @@ import pytest
 
 from flashu_compile.compiler.cache import EngineCache, open_cache
 from flashu_compile.errors import CacheError
-from flashu_compile.system.drafts import PREFIX
+from flashu_compile.system.drafts import PREFIX, draft_folder
+from flashu_compile.system.paths import EXACT_BUNDLES
 from tests.runtime.tiny_bundle import flip_byte
 
 
@@ -82,6 +83,27 @@ def test_what_libraries_keep_is_told_and_cleared(tmp_path: Path) -> None:
     assert cache.clear() == 20 + 32
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
     assert cache.library_bytes() == 0
+
+
+def test_an_exact_bundle_in_the_making_is_not_cleared(tmp_path: Path) -> None:
+    bundles = tmp_path / EXACT_BUNDLES
+    (bundles / "kept").mkdir(parents=True)
+    (bundles / "kept" / "manifest.json").write_bytes(bytes(10))
+    (bundles / f"{PREFIX}killed").mkdir()
+    with draft_folder(bundles) as draft:
+        (draft / "half").write_bytes(bytes(5))
+        assert EngineCache(tmp_path).clear() == 10
+        assert (draft / "half").is_file()
+    assert list(bundles.iterdir()) == []
+
+
+def test_what_is_too_large_to_be_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashu_compile.compiler.cache.LARGEST_ENTRY", 40)
+    cache = EngineCache(tmp_path)
+    cache.write("a", bytes(9))
+    assert list(tmp_path.iterdir()) == []
+    cache.write("a", bytes(8))
+    assert cache.read("a") == bytes(8)
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(

@@ -842,7 +842,7 @@ class TestHub:
         assert [revision for _, revision in fake_hub.asked] in ([None], [None, COMMIT])
         files = loaded.origins["model"].files
         assert files is not None
-        assert files.keys() == {name for name in fetched if not name.endswith(".json")}
+        assert files.keys() == {name for name in fetched if not name.endswith(".json")} | {"config.json"}
 
     def test_safetensors_of_something_else_do_not_hide_the_pickles(
         self, tmp_path: Path, fake_hub: _Hub, llm: Path, network: Showo2
@@ -867,6 +867,7 @@ class TestOrigins:
         origin = load_model(folder).origins["model"]
         read = [p for p in folder.iterdir() if p.suffix in (".bin", ".safetensors")]
         expected = {p.name: _sha256(p) for p in read if p.name != "training_args.bin"}
+        expected["config.json"] = _sha256(folder / "config.json")
         assert origin.files is not None
         assert {name: entry.sha256 for name, entry in origin.files.items()} == expected
         assert (origin.repository, origin.revision, origin.license) == (None, None, None)
@@ -875,8 +876,8 @@ class TestOrigins:
         network, tokenizer = _network(_config(latent_channels=48)), vocabulary.extend(_base_tokenizer())
         save_model(tmp_path, network, tokenizer, SpaceToDepth(4))
         loaded = load_model(tmp_path)
-        weights_file = file_entry(tmp_path / "model.safetensors")
-        assert loaded.origins == {"model": Origin({"model.safetensors": weights_file})}
+        read = {name: file_entry(tmp_path / name) for name in ("model.safetensors", "config.json")}
+        assert loaded.origins == {"model": Origin(read)}
         given = load_model(network, tokenizer=tokenizer, vae=SpaceToDepth(4))
         assert given.origins == {"model": Origin(None), "vae": Origin(None)}
 
@@ -949,6 +950,17 @@ def test_published_configurations_are_recognised(name: str) -> None:
     assert _hollow(expected, settings) == expected
 
 
+def test_heads_of_no_width_are_refused() -> None:
+    """Sizes are read off shapes, and one of 0 divides nothing."""
+    config = CONFIGURATIONS["show-o2-1.5B"]
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Showo2(config).state_dict().items()}
+    state = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    state["diffusion_head_a.0.self_attn.q_norm.weight"] = torch.zeros(0)
+    with pytest.raises(CheckpointError, match=r"q_norm\.weight is empty"):
+        checkpoint.infer_config(state, checkpoint.Declared({}))
+
+
 def _flip(path: Path) -> None:
     """Write another last byte, of a tensor, in place."""
     with path.open("r+b") as file:
@@ -996,7 +1008,7 @@ class TestChangedFiles:
         loaded = load_model(_publish(tmp_path / "m", network, llm, LAYOUTS["safetensors shards"]))
         (tmp_path / "backup").hardlink_to(loaded.sources[1].path)
         loaded.check_unchanged()
-        assert len(loaded.sources) == 3
+        assert len(loaded.sources) == 3 + 1  # the settings
         change(loaded.sources[1].path)
         with pytest.raises(CheckpointError, match=r"00002-of-00003.* was replaced or written to"):
             loaded.check_unchanged()

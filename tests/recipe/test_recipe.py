@@ -210,6 +210,7 @@ class TestJson:
             ({"schema": 1}, "has schema 1; this version reads 2 and 3"),
             ({"schema": None}, "no schema"),
             ({"schema": "2"}, "has schema '2'"),
+            ({"schema": 3.0}, "has schema 3.0"),
             ({"name": 4}, "expected str, got int at \\$.name"),
             ({"title": 4}, "no field 'title' in .*, only name, t2i, mmu, decisions"),
             ({"t2i": []}, "expected object, got array at \\$.t2i"),

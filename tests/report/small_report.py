@@ -13,6 +13,7 @@ from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.report.pictures import Seen
 
 LAYERS = 6
 
@@ -189,3 +190,53 @@ def comparisons() -> dict[str, tuple[Shown, ...]]:
         "t2i": (Shown("a red <circle>", (exact_one, lossy_one)), Shown("two blue squares", (other, other))),
         "mmu": (Shown("what color?", (asked,), kept),),
     }
+
+
+def beside_exact() -> dict[str, Any]:
+    def side(title: str, picture: float, evaluations: int) -> dict[str, Any]:
+        return {
+            "title": title,
+            "seconds": {
+                task: {"median": value, "low": value * 0.9, "high": value * 1.1}
+                for task, value in (("t2i", picture), ("mmu", 0.12))
+            },
+            "load_seconds": 0.4,
+            "peak_bytes": 300_000_000,
+            "evaluations": evaluations,
+        }
+
+    def part(name: str, task: str, score: float, bound: float) -> dict[str, Any]:
+        return {
+            "name": name,
+            "task": task,
+            "score": score,
+            "other": 1.0,
+            "kept": score,
+            "bound": bound,
+            "clusters": 40,
+        }
+
+    return {
+        "speed": {
+            "sides": [side("this bundle", 0.31, 15), side("exact", 0.961, 49)],
+            "faster": {
+                "t2i": {"median": 3.1, "low": 2.9, "high": 3.3},
+                "mmu": {"median": 1.0, "low": 0.9, "high": 1.1},
+            },
+            "rounds": 9,
+            "tokens": 32,
+            "threads": 2,
+            "machine": {"processor": "a <processor>", "cores": 2},
+        },
+        "quality": {
+            "parts": [part("ssim", "t2i", 0.988, 0.8791), part("next_tokens", "mmu", 1.0, 0.9)],
+            "data": "the neutral set",
+            "split": "held-out",
+            "seed": 0,
+        },
+    }
+
+
+def seen() -> Seen:
+    exact_one, own = (Image.new("RGB", (8, 8), colour) for colour in ((10, 20, 200), (15, 15, 0)))
+    return Seen("a red <circle>", 3, exact_one, own, 0.91)

@@ -86,14 +86,66 @@ def test_texts_are_escaped(page: str) -> None:
 def test_it_says_what_the_recipe_costs_and_saves(page: str) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     assert "20 % relative L2 change of the final latents" in text
-    assert "1 of 2 next tokens stay the same; logits change by 40 %" in text
+    assert (
+        "1 of 2 next tokens stay the same, on questions that calibration has seen; logits change by 40 %"
+        in text
+    )
+    assert "not timed flashu-compile benchmark times it" in text
     # 24 evaluations of 1 G and half of 0.1 G against 12 of 0.1 G, as many of schedules, three prologues and that half.
-    assert "FLOPs for one picture: 24.1 G → 2.75 G" in text
+    assert "One picture: FLOPs −89 %, bytes moved" in text
+    assert "FLOPs, as captured 24.1 G FLOPs, this bundle 2.75 G" in text
     for technique in ("FFN pruning", "layer skipping", "head cache", "token pruning", "everything together"):
         assert technique in text
     assert "stack llm, block 0: 64 → 48 neurons" in text
     assert "calibration has seen the questions" in text
     assert "calibration has seen the prompts" not in text
+
+
+def test_what_was_measured_beside_the_exact_bundle_comes_first() -> None:
+    recipe = small_report.recipe()
+    report = small_report.report(recipe, lossy=True) | {"beside_exact": small_report.beside_exact()}
+    seen = small_report.seen()
+    told = render(
+        small_report.manifest(recipe),
+        report,
+        recipe,
+        small_report.plan(recipe),
+        small_report.comparisons(),
+        [seen],
+    )
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", told))
+    tiles = text[: text.index("Beside the exact bundle")]
+    assert "3.10× faster one picture: 310 ms, the exact bundle 961 ms (95%: 2.90× to 3.30×)" in tiles
+    assert (
+        "0.988 SSIM of pictures, where the exact bundle has 1; at least 87.9 % kept (95%, 40 prompts)"
+        in tiles
+    )
+    assert "FLOPs" not in tiles
+    assert "evaluations of a picture 15 49" in text
+    assert "a red &lt;circle&gt; (seed 3): SSIM 0.910" in text
+    pictures = re.findall(r'alt="[^"]*, ([^",]+)" src="data:image/png;base64,([^"]+)"', told)
+    assert [title for title, _ in pictures] == ["exact", "this bundle", "difference × 4"]
+    difference = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[2][1]))).convert("RGB"))
+    assert difference[0, 0].tolist() == [4 * 5, 4 * 5, 255]
+
+
+def test_what_was_not_measured_is_said_with_the_reason() -> None:
+    recipe = small_report.recipe()
+    left_out = {"left_out": "9 rounds would take 300 seconds here."}
+    report = small_report.report(recipe, lossy=True) | {"beside_exact": left_out}
+    told = render(small_report.manifest(recipe), report, recipe, small_report.plan(recipe), {})
+    assert "<b>not timed</b><span>9 rounds would take 300 seconds here.</span>" in told
+    assert "Left out of the build: 9 rounds would take 300 seconds here." in told
+
+
+def test_phases_that_the_plan_never_runs_are_not_listed() -> None:
+    recipe = small_report.recipe()
+    whole = dataclasses.replace(recipe, t2i=dataclasses.replace(recipe.t2i, full_ffn=0.5))
+    for shown, of in (("1; 3 from 50.0%", recipe), ("1", whole)):
+        page = render(
+            small_report.manifest(of), small_report.report(of, lossy=True), of, small_report.plan(of), {}
+        )
+        assert f"<td>20%: {shown}</td>" in page
 
 
 def test_it_shows_every_plot_in_the_colours_of_the_page(page: str) -> None:

@@ -207,6 +207,10 @@ def _nested(depth: int) -> bytes:
         ),
         (_field(7, _field(5, _field(8, b"a") + _field(1, bytes(4000)))), "a shape that no tensor has"),
         (_field(7, _field(5, b"")), "a tensor has no name"),
+        (
+            _field(7, _field(5, _field(8, b"a" * 10**6)) * 2),
+            r"its name '.{1,80}' stands for two tensors; build",
+        ),
     ],
 )
 def test_hostile_files(data: bytes, message: str) -> None:

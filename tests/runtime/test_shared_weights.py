@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -55,6 +56,11 @@ def test_a_session_reads_the_map(store: Path) -> None:
     session = create_session(graph, "cpu", 1, place_weights=weights)
     x = np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x @ PRODUCT)
+
+
+def test_a_store_without_a_byte_is_mapped_too(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).touch()
+    SharedWeights(tmp_path / WEIGHTS).configure(ort.SessionOptions(), [])
 
 
 def test_places_are_those_the_onnx_package_reads(bundle: Path) -> None:

@@ -353,7 +353,10 @@ def _semantic(state: Mapping[str, Tensor], heads: int | None) -> SemanticConfig:
 def _head(state: Mapping[str, Tensor]) -> HeadConfig:
     block = "diffusion_head_a.0."
     ffn, hidden = _shape(state, block + "mlp.gate_proj.weight", 2)
-    head_dim = _shape(state, block + "self_attn.q_norm.weight", 1)[0]
+    norm = block + "self_attn.q_norm.weight"
+    head_dim = _shape(state, norm, 1)[0]
+    if head_dim == 0:
+        raise CheckpointError(f"{norm} is empty; no attention head has a width of 0.")
     return HeadConfig(
         hidden_size=hidden,
         intermediate_size=ffn,

@@ -220,6 +220,8 @@ def read_program(files: BundleFiles, spec: EngineSpec) -> ExportedProgram:
         tensors = TorchEngines(files, cpu, _eager).tensors_of(spec.name)
         try:
             return _read(path, tensors)
+        except FlashuError:
+            raise
         except Exception as error:  # torch's deserializer raises many unrelated types
             raise _unreadable(spec, path, error) from error
 
@@ -243,6 +245,8 @@ def _eager(spec: EngineSpec, path: Path, tensors: Mapping[str, Tensor], device: 
 
             program = move_to_device_pass(program, device)
         return program.module(check_guards=False)
+    except FlashuError:
+        raise
     except Exception as error:  # torch's deserializer raises many unrelated types
         raise _unreadable(spec, path, error) from error
 

@@ -1,0 +1,200 @@
+"""How fast and how good a bundle is beside the exact one, measured here when it is built, for its page.
+
+The work is limited to `LIMIT` seconds. What would take longer is left to the commands `benchmark` and `evaluate`, and
+the report says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from flashu_compile.bundle.manifest import Manifest, read_manifest
+from flashu_compile.compiler.exact_bundles import exact_bundle, kept_exact_bundle
+from flashu_compile.errors import BackendUnavailableError, EvaluationError, MissingDependencyError
+from flashu_compile.evaluation import intervals, judging, worker
+from flashu_compile.evaluation.data import Data
+from flashu_compile.evaluation.evaluators import AGREEMENT, Evaluator
+from flashu_compile.evaluation.intervals import LEAST_ROUNDS
+from flashu_compile.evaluation.machine import machine
+from flashu_compile.evaluation.neutral import neutral_data
+from flashu_compile.evaluation.splits import HELD_OUT
+from flashu_compile.evaluation.timing import Side, SideCost, measure
+from flashu_compile.report.pictures import Seen
+from flashu_compile.runtime.pipeline import load
+from flashu_compile.system.threads import default_threads
+from flashu_compile.tasks import T2I
+
+LIMIT = 120.0
+"""Seconds that all of it may take."""
+
+TOKENS = 32
+SAMPLES = 40
+"""Prompts, and pictures that are asked about, at most."""
+
+SHOWN = 4
+_LEAST_SAMPLES = 8
+_OWN, _EXACT = "this bundle", "exact"
+
+
+@dataclasses.dataclass
+class BesideExact:
+    """Measures a bundle that has been written.
+
+    `exact`: whether the bundle is one itself, so that its times are all there is to measure. `build` makes the exact
+    bundle at a path, if none is kept; `built_in` are the seconds that making this bundle's engines took, which tell
+    whether there is time for that. `seed` chooses samples. After `figures`, `seen` are pictures for the page.
+    """
+
+    exact: bool
+    build: Callable[[Path], object]
+    built_in: float
+    seed: int
+    tell: Callable[[str], None]
+    seen: tuple[Seen, ...] = ()
+
+    def figures(self, bundle: Path, provider: str) -> dict[str, Any]:
+        """Return the report's entry `beside_exact`: `speed` and `quality`, or under `left_out` why there are none."""
+        manifest, end = read_manifest(bundle), time.monotonic() + LIMIT
+        found: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
+            others: list[Path] = []
+            try:
+                if not self.exact:
+                    self.tell("making the exact bundle, to be compared with")
+                    others.append(stack.enter_context(self._exact_bundle(manifest)))
+                found["speed"] = self._speed([bundle, *others], manifest, provider, end)
+                if others:
+                    found["quality"] = self._quality(bundle, others[0], found["speed"], provider, end)
+            except (EvaluationError, BackendUnavailableError, MissingDependencyError) as reason:
+                found["left_out"] = str(reason)
+        return found
+
+    @contextlib.contextmanager
+    def _exact_bundle(self, manifest: Manifest) -> Iterator[Path]:
+        kept = kept_exact_bundle(manifest)
+        if (kept is None or not kept.exists()) and self.built_in > LIMIT / 2:
+            raise EvaluationError(
+                "No exact bundle of this checkpoint is kept, and building one takes longer than a build is held up for."
+            )
+        with exact_bundle(manifest, self.build) as path:
+            yield path
+
+    def _speed(self, paths: Sequence[Path], manifest: Manifest, provider: str, end: float) -> dict[str, Any]:
+        threads, tasks, tokens = default_threads(), manifest.tasks, _tokens(manifest)
+        loading = {"provider": provider, "threads": threads, "trust": True}
+        work = {"tasks": tasks, "steps": None, "tokens": tokens}
+        sides = [
+            Side(title, worker.__name__, {"path": str(path), "loading": loading, **work})
+            for title, path in zip((_OWN, _EXACT), paths, strict=False)
+        ]
+        costs = measure(
+            sides,
+            tasks,
+            LEAST_ROUNDS,
+            lambda stage, _: self.tell(f"timing: {stage}"),
+            limit=end - time.monotonic(),
+        )
+        return {
+            "sides": [_told(cost) for cost in costs],
+            "faster": {
+                task: dataclasses.asdict(
+                    intervals.ratio(costs[1].tasks[task].rounds, costs[0].tasks[task].rounds)
+                )
+                for task in tasks[: len(tasks) * (len(costs) - 1)]
+            },
+            "rounds": LEAST_ROUNDS,
+            "tokens": tokens,
+            "threads": threads,
+            "machine": machine(),
+        }
+
+    def _quality(
+        self, bundle: Path, other: Path, speed: dict[str, Any], provider: str, end: float
+    ) -> dict[str, Any]:
+        from flashu_compile.evaluation.agreement import Agreement, similarity
+
+        threads, data = speed["threads"], neutral_data()
+        samples = self._affordable(data, speed, threads * (end - time.monotonic()))
+        with contextlib.ExitStack() as stack:
+            own, theirs = (
+                judging.Side(
+                    title,
+                    # One thread for each of several samples at a time: figures do not depend on how many.
+                    stack.enter_context(closing(load(path, provider=provider, threads=1, trust=True))),
+                    lambda stage, _: self.tell(stage),
+                    limit=TOKENS,
+                    workers=threads,
+                )
+                for title, path in ((_OWN, bundle), (_EXACT, other))
+            )
+            tokens = speed["tokens"]
+            agreement = Agreement(theirs, tokens, {})
+            parts = judging.judge(own, theirs, samples, [Evaluator(AGREEMENT, agreement)], None)
+            self.seen = tuple(
+                Seen(
+                    sample.prompt,
+                    sample.seed,
+                    exact=theirs.generate(sample.prompt, seed=sample.seed),
+                    own=own.generate(sample.prompt, seed=sample.seed),
+                    ssim=similarity(*agreement.pictures(own, sample)),
+                )
+                for sample in _of_all_kinds(samples.get(T2I.name, []))
+            )
+        return {
+            "parts": [dataclasses.asdict(part) for part in parts],
+            "data": data.title,
+            "split": HELD_OUT,
+            "seed": self.seed,
+        }
+
+    def _affordable(self, data: Data, speed: dict[str, Any], seconds: float) -> dict[str, list[Any]]:
+        """Return samples of each task, as many as `seconds` of one thread are enough for.
+
+        Raises `EvaluationError` if these are too few to tell anything.
+        """
+        tasks = list(speed["sides"][0]["seconds"])
+        chosen = {}
+        for task in tasks:
+            # On one thread it takes, at most, as many times longer as there were threads.
+            each = speed["threads"] * sum(side["seconds"][task]["median"] for side in speed["sides"])
+            count = min(SAMPLES, int(seconds / len(tasks) / each))
+            if count < _LEAST_SAMPLES:
+                raise EvaluationError(
+                    f"Comparing {_LEAST_SAMPLES} samples with the exact bundle's takes longer than a build is held up "
+                    "for."
+                )
+            one_each = {sample.key: sample for sample in data.chosen(task, HELD_OUT, self.seed, count)}
+            chosen[task] = list(one_each.values())
+        return chosen
+
+
+def _tokens(manifest: Manifest) -> int | None:
+    settings = manifest.understanding
+    return None if settings is None else min(TOKENS, settings.max_new_tokens)
+
+
+def _told(cost: SideCost) -> dict[str, Any]:
+    """Return what the report says of a side."""
+    return {
+        "title": cost.title,
+        "seconds": {task: dataclasses.asdict(time.seconds) for task, time in cost.tasks.items()},
+        "load_seconds": cost.load_seconds,
+        "peak_bytes": cost.peak_bytes,
+        "evaluations": cost.facts.get("evaluations"),
+    }
+
+
+def _of_all_kinds(samples: Sequence[Any]) -> list[Any]:
+    """Return the first samples of every kind in turn, `SHOWN` of them."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for place, sample in enumerate(samples):
+        seen[sample.kind] = seen.get(sample.kind, 0) + 1
+        ranked.append((seen[sample.kind], place))
+    return [samples[place] for _, place in sorted(ranked)[:SHOWN]]
