@@ -165,7 +165,7 @@ def export(
     if needs_copy(proof, loaded):
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
         maker, answers = maker.without_validation(), None
-    started = time.monotonic()
+    started = time.process_time()
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     points = loaded.network.config.steps
     beside = BesideExact(
@@ -173,7 +173,7 @@ def export(
         build=lambda path: export(
             source, tasks, output=path, cost_samples=0, backend=backend, cache=cache, proof=proof
         ),
-        built_in=time.monotonic() - started,
+        built_in=time.process_time() - started,
         seed=seed,
         tell=lambda stage: tell(stage, 0.95),
     )

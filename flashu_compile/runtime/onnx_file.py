@@ -298,7 +298,8 @@ def _weight(name: str, tensor: Mapping[str, Any]) -> ExternalWeight:
     told = {entry.get("key", ""): entry.get("value", "") for entry in entries}
     if len(told) != len(entries) or not {"location", "length"} <= told.keys() <= _PLACE:
         raise ValueError(
-            f"its tensor {shown(name)} has a place by {', '.join(map(shown, sorted(told)[:5]))}, not by location, offset, length"
+            f"its tensor {shown(name)} has a place by {', '.join(map(shown, sorted(told)[:5]))}, not by location, "
+            "offset, length"
         )
     if len(shape) > _MOST_DIMENSIONS or any(size > _LARGEST_SIZE for size in shape):
         raise ValueError(f"its tensor {shown(name)} has a shape that no tensor has")

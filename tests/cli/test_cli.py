@@ -23,6 +23,7 @@ from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.errors import CheckpointError
 from flashu_compile.recipe.presets import preset
 from flashu_compile.runtime import doctor
+from tests.report.small_report import beside_exact
 from tests.runtime.tiny_bundle import POINTS, edit_json, flip_byte, write_bundle
 
 COMMANDS = (
@@ -319,6 +320,16 @@ class TestDoctor:
         assert run("doctor", "--json").exit_code == 1
 
 
+_SUMMARY: dict[str, Any] = {
+    "path": "here",
+    "digest": "d" * 64,
+    "tasks": ["t2i"],
+    "engines": ["denoise"],
+    "sizes": {"weights_bytes": 1_234_567},
+    "errors": {"denoise": {"velocity": 2e-7}},
+}
+
+
 class TestBuild:
     @pytest.fixture
     def exports(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
@@ -330,14 +341,7 @@ class TestBuild:
             progress("capturing", 0.5)
             if model == "absent":
                 raise CheckpointError("No checkpoint\nat absent.")
-            summary = {
-                "path": "here",
-                "digest": "d" * 64,
-                "tasks": task,
-                "engines": ["denoise"],
-                "sizes": {"weights_bytes": 1_234_567},
-                "errors": {"denoise": {"velocity": 2e-7}},
-            }
+            summary = _SUMMARY | {"tasks": task}
             row = {"program": "denoise", "kind": "exact", "changes": ["x"], "error": 0.0}
             passes = [
                 row | {"name": "FoldConstants"},
@@ -378,6 +382,7 @@ class TestBuild:
                 "samples": 4,
                 "seed": 9,
                 "cost_samples": 3,
+                "benchmark": True,
                 "backend": "onnxruntime",
                 "precision": "float32",
                 "vae": "v",
@@ -406,9 +411,24 @@ class TestBuild:
         defaults = {name: known.default for name, known in inspect.signature(export).parameters.items()}
         defaults |= dict.fromkeys(ModelParts.__annotations__)  # none of which is given
         given["recipe"] = given["recipe"].name
+        # Programs that build are not measured unasked, and get the same bytes every time.
+        assert given.pop("benchmark") is not defaults["benchmark"]
         assert {name: given[name] for name in given.keys() - {"model", "task"}} == {
             name: defaults[name] for name in given.keys() - {"model", "task"}
         }
+
+    def test_figures_of_this_machine(self, exports: list[dict[str, Any]], tmp_path: Path) -> None:
+        build = ("build", "m", "--task", "t2i")
+        assert "timed here" not in run(*build, "--no-benchmark").stdout
+        assert exports[0]["benchmark"] is False
+        report = json.loads((tmp_path / "report.json").read_text())
+        (tmp_path / "report.json").write_text(json.dumps(report | {"beside_exact": beside_exact()}))
+        vars(flashu_compile)["export"] = lambda *_, **__: SimpleNamespace(
+            path=tmp_path, summary=lambda: {**_SUMMARY}
+        )
+        told = " ".join(run(*build).stdout.split())
+        assert "a picture 310 ms 961 ms 3.10× (2.90× to 3.30×)" in told
+        assert "ssim 0.988 87.9% 40" in told
 
     def test_cache(self, exports: list[dict[str, Any]]) -> None:
         build = ("build", "m", "--task", "t2i")

@@ -285,7 +285,7 @@ class TestBuild:
         output = tmp_path / "bundle"
         result = run(
             *("build", checkpoint, "--task", "mmu", "--recipe", calibrated, "--set", "mmu.ffn_pruning=0.25"),
-            *("--calibration", questions, "--output", output),
+            *("--calibration", questions, "--output", output, "--no-benchmark"),
         )
         assert result.exit_code == 0
         rows = [line.split() for line in result.stdout.splitlines()]
