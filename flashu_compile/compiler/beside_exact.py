@@ -48,7 +48,8 @@ class BesideExact:
 
     `exact`: whether the bundle is one itself, so that its times are all there is to measure. `build` makes the exact
     bundle at a path, if none is kept; `built_in` are the processor's seconds that making this bundle's engines took,
-    which tell whether there is time for that. `seed` chooses samples. After `figures`, `seen` are pictures for the page.
+    which tell whether there is time for that. `seed` chooses samples. After `figures`, `seen` are pictures for the
+    page.
     """
 
     exact: bool
