@@ -174,6 +174,23 @@ Tokenizer = Annotated[
 ]
 
 
+LlmConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--llm-config",
+        help="The language model's config.json, where sizes alone do not tell its attention heads: folder or file.",
+    ),
+]
+Resolution = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIDE|WxH",
+        help="The size of the pictures that it draws, in pixels: 512, or 768x512 (width first).",
+        show_default="what the checkpoint says",
+    ),
+]
+
+
 def provider_options(given: list[str] | None) -> dict[str, object]:
     """Parse `NAME=VALUE` texts as a mapping; of several for one name the last holds."""
     for text in given or ():

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from flashu_compile.arguments import shown
+from flashu_compile.arguments import Resolution, shown
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError, UnsupportedModelError
 from flashu_compile.models import hub, saved_vae, weights
 from flashu_compile.models.origins import CARD, IN_MEMORY, origin, vae_files, vae_origin
+from flashu_compile.models.resolution import at_resolution, warn_of_size
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
@@ -81,6 +82,7 @@ def load_model(
     vae: Any = None,
     tokenizer: Any = None,
     llm_config: Mapping[str, Any] | str | Path | None = None,
+    resolution: Resolution | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> LoadedModel:
     """Find, read and check a Show-o2 model. No code from a checkpoint is ever run.
@@ -98,6 +100,8 @@ def load_model(
             Show-o2 adds.
         llm_config: The language model's Hugging Face configuration, or the path of it, for published
             checkpoints and foreign objects of sizes that Qwen2.5 was never published in.
+        resolution: The size of the pictures that it draws, in pixels: 512, "768x512" or (768, 512), width first.
+            Default: what the checkpoint says. Pictures that it is asked about keep the size it was trained with.
         dtype: What the weights are converted to; None keeps them as stored.
 
     Raises:
@@ -122,12 +126,17 @@ def load_model(
         elif "format" in settings:
             raise CheckpointError(f"{place.directory} has the unknown format {shown(settings['format'])}.")
         else:
-            loaded = _from_published(place, settings, tokenizer, llm_config, dtype)
+            loaded = _from_published(
+                place, settings, tokenizer, llm_config, dtype, sized=resolution is not None
+            )
     if vae is not None:
         files = vae_files(vae)
         codec, origins = _resolve_vae(vae, dtype), {**loaded.origins, "vae": vae_origin(vae, files)}
         loaded = dataclasses.replace(loaded, vae=codec, origins=origins, sources=(*loaded.sources, *files))
     _check(loaded)
+    if resolution is not None:
+        network = at_resolution(loaded.name, loaded.network, loaded.vae, resolution)
+        loaded = dataclasses.replace(loaded, network=network)
     loaded.check_unchanged()
     return loaded
 
@@ -263,8 +272,10 @@ def _from_published(
     tokenizer: Any,
     llm_config: Mapping[str, Any] | str | Path | None,
     dtype: torch.dtype | None,
+    *,
+    sized: bool,
 ) -> LoadedModel:
-    """Load a model in the layout of the published checkpoints.
+    """Load a model in the layout of the published checkpoints; `sized`: the resolution is given.
 
     Tokenizer and LLM settings are those of `llm_model_path`.
     """
@@ -284,6 +295,8 @@ def _from_published(
         llm = _llm_config_of(source, needed=not checkpoint.knows_llm(state))
     config = checkpoint.infer_config(state, checkpoint.Declared(settings, llm))
     network = checkpoint.build(config, state)
+    if not sized:
+        warn_of_size(place.name, settings, config)
     origins = {"model": origin(files, directory, settings, place.snapshot)}
     return LoadedModel(place.name, network, None, found, _calibration(directory), origins, files)
 

@@ -382,6 +382,8 @@ class TestBuild:
                 "precision": "float32",
                 "vae": "v",
                 "tokenizer": None,
+                "llm_config": None,
+                "resolution": None,
                 "overwrite": True,
                 "cache": True,
                 "proof": "copy",

@@ -65,6 +65,7 @@ def _config(*, tied: bool = True, **changes: Any) -> Showo2Config:
         latent_grid=3,
         position_grid=3,
         sequence_length=384,
+        accelerated_guidance_scale=10.0,
     )
     return dataclasses.replace(config, **changes)
 
@@ -302,8 +303,44 @@ class TestPublishedLayout:
         grid = {"image_latent_height": 5, "image_latent_width": 5}
         config = load_model(_publish(tmp_path / "m", network, llm, **grid)).network.config
         assert (config.latent_grid, config.position_grid, config.image_tokens) == (5, 3, 25)
-        with pytest.raises(CheckpointError, match="square"):
-            load_model(_publish(tmp_path / "n", network, llm, image_latent_width=4))
+        config = load_model(_publish(tmp_path / "n", network, llm, image_latent_width=4)).network.config
+        assert config.latent_shape[1:] == (6, 8)
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "warned"),
+        [
+            ("show-o2-1.5B-HQ", {}, True),
+            ("m", {"_name_or_path": "checkpoints/showo2_hq"}, True),
+            ("show-o2-1.5B-HQ", {"image_latent_height": 5, "image_latent_width": 5}, False),
+            ("show-o2-1.5B", {}, False),
+            ("shqow", {}, False),
+        ],
+    )
+    def test_a_checkpoint_for_large_pictures_that_does_not_say_so(
+        self,
+        tmp_path: Path,
+        llm: Path,
+        network: Showo2,
+        caplog: pytest.LogCaptureFixture,
+        name: str,
+        changes: dict[str, Any],
+        warned: bool,
+    ) -> None:
+        folder = _publish(tmp_path / name, network, llm, **changes)
+        load_model(folder)
+        assert ("--resolution 512" in caplog.text) is warned
+        caplog.clear()
+        vae = SpaceToDepth(factor=2, mean=0.0, std=1.0)
+        vae.latent_channels = network.config.latent_channels
+        assert load_model(folder, vae=vae, resolution=20).network.config.latent_grid == 5
+        assert caplog.text == ""
+
+    def test_sampler_is_that_of_the_authors_scripts(self, tmp_path: Path, llm: Path, network: Showo2) -> None:
+        found = load_model(_publish(tmp_path / "m", network, llm)).network.config
+        for config in (found, *CONFIGURATIONS.values()):
+            assert (config.guidance_scale, config.accelerated_guidance_scale, config.steps) == (7.5, 10, 50)
+        length = checkpoint.at_grid(CONFIGURATIONS["show-o2-1.5B"], 64, 64).sequence_length
+        assert length == CONFIGURATIONS["show-o2-1.5B-HQ-1024"].sequence_length == 4352
 
     def test_without_time_tokens_the_published_projection_is_left_out(
         self, tmp_path: Path, llm: Path, network: Showo2

@@ -20,7 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from flashu_compile import reading
 from flashu_compile.errors import CheckpointError, UnsupportedModelError
 from flashu_compile.models.showo2.config import (
-    CONFIGURATIONS,
+    PUBLISHED_ACCELERATED_SCALE,
     HeadConfig,
     LLMConfig,
     SemanticConfig,
@@ -172,20 +172,36 @@ def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Confi
             )
     if grid**2 != state["position_embedding.weight"].shape[0]:
         raise CheckpointError("The position table is not square; pictures of other shapes are not supported.")
-    llm, latent_grid = _llm(state, declared.llm), _latent_grid(settings, grid)
+    rows, columns = _latent_grid(settings, grid)
     add_time_embeds = settings.add_time_embeds
-    published = _published_run(llm, latent_grid)
     return Showo2Config(
-        llm=llm,
+        llm=_llm(state, declared.llm),
         semantic=_semantic(state, declared.semantic_heads),
         head=_head(state),
         latent_channels=patch[1],
         patch_size=patch[2],
-        latent_grid=latent_grid,
+        latent_grid=rows,
+        latent_columns=None if rows == columns else columns,
         position_grid=grid,
         add_time_embeds=True if add_time_embeds is None else add_time_embeds,
-        sequence_length=published.sequence_length if published else _sequence_length(latent_grid),
-        steps=published.steps if published else Showo2Config.steps,
+        sequence_length=_sequence_length(rows * columns),
+        accelerated_guidance_scale=PUBLISHED_ACCELERATED_SCALE,
+    )
+
+
+def at_grid(config: Showo2Config, rows: int, columns: int) -> Showo2Config:
+    """Return the configuration of the same model for pictures of `rows` × `columns` image tokens.
+
+    Its sequence is padded by the published rule if it was, and else has as much room for text as before.
+    """
+    length = _sequence_length(rows * columns)
+    if config.sequence_length != _sequence_length(config.image_tokens):
+        length = config.sequence_length - config.image_tokens + rows * columns
+    return dataclasses.replace(
+        config,
+        latent_grid=rows,
+        latent_columns=None if rows == columns else columns,
+        sequence_length=length,
     )
 
 
@@ -364,26 +380,15 @@ def _head(state: Mapping[str, Tensor]) -> HeadConfig:
     )
 
 
-def _latent_grid(settings: _Settings, position_grid: int) -> int:
-    """Return the number of image tokens per side: as configured, else as many as there are learnt positions."""
+def _latent_grid(settings: _Settings, position_grid: int) -> tuple[int, int]:
+    """Return the rows and columns of image tokens: as configured, else as many as there are learnt positions."""
     height, width = settings.image_latent_height, settings.image_latent_width
-    if height != width:
-        raise CheckpointError(f"Pictures must be square; the configuration says {height} × {width} tokens.")
-    return position_grid if height is None else height
+    return height or width or position_grid, width or height or position_grid
 
 
-def _sequence_length(latent_grid: int) -> int:
-    rows = latent_grid**2 + 1 + 4 + _PROMPT_TOKENS
+def _sequence_length(image_tokens: int) -> int:
+    rows = image_tokens + 1 + 4 + _PROMPT_TOKENS
     return -(-rows // _SEQUENCE_MULTIPLE) * _SEQUENCE_MULTIPLE
-
-
-def _published_run(llm: LLMConfig, latent_grid: int) -> Showo2Config | None:
-    """Find the published configuration of this size and resolution, for the settings no checkpoint stores."""
-    for known in CONFIGURATIONS.values():
-        sizes = (known.llm.hidden_size, known.llm.intermediate_size, known.latent_grid)
-        if sizes == (llm.hidden_size, llm.intermediate_size, latent_grid):
-            return known
-    return None
 
 
 def _mapping(config: Any) -> dict[str, Any]:
