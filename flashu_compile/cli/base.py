@@ -166,11 +166,12 @@ Digest = Annotated[
     ),
 ]
 Vae = Annotated[
-    str | None, typer.Option(help="The VAE of a checkpoint that does not bring its own: folder or file.")
+    str | None,
+    typer.Option(help="The VAE of a checkpoint that does not bring its own: folder, file or hub id."),
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder or file."),
+    typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder, file or hub id."),
 ]
 
 

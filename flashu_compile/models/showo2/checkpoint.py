@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -46,6 +47,11 @@ SIGNATURE = (
     "diffusion_head_b.linear.weight",
 )
 """Names by which a Show-o2 state dict is recognised, whatever class it comes from."""
+
+#: Buffers that some versions store, and that are made anew from the configuration.
+_BUFFERS = ("inv_freq", "image_position_ids")
+
+_logger = logging.getLogger(__name__)
 
 Attention = tuple[int, int]  # query heads, key/value heads
 
@@ -209,12 +215,13 @@ def build(config: Showo2Config, state: Mapping[str, Tensor]) -> Showo2:
     """Build the network of `config` on the tensors of `state` themselves, in eval mode, taking no gradients.
 
     Nothing is copied or initialised. `showo.lm_head.weight` may be absent where it is tied. A
-    `time_embed_proj` is left out where no time token asks for it (published models always carry one).
+    `time_embed_proj` is left out where no time token asks for it (published models always carry one), and so are
+    buffers that are no weights, with a warning.
 
     Raises:
         CheckpointError: names or shapes differ from the configuration's; the first few are listed.
     """
-    state = dict(state)
+    state = _without_buffers(state)
     _check_depths(config, state)
     if config.llm.tie_word_embeddings and EMBEDDING in state:
         state.setdefault(LM_HEAD, state[EMBEDDING])
@@ -233,6 +240,14 @@ def build(config: Showo2Config, state: Mapping[str, Tensor]) -> Showo2:
     if unset:
         raise CheckpointError(f"These tensors have no values: {_first(unset)}.")
     return network.eval().requires_grad_(False)
+
+
+def _without_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state without the buffers that mean nothing, and warn if there are some."""
+    ignored = [name for name in state if name.rpartition(".")[2] in _BUFFERS]
+    if ignored:
+        _logger.warning("These tensors are no weights and are ignored: %s.", _first(ignored))
+    return {name: value for name, value in state.items() if name not in ignored}
 
 
 def _check_depths(config: Showo2Config, state: Mapping[str, Tensor]) -> None:
