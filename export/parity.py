@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.agreement import REORDERED, output_difference
@@ -21,6 +20,7 @@ from flashu_compile.exporters.weights import weight_store
 from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.sessions import create_session
 from flashu_compile.system.drafts import draft_folder
+from flashu_compile.system.onnxruntime_library import ort
 
 
 def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:

@@ -296,19 +296,24 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
     rich_help_panel=LOOKING,
     epilog=examples(
         "doctor",
-        "doctor --json",
+        "doctor --deep --json",
     ),
 )
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Try backends in PyTorch, too, and compile a function with each.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Tell which backends work on this machine, and what the others lack.
 
     A backend works if a session made just now really runs on it; what is only installed is called found.
-    The exit code is 1 if bundles cannot be run at all.
+    The exit code is 1 if ONNX Runtime, the default backend, cannot run bundles.
     """
     quiet_onnxruntime()
     from flashu_compile.runtime.doctor import examine
 
-    findings = examine()
+    findings = examine(deep=deep)
     if as_json:
         display.print_json([dataclasses.asdict(finding) for finding in findings])
     else:

@@ -324,7 +324,7 @@ class TestDoctor:
 
     def test_exit_code_where_nothing_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = doctor.Finding("onnxruntime: cpu", "missing", "no", "all")
-        monkeypatch.setattr(doctor, "examine", lambda: [broken])
+        monkeypatch.setattr(doctor, "examine", lambda *, deep: [broken])
         assert run("doctor", "--json").exit_code == 1
 
 

@@ -170,7 +170,7 @@ class TestCommands:
         check(result.output, shown="[bold red]Y[/]:boom:")
 
     def test_what_works_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor, "examine", lambda: [Finding(HOSTILE, "works", HOSTILE, HOSTILE)])
+        monkeypatch.setattr(doctor, "examine", lambda *, deep: [Finding(HOSTILE, "works", HOSTILE, HOSTILE)])
         check(run("doctor").output)
 
     @pytest.mark.parametrize(
