@@ -57,8 +57,7 @@ def _onnxruntime() -> Iterator[Finding]:
     installed = ", ".join(f"{name} {version}" for name, version in installed_runtimes().items())
     if not installed:
         return
-    trouble = onnxruntime_trouble()
-    detail = f"{installed} on {platform.platform()}" + (f"; {trouble}" if trouble else "")
+    detail = onnxruntime_trouble() or f"{installed} on {platform.platform()}"
     yield Finding("onnxruntime package", "found", detail, "running bundles")
 
 
