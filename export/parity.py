@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.agreement import REORDERED, output_difference
@@ -22,6 +21,7 @@ from flashu_compile.runtime.backends import open_engines
 from flashu_compile.runtime.lifetime import closing
 from flashu_compile.runtime.sessions import create_session
 from flashu_compile.system.drafts import draft_folder
+from flashu_compile.system.onnxruntime_library import ort
 
 
 def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:

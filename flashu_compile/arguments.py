@@ -21,8 +21,13 @@ LARGEST_POINTS = 1000
 LARGEST_THREADS = 1024
 #: Prompts or questions of one call, and samples that something is measured on.
 LARGEST_COUNT = 10_000
+#: Pixels of a side of a picture that is drawn; published models draw 1024.
+LARGEST_SIDE = 4096
 #: Seeds of builds; noise takes those of the samples after it too, which must stay below 2**64.
 LARGEST_BUILD_SEED = 2**63 - 1
+
+#: The size of pictures that are drawn, in pixels: the side of squares, "768x512" (width first), or such a pair.
+Resolution = int | str | tuple[int, int]
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
@@ -79,6 +84,23 @@ def number(
         most = f"below {high:g}" if below else f"at most {high:g}"
         raise error(f"{name} must be a number {least} and {most}, not {shown(value)}.")
     return float(value)
+
+
+def picture_size(resolution: object) -> tuple[int, int]:
+    """Return (width, height) in pixels of a resolution: a number for squares, "768x512", or such a pair."""
+    given: Any = resolution.lower().split("x") if isinstance(resolution, str) else resolution
+    sides = list(given) if isinstance(given, list | tuple) else [given]
+    if isinstance(resolution, str):
+        sides = [
+            int(side) if side.isascii() and side.isdecimal() and len(side) < 9 else side for side in sides
+        ]
+    sides *= 2 if len(sides) == 1 else 1
+    if len(sides) != 2 or not all(is_integer(side) and 1 <= side <= LARGEST_SIDE for side in sides):
+        raise ConfigurationError(
+            f"A resolution is a number of pixels or WIDTHxHEIGHT, such as 512 or 768x512, up to {LARGEST_SIDE:,} a "
+            f"side, not {shown(resolution)}."
+        )
+    return int(sides[0]), int(sides[1])
 
 
 def flag(name: str, value: object, error: type[FlashuError] = ConfigurationError) -> bool:

@@ -1,9 +1,10 @@
-"""The libraries of the extras `compile` and `evaluate`, and the error that names the extra of an absent one."""
+"""The libraries of the extras, and errors that name the extra of an absent one, or what mends a damaged one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 
 from flashu_compile.errors import MissingDependencyError
 
@@ -26,6 +27,46 @@ COMPILE_MODULES = frozenset(
 #: What the extra `evaluate` installs, by import name; scikit-image brings scipy.
 EVALUATE_MODULES = frozenset({"scipy", "skimage"})
 _EXTRAS = {"compile": (COMPILE_MODULES, "compiling"), "evaluate": (EVALUATE_MODULES, "comparing pictures")}
+
+
+#: Packages that bring the module onnxruntime; two of them in one environment overwrite each other's files.
+_RUNTIMES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-directml", "onnxruntime-openvino")
+
+
+def installed_runtimes() -> dict[str, str]:
+    """Return the version of each installed package that brings ONNX Runtime, by its name."""
+    found = {}
+    for name in _RUNTIMES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def onnxruntime_trouble(error: Exception | None = None) -> str:
+    """Return what is wrong with the installation of ONNX Runtime and the command that mends it; empty if nothing is.
+
+    `error` is what importing it raised, if it was tried.
+    """
+    found = installed_runtimes()
+    listed = " and ".join(f"{name} {version}" for name, version in found.items())
+    if not found and error is not None:
+        return (
+            'ONNX Runtime is not installed. Install it for the CPU with: pip install "flashu-compile[cpu]", or for '
+            'NVIDIA GPUs with: pip install "flashu-compile[gpu]"'
+        )
+    if len(found) > 1:
+        names, kept = " ".join(found), next(iter(found))
+        return (
+            f"{listed} are both installed and overwrite each other's files; keep one: pip uninstall -y {names} && pip "
+            f"install {kept}=={found[kept]}"
+        )
+    if error is None:
+        return ""
+    ((name, version),) = found.items()
+    return (
+        f"{listed} is damaged, as it is after another ONNX Runtime beside it was uninstalled ({error}); install it "
+        f"anew: pip install --force-reinstall --no-deps {name}=={version}"
+    )
 
 
 @contextmanager

@@ -184,7 +184,47 @@ def test_known_compile_modules_are_those_of_the_extra() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     names = {re.match(r"[\w-]+", requirement).group().replace("-", "_") for requirement in extras["compile"]}
-    assert names == COMPILE_MODULES
+    assert names - {"flashu_compile"} == COMPILE_MODULES
+
+
+def test_onnx_runtime_comes_with_an_extra_alone() -> None:
+    """And no extra brings both packages, which overwrite each other's files."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    assert not [name for name in project["dependencies"] if name.startswith("onnxruntime")]
+    bringing = {
+        extra
+        for extra, names in project["optional-dependencies"].items()
+        if re.search("onnxruntime|gpu", str(names))
+    }
+    assert bringing == {"cpu", "gpu", "compile"}
+
+
+def test_without_onnx_runtime_both_extras_are_named(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", ("t2i",))
+    code = (
+        "import importlib.metadata, sys\n"
+        "sys.modules['onnxruntime'] = None\n"
+        "found = importlib.metadata.version\n"
+        "def version(name):\n"
+        "    if name.startswith('onnxruntime'): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "importlib.metadata.version = version\n"
+    )
+    said = run_without_extras(
+        f"{code}import flashu_compile\n"
+        "try:\n"
+        f"    flashu_compile.load({str(bundle)!r})\n"
+        "except flashu_compile.errors.MissingDependencyError as error:\n"
+        "    print(error)\n"
+    )
+    assert 'pip install "flashu-compile[cpu]"' in said
+    assert 'pip install "flashu-compile[gpu]"' in said
+    said = run_without_extras(
+        f"{code}from flashu_compile.runtime.doctor import examine\nprint(examine()[0])\n"
+    )
+    assert "status='missing'" in said
+    assert 'pip install "flashu-compile[cpu]"' in said
 
 
 def test_public_names_resolve() -> None:

@@ -24,7 +24,7 @@ _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
 _LONGEST_NAME = 255  # bytes, as in most file systems
 _ENGINE_NAME = "[A-Za-z0-9_-]{1,200}"
 
-SCHEMA = 3
+SCHEMA = 4
 BUILD_AGAIN = "build the bundle again"  # what to do about a damaged one
 MANIFEST = "manifest.json"
 PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
@@ -76,7 +76,7 @@ class EngineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """What the t2i pipeline must know of the model. Sizes in pixels, tokens or rows.
+    """What the t2i pipeline must know of the model. Sizes in pixels (width, height), tokens or rows.
 
     Raises `BundleError` on sizes of the wrong type, out of range, or that do not go together.
     """
@@ -85,12 +85,13 @@ class GenerationSettings:
     sequence_length: int
     span_length: int
     max_prompt_tokens: int
-    picture_size: int
+    picture_size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        for size in self.latent_shape:
-            arguments.integer("A size of the manifest's latent_shape", size, 1, _LARGEST_SIDE, BundleError)
-        _check_settings(self, {"picture_size": _LARGEST_SIDE, "sequence_length": _LARGEST_LENGTH})
+        for name in ("latent_shape", "picture_size"):
+            for size in getattr(self, name):
+                arguments.integer(f"A size of the manifest's {name}", size, 1, _LARGEST_SIDE, BundleError)
+        _check_settings(self, {"sequence_length": _LARGEST_LENGTH})
         _check_settings(
             self, {"span_length": self.sequence_length, "max_prompt_tokens": self.sequence_length}
         )

@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from flashu_compile.arguments import LARGEST_THREADS
 from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import say, visible
-from flashu_compile.errors import FlashuError
+from flashu_compile.errors import FlashuError, MissingDependencyError
 
 
 @contextmanager
@@ -166,11 +166,29 @@ Digest = Annotated[
     ),
 ]
 Vae = Annotated[
-    str | None, typer.Option(help="The VAE of a checkpoint that does not bring its own: folder or file.")
+    str | None,
+    typer.Option(help="The VAE of a checkpoint that does not bring its own: folder, file or hub id."),
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder or file."),
+    typer.Option(help="The tokenizer of a checkpoint that does not bring its own: folder, file or hub id."),
+]
+
+
+LlmConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--llm-config",
+        help="The language model's config.json, where sizes alone do not tell its attention heads: folder or file.",
+    ),
+]
+Resolution = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIDE|WxH",
+        help="The size of the pictures that it draws, in pixels: 512, or 768x512 (width first).",
+        show_default="what the checkpoint says",
+    ),
 ]
 
 
@@ -206,10 +224,11 @@ def main(
 
 
 def quiet_onnxruntime() -> None:
-    """Silence ONNX Runtime's own log, since our errors say the same in one line."""
-    import onnxruntime
+    """Silence ONNX Runtime's own log, since our errors say the same in one line. What needs it says if it is absent."""
+    with suppress(MissingDependencyError):
+        from flashu_compile.system.onnxruntime_library import ort
 
-    onnxruntime.set_default_logger_severity(4)
+        ort.set_default_logger_severity(4)
 
 
 def quiet_torch() -> None:

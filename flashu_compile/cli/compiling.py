@@ -10,7 +10,17 @@ import typer
 
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.cli import display
-from flashu_compile.cli.base import COMPILING, Json, Tokenizer, Vae, app, examples, quiet_torch
+from flashu_compile.cli.base import (
+    COMPILING,
+    Json,
+    LlmConfig,
+    Resolution,
+    Tokenizer,
+    Vae,
+    app,
+    examples,
+    quiet_torch,
+)
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
 from flashu_compile.cli.terminal import say
 from flashu_compile.quantities import seconds
@@ -76,6 +86,7 @@ SAMPLES = 20
         "build showo2-shapes --task t2i --recipe flashu --set t2i.head_cache=1 --output build/no-cache",
         "build showo2-shapes --task t2i --recipe flashu.json --output build/flashu",
         "build ./show-o2-1.5B --task t2i --vae ./Wan2.1-Diffusers/vae --tokenizer ./tokenizer.json",
+        "build showlab/show-o2-1.5B-HQ --task t2i --task mmu --resolution 512 --vae ./Wan2.1_VAE.pth",
     ),
 )
 def build(
@@ -132,6 +143,8 @@ def build(
     ] = "onnxruntime",
     vae: Vae = None,
     tokenizer: Tokenizer = None,
+    llm_config: LlmConfig = None,
+    resolution: Resolution = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at the output.")] = False,
     cache: Cache = None,
     no_cache: Annotated[
@@ -178,6 +191,8 @@ def build(
             precision=precision,
             vae=vae,
             tokenizer=tokenizer,
+            llm_config=llm_config,
+            resolution=resolution,
             overwrite=overwrite,
             cache=not no_cache if cache is None else cache,
             proof=proof,
@@ -219,6 +234,8 @@ def calibrate(
     seed: Seed = 0,
     vae: Vae = None,
     tokenizer: Tokenizer = None,
+    llm_config: LlmConfig = None,
+    resolution: Resolution = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe at the output.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -242,6 +259,8 @@ def calibrate(
             seed=seed,
             vae=vae,
             tokenizer=tokenizer,
+            llm_config=llm_config,
+            resolution=resolution,
             progress=advance,
         )
     tell_saved(decided, decided.save(output), as_json=as_json)

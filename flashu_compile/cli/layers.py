@@ -33,7 +33,7 @@ def reference_named(against: str, other: Path | None, model_given: bool) -> str 
             else f"--against {BUNDLE} takes a second bundle: flashu-compile verify DIR --against {BUNDLE} OTHER."
         )
     if model_given and against != EAGER:
-        raise typer.BadParameter(f"--model, --vae and --tokenizer go with --against {EAGER}.")
+        raise typer.BadParameter(f"--model, --vae, --tokenizer and --llm-config go with --against {EAGER}.")
     # A name is no path here: a folder may be called like it.
     return against if other is None else absolute(other)
 

@@ -16,6 +16,7 @@ from flashu_compile.cli.base import (
     Bundle,
     Digest,
     Json,
+    LlmConfig,
     Memory,
     Provider,
     ProviderOption,
@@ -83,6 +84,7 @@ def inspect(
     ] = None,
     vae: Vae = None,
     tokenizer: Tokenizer = None,
+    llm_config: LlmConfig = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in a bundle: engines beside the programs they were made from, signatures, FLOPs by component.
@@ -97,9 +99,10 @@ def inspect(
             "--plan and --target are for bundles, --structure for models; give one of them."
         )
     if structure:
-        _inspect_model(target, task or TASKS, vae, tokenizer, as_json=as_json)
-    elif task or vae or tokenizer:
-        raise typer.BadParameter("--task, --vae and --tokenizer go with --structure.")
+        parts = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config}
+        _inspect_model(target, task or TASKS, parts, as_json=as_json)
+    elif task or vae or tokenizer or llm_config:
+        raise typer.BadParameter("--task, --vae, --tokenizer and --llm-config go with --structure.")
     elif conversion is not None:
         inspect_target(absolute(target), conversion, as_json=as_json)
     else:
@@ -128,9 +131,7 @@ def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
         display.print_bundle(bundle, manifest, report, step_plan)
 
 
-def _inspect_model(
-    model: str, tasks: Sequence[str], vae: str | None, tokenizer: str | None, *, as_json: bool
-) -> None:
+def _inspect_model(model: str, tasks: Sequence[str], parts: dict[str, Any], *, as_json: bool) -> None:
     from flashu_compile.bundle.manifest import MANIFEST
 
     if (absolute(model) / MANIFEST).is_file():
@@ -145,7 +146,7 @@ def _inspect_model(
     with naming_the_extra("inspect --structure"):
         from flashu_compile.looking.structure import model_structure
     with display.progress_bar("Starting") as advance:
-        programs = model_structure(model, wanted, vae=vae, tokenizer=tokenizer, progress=advance)
+        programs = model_structure(model, wanted, progress=advance, **parts)
     if as_json:
         display.print_json([dataclasses.asdict(program) for program in programs])
     else:
@@ -185,6 +186,7 @@ def verify(
     ] = None,
     vae: Vae = None,
     tokenizer: Tokenizer = None,
+    llm_config: LlmConfig = None,
     engine: Annotated[
         list[str] | None,
         typer.Option(
@@ -216,7 +218,7 @@ def verify(
     The exit code is 1 if a file is missing, changed or unexpected, or a value is off by more than the tolerance.
     """
     quiet_onnxruntime()
-    parts = {"model": model, "vae": vae, "tokenizer": tokenizer}
+    parts = {"model": model, "vae": vae, "tokenizer": tokenizer, "llm_config": llm_config}
     placing: dict[str, Any] = {
         "provider": provider,
         "provider_options": provider_options(provider_option),
@@ -228,7 +230,7 @@ def verify(
     if against is None:
         if any(given for given in (other, engine, tolerance is not None, *parts.values())):
             raise typer.BadParameter(
-                "OTHER, --model, --vae, --tokenizer, --engine and --tolerance go with --against."
+                "OTHER, --model, --vae, --tokenizer, --llm-config, --engine and --tolerance go with --against."
             )
         _verify_files(bundle, placing, as_json=as_json)
     else:
@@ -294,19 +296,24 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
     rich_help_panel=LOOKING,
     epilog=examples(
         "doctor",
-        "doctor --json",
+        "doctor --deep --json",
     ),
 )
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Try backends in PyTorch, too, and compile a function with each.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Tell which backends work on this machine, and what the others lack.
 
     A backend works if a session made just now really runs on it; what is only installed is called found.
-    The exit code is 1 if bundles cannot be run at all.
+    The exit code is 1 if ONNX Runtime, the default backend, cannot run bundles.
     """
     quiet_onnxruntime()
     from flashu_compile.runtime.doctor import examine
 
-    findings = examine()
+    findings = examine(deep=deep)
     if as_json:
         display.print_json([dataclasses.asdict(finding) for finding in findings])
     else:

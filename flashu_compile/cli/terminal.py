@@ -18,12 +18,13 @@ def visible(text: object) -> str:
     return line if line.isprintable() else "".join(map(_written, line))
 
 
-def say(text: object = "", *, err: bool = False) -> None:
-    """Print `text` as one line, made `visible`, on stdout or stderr.
+def say(text: object = "", *, err: bool = False, lines: bool = False) -> None:
+    """Print `text` as one line, or as the `lines` that it has, made `visible`, on stdout or stderr.
 
     The stream is passed by name, since Typer would reopen ASCII streams, as UTF-8 or as strict ones.
     """
-    typer.echo(visible(text), file=sys.stderr if err else sys.stdout)
+    shown = "\n".join(map(visible, str(text).split("\n"))) if lines else visible(text)
+    typer.echo(shown, file=sys.stderr if err else sys.stdout)
 
 
 def _written(character: str) -> str:

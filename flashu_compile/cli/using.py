@@ -147,7 +147,7 @@ def ask(
     allow_control_tokens: AllowControlTokens = False,
     as_json: Json = False,
 ) -> None:
-    """Answer QUESTION about PICTURE: one answer per line, in the order asked."""
+    """Answer QUESTION about PICTURE. Of several, each stands above its answer, in the order asked."""
     pipeline = _load(
         bundle,
         provider=provider,
@@ -161,8 +161,10 @@ def ask(
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
         return
-    for answer in answers:
-        say(" ".join(answer.split()))
+    for number, (asked, answer) in enumerate(zip(question, answers, strict=True)):
+        if len(question) > 1:
+            say("\n" * bool(number) + f"> {asked}", lines=True)
+        say(answer, lines=True)
 
 
 def _load(bundle: Path, **options: Any) -> Pipeline:

@@ -106,10 +106,10 @@ class BundleProbe:
 
             told |= held_to_eager(self.loaded, "latents", latents, eager_latents)
         pipe.plan = _stretched(plan, plan.steps[:1])
-        width, height = pipe.generate(prompt, seed=SEED).size
-        if {width, height} != {settings.picture_size}:
+        size = pipe.generate(prompt, seed=SEED).size
+        if size != settings.picture_size:
             raise BundleError(
-                f"the picture is {width} × {height}, not {settings.picture_size} pixels a side."
+                "the picture is {} × {}, not {} × {} pixels.".format(*size, *settings.picture_size)
             )
         pipe.plan = plan
         return told

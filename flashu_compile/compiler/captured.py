@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from flashu_compile.arguments import Resolution
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.models.loading import LoadedModel, load_model
@@ -28,12 +29,13 @@ class ModelParts(TypedDict, total=False):
     """Parts given besides a model whose checkpoint lacks them; see `flashu_compile.models.loading.load_model`.
 
     vae: a LatentCodec, an AutoencoderKLWan or its path. tokenizer: a tokenizers.Tokenizer or its path.
-    llm_config: the LLM's Hugging Face `config.json`, or its contents.
+    llm_config: the LLM's Hugging Face `config.json`, or its contents. resolution: the size of pictures that are drawn.
     """
 
     vae: object
     tokenizer: object
     llm_config: Mapping[str, Any] | str | Path | None
+    resolution: Resolution | None
 
 
 class ProgressReporter:

@@ -30,6 +30,8 @@ def checkpoint(
     Raises `ConfigurationError` if there is none by that name, or if its weights are not those of the bundle.
     """
     name = model_of(manifest) if model is None else model
+    if manifest.generation is not None:
+        parts.setdefault("resolution", manifest.generation.picture_size)
     try:
         source = CapturedModel.load(name, manifest.tasks, tell, **parts)
     except CheckpointError as error:

@@ -61,7 +61,12 @@ def decide(
     """
     loaded = source.loaded
     own = loaded.network.config
-    recipe = recipe.resolved(points=own.steps, guidance_scale=own.guidance_scale, time_shift=own.time_shift)
+    recipe = recipe.resolved(
+        points=own.steps,
+        guidance_scale=own.guidance_scale,
+        time_shift=own.time_shift,
+        accelerated_guidance_scale=own.accelerated_guidance_scale,
+    )
     undecided = [task for task in tasks if recipe.needs_calibration(task)]
     if not undecided:
         return recipe, {}

@@ -19,7 +19,7 @@ class EagerSubject:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings["threads"])
-        parts = {name: settings[name] for name in ("vae", "tokenizer")}
+        parts = {name: settings.get(name) for name in ("vae", "tokenizer", "resolution")}
         self._pipe = EagerPipeline(load_model(settings["model"], **parts))
         self._steps, self._tokens = settings["steps"], settings["tokens"]
 
@@ -40,7 +40,7 @@ class EagerSubject:
     @torch.inference_mode()
     def _answer(self) -> None:
         network, codec = self._pipe.network, self._pipe.codec
-        side = network.config.latent_shape[1] * self._pipe.vae.spatial_factor
+        side = network.config.understanding_side * self._pipe.vae.spatial_factor
         reference = UnderstandingReference(network, self._pipe.latents(picture(side)))
         prefix, suffix = (
             torch.tensor([ids]) for ids in (codec.question_prefix(), codec.question_suffix(QUESTION))

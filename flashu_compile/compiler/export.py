@@ -118,6 +118,8 @@ def export(
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
+        resolution: the size of the pictures that t2i draws, in pixels: 512, "768x512" or (768, 512), width first; the
+            model's own if not given. Pictures that are asked about keep the size that the model was trained with.
         overwrite: replace an existing bundle at `output`.
         cache: the directory where finished engines are kept for later builds, which make only those whose inputs have
             changed. True is the user's own: $FLASHU_CACHE ("off" for none), or where the system has such; False none.
@@ -247,7 +249,7 @@ def calibrate(
     The result can be saved, edited and compared; given to `export`, it needs no further calibration.
 
     Args:
-        model, vae, tokenizer, llm_config: as for `export`.
+        model, vae, tokenizer, llm_config, resolution: as for `export`.
         task: the tasks to decide for.
         recipe: what is to be decided; a decision that is already there stays.
         calibration: a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with "prompts" and
@@ -288,7 +290,7 @@ def _captured(
         return CapturedModel.load(model, tasks, tell, **parts)
     if any(part is not None for part in parts.values()):
         raise ConfigurationError(
-            "A captured model has its VAE, tokenizer and configuration; leave these out."
+            "A captured model has its VAE, tokenizer, configuration and resolution; leave these out."
         )
     model.of(tasks)
     return model
@@ -306,7 +308,7 @@ def capture_model(
     """Load and trace `model` for a task or several, to build more than one bundle from.
 
     Args:
-        model, vae, tokenizer, llm_config: as for `export`.
+        model, vae, tokenizer, llm_config, resolution: as for `export`.
         task: "t2i", "mmu", or a list of them.
         progress: called with (what is being done, fraction done in [0, 1]).
 

@@ -36,19 +36,20 @@ def bundle_metadata(
 def generation(loaded: LoadedModel) -> GenerationSettings:
     """Return the model's settings that the t2i pipeline needs."""
     config = loaded.network.config
+    _, height, width = config.latent_shape
     return GenerationSettings(
         latent_shape=config.latent_shape,
         sequence_length=config.sequence_length,
         span_length=config.span_length,
         max_prompt_tokens=config.max_prompt_tokens,
-        picture_size=_picture_size(loaded),
+        picture_size=(width * _factor(loaded), height * _factor(loaded)),
     )
 
 
 def understanding(loaded: LoadedModel) -> UnderstandingSettings:
     """Return the model's settings that the mmu pipeline needs."""
     return UnderstandingSettings(
-        picture_size=_picture_size(loaded),
+        picture_size=loaded.network.config.understanding_side * _factor(loaded),
         max_question_tokens=loaded.network.config.sequence_length,
         max_new_tokens=_MAX_NEW_TOKENS,
     )
@@ -59,7 +60,7 @@ def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]
     made = generation(loaded) if T2I.name in tasks else None
     asked = understanding(loaded) if MMU.name in tasks else None
     # A picture's rows are its tokens, the time token before and the end token behind.
-    return known_ranges(made, asked, loaded.network.config.image_tokens + 2)
+    return known_ranges(made, asked, loaded.network.config.position_grid**2 + 2)
 
 
 def _versions() -> dict[str, str]:
@@ -79,6 +80,6 @@ def checkpoint_bytes(loaded: LoadedModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _picture_size(loaded: LoadedModel) -> int:
+def _factor(loaded: LoadedModel) -> int:
     assert loaded.vae is not None
-    return loaded.network.config.latent_shape[1] * loaded.vae.spatial_factor
+    return loaded.vae.spatial_factor

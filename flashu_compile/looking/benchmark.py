@@ -141,7 +141,7 @@ def _other(
     against: str | os.PathLike[str] | None,
     given: Mapping[str, str | None],
     tell: Progress,
-) -> Iterator[tuple[Path | dict[str, str | None] | None, str]]:
+) -> Iterator[tuple[Path | dict[str, Any] | None, str]]:
     """Provide the other side, a bundle or what the eager model is loaded by, and what to call it."""
     if against is None:
         if any(given.values()):
@@ -154,7 +154,8 @@ def _other(
         parts: Any = {name: given[name] for name in ("vae", "tokenizer")}
         checkpoint(manifest, given["model"], ProgressReporter(tell), **parts)
         name = given["model"] or model_of(manifest)
-        yield {**given, "model": name}, f"{EAGER} {name}"
+        size = None if manifest.generation is None else manifest.generation.picture_size
+        yield {**given, "model": name, "resolution": size}, f"{EAGER} {name}"
     else:
         with other_bundle(path, against, tell=tell, **given) as other:
             yield other, str(against)

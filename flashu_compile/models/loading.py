@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from flashu_compile.arguments import shown
+from flashu_compile.arguments import Resolution, shown
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError, UnsupportedModelError
 from flashu_compile.models import hub, saved_vae, weights
-from flashu_compile.models.origins import CARD, IN_MEMORY, origin, vae_files, vae_origin
+from flashu_compile.models.origins import CARD, IN_MEMORY, fetched_vae, origin, vae_files, vae_origin
+from flashu_compile.models.resolution import at_resolution, warn_of_size
 from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
@@ -68,11 +69,19 @@ class LoadedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """The directory of a model. `snapshot` is that of the hub, if it is from there."""
+    """The directory of a model. `snapshot` is that of the hub, if it is from there; `file` the one with its weights.
+
+    `file` is None if the directory decides that.
+    """
 
     directory: Path
     name: str
     snapshot: hub.Snapshot | None = None
+    file: Path | None = None
+
+    def weight_files(self) -> list[Path]:
+        """Return the files of weights in the published layout."""
+        return weights.weight_files(self.directory) if self.file is None else [self.file]
 
 
 def load_model(
@@ -81,6 +90,7 @@ def load_model(
     vae: Any = None,
     tokenizer: Any = None,
     llm_config: Mapping[str, Any] | str | Path | None = None,
+    resolution: Resolution | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> LoadedModel:
     """Find, read and check a Show-o2 model. No code from a checkpoint is ever run.
@@ -88,16 +98,18 @@ def load_model(
     Args:
         model: A `Showo2`; any module whose state dict has Show-o2's names, such as an instance of the
             authors' class; the name of a bundled model ("showo2-shapes"); a directory in this project's
-            layout or in that of the published checkpoints; or a hub id, "organisation/name" or
-            "organisation/name@revision". Objects are not changed: the result shares their tensors where the dtype
-            agrees.
-        vae: A `LatentCodec`, a diffusers `AutoencoderKLWan`, or the path of a Wan VAE (diffusers folder, or
-            `Wan2.1_VAE.pth`). Default: the one the checkpoint holds.
+            layout or in that of the published checkpoints, or the file of weights in it; or a hub id,
+            "organisation/name" or "organisation/name@revision". Objects are not changed: the result shares their
+            tensors where the dtype agrees.
+        vae: A `LatentCodec`, a diffusers `AutoencoderKLWan`, the path of a Wan VAE (diffusers folder, or
+            `Wan2.1_VAE.pth`), or the hub id of a repository that has one. Default: the one the checkpoint holds.
         tokenizer: A `tokenizers.Tokenizer`, a fast tokenizer of transformers, or the path or hub id of one.
             Needed with objects. Default: the checkpoint's, or that of its `llm_model_path` with the tokens
             Show-o2 adds.
         llm_config: The language model's Hugging Face configuration, or the path of it, for published
             checkpoints and foreign objects of sizes that Qwen2.5 was never published in.
+        resolution: The size of the pictures that it draws, in pixels: 512, "768x512" or (768, 512), width first.
+            Default: what the checkpoint says. Pictures that it is asked about keep the size it was trained with.
         dtype: What the weights are converted to; None keeps them as stored.
 
     Raises:
@@ -115,19 +127,27 @@ def load_model(
         loaded = _from_module(model, tokenizer, llm_config, dtype)
     else:
         place = _locate(model)
-        settings = weights.read_config(place.directory / _CONFIG)
+        described = place.directory / _CONFIG
+        # A file of weights alone says all that the tokenizer's does not.
+        settings = weights.read_config(described) if described.exists() or place.file is None else {}
         if settings.get("format") == FORMAT:
             _refuse_llm_config(llm_config, f"{place.directory}, which has a complete configuration")
             loaded = _from_own_layout(place, settings, tokenizer, dtype, read_vae=vae is None)
         elif "format" in settings:
             raise CheckpointError(f"{place.directory} has the unknown format {shown(settings['format'])}.")
         else:
-            loaded = _from_published(place, settings, tokenizer, llm_config, dtype)
+            loaded = _from_published(
+                place, settings, tokenizer, llm_config, dtype, sized=resolution is not None
+            )
     if vae is not None:
+        vae, snapshot = fetched_vae(vae)
         files = vae_files(vae)
-        codec, origins = _resolve_vae(vae, dtype), {**loaded.origins, "vae": vae_origin(vae, files)}
+        codec, origins = _resolve_vae(vae, dtype), {**loaded.origins, "vae": vae_origin(vae, files, snapshot)}
         loaded = dataclasses.replace(loaded, vae=codec, origins=origins, sources=(*loaded.sources, *files))
     _check(loaded)
+    if resolution is not None:
+        network = at_resolution(loaded.name, loaded.network, loaded.vae, resolution)
+        loaded = dataclasses.replace(loaded, network=network)
     loaded.check_unchanged()
     return loaded
 
@@ -175,8 +195,13 @@ def _locate(model: str | Path) -> _Place:
         ) from error
     if path.is_dir():
         return _Place(path, path.resolve().name)
+    if path.suffix in weights.SUFFIXES and path.is_file():
+        return _Place(path.parent, path.parent.resolve().name, file=path)
     if path.exists():
-        raise CheckpointError(f"{path} is a file; pass the directory that holds the model's config.json.")
+        raise CheckpointError(
+            f"{path} is a file, and not one of weights ({', '.join(weights.SUFFIXES)}); pass the directory that holds "
+            "the model's config.json."
+        )
     if isinstance(model, str) and hub.is_hub_id(text):
         snapshot = _fetch(text)
         return _Place(snapshot.directory, snapshot.repository.split("/")[1], snapshot)
@@ -247,8 +272,9 @@ def _from_own_layout(
         raise CheckpointError(f"{directory / _CONFIG} describes no model: {error}") from error
     found = vocabulary.resolve(directory if tokenizer is None else tokenizer)
     vocabulary.check_usable(found)
-    files = weights.hashed([directory / _WEIGHTS, directory / _CONFIG])
-    state = weights.read_weight_file(directory / _WEIGHTS, dtype)
+    paths = [place.file or directory / _WEIGHTS]
+    files = weights.hashed([*paths, directory / _CONFIG])
+    state = weights.read_weight_files(paths, dtype)
     vae, of_vae = saved_vae.read(directory / _CONFIG, settings.get("vae"), dtype) if read_vae else (None, ())
     origins = {"model": origin(files, directory, settings, place.snapshot)}
     if of_vae:
@@ -263,8 +289,10 @@ def _from_published(
     tokenizer: Any,
     llm_config: Mapping[str, Any] | str | Path | None,
     dtype: torch.dtype | None,
+    *,
+    sized: bool,
 ) -> LoadedModel:
-    """Load a model in the layout of the published checkpoints.
+    """Load a model in the layout of the published checkpoints; `sized`: the resolution is given.
 
     Tokenizer and LLM settings are those of `llm_model_path`.
     """
@@ -274,8 +302,8 @@ def _from_published(
     found = vocabulary.resolve(tokenizer) if tokenizer is not None else _llm_tokenizer(directory, source)
     found = vocabulary.extend(found)
     vocabulary.check_usable(found)
-    paths = weights.weight_files(directory)
-    files = weights.hashed([*paths, directory / _CONFIG])
+    paths = place.weight_files()
+    files = weights.hashed([*paths, *([directory / _CONFIG] if settings else [])])
     state = weights.read_weight_files(paths, dtype)
     if missing := checkpoint.missing_signature(state):
         raise CheckpointError(f"{directory} holds no Show-o2 model: its weights have no {missing[0]}.")
@@ -285,6 +313,8 @@ def _from_published(
         llm = _llm_config_of(source, needed=not checkpoint.knows_llm(state))
     config = checkpoint.infer_config(state, checkpoint.Declared(settings, llm))
     network = checkpoint.build(config, state)
+    if not sized:
+        warn_of_size(place.name, settings, config)
     origins = {"model": origin(files, directory, settings, place.snapshot)}
     return LoadedModel(place.name, network, None, found, _calibration(directory), origins, files)
 

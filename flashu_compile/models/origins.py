@@ -9,11 +9,13 @@ from typing import Any
 
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
-from flashu_compile.models import weights
+from flashu_compile.errors import CheckpointError
+from flashu_compile.models import hub, weights
 from flashu_compile.models.hub import Snapshot
 from flashu_compile.system.paths import absolute
 
 CARD, CONFIG = "README.md", "config.json"
+_ORIGINAL_VAE = "Wan2.1_VAE.pth"
 IN_MEMORY = Origin(None)
 
 _LONGEST_CARD = 1 << 20  # bytes
@@ -39,6 +41,31 @@ def origin(
     )
 
 
+def fetched_vae(vae: Any) -> tuple[Any, Snapshot | None]:
+    """Return the path of a VAE that is given by its hub id, with its snapshot; another VAE as it is.
+
+    A repository holds it in the folder `vae`, as `Wan2.1_VAE.pth`, or by itself; of nothing else is anything fetched.
+    Raises `CheckpointError` if it holds none, or the hub cannot be used.
+    """
+    if not isinstance(vae, str) or absolute(vae).exists() or not hub.is_hub_id(vae):
+        return vae, None
+    instead = "pass the path of its VAE"
+    snapshot = hub.fetch(vae, [CARD, "vae/*", _ORIGINAL_VAE], instead=instead)
+    for path in (snapshot.directory / "vae", snapshot.directory / _ORIGINAL_VAE):
+        if path.exists():
+            return path, snapshot
+    snapshot = hub.fetch(snapshot.pinned, [CARD, CONFIG], instead=instead)
+    described = snapshot.directory / CONFIG
+    if described.is_file() and weights.read_config(described).get("_class_name") == "AutoencoderKLWan":
+        patterns = [CARD, CONFIG, *weights.weight_patterns(".safetensors")]
+        snapshot = hub.fetch(snapshot.pinned, patterns, instead=instead)
+        return snapshot.directory, snapshot
+    raise CheckpointError(
+        f"{vae!r} on the Hugging Face hub holds no VAE: no folder vae, no {_ORIGINAL_VAE}, and it is no "
+        "AutoencoderKLWan."
+    )
+
+
 def vae_files(vae: Any) -> tuple[HashedFile, ...]:
     """Hash the files of a VAE that is given by its path; one in memory has none."""
     if not isinstance(vae, (str, Path)):
@@ -47,14 +74,14 @@ def vae_files(vae: Any) -> tuple[HashedFile, ...]:
     return weights.hashed(weights.weight_files(path) if path.is_dir() else [path])
 
 
-def vae_origin(vae: Any, files: Sequence[HashedFile]) -> Origin:
+def vae_origin(vae: Any, files: Sequence[HashedFile], snapshot: Snapshot | None = None) -> Origin:
     """Describe the origin of a VAE that is given by its path or in memory, with these files."""
     if not isinstance(vae, (str, Path)):
         return IN_MEMORY
     path = absolute(vae)
-    if path.is_dir():
-        return origin(files, path, weights.read_config(path / CONFIG))
-    return origin(files, path.parent, {})
+    folder = path if path.is_dir() else path.parent
+    settings = weights.read_config(path / CONFIG) if path.is_dir() else {}
+    return origin(files, folder if snapshot is None else snapshot.directory, settings, snapshot)
 
 
 def _license(card: Mapping[str, Any]) -> str | None:

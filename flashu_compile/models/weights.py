@@ -32,7 +32,9 @@ _SINGLE_FILES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_SUFFIXES = (".safetensors", ".bin")
+SUFFIXES = (".safetensors", ".bin")
+_NESTED = "state_dict"
+_WRAPPED = "module."  # what data-parallel training puts before every name
 
 
 def weight_patterns(suffix: str) -> list[str]:
@@ -49,11 +51,8 @@ def find_weights(directory: Path, suffix: str) -> list[Path]:
     for name in _SINGLE_FILES:
         if name.endswith(suffix) and (directory / name).is_file():
             return [directory / name]
-    indices = sorted(directory.glob(f"*{suffix}.index.json"))
-    if len(indices) > 1:
-        names = ", ".join(path.name for path in indices)
-        raise CheckpointError(f"{directory} has several weight indices ({names}); keep the right one.")
-    return _shards(indices[0]) if indices else []
+    placed = _placed(directory, suffix)
+    return [absolute(directory / name) for name in sorted(set(placed.values()))]
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -62,11 +61,11 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none, or `find_weights` raises it.
     """
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         if found := find_weights(directory, suffix):
             return found
     names = ", ".join(_SINGLE_FILES)
-    indices = " or ".join(f"*{suffix}.index.json" for suffix in _SUFFIXES)
+    indices = " or ".join(f"*{suffix}.index.json" for suffix in SUFFIXES)
     raise CheckpointError(
         f"{directory} holds no weights: expected one of {names}, or shards with an index ({indices})."
     )
@@ -99,13 +98,27 @@ def read_weights(directory: Path, dtype: torch.dtype | None = None) -> StateDict
 
 
 def read_weight_files(files: Sequence[Path], dtype: torch.dtype | None = None) -> StateDict:
-    """Read all tensors of a checkpoint in one file or several shards. Raises as `read_weights` does."""
+    """Read all tensors of a checkpoint in one file or several shards. Raises as `read_weights` does.
+
+    Of shards, the index says which one a tensor is taken from. Names lose the prefix `module.` where all have it.
+    """
+    placed = _placed(files[0].parent, files[0].suffix) if len(files) > 1 else {}
     state: StateDict = {}
     for path in files:
         part = read_weight_file(path, dtype)
+        for name in [name for name in part if placed.get(name, path.name) != path.name]:
+            del part[name]
+        if lacking := sorted(
+            name for name, shard in placed.items() if shard == path.name and name not in part
+        ):
+            raise CheckpointError(f"{path} lacks {lacking[0]}, which its index places there; it is damaged.")
         if twice := sorted(state.keys() & part.keys()):
-            raise CheckpointError(f"{path.parent} stores {twice[0]} in two shards; it is damaged.")
+            raise CheckpointError(
+                f"{path.parent} stores {twice[0]} in two shards, and its index names neither; it is damaged."
+            )
         state |= part
+    if state and all(name.startswith(_WRAPPED) for name in state):
+        return {name.removeprefix(_WRAPPED): value for name, value in state.items()}
     return state
 
 
@@ -154,16 +167,23 @@ class _Index:
     weight_map: dict[str, str]
 
 
-def _shards(index: Path) -> list[Path]:
+def _placed(directory: Path, suffix: str) -> dict[str, str]:
+    """Read which shard each tensor is in from the index of a format, by their names; empty if there is no index."""
+    indices = sorted(directory.glob(f"*{suffix}.index.json"))
+    if len(indices) > 1:
+        names = ", ".join(path.name for path in indices)
+        raise CheckpointError(f"{directory} has several weight indices ({names}); keep the right one.")
+    if not indices:
+        return {}
+    (index,) = indices
     placed = reading.read_json(index, _Index, CheckpointError, foreign=True).weight_map
     if not placed:
         raise CheckpointError(f"{index} has an empty weight_map; it is not an index of weight shards.")
-    names = sorted(set(placed.values()))
-    for name in names:
+    for name in set(placed.values()):
         # An index is input like any other: its entries must not lead out of the directory.
         if Path(name).name != name or name in {".", ".."}:
             raise CheckpointError(f"{index} names the shard {name!r}, which is not a file beside it.")
-    return [absolute(index.parent / name) for name in names]
+    return placed
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
@@ -188,6 +208,8 @@ def _read_pickle(path: Path, dtype: torch.dtype | None) -> StateDict:
         ) from error
     except Exception as error:  # of whatever its unpickler stumbles over
         raise CheckpointError(f"{path} cannot be read as PyTorch weights: {error}") from error
+    if isinstance(state, dict) and isinstance(state.get(_NESTED), dict):  # beside what resumes a training
+        state = state[_NESTED]
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):

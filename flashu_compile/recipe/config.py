@@ -39,7 +39,8 @@ class T2IConfig:
 
     Attributes:
         points: time points of the trajectory, one more than network evaluations; None takes the model's own.
-        guidance_scale: the guidance scale s0 that factors in `guidance` refer to; None takes the model's own.
+        guidance_scale: the guidance scale s0 that factors in `guidance` refer to; None takes the model's own (see
+            `as_published`).
         time_shift: the warp of the time grid; None takes the model's own.
         guidance: the schedule s(t) as (share of the trajectory from which on, factor on s0). A factor of None
             switches guidance off: the scale is 1, and only the branch with the prompt runs.
@@ -57,7 +58,8 @@ class T2IConfig:
             (T_cache); 1 is off.
         head_extrapolation: continue the line through the last two stored features, instead of reusing the last.
         as_published: let pruned evaluations store features, and the last evaluation be pruned or reuse some, as in the
-            published code. Pictures are speckled by it; otherwise the whole network runs on both.
+            published code. Pictures are speckled by it; otherwise the whole network runs on both. A guidance scale that
+            is left open is, where guidance is adapted, that of published accelerated runs, if the model has one.
 
     Raises `ConfigurationError` on a value of the wrong type or out of range.
     """

@@ -17,7 +17,8 @@ _FLASHU = Recipe(
     "flashu",
     T2IConfig(
         points=35,  # paper and code: 35 time points instead of 50, so 34 evaluations
-        guidance=((0.0, 0.75), (24 / 34, 1.0)),  # code: 0.75 s0 on the first 24 evaluations, then s0
+        # code: 0.75 s0 on the first 24 evaluations, then s0; of Show-o2 7.5, then 10 (docs/checkpoints.md)
+        guidance=((0.0, 0.75), (24 / 34, 1.0)),
         ffn_pruning=0.2,  # paper and code: r_p = 0.2, of the LLM alone
         full_ffn=10 / 34,  # code: tau = 11 of 35 points makes the last 10 evaluations full
         full_ffn_at="last",  # code; the paper says the first 0.2 to 0.3 of the trajectory

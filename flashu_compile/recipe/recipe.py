@@ -97,8 +97,22 @@ class Recipe:
         decided = self.decided(task)
         return bool(decided.undecided(self.config(task))) or not decided.complete
 
-    def resolved(self, *, points: int, guidance_scale: float, time_shift: float) -> Recipe:
-        """Return this recipe with the model's own sampler settings where it leaves them open."""
+    def resolved(
+        self,
+        *,
+        points: int,
+        guidance_scale: float,
+        time_shift: float,
+        accelerated_guidance_scale: float | None = None,
+    ) -> Recipe:
+        """Return this recipe with the model's own sampler settings where it leaves them open.
+
+        `accelerated_guidance_scale` is the s0 of published accelerated runs, for a guidance that is adapted and
+        `as_published`; None if the model has none of its own.
+        """
+        adapted = self.t2i.as_published and any(factor not in (1, None) for _, factor in self.t2i.guidance)
+        if adapted and accelerated_guidance_scale is not None:
+            guidance_scale = accelerated_guidance_scale
         own = {"points": points, "guidance_scale": guidance_scale, "time_shift": time_shift}
         given: dict[str, Any] = {
             name: value for name, value in own.items() if getattr(self.t2i, name) is None

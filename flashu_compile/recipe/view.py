@@ -30,7 +30,7 @@ def recipe_rows(recipe: Recipe, plan: StepPlan | None = None) -> list[tuple[str,
     return [
         ("time points", _own(t2i.points), _NOT_THERE),
         ("guidance scale s0", _own(t2i.guidance_scale), _NOT_THERE),
-        ("guidance", _guidance(t2i.guidance), _NOT_THERE),
+        ("guidance", _guidance(t2i.guidance, t2i.guidance_scale), _NOT_THERE),
         ("time shift", _own(t2i.time_shift), _NOT_THERE),
         ("solver", t2i.solver, _NOT_THERE),
         ("FFN pruning", _pruning(t2i, decided[T2I.name]), _pruning(mmu, decided[MMU.name])),
@@ -88,10 +88,13 @@ def _value(value: object) -> str:
     return "the model's own" if value is None else str(value)
 
 
-def _guidance(guidance: Guidance) -> str:
+def _guidance(guidance: Guidance, scale: float | None) -> str:
+    """Return the schedule in absolute scales, or in those of s0 where that is the model's own."""
     texts = []
     for start, factor in guidance:
         what = "off" if factor is None else "s0" if factor == 1 else f"{factor:g} s0"
+        if factor is not None and scale is not None:
+            what = f"{factor * scale:g}"
         texts.append(what if start == 0 else f"{what} from {start:.0%}")
     return ", ".join(texts)
 

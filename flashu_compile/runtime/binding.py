@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.bundle.signatures import state_of, updated
+from flashu_compile.system.onnxruntime_library import ort
 
 # Buffers and a graph stay for each set of shapes; decoding, whose caches grow by blocks, must not pile them up.
 MAX_SHAPES = 16

@@ -1,4 +1,7 @@
-"""Which backends work on this machine, found out by using them, and what the others lack."""
+"""Which backends work on this machine, found out by using them, and what the others lack.
+
+Those in PyTorch are tried only when asked for: importing it takes seconds, and compiling a function with it more.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,52 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 
-import onnxruntime as ort
-
 from flashu_compile.errors import MissingDependencyError
+from flashu_compile.extras import installed_runtimes, onnxruntime_trouble
 from flashu_compile.runtime.backends import backend_names, find_run_backend
 from flashu_compile.runtime.findings import Finding
 
-# Distributions that give the module onnxruntime; two of them in one environment overwrite each other's files.
-_ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+#: What runs the engines of those backends that take seconds to try, and the extras that bring it.
+_SLOW = {
+    "torch": ("torch", "compile"),
+    "aot_inductor": ("torch", "compile"),
+    "aot_inductor_cuda": ("torch", "compile"),
+    "torch_tensorrt": ("torch_tensorrt", "compile,tensorrt"),
+}
 
 
-def examine() -> list[Finding]:
-    """Examine every backend. Takes seconds, and longer where TensorRT works or C++ is compiled. Raises nothing."""
-    return [*_backends(), *_onnxruntime(), *_libraries()]
+def examine(*, deep: bool = False) -> list[Finding]:
+    """Examine every backend, those in PyTorch only if `deep`, which takes half a minute. Raises nothing."""
+    return [*_backends(deep=deep), *_onnxruntime(), *_libraries()]
 
 
-def _backends() -> Iterator[Finding]:
+def _backends(*, deep: bool) -> Iterator[Finding]:
     for name in backend_names():
+        purpose = f"bundles built with backend={name!r}"
+        if name in _SLOW and not deep:
+            yield _untried(name, purpose)
+            continue
         try:
             yield from find_run_backend(name).examine()
         except MissingDependencyError as error:
-            yield Finding(name, "missing", str(error), f"bundles built with backend={name!r}")
+            yield Finding(name, "missing", str(error), purpose)
+
+
+def _untried(name: str, purpose: str) -> Finding:
+    library, extras = _SLOW[name]
+    version = _installed(library, library)
+    if version is None:
+        detail = f'{library} is not installed: pip install "flashu-compile[{extras}]"'
+        return Finding(f"{name} engines", "missing", detail, purpose)
+    detail = f"{library} {version} is installed; `flashu-compile doctor --deep` tries it"
+    return Finding(f"{name} engines", "found", detail, purpose)
 
 
 def _onnxruntime() -> Iterator[Finding]:
-    installed = [f"{name} {_version(name)}" for name in _ONNXRUNTIMES if _version(name)]
-    detail = f"{', '.join(installed) or ort.__version__} on {platform.platform()}"
-    if len(installed) > 1:
-        detail += "; these overwrite each other: uninstall all and install one"
+    installed = ", ".join(f"{name} {version}" for name, version in installed_runtimes().items())
+    if not installed:
+        return
+    detail = onnxruntime_trouble() or f"{installed} on {platform.platform()}"
     yield Finding("onnxruntime package", "found", detail, "running bundles")
 
 

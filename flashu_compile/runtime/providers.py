@@ -13,11 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import onnxruntime as ort
-
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec, Manifest
 from flashu_compile.bundle.profiles import Profile, shapes_text
 from flashu_compile.errors import BackendUnavailableError, ConfigurationError
+from flashu_compile.system.onnxruntime_library import ort
 from flashu_compile.system.paths import absolute, cache_folder
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"

@@ -13,7 +13,8 @@ import functools
 import logging
 
 import numpy as np
-import onnxruntime as ort
+
+from flashu_compile.system.onnxruntime_library import ort
 
 _log = logging.getLogger(__name__)
 

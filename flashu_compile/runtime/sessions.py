@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
@@ -49,6 +47,7 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
+from flashu_compile.system.onnxruntime_library import native, ort
 from flashu_compile.system.threads import default_threads
 
 # A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
@@ -93,7 +92,7 @@ _ORT_DTYPES = {
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
-    *(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    *(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)),
 )
 
 _NOT_CAPTURED = "cannot use the graph capture feature"

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import onnxruntime as ort
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.runtime.onnx_file import ELEMENT_BYTES, ExternalWeight
+from flashu_compile.system.onnxruntime_library import ort
 
 Memory = Literal["fast", "low"]
 

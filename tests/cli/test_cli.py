@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import flashu_compile
 from flashu_compile import cli
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.errors import CheckpointError
 from flashu_compile.recipe.presets import preset
@@ -197,9 +198,17 @@ class TestGenerate:
 class TestAsk:
     def test_answers(self, bundle: Path, photo: Path) -> None:
         assert run("ask", bundle, photo, "is it?").stdout == "light\n"
-        assert (
-            run("ask", bundle, photo, "is it?", "none", "how?", "--max-new-tokens", 2).stdout == "li\n\nli\n"
-        )
+        several = run("ask", bundle, photo, "is it?", "none", "how?", "--max-new-tokens", 2)
+        assert several.stdout == "> is it?\nli\n\n> none\n\n\n> how?\nli\n"
+
+    def test_an_answer_keeps_its_lines(
+        self, bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = "two:\n\n  1. \x1b[2Ja\n"
+        monkeypatch.setattr(PromptCodec, "decode", lambda *_: said)
+        assert run("ask", bundle, photo, "which?").stdout == "two:\n\n  1. \\x1b[2Ja\n\n"
+        (row,) = json.loads(run("ask", bundle, photo, "which?", "--json").stdout)
+        assert row["answer"] == said
 
     def test_json(self, bundle: Path, photo: Path) -> None:
         result = run("ask", bundle, photo, "is it?", "none", "--json")
@@ -316,7 +325,7 @@ class TestDoctor:
 
     def test_exit_code_where_nothing_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = doctor.Finding("onnxruntime: cpu", "missing", "no", "all")
-        monkeypatch.setattr(doctor, "examine", lambda: [broken])
+        monkeypatch.setattr(doctor, "examine", lambda *, deep: [broken])
         assert run("doctor", "--json").exit_code == 1
 
 
@@ -387,6 +396,8 @@ class TestBuild:
                 "precision": "float32",
                 "vae": "v",
                 "tokenizer": None,
+                "llm_config": None,
+                "resolution": None,
                 "overwrite": True,
                 "cache": True,
                 "proof": "copy",

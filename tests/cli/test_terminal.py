@@ -35,7 +35,7 @@ from tests.runtime.tiny_bundle import RECIPE, accept_changes, write_bundle
 # A colour, a window title, a C1 control sequence, an override of direction, a line break, Rich's markup and an emoji.
 HOSTILE = "X\x1b[31m\x1b]0;t\x07\x9b2J\u202e\n\x7f[bold red]Y[/]:boom:"
 SHOWN = r"X\x1b[31m\x1b]0;t\x07\x9b2J\u202e\n\x7f[bold red]Y[/]:boom:"
-ON_ONE_LINE = SHOWN.replace(r"\n", " ")
+WITH_ITS_LINES = SHOWN.replace(r"\n", "\n")
 """What errors and answers are shown as, whose white space is a space."""
 
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -137,7 +137,7 @@ class TestCommands:
     def test_answers(self, hostile: Path, photo: Path) -> None:
         result = run("ask", hostile, photo, "is it?")
         assert result.exit_code == 0
-        check(result.output, shown=ON_ONE_LINE)
+        check(result.output, shown=WITH_ITS_LINES)
 
     def test_recipes(self, hostile: Path) -> None:
         check(run("recipe", "show", hostile).output)
@@ -170,7 +170,7 @@ class TestCommands:
         check(result.output, shown="[bold red]Y[/]:boom:")
 
     def test_what_works_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor, "examine", lambda: [Finding(HOSTILE, "works", HOSTILE, HOSTILE)])
+        monkeypatch.setattr(doctor, "examine", lambda *, deep: [Finding(HOSTILE, "works", HOSTILE, HOSTILE)])
         check(run("doctor").output)
 
     @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def _config(*, tied: bool = True, **changes: Any) -> Showo2Config:
         latent_grid=3,
         position_grid=3,
         sequence_length=384,
+        accelerated_guidance_scale=10.0,
     )
     return dataclasses.replace(config, **changes)
 
@@ -238,6 +239,81 @@ class TestPublishedLayout:
         # Equal numbers prove that what no checkpoint stores, the rotary frequencies, is right too.
         assert torch.equal(_velocity(loaded.network), _velocity(original))
 
+    @pytest.mark.parametrize("layout", ["one bin", "one safetensors"])
+    def test_a_file_of_weights_stands_for_its_directory(
+        self, tmp_path: Path, llm: Path, network: Showo2, layout: str
+    ) -> None:
+        folder = _publish(tmp_path / "show-o2-tiny", network, llm, LAYOUTS[layout])
+        (file,) = weights.weight_files(folder)
+        other = file.rename(folder / f"ema{file.suffix}")
+        loaded = load_model(str(other))
+        assert loaded.name == "show-o2-tiny"
+        assert _same_weights(loaded.network, network)
+        assert list(loaded.origins["model"].files or {}) == [other.name]
+        (folder / "config.json").unlink()
+        with pytest.raises(CheckpointError, match="pass tokenizer"):
+            load_model(other)
+        assert _same_weights(load_model(other, tokenizer=llm, llm_config=llm).network, network)
+
+    @pytest.mark.parametrize("layout", ["one bin", "bin shards, diffusers index", "safetensors shards"])
+    def test_names_of_data_parallel_training(
+        self, tmp_path: Path, llm: Path, network: Showo2, layout: str
+    ) -> None:
+        def write(folder: Path, state: dict[str, Tensor]) -> None:
+            LAYOUTS[layout](folder, {f"module.{name}": value for name, value in state.items()})
+
+        assert _same_weights(load_model(_publish(tmp_path / "m", network, llm, write)).network, network)
+
+    def test_a_checkpoint_of_training(self, tmp_path: Path, llm: Path, network: Showo2) -> None:
+        def write(folder: Path, state: dict[str, Tensor]) -> None:
+            torch.save({"state_dict": state, "epoch": 3, "lr": [1e-4]}, folder / "pytorch_model.bin")
+
+        assert _same_weights(load_model(_publish(tmp_path / "m", network, llm, write)).network, network)
+
+    def test_buffers_are_ignored_with_a_warning(
+        self, tmp_path: Path, llm: Path, network: Showo2, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def writer(**more: Tensor) -> Writer:
+            return lambda folder, state: _bin(
+                folder, state | {name.replace("/", "."): value for name, value in more.items()}
+            )
+
+        buffers = {
+            "showo/model/layers/0/self_attn/rotary_emb/inv_freq": torch.ones(4),
+            "image_position_ids": torch.arange(9)[None],
+        }
+        loaded = load_model(_publish(tmp_path / "m", network, llm, writer(**buffers)))
+        assert _same_weights(loaded.network, network)
+        (record,) = caplog.records
+        assert "rotary_emb.inv_freq, image_position_ids" in record.message
+        other = _publish(tmp_path / "n", network, llm, writer(**buffers, extra_position_ids=torch.ones(1)))
+        with pytest.raises(CheckpointError, match="unexpected extra_position_ids"):
+            load_model(other)
+
+    @pytest.mark.parametrize("layout", ["bin shards, diffusers index", "safetensors shards"])
+    def test_the_index_says_which_of_two_tensors_counts(
+        self, tmp_path: Path, llm: Path, network: Showo2, layout: str
+    ) -> None:
+        folder = _publish(tmp_path / "m", network, llm, LAYOUTS[layout])
+        shards = weights.weight_files(folder)
+        stored = [weights.read_weight_file(path) for path in shards]
+        save = save_file if shards[0].suffix == ".safetensors" else torch.save
+        name = next(iter(stored[2]))
+        save({key: value.clone() for key, value in stored[0].items()} | {name: torch.zeros(2)}, shards[0])
+        assert _same_weights(load_model(folder).network, network)
+        (index,) = folder.glob("*.index.json")
+        placed = json.loads(index.read_text())
+        placed["weight_map"][name] = shards[1].name
+        index.write_text(json.dumps(placed))
+        with pytest.raises(CheckpointError, match=f"00002-of-00003.* lacks {name}, which its index places"):
+            load_model(folder)
+        del placed["weight_map"][name]
+        index.write_text(json.dumps(placed))
+        with pytest.raises(
+            CheckpointError, match=f"stores {name} in two shards, and its index names neither"
+        ):
+            load_model(folder)
+
     def test_tokenizer_is_the_llms_with_four_tokens_more(
         self, tmp_path: Path, llm: Path, network: Showo2
     ) -> None:
@@ -302,8 +378,44 @@ class TestPublishedLayout:
         grid = {"image_latent_height": 5, "image_latent_width": 5}
         config = load_model(_publish(tmp_path / "m", network, llm, **grid)).network.config
         assert (config.latent_grid, config.position_grid, config.image_tokens) == (5, 3, 25)
-        with pytest.raises(CheckpointError, match="square"):
-            load_model(_publish(tmp_path / "n", network, llm, image_latent_width=4))
+        config = load_model(_publish(tmp_path / "n", network, llm, image_latent_width=4)).network.config
+        assert config.latent_shape[1:] == (6, 8)
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "warned"),
+        [
+            ("show-o2-1.5B-HQ", {}, True),
+            ("m", {"_name_or_path": "checkpoints/showo2_hq"}, True),
+            ("show-o2-1.5B-HQ", {"image_latent_height": 5, "image_latent_width": 5}, False),
+            ("show-o2-1.5B", {}, False),
+            ("shqow", {}, False),
+        ],
+    )
+    def test_a_checkpoint_for_large_pictures_that_does_not_say_so(
+        self,
+        tmp_path: Path,
+        llm: Path,
+        network: Showo2,
+        caplog: pytest.LogCaptureFixture,
+        name: str,
+        changes: dict[str, Any],
+        warned: bool,
+    ) -> None:
+        folder = _publish(tmp_path / name, network, llm, **changes)
+        load_model(folder)
+        assert ("--resolution 512" in caplog.text) is warned
+        caplog.clear()
+        vae = SpaceToDepth(factor=2, mean=0.0, std=1.0)
+        vae.latent_channels = network.config.latent_channels
+        assert load_model(folder, vae=vae, resolution=20).network.config.latent_grid == 5
+        assert caplog.text == ""
+
+    def test_sampler_is_that_of_the_authors_scripts(self, tmp_path: Path, llm: Path, network: Showo2) -> None:
+        found = load_model(_publish(tmp_path / "m", network, llm)).network.config
+        for config in (found, *CONFIGURATIONS.values()):
+            assert (config.guidance_scale, config.accelerated_guidance_scale, config.steps) == (7.5, 10, 50)
+        length = checkpoint.at_grid(CONFIGURATIONS["show-o2-1.5B"], 64, 64).sequence_length
+        assert length == CONFIGURATIONS["show-o2-1.5B-HQ-1024"].sequence_length == 4352
 
     def test_without_time_tokens_the_published_projection_is_left_out(
         self, tmp_path: Path, llm: Path, network: Showo2
@@ -667,7 +779,7 @@ class TestNames:
         with pytest.raises(CheckpointError, match="no model"):
             load_model(tmp_path / "absent")
         (tmp_path / "file").touch()
-        with pytest.raises(CheckpointError, match="is a file"):
+        with pytest.raises(CheckpointError, match=r"is a file, and not one of weights \(.safetensors, .bin"):
             load_model(tmp_path / "file")
         with pytest.raises(CheckpointError, match=r"no config\.json"):
             load_model(tmp_path)
@@ -749,8 +861,9 @@ class _Hub:
         commit = self.branches.get((repository, named), named)
         source, target = self.commits[repository, commit], self.cache / repository / "snapshots" / commit
         target.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in source.iterdir())
+        names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
         for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
             self.fetched.append(name)
         return str(target)
@@ -851,6 +964,55 @@ class TestHub:
         save_file({"a": torch.ones(1)}, folder / "adapter.safetensors")
         fake_hub.publish("showlab/tiny", COMMIT, folder, "main")
         assert _same_weights(load_model("showlab/tiny").network, network)
+
+    @pytest.mark.parametrize(
+        ("files", "found", "fetched"),
+        [
+            (
+                ["vae/config.json", "vae/model.safetensors", "transformer/model.safetensors"],
+                "vae",
+                ["vae/config.json", "vae/model.safetensors"],
+            ),
+            (["Wan2.1_VAE.pth", "diffusion_pytorch_model.safetensors"], "Wan2.1_VAE.pth", ["Wan2.1_VAE.pth"]),
+            (
+                ["config.json", "diffusion_pytorch_model.safetensors"],
+                "",
+                ["config.json", "config.json", "diffusion_pytorch_model.safetensors"],
+            ),
+        ],
+    )
+    def test_a_vae_by_its_hub_id(
+        self, tmp_path: Path, fake_hub: _Hub, files: list[str], found: str, fetched: list[str]
+    ) -> None:
+        for name in files:
+            path = tmp_path / "repository" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"_class_name": "AutoencoderKLWan", "license": "mit"}')
+        fake_hub.publish("Wan-AI/Wan2.1", COMMIT, tmp_path / "repository", "main")
+        path, snapshot = origins.fetched_vae("Wan-AI/Wan2.1")
+        assert snapshot is not None
+        assert path == snapshot.directory / found
+        assert fake_hub.fetched == fetched
+        origin = origins.vae_origin(path, origins.vae_files(path), snapshot)
+        assert (origin.repository, origin.revision) == ("Wan-AI/Wan2.1", COMMIT)
+        assert origin.license == (None if found.endswith(".pth") else "mit")
+
+    def test_a_repository_without_a_vae(self, tmp_path: Path, fake_hub: _Hub) -> None:
+        folder = tmp_path / "repository"
+        folder.mkdir()
+        (folder / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+        (folder / "model.safetensors").write_bytes(b"gigabytes")
+        fake_hub.publish("Wan-AI/Wan2.1", COMMIT, folder, "main")
+        with pytest.raises(CheckpointError, match=r"holds no VAE: no folder vae, no Wan2\.1_VAE\.pth"):
+            load_model("showo2-shapes", vae="Wan-AI/Wan2.1")
+        assert fake_hub.fetched == ["config.json"]
+
+    def test_what_is_no_hub_id_of_a_vae(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "wan" / "vae").mkdir(parents=True)
+        vae = SpaceToDepth(4)
+        for given in ("wan/vae", "vae.pth", tmp_path, vae):
+            assert origins.fetched_vae(given) == (given, None)
 
 
 def _sha256(path: Path) -> str:

@@ -182,6 +182,7 @@ _VARIANTS: dict[str, dict[str, object]] = {
     "no time token, no bridge": {"add_time_embeds": False, "head": _UNBRIDGED},
     "higher resolution": {"latent_grid": 5, "sequence_length": 40},
     "lower resolution": {"latent_grid": 2},
+    "not square": {"latent_grid": 2, "latent_columns": 5, "sequence_length": 30},
     "patches of one": {"patch_size": 1},
     "understanding span on the time token": {"understanding_span_start": "time"},
 }
@@ -218,24 +219,25 @@ class TestPositionTable:
     def test_equal_size_is_the_table_itself(self) -> None:
         model = Showo2(_small_config())
         table = model.position_embedding.weight
-        assert torch.equal(model._positions(), table)
+        assert torch.equal(model._positions(6, 6), table)
         # And so it would be if it were interpolated, which the published code always does.
         grid = table.detach().T.reshape(1, 24, 3, 3)
         same = F.interpolate(grid, size=(3, 3), mode="bicubic", align_corners=False)
         assert torch.equal(same, grid)
 
-    @pytest.mark.parametrize("target", [2, 4, 7])
-    def test_other_size_is_bicubic(self, target: int) -> None:
-        model = Showo2(_small_config(latent_grid=target, sequence_length=80))
+    @pytest.mark.parametrize("target", [(2, 2), (4, 4), (7, 7), (2, 5)])
+    def test_other_size_is_bicubic(self, target: tuple[int, int]) -> None:
+        model = Showo2(_small_config())
         table = model.position_embedding.weight.detach()
         expected = F.interpolate(
             table.unflatten(0, (3, 3)).permute(2, 0, 1)[None],
-            size=(target, target),
+            size=target,
             mode="bicubic",
             align_corners=False,
             antialias=False,
         )
-        torch.testing.assert_close(model._positions().detach(), expected[0].permute(1, 2, 0).flatten(0, 1))
+        found = model._positions(2 * target[0], 2 * target[1]).detach()
+        torch.testing.assert_close(found, expected[0].permute(1, 2, 0).flatten(0, 1))
 
     def test_published_high_resolution(self) -> None:
         config = configuration("show-o2-1.5B-HQ")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from flashu_compile.errors import RecipeError
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.overrides import override
 from flashu_compile.recipe.presets import PRESETS, find_recipe, preset
 from flashu_compile.recipe.recipe import Recipe, merge
 
@@ -143,6 +144,25 @@ class TestSwitches:
         recipe = preset("flashu").resolved(points=50, guidance_scale=5.0, time_shift=3.0)
         assert (recipe.t2i.points, recipe.t2i.guidance_scale, recipe.t2i.time_shift) == (35, 5, 3)
         assert changed(recipe, "t2i", guidance_scale=None, time_shift=None) == preset("flashu")
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "scales"),
+        [
+            ("flashu", (), [7.5, 10.0]),
+            ("balanced", (), [5.625, 7.5]),
+            ("exact", (), [7.5]),
+            ("flashu", ("t2i.guidance=[[0, 1]]",), [7.5]),
+            ("flashu", ("t2i.guidance_scale=4",), [3.0, 4.0]),
+        ],
+    )
+    def test_guidance_of_published_models(
+        self, name: str, settings: tuple[str, ...], scales: list[float]
+    ) -> None:
+        """7.5 is that of the authors' README; accelerated runs rise to 10."""
+        recipe = override(preset(name), (*settings, "t2i.ffn_pruning=0", "t2i.layer_skipping=0")).resolved(
+            points=50, guidance_scale=7.5, time_shift=3.0, accelerated_guidance_scale=10.0
+        )
+        assert list(dict.fromkeys(step.guidance_scale for step in recipe.plan().steps)) == scales
 
     def test_merging_takes_a_task_from_each(self) -> None:
         recipe = merge(RECIPE, preset("flashu"))

@@ -56,6 +56,12 @@ def test_a_table_tells_every_technique() -> None:
     }
 
 
+def test_guidance_is_absolute_where_the_scale_is_known() -> None:
+    recipe = dataclasses.replace(RECIPE, t2i=dataclasses.replace(RECIPE.t2i, guidance_scale=10.0))
+    rows = {name: t2i for name, t2i, _ in recipe_rows(recipe)}
+    assert rows["guidance"] == "off, 5 from 25%, 10 from 50%"
+
+
 def test_rows_fit_the_columns() -> None:
     for name in PRESETS:
         assert all(len(row) == len(COLUMNS) for row in recipe_rows(preset(name)))

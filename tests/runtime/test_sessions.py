@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +134,7 @@ def test_contrib_operators_are_an_option(bundle: Path, pipeline: Pipeline) -> No
 
 @pytest.mark.slow
 def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = doctor.examine()
+    found = doctor.examine(deep=True)
     findings = {finding.name: finding for finding in found}
     assert len(findings) == len(found)
     assert findings["onnxruntime: cpu"].status == "works"
@@ -147,6 +151,57 @@ def test_doctor_tells_what_works_and_what_to_do(monkeypatch: pytest.MonkeyPatch)
     assert torch.cuda.is_available() or (cuda.status == "missing" and "no CUDA device" in cuda.detail)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     findings = {finding.name: finding for finding in doctor.examine()}
-    for name in ("torch", "transformers", "onnxscript", "torch_tensorrt"):
+    for name in ("torch", "transformers", "onnxscript", "torch_tensorrt engines"):
         assert findings[name].status == "missing"
         assert 'pip install "flashu-compile[' in findings[name].detail
+
+
+#: What runs before `doctor` in a process of its own, and finds the packages and the module below a folder first.
+DOCTOR = "from flashu_compile.cli import app; app(['doctor', '--json'])"
+
+
+def doctor_says(
+    packages: Path, *versions: str, module: str | None = None
+) -> tuple[int, list[dict[str, str]]]:
+    """Run `doctor` where these ONNX Runtimes are said to be installed, the module's code being `module`."""
+    for name in versions:
+        folder = packages / f"{name.replace('==', '-')}.dist-info"
+        folder.mkdir(parents=True)
+        distribution, _, version = name.partition("==")
+        text = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        (folder / "METADATA").write_text(text)
+    if module is not None:
+        (packages / "onnxruntime").mkdir()
+        (packages / "onnxruntime" / "__init__.py").write_text(module)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", DOCTOR], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_doctor_names_two_onnx_runtimes_and_what_to_do(tmp_path: Path) -> None:
+    code, findings = doctor_says(tmp_path, "onnxruntime_gpu==1.30.0", "onnxruntime==1.29.0")
+    assert code == 0
+    (found,) = (row for row in findings if row["name"] == "onnxruntime package")
+    assert "onnxruntime-gpu 1.30.0 and onnxruntime 1.29.0 are both installed" in found["detail"]
+    command = "pip uninstall -y onnxruntime-gpu onnxruntime && pip install onnxruntime-gpu==1.30.0"
+    assert found["detail"].endswith(command)
+
+
+@pytest.mark.parametrize("module", ["", "from onnxruntime.capi import nothing", "__path__ = []"])
+def test_doctor_names_a_broken_onnx_runtime_and_what_to_do(tmp_path: Path, module: str) -> None:
+    code, findings = doctor_says(tmp_path, "onnxruntime_gpu==1.30.0", module=module)
+    assert code == 1
+    assert (findings[0]["name"], findings[0]["status"]) == ("onnxruntime", "missing")
+    assert "onnxruntime-gpu 1.30.0 is damaged" in findings[0]["detail"]
+    command = "pip install --force-reinstall --no-deps onnxruntime-gpu==1.30.0"
+    assert findings[0]["detail"].endswith(command)
+
+
+def test_doctor_imports_no_framework_unless_asked() -> None:
+    """It takes seconds; --deep does."""
+    code = "import sys; from flashu_compile.runtime.doctor import examine; examine(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

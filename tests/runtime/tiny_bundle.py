@@ -39,7 +39,11 @@ SLOPE, TEXT, TIME = -0.5, 1e-3, 0.25
 LATENT_SHAPE = (12, 4, 4)
 PICTURE = 8
 FACTS = GenerationSettings(
-    latent_shape=LATENT_SHAPE, sequence_length=60, span_length=17, max_prompt_tokens=39, picture_size=PICTURE
+    latent_shape=LATENT_SHAPE,
+    sequence_length=60,
+    span_length=17,
+    max_prompt_tokens=39,
+    picture_size=(PICTURE, PICTURE),
 )
 POINTS, GUIDANCE, SHIFT = 6, 3.0, 3.0
 RECIPE = Recipe("exact", T2IConfig(POINTS, GUIDANCE, SHIFT))

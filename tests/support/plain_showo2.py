@@ -75,13 +75,13 @@ class PlainShowo2:
 
     def _span(self, latents: Tensor, time: Tensor) -> Tensor:
         config, size = self.config, self.config.patch_size
-        grid, source = config.latent_grid, config.position_grid
-        cells = latents.double().unfold(1, size, size).unfold(2, size, size)  # [c, grid, grid, p, p]
-        patches = cells.permute(1, 2, 0, 3, 4).reshape(grid * grid, -1)
+        grid, source = [side // size for side in latents.shape[1:]], config.position_grid
+        cells = latents.double().unfold(1, size, size).unfold(2, size, size)  # [c, rows, columns, p, p]
+        patches = cells.permute(1, 2, 0, 3, 4).reshape(grid[0] * grid[1], -1)
         positions = self.weights["position_embedding.weight"]
-        if source != grid:
+        if grid != [source, source]:
             table = positions.T.reshape(1, -1, source, source)
-            table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+            table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
             positions = table[0].flatten(1).T
         semantic = self._patch(patches, "image_embedder_und") + positions
         for layer in range(config.semantic.num_hidden_layers):

@@ -29,7 +29,9 @@ def specialised_programs(
     Raises a `FlashuError` if the model cannot be loaded or does not fit the recipe.
     """
     if not isinstance(model, CapturedModel):
-        model = capture_model(model, tasks, **parts, progress=lambda stage, _: tell(stage))
+        drawing = files.manifest.generation
+        size = None if drawing is None else drawing.picture_size
+        model = capture_model(model, tasks, resolution=size, **parts, progress=lambda stage, _: tell(stage))
     elif any(part is not None for part in parts.values()):
         raise ConfigurationError(
             "A captured model has its VAE, tokenizer and configuration; leave these out."

@@ -18,7 +18,6 @@ from typing import Any
 
 import networkx as nx
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -29,6 +28,7 @@ from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sessions import create_session
 from flashu_compile.runtime.shared_weights import WeightsBeside
+from flashu_compile.system.onnxruntime_library import ort
 
 #: Metadata keys of a node, written by exporters/onnx.py, which takes torch to import.
 MODULE, PASSES, VALUES = "flashu.module", "flashu.passes", "flashu.values"

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from flashu_compile.errors import ConfigurationError
 from flashu_compile.models.showo2.layout import row_positions
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.vae import LatentCodec
@@ -91,7 +90,8 @@ class UnderstandingForward(nn.Module):
         rows = torch.cat([model.embed_text(prefix_ids), *time, image, model.embed_text(suffix_ids)], dim=1)
         start = prefix + int(bool(time) and config.understanding_span_start == "image")
         index = torch.arange(rows.shape[1])
-        is_span = ((index >= start) & (index < start + config.span_length)).expand(batch, -1)
+        end = start + len(time) + image.shape[1]
+        is_span = ((index >= start) & (index < end)).expand(batch, -1)
         tables = model.tables(is_span, index.expand(batch, -1))
         return model.logits(model.llm(rows, tables))[:, -1], image
 
@@ -111,8 +111,7 @@ class LatentDecoder(nn.Module):
 def capture_specs(task: str, model: Showo2, vae: LatentCodec) -> tuple[CaptureSpec, ...]:
     """Return the specifications of the programs to capture for `task` ("t2i" or "mmu").
 
-    Raises `ConfigurationError` for understanding at another resolution than the model's own, the only one it is
-    published for.
+    Pictures are asked about at the size of the position table, the only one that understanding is published for.
     """
     if task == T2I.name:
         return _generation(model), _decoder(model, vae)
@@ -168,13 +167,8 @@ def _decoder(model: Showo2, vae: LatentCodec) -> CaptureSpec:
 
 def _understanding(model: Showo2, vae: LatentCodec) -> CaptureSpec:
     config = model.config
-    if config.latent_grid != config.position_grid:
-        raise ConfigurationError(
-            f"Understanding runs at {config.position_grid}×{config.position_grid} image tokens, but this model is "
-            f"configured for {config.latent_grid}×{config.latent_grid}; set latent_grid={config.position_grid} for mmu."
-        )
     generator = torch.Generator().manual_seed(_SEED)
-    side = config.latent_shape[1] * vae.spatial_factor
+    side = config.understanding_side * vae.spatial_factor
     ids = torch.randint(config.llm.vocab_size, (2, 20), generator=generator)
     return CaptureSpec(
         name=UNDERSTAND,

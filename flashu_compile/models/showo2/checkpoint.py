@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from flashu_compile import reading
 from flashu_compile.errors import CheckpointError, UnsupportedModelError
 from flashu_compile.models.showo2.config import (
-    CONFIGURATIONS,
+    PUBLISHED_ACCELERATED_SCALE,
     HeadConfig,
     LLMConfig,
     SemanticConfig,
@@ -46,6 +47,11 @@ SIGNATURE = (
     "diffusion_head_b.linear.weight",
 )
 """Names by which a Show-o2 state dict is recognised, whatever class it comes from."""
+
+#: Buffers that some versions store, and that are made anew from the configuration.
+_BUFFERS = ("inv_freq", "image_position_ids")
+
+_logger = logging.getLogger(__name__)
 
 Attention = tuple[int, int]  # query heads, key/value heads
 
@@ -172,20 +178,36 @@ def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Confi
             )
     if grid**2 != state["position_embedding.weight"].shape[0]:
         raise CheckpointError("The position table is not square; pictures of other shapes are not supported.")
-    llm, latent_grid = _llm(state, declared.llm), _latent_grid(settings, grid)
+    rows, columns = _latent_grid(settings, grid)
     add_time_embeds = settings.add_time_embeds
-    published = _published_run(llm, latent_grid)
     return Showo2Config(
-        llm=llm,
+        llm=_llm(state, declared.llm),
         semantic=_semantic(state, declared.semantic_heads),
         head=_head(state),
         latent_channels=patch[1],
         patch_size=patch[2],
-        latent_grid=latent_grid,
+        latent_grid=rows,
+        latent_columns=None if rows == columns else columns,
         position_grid=grid,
         add_time_embeds=True if add_time_embeds is None else add_time_embeds,
-        sequence_length=published.sequence_length if published else _sequence_length(latent_grid),
-        steps=published.steps if published else Showo2Config.steps,
+        sequence_length=_sequence_length(rows * columns),
+        accelerated_guidance_scale=PUBLISHED_ACCELERATED_SCALE,
+    )
+
+
+def at_grid(config: Showo2Config, rows: int, columns: int) -> Showo2Config:
+    """Return the configuration of the same model for pictures of `rows` × `columns` image tokens.
+
+    Its sequence is padded by the published rule if it was, and else has as much room for text as before.
+    """
+    length = _sequence_length(rows * columns)
+    if config.sequence_length != _sequence_length(config.image_tokens):
+        length = config.sequence_length - config.image_tokens + rows * columns
+    return dataclasses.replace(
+        config,
+        latent_grid=rows,
+        latent_columns=None if rows == columns else columns,
+        sequence_length=length,
     )
 
 
@@ -193,12 +215,13 @@ def build(config: Showo2Config, state: Mapping[str, Tensor]) -> Showo2:
     """Build the network of `config` on the tensors of `state` themselves, in eval mode, taking no gradients.
 
     Nothing is copied or initialised. `showo.lm_head.weight` may be absent where it is tied. A
-    `time_embed_proj` is left out where no time token asks for it (published models always carry one).
+    `time_embed_proj` is left out where no time token asks for it (published models always carry one), and so are
+    buffers that are no weights, with a warning.
 
     Raises:
         CheckpointError: names or shapes differ from the configuration's; the first few are listed.
     """
-    state = dict(state)
+    state = _without_buffers(state)
     _check_depths(config, state)
     if config.llm.tie_word_embeddings and EMBEDDING in state:
         state.setdefault(LM_HEAD, state[EMBEDDING])
@@ -217,6 +240,14 @@ def build(config: Showo2Config, state: Mapping[str, Tensor]) -> Showo2:
     if unset:
         raise CheckpointError(f"These tensors have no values: {_first(unset)}.")
     return network.eval().requires_grad_(False)
+
+
+def _without_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state without the buffers that mean nothing, and warn if there are some."""
+    ignored = [name for name in state if name.rpartition(".")[2] in _BUFFERS]
+    if ignored:
+        _logger.warning("These tensors are no weights and are ignored: %s.", _first(ignored))
+    return {name: value for name, value in state.items() if name not in ignored}
 
 
 def _check_depths(config: Showo2Config, state: Mapping[str, Tensor]) -> None:
@@ -367,26 +398,15 @@ def _head(state: Mapping[str, Tensor]) -> HeadConfig:
     )
 
 
-def _latent_grid(settings: _Settings, position_grid: int) -> int:
-    """Return the number of image tokens per side: as configured, else as many as there are learnt positions."""
+def _latent_grid(settings: _Settings, position_grid: int) -> tuple[int, int]:
+    """Return the rows and columns of image tokens: as configured, else as many as there are learnt positions."""
     height, width = settings.image_latent_height, settings.image_latent_width
-    if height != width:
-        raise CheckpointError(f"Pictures must be square; the configuration says {height} × {width} tokens.")
-    return position_grid if height is None else height
+    return height or width or position_grid, width or height or position_grid
 
 
-def _sequence_length(latent_grid: int) -> int:
-    rows = latent_grid**2 + 1 + 4 + _PROMPT_TOKENS
+def _sequence_length(image_tokens: int) -> int:
+    rows = image_tokens + 1 + 4 + _PROMPT_TOKENS
     return -(-rows // _SEQUENCE_MULTIPLE) * _SEQUENCE_MULTIPLE
-
-
-def _published_run(llm: LLMConfig, latent_grid: int) -> Showo2Config | None:
-    """Find the published configuration of this size and resolution, for the settings no checkpoint stores."""
-    for known in CONFIGURATIONS.values():
-        sizes = (known.llm.hidden_size, known.llm.intermediate_size, known.latent_grid)
-        if sizes == (llm.hidden_size, llm.intermediate_size, latent_grid):
-            return known
-    return None
 
 
 def _mapping(config: Any) -> dict[str, Any]:

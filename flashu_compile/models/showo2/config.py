@@ -58,10 +58,11 @@ class HeadConfig:
 class Showo2Config:
     """Everything that fixes the shape and the numbers of a Show-o2 model.
 
-    `latent_grid` is the number of image tokens per side a picture is processed at; `position_grid` the
-    side of the learnt position table (they differ when a model runs at another resolution, then the table
-    is interpolated). Latents are `[latent_channels, latent_grid * patch_size, latent_grid * patch_size]`.
-    `sequence_length` is the padded length of the published generation step.
+    `latent_grid` is the number of rows of image tokens that a picture is drawn with, `latent_columns` that of its
+    columns (None: as many); `position_grid` the side of the learnt position table, which is interpolated for other
+    pictures. Questions are asked about pictures of `position_grid` tokens a side, whatever is drawn.
+    `sequence_length` is the padded length of the published generation step. `accelerated_guidance_scale` is the s0 of
+    recipes that are `as_published` and adapt it (None: `guidance_scale`).
     """
 
     llm: LLMConfig
@@ -70,11 +71,14 @@ class Showo2Config:
     latent_channels: Few = 16
     patch_size: Few = 2
     latent_grid: Few = 27
+    latent_columns: Few | None = None
     position_grid: Few = 27
     add_time_embeds: bool = True
     sequence_length: Size = 1024
     time_shift: Positive = 3.0
-    guidance_scale: Positive = 5.0
+    # The authors' README draws with 7.5 and 50 points, their DPG-Bench script with 10.
+    guidance_scale: Positive = 7.5
+    accelerated_guidance_scale: Positive | None = None
     steps: Few = 50
     understanding_span_start: SpanStart = "image"
 
@@ -93,8 +97,8 @@ class Showo2Config:
 
     @property
     def image_tokens(self) -> int:
-        """The number of image tokens of a picture."""
-        return self.latent_grid**2
+        """The number of image tokens of a picture that is drawn."""
+        return self.latent_grid * (self.latent_columns or self.latent_grid)
 
     @property
     def span_length(self) -> int:
@@ -108,9 +112,14 @@ class Showo2Config:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """The shape [channels, height, width] of a picture's latents."""
-        side = self.latent_grid * self.patch_size
-        return (self.latent_channels, side, side)
+        """The shape [channels, height, width] of the latents of a picture that is drawn."""
+        columns = self.latent_columns or self.latent_grid
+        return (self.latent_channels, self.latent_grid * self.patch_size, columns * self.patch_size)
+
+    @property
+    def understanding_side(self) -> int:
+        """The height and width of the latents of a picture that is asked about."""
+        return self.position_grid * self.patch_size
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the configuration to nested dictionaries, which `from_dict` reads."""
@@ -143,11 +152,14 @@ _QWEN_7B = LLMConfig(
     tie_word_embeddings=False,
 )
 
+PUBLISHED_ACCELERATED_SCALE = 10.0
+_PUBLISHED = Showo2Config(llm=_QWEN_1_5B, accelerated_guidance_scale=PUBLISHED_ACCELERATED_SCALE)
+
 CONFIGURATIONS: dict[str, Showo2Config] = {
-    "show-o2-1.5B": Showo2Config(llm=_QWEN_1_5B),
-    "show-o2-1.5B-HQ": Showo2Config(llm=_QWEN_1_5B, latent_grid=32, sequence_length=1280, steps=20),
-    "show-o2-1.5B-HQ-1024": Showo2Config(llm=_QWEN_1_5B, latent_grid=64, sequence_length=4352, steps=20),
-    "show-o2-7B": Showo2Config(llm=_QWEN_7B),
+    "show-o2-1.5B": _PUBLISHED,
+    "show-o2-1.5B-HQ": dataclasses.replace(_PUBLISHED, latent_grid=32, sequence_length=1280),
+    "show-o2-1.5B-HQ-1024": dataclasses.replace(_PUBLISHED, latent_grid=64, sequence_length=4352),
+    "show-o2-7B": dataclasses.replace(_PUBLISHED, llm=_QWEN_7B),
 }
 
 

@@ -108,5 +108,5 @@ class EagerPipeline:
 
     def latents(self, image: str | Path | Image.Image | np.ndarray) -> Float[Tensor, "1 c h w"]:
         """Encode a picture, preprocessed as the runtime does, to normalised latents."""
-        size = self.network.config.latent_shape[1] * self.vae.spatial_factor
+        size = self.network.config.understanding_side * self.vae.spatial_factor
         return self.vae.encode(torch.from_numpy(engine_pixels(image, size)))

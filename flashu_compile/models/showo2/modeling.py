@@ -86,20 +86,20 @@ class Showo2(nn.Module):
         return self.showo.model.embed_tokens(ids)
 
     def embed_image(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens hidden"]:
-        """Embed latents [b, c, grid*patch, grid*patch] as image tokens for the LLM, in raster order."""
+        """Embed latents [b, c, rows*patch, columns*patch] as image tokens for the LLM, in raster order."""
         latents = latents.to(self.dtype)
-        semantic = self.image_embedder_und(latents) + self._positions()
+        semantic = self.image_embedder_und(latents) + self._positions(*latents.shape[2:])
         semantic = self.und_trans(inputs_embeds=semantic).last_hidden_state
         return self.fusion_proj(torch.cat([semantic, self.image_embedder_gen(latents)], dim=-1))
 
-    def _positions(self) -> Float[Tensor, "tokens hidden"]:
-        source, target = self.config.position_grid, self.config.latent_grid
-        if source == target:
+    def _positions(self, height: int, width: int) -> Float[Tensor, "tokens hidden"]:
+        """Return the position table for latents of this height and width, interpolated if they are not its own."""
+        source, patch = self.config.position_grid, self.config.patch_size
+        target = (height // patch, width // patch)
+        if target == (source, source):
             return self.position_embedding.weight
         table = self.position_embedding.weight.T.reshape(1, -1, source, source)
-        table = F.interpolate(
-            at_least_float32(table), size=(target, target), mode="bicubic", align_corners=False
-        )
+        table = F.interpolate(at_least_float32(table), size=target, mode="bicubic", align_corners=False)
         return table.flatten(2)[0].T.to(self.dtype)
 
     def embed_time(

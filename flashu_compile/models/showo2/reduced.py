@@ -25,8 +25,8 @@ def reduced(network: Showo2, layers: Mapping[str, Sequence[int]], grid: int = GR
     """Return a copy with only the `layers` of each stack, in that order. Widths and heads stay what they are.
 
     It shares the memory of `network`. Its picture has `grid` × `grid` tokens (two more per side where the model
-    interpolates its position table), its vocabulary the first 1024 tokens, its text 32 rows; position table,
-    vocabulary and text are never larger than the model's.
+    interpolates its position table, and one more per row where its picture is not square), its vocabulary the first
+    1024 tokens, its text 32 rows; position table, vocabulary and text are never larger than the model's.
     """
     config = _config(network.config, layers, grid)
     state: dict[str, Tensor] = {}
@@ -46,7 +46,9 @@ def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]], grid: int
     }
     words = min(config.llm.vocab_size, _VOCABULARY)
     grid = min(config.position_grid, grid)
-    latent_grid = grid if config.latent_grid == config.position_grid else grid + 2
+    rows, columns = config.latent_grid, config.latent_columns or config.latent_grid
+    latent_grid = grid if (rows, columns) == (config.position_grid,) * 2 else grid + 2
+    latent_columns = latent_grid + int(rows != columns)
     time_row = int(config.add_time_embeds)
     text_rows = min(config.sequence_length - config.span_length, _TEXT_ROWS)
     return dataclasses.replace(
@@ -54,7 +56,8 @@ def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]], grid: int
         **{**parts, "llm": dataclasses.replace(parts["llm"], vocab_size=words)},
         position_grid=grid,
         latent_grid=latent_grid,
-        sequence_length=latent_grid**2 + time_row + text_rows,
+        latent_columns=latent_columns,
+        sequence_length=latent_grid * latent_columns + time_row + text_rows,
     )
 
 

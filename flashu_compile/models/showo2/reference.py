@@ -143,7 +143,8 @@ class UnderstandingReference:
         start = prefix.shape[1]
         if time and model.config.understanding_span_start == "image":
             start += 1
-        tables = model.published_tables(torch.tensor([start]), model.config.span_length, rows.shape[1])
+        length = len(time) + self.image.shape[1]
+        tables = model.published_tables(torch.tensor([start]), length, rows.shape[1])
         return model.logits(model.llm(rows, _added(tables, model.dtype)))
 
     def greedy(
