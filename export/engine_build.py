@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from flashu_compile.bundle.precision import OWN_TOLERANCE
+from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,7 +21,9 @@ class EngineBuild:
 
     `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from
     the engine itself. `prologue` names the engine that computes what this one takes with every call,
-    `schedule` the one that computes what it takes at each time point.
+    `schedule` the one that computes what it takes at each time point. `tolerance` is the relative L2 distance from
+    the reference at which the engine is sound, where its precision alone does not tell. `int8_program` is what an
+    engine that may have int8 layers was emitted from.
     """
 
     name: str
@@ -27,12 +33,16 @@ class EngineBuild:
     reference_outputs: Mapping[str, Tensor]
     prologue: str | None = None
     schedule: str | None = None
+    tolerance: float | None = None
+    int8_program: Program | None = None
 
 
 def write_reference(engine: EngineBuild, directory: Path) -> str:
     """Write the engine's reference run into `directory` and return the file's name."""
     tensors = {f"input.{role}": tensor for role, tensor in engine.reference_inputs.items()}
     tensors |= {f"output.{role}": tensor for role, tensor in engine.reference_outputs.items()}
+    if engine.tolerance is not None:
+        tensors[OWN_TOLERANCE] = torch.tensor(engine.tolerance)
     name = f"{engine.name}.reference.safetensors"
     save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, directory / name)
     return name

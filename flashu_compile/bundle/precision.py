@@ -8,9 +8,13 @@ from flashu_compile.tasks import HEAD, LLM, SEMANTIC
 PARTS = (LLM, SEMANTIC, HEAD, "other")
 
 #: Relative L2 from the reference that is recorded with an engine. 16-bit engines are held against float32, and errors
-#: of layers add up (float16 has eleven bits, bfloat16 eight); int8 engines against the same int8 program in PyTorch,
-#: where a value that lies between two bytes may fall to either side.
+#: of layers add up (float16 has eleven bits, bfloat16 eight). int8 engines have that of the same int8 program in
+#: PyTorch, where a value that lies between two bytes may fall to either side; how much that may change an engine's
+#: outputs depends on its weights, and is in its reference file where it is more.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 3e-2}
+
+#: The name of an engine's own tolerance among the tensors of its reference file.
+OWN_TOLERANCE = "tolerance"
 
 
 def by_part(precision: str) -> dict[str, str]:
@@ -24,3 +28,8 @@ def by_part(precision: str) -> dict[str, str]:
 def tolerance(precision: str) -> float:
     """Return the largest tolerance of the precision's parts; that of float32 for a name that is not known here."""
     return max(TOLERANCES.get(name, TOLERANCES["float32"]) for name in by_part(precision).values())
+
+
+def tolerance_between_int8(precision: str) -> float:
+    """Return the tolerance of what is computed between a precision's int8 layers."""
+    return tolerance(precision.replace("int8", "float32"))

@@ -135,6 +135,15 @@ def build(
             "parts, such as llm=int8,head=float16 (parts: llm, semantic, head, other).",
         ),
     ] = "float32",
+    precision_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ERROR|TASK=ERROR,…",
+            help="The largest relative error that int8 may cause in final latents or the next token's logits, such as "
+            "0.02 or t2i=0.03,mmu=0.02; more layers stay in float32 until it is kept.",
+            show_default="0.05",
+        ),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -189,6 +198,7 @@ def build(
             benchmark=not no_benchmark,
             backend=backend,
             precision=precision,
+            precision_budget=precision_budget,
             vae=vae,
             tokenizer=tokenizer,
             llm_config=llm_config,

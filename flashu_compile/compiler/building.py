@@ -26,6 +26,7 @@ from flashu_compile.exporters.backends import Backend, Emitted
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.exporters.statistics import program_statistics
+from flashu_compile.passes.manager import relative_error
 from flashu_compile.program.program import BATCH, Program
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.threads import torch_threads
@@ -177,7 +178,8 @@ def _engines(program: Program, eager: Mapping[str, Tensor], job: Job, maker: Mak
         records.extend(emitted.records)
         inputs = dict(part.sample) if maker.validate else _first_of_batch(part)
         exact = {} if lossy or emitted.program else eager
-        build = _engine(part, emitted, inputs, _truth(emitted.program or part, inputs, exact), programs)
+        truth = _truth(emitted.program or part, inputs, exact)
+        build = _engine(part, emitted, inputs, truth, programs)
         builds.append(build)
         statistics[part.name] = {**emitted.statistics, "captured": program.name}
         if maker.validate:
@@ -209,6 +211,19 @@ def _truth(
         return {**program.run(inputs), **eager}
 
 
+def _own_tolerance(
+    program: Program, emitted: Emitted, run: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> float | None:
+    """Return how far apart two sound runs of an int8 engine may be, None for an engine without int8 layers.
+
+    Each rounds other values to other bytes, so they are at most twice as far from one another as from float32.
+    """
+    if emitted.program is None:
+        return None
+    full = _truth(program, run, {})
+    return 2 * max(relative_error(value, full[role]) for role, value in truth.items()) or None
+
+
 def _engine(
     program: Program,
     emitted: Emitted,
@@ -226,4 +241,6 @@ def _engine(
         reference_outputs={str(role): truth[role] for role in program.outputs},
         prologue=prologue if prologue in made else None,
         schedule=schedule if schedule in made else None,
+        tolerance=_own_tolerance(program, emitted, inputs, truth),
+        int8_program=emitted.program,
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.compiler.tasks import COMPILED_TASKS
 from flashu_compile.errors import RecipeError
 from flashu_compile.exporters.precision import Precision
+from flashu_compile.measure.budget import keep_budget
 from flashu_compile.measure.samples import CalibrationSamples, calibration_samples
 from flashu_compile.measure.sensitivity import SAMPLES, report
 from flashu_compile.models.loading import LoadedModel
@@ -101,23 +104,38 @@ def measured_precision(
     tasks: tuple[str, ...],
     recipe: Recipe,
     samples: CalibrationSamples | None,
+    budget: Mapping[str, float],
     tell: ProgressReporter,
 ) -> tuple[Precision, dict[str, Any]]:
-    """Choose the layers that stay in float32 where `precision` has int8.
+    """Choose the layers that stay in float32 where `precision` has int8, for the `budget` of each task.
 
     Returns the precision with these layers, and the report's entry `int8`, if any.
     """
     if not precision.has_int8:
         return precision, {}
     tell("measuring what layers lose in int8")
-    errors, counts = {}, {}
+    errors, counts, sensitive, kept, neighbours = {}, {}, {}, {}, {}
     for task in tasks:
         given = () if samples is None else samples.of(task)[:SAMPLES]
-        errors[task] = COMPILED_TASKS[task].linear_errors(source, recipe, given)
+        probe = COMPILED_TASKS[task].probe(source, recipe, given)
+        errors[task], truth = probe.errors()
         counts[task] = len(given)
-    sensitive = {
-        task: frozenset(layer.weight for layer in layers if layer.sensitive)
-        for task, layers in errors.items()
-    }
-    told = report(errors, precision.parts, counts)
+        alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)
+        meant = [x for x in errors[task] if precision.parts[x.part] == "int8" and x.weight not in alone]
+        kept[task] = keep_budget(probe, meant, truth, budget[task], functools.partial(_told, tell, task))
+        sensitive[task] = alone | kept[task].weights
+        short = frozenset(layer.weight for layer in meant) - sensitive[task]
+        neighbours[task] = probe.neighbour_error(short)
+    told = report(errors, precision.parts, counts, sensitive)
+    for task, found in kept.items():
+        told["tasks"][task] |= {
+            "budget": found.budget,
+            "error": found.error,
+            "runs": found.runs,
+            "neighbour": neighbours[task],
+        }
     return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}
+
+
+def _told(tell: ProgressReporter, task: str, stage: str) -> None:
+    tell(f"{task}: {stage}")

@@ -28,6 +28,7 @@ from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
 from flashu_compile.exporters.precision import Precision
+from flashu_compile.measure.budget import budgets
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
@@ -82,6 +83,7 @@ def export(
     benchmark: bool = False,
     backend: str = "onnxruntime",
     precision: str | Mapping[str, str] = "float32",
+    precision_budget: float | str | Mapping[str, float] | None = None,
     overwrite: bool = False,
     cache: str | Path | bool = True,
     proof: str = AUTO,
@@ -115,6 +117,9 @@ def export(
             {"llm": "int8", "head": "float16"}. Parts are "llm", "semantic", "head" and "other"; those not named are
             float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
             and said in the report.
+        precision_budget: where a part is int8, the largest relative L2 error that its layers may cause in what a task
+            gives (final latents, logits of the next token; without samples the outputs for random inputs), 0.05 if
+            not given; or one by task, such as {"mmu": 0.02}. More layers stay in float32 until it is kept.
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
@@ -143,6 +148,9 @@ def export(
         arguments.flag(name, flag)
     arguments.function("progress", progress)
     check_precision(arguments.name_of("backend", backend), wanted)
+    budget = budgets(precision_budget, tasks)
+    if precision_budget is not None and not wanted.has_int8:
+        raise ConfigurationError("precision_budget is for parts in int8, and there are none; leave it out.")
     find_backend(backend).check()
     check_proof(proof)
     given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
@@ -158,7 +166,13 @@ def export(
     decided, figures = decide(chosen, source, tasks, given, samples, seed, tell)
     measured = given or own_samples(loaded)
     precise, losses = measured_precision(
-        wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
+        wanted,
+        source,
+        tasks,
+        decided,
+        None if measured is None else measured.chosen(samples, seed),
+        budget,
+        tell,
     )
     ranges = size_ranges(loaded, tasks)
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)

@@ -18,7 +18,7 @@ from flashu_compile.errors import UnknownTaskError
 from flashu_compile.measure.calibration import Calibrated, calibrate_mmu, calibrate_t2i
 from flashu_compile.measure.cost import Cost, answer_cost, picture_cost
 from flashu_compile.measure.samples import CalibrationSamples
-from flashu_compile.measure.sensitivity import LinearError, generation_errors, understanding_errors
+from flashu_compile.measure.sensitivity import Probe, generation_probe, understanding_probe
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.gather_tokens import GatherTokens
@@ -73,10 +73,8 @@ class CompiledTask(Protocol):
         """
         ...
 
-    def linear_errors(
-        self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
-    ) -> tuple[LinearError, ...]:
-        """Measure the int8 error of each linear layer, on the program's own sample if there are no `samples`."""
+    def probe(self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]) -> Probe:
+        """Return what int8 is measured on, the program's own sample if there are no `samples`."""
         ...
 
     def cost(
@@ -133,12 +131,10 @@ class TextToImage:
             program, codec, settings, recipe.t2i, samples.prompts, seed=seed, progress=progress
         )
 
-    def linear_errors(
-        self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
-    ) -> tuple[LinearError, ...]:
-        """Measure on trajectories of the prompts."""
+    def probe(self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]) -> Probe:
+        """Probe trajectories of the prompts."""
         codec, settings = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
-        return generation_errors(source.programs[DENOISE].program, codec, settings, recipe, samples)
+        return generation_probe(source.programs[DENOISE].program, codec, settings, recipe, samples)
 
     def cost(
         self,
@@ -193,12 +189,10 @@ class Understanding:
         program = source.programs[UNDERSTAND].program
         return calibrate_mmu(program, codec, settings, recipe.mmu, samples.questions, progress=progress)
 
-    def linear_errors(
-        self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]
-    ) -> tuple[LinearError, ...]:
-        """Measure on the questions and their pictures."""
+    def probe(self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]) -> Probe:
+        """Probe the questions and their pictures."""
         codec, settings = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
-        return understanding_errors(source.programs[UNDERSTAND].program, codec, settings, samples)
+        return understanding_probe(source.programs[UNDERSTAND].program, codec, settings, samples)
 
     def cost(
         self,

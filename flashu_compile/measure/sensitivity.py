@@ -10,21 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.images import Picture, engine_pixels
 from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
-from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
+from flashu_compile.operators.int8 import QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
-from flashu_compile.program.program import Program, Role
+from flashu_compile.program.program import BATCH, Program, Role
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.sampler import prompt_pair, sample
@@ -51,63 +55,130 @@ class LinearError:
         return not self.error <= LIMIT
 
 
-def generation_errors(
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A captured program of a task, and what is run through it: `outputs` gives what a task makes of a recorder."""
+
+    program: Program
+    outputs: Callable[[Recorder], NDArray[Any]]
+
+    def errors(self) -> tuple[tuple[LinearError, ...], NDArray[Any]]:
+        """Measure the error of each layer that can be int8; return them with the outputs in float32."""
+        watch = _Watch(self.program)
+        outputs = self.outputs(watch)
+        return watch.errors(), outputs
+
+    def neighbour_error(self, weights: frozenset[str]) -> float | None:
+        """Measure how far a row of a batch is from the same row alone, with the layers of `weights` in int8.
+
+        The values of a layer have one scale for all rows. The rows are those of the program's own sample; None if it
+        has no dimension for more.
+        """
+        program, recorder = self.program, Int8Recorder(self.program, weights)
+        places = {x.role: x.axes.index(BATCH) for x in program.inputs if BATCH in x.axes}
+        if not places:
+            return None
+        first = {
+            role: value.narrow(places[role], 0, 1) if role in places else value
+            for role, value in program.sample.items()
+        }
+        together, alone = recorder.record(program.sample), recorder.record(first)
+        role = next(role for role in (Role.VELOCITY, Role.LOGITS) if role in alone)
+        return float(f"{relative_error(together[role][:1].numpy(), alone[role].numpy()):.2e}")
+
+
+def generation_probe(
     program: Program, codec: PromptCodec, settings: GenerationSettings, recipe: Recipe, prompts: Sequence[str]
-) -> tuple[LinearError, ...]:
-    """Measure on trajectories of the captured generation step, or on its own sample if there are no prompts.
+) -> Probe:
+    """Probe final latents of the captured generation step, or its velocity on its own sample if there are no prompts.
 
     `recipe` must be resolved; trajectories have its constant guidance scale, a few points, and no technique.
     """
-    watch = _Watch(program)
-    if not prompts:
-        watch.record(program.sample)
     plan = compile_plan(recipe.t2i.published_sampler(), points=_POINTS)
-    for index, prompt in enumerate(prompts):
-        noise = initial_noise(index, 0, (1, *settings.latent_shape))
-        sample(RecordingEngine(watch, lambda _: None), plan, prompt_pair(codec, settings, prompt), noise)
-    return watch.errors()
+
+    def outputs(recorder: Recorder) -> NDArray[Any]:
+        if not prompts:
+            return recorder.record(program.sample)[Role.VELOCITY].numpy()
+        engine, latents = RecordingEngine(recorder, lambda _: None), []
+        for index, prompt in enumerate(prompts):
+            noise = initial_noise(index, 0, (1, *settings.latent_shape))
+            latents.append(sample(engine, plan, prompt_pair(codec, settings, prompt), noise))
+        return np.concatenate(latents)
+
+    return Probe(program, outputs)
 
 
-def understanding_errors(
+def understanding_probe(
     program: Program,
     codec: PromptCodec,
     settings: UnderstandingSettings,
     questions: Sequence[tuple[Picture, str]],
-) -> tuple[LinearError, ...]:
-    """Measure on questions through the captured understanding forward, or on its own sample if there are none."""
-    watch = _Watch(program)
-    if not questions:
-        watch.record(program.sample)
-    for image, question in questions:
-        suffix = codec.question_suffix(question, settings.max_question_tokens)
-        watch.record(
-            {
-                Role.PIXELS: torch.from_numpy(engine_pixels(image, settings.picture_size)),
-                Role.PREFIX_IDS: torch.tensor([codec.question_prefix()]),
-                Role.SUFFIX_IDS: torch.tensor([suffix]),
-            }
-        )
-    return watch.errors()
+) -> Probe:
+    """Probe the logits of the next token after questions, or on the captured program's own sample if there are none."""
+
+    def outputs(recorder: Recorder) -> NDArray[Any]:
+        asked = [_question(codec, settings, image, question) for image, question in questions]
+        given: Sequence[Mapping[str, Tensor]] = asked or [program.sample]
+        return np.concatenate([recorder.record(inputs)[Role.LOGITS].numpy() for inputs in given])
+
+    return Probe(program, outputs)
 
 
-class _Watch(Recorder):
-    """Runs a program and sums the squares of values and int8 errors for every layer that can be int8."""
+def _question(
+    codec: PromptCodec, settings: UnderstandingSettings, image: Picture, question: str
+) -> dict[str, Tensor]:
+    suffix = codec.question_suffix(question, settings.max_question_tokens)
+    return {
+        Role.PIXELS: torch.from_numpy(engine_pixels(image, settings.picture_size)),
+        Role.PREFIX_IDS: torch.tensor([codec.question_prefix()]),
+        Role.SUFFIX_IDS: torch.tensor([suffix]),
+    }
 
-    def __init__(self, program: Program) -> None:
+
+class Int8Recorder(Recorder):
+    """Runs a program with the layers of some `weights` in int8 (None: every layer that can be).
+
+    The same numbers as in `INT8_LINEAR`, but for the rounding of float32, at the price of a layer in float32.
+    """
+
+    def __init__(self, program: Program, weights: frozenset[str] | None = None) -> None:
         super().__init__(program, {})
         editor = GraphEditor(program)
         linears = editor.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-        self._layers = {n.name: n for n in linears if is_quantizable(editor, n)}
-        self._names = {name: weight_name(editor, node) for name, node in self._layers.items()}
-        self._weights = {name: quantized_weight(_stored(editor, node)) for name, node in self._layers.items()}
+        self._names = {
+            n.name: name
+            for n in linears
+            if is_quantizable(editor, n) and (weights is None or weight_name(editor, n) in weights)
+            for name in (weight_name(editor, n),)
+        }
+        self._layers = {n.name: n for n in linears if n.name in self._names}
+        self._weights: dict[str, Tensor] = {}
+        for name, node in self._layers.items():
+            if self._names[name] not in self._weights:
+                quantized, scale = quantized_weight(_stored(editor, node))
+                self._weights[self._names[name]] = quantized * scale[:, None]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a node, a layer from its weight and its input as bytes can tell them."""
+        return self._in_int8(n) if n.name in self._layers else super().run_node(n)
+
+    def _in_int8(self, n: fx.Node) -> Tensor:
+        (x, _, *rest), _ = self.fetch_args_kwargs_from_env(n)
+        q, scale, zero = QUANTIZE(x)
+        return F.linear((q.float() - zero) * scale, self._weights[self._names[n.name]], *rest)
+
+
+class _Watch(Int8Recorder):
+    """Runs a program in float32 and sums the squares of values and int8 errors for every layer that can be int8."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
         self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        value = Recorder.run_node(self, n)
         if n.name in self._layers:
-            (x, _, *rest), _ = self.fetch_args_kwargs_from_env(n)
-            bias = rest[0] if rest else None
-            short = INT8_LINEAR(*QUANTIZE(x), *self._weights[n.name], bias)
+            short = self._in_int8(n)
             sums = self._sums[n.name]
             sums[0] += (short - value).double().square().sum().item()
             sums[1] += value.double().square().sum().item()
@@ -132,26 +203,30 @@ def _stored(editor: GraphEditor, node: fx.Node) -> Tensor:
 
 
 def report(
-    errors: Mapping[str, Sequence[LinearError]], parts: Mapping[str, str], samples: Mapping[str, int]
+    errors: Mapping[str, Sequence[LinearError]],
+    parts: Mapping[str, str],
+    samples: Mapping[str, int],
+    kept: Mapping[str, frozenset[str]],
 ) -> dict[str, Any]:
     """Return the report's entry `int8`: the limit, and by task the samples, parts and layers.
 
-    `samples` are their numbers by task, 0 where random values were used.
+    `samples` are their numbers by task, 0 where random values were used. `kept` names the weights of layers that stay
+    in float32.
     """
     tasks = {}
     for task, layers in errors.items():
         meant = [layer for layer in layers if parts[layer.part] == "int8"]
         tasks[task] = {
             "samples": samples[task],
-            "parts": dict(_parts(meant)),
-            "layers": [{**dataclasses.asdict(layer), "sensitive": layer.sensitive} for layer in meant],
+            "parts": dict(_parts(meant, kept[task])),
+            "layers": [{**dataclasses.asdict(x), "sensitive": x.weight in kept[task]} for x in meant],
         }
     return {"limit": LIMIT, "tasks": tasks}
 
 
-def _parts(layers: Sequence[LinearError]) -> Iterator[tuple[str, dict[str, float]]]:
+def _parts(layers: Sequence[LinearError], kept: frozenset[str]) -> Iterator[tuple[str, dict[str, float]]]:
     for part in dict.fromkeys(layer.part for layer in layers):
         errors = [layer.error for layer in layers if layer.part == part]
-        sensitive = sum(layer.sensitive for layer in layers if layer.part == part)
+        sensitive = sum(layer.weight in kept for layer in layers if layer.part == part)
         mean = float(f"{math.sqrt(sum(e * e for e in errors) / len(errors)):.2e}")
         yield part, {"layers": len(errors), "sensitive": sensitive, "mean": mean, "worst": max(errors)}

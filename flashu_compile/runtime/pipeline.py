@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -22,6 +23,7 @@ from flashu_compile.bundle.manifest import (
     read_manifest,
 )
 from flashu_compile.bundle.noise import check_seed, initial_noise
+from flashu_compile.bundle.precision import by_part
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import ConfigurationError, InputError, UnknownTaskError
 from flashu_compile.recipe.plan import StepPlan, engines_needed
@@ -35,6 +37,8 @@ from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
 from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
+
+_log = logging.getLogger(__name__)
 
 CountProgress = Callable[[int, int], None]
 
@@ -51,6 +55,7 @@ def load(
     allow_control_tokens: bool = False,
     options: Mapping[str, Any] | None = None,
     digest: str | None = None,
+    backend: str | None = None,
 ) -> Pipeline:
     """Open the bundle at `path`; engines load when first used. Nothing in it is run as code without `trust`.
 
@@ -63,7 +68,8 @@ def load(
     with its SHA-256; `digest` is that of the manifest, as `export` gave it. `trust=True` lets engines be code, or have
     any operators: give it only for bundles whose builder you know. A prompt or question is plain text, whatever it
     spells; with `allow_control_tokens=True` the tokenizer's added tokens in it (`<|im_end|>`, `<image>`) are control
-    tokens, as in the published scripts. `options` are the backend's own.
+    tokens, as in the published scripts. `options` are the backend's own. `backend` is what runs the engines, if not
+    what they were built for: `openvino` runs bundles built for `onnxruntime`, on its device that `provider` names.
 
     Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle, it is damaged, or not of `digest`,
     `BundleVersionError` if its schema is newer, `BackendUnavailableError` if backend or provider do not work here,
@@ -81,7 +87,7 @@ def load(
     parts = read_parts(files, allow_control_tokens=allow_control_tokens)
     engines = open_engines(
         files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
-        options=options,
+        options=options, backend=backend,
     )  # fmt: skip
     return Pipeline(manifest, parts.plan, parts.recipe, parts.codec, engines)
 
@@ -109,6 +115,7 @@ class Pipeline(Closing):
         self.codec = codec
         self._engines = engines
         self._schedules = schedules(engines)
+        self._warned = False
 
     @property
     def engines(self) -> Engines:
@@ -258,9 +265,10 @@ class Pipeline(Closing):
         """Answer a question about a picture; for a list of questions, return a list of answers.
 
         `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions, whose
-        answers are decoded side by side. A question in a list gets the answer that it gets alone. Decoding is greedy
-        and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A question and its
-        answer share as many positions as the longest of both have by the bundle's own limits.
+        answers are decoded side by side. A question in a list gets the answer that it gets alone; but where a bundle
+        computes in int8, rows share the scales of activations, and a warning says so once. Decoding is greedy and ends
+        at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A question and its answer share
+        as many positions as the longest of both have by the bundle's own limits.
 
         Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable question,
         `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine's output is not finite.
@@ -322,6 +330,12 @@ class Pipeline(Closing):
             self.codec.question_suffix(text, settings.max_question_tokens)
             for text in arguments.texts("question", question)
         ]
+        if len(suffixes) > 1 and not self._warned and "int8" in by_part(self.manifest.precision).values():
+            self._warned = True
+            _log.warning(
+                "Answers decoded side by side in int8 share the scales of activations, so each may depend on the other "
+                "questions of its list; the bundle's report says how much. Ask one by one for answers that do not."
+            )
         if max_new_tokens is None:
             return suffixes, settings.max_new_tokens
         template = len(self.codec.question_suffix(""))

@@ -329,6 +329,14 @@ def create_session(
     return session
 
 
+def run_once(model: Path, outputs: list[str], inputs: Tensors) -> list[NDArray[Any]]:
+    """Run a graph once on one thread of the CPU; `outputs` are given in this order."""
+    options = ort.RunOptions()
+    # It warns of every buffer that is not updated in place, as none is where inputs must stay what they are.
+    options.log_severity_level = 3
+    return list(create_session(model, "cpu", threads=1).run(outputs, dict(inputs), options))
+
+
 def probe_provider(provider: str) -> list[str]:
     """Run a tiny model on the provider and return the providers its session really has.
 

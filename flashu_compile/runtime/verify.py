@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from flashu_compile import arguments, reading
 from flashu_compile.bundle.agreement import REORDERED, output_difference
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, read_manifest
-from flashu_compile.bundle.precision import TOLERANCES, tolerance
+from flashu_compile.bundle.precision import OWN_TOLERANCE, TOLERANCES, tolerance
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
@@ -92,6 +94,7 @@ def verify(
     options: Mapping[str, Any] | None = None,
     digest: str | None = None,
     progress: Callable[[str], None] | None = None,
+    backend: str | None = None,
 ) -> Verification:
     """Check the bundle at `path`; mismatches are rows of the result, not exceptions.
 
@@ -109,7 +112,7 @@ def verify(
     tell = progress or (lambda _: None)
     engines = open_engines(
         files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
-        options=options,
+        options=options, backend=backend,
     )  # fmt: skip
     with closing(engines):
         return _verification(files, engines, shared, tell)
@@ -169,13 +172,14 @@ def _check_files(files: BundleFiles, tell: Callable[[str], None]) -> Iterator[Fi
 def _check_engine(spec: EngineSpec, files: BundleFiles, engines: Engines) -> Iterator[OutputCheck]:
     tensors = reading.read_tensors(files.path(spec.reference), BundleError)
     inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
+    own = float(tensors.get(OWN_TOLERANCE, np.zeros(1)).max(initial=0))
     given = engines.engine(spec.name).run(inputs)
     for output in spec.outputs:
         expected = tensors.get(f"output.{output.name}")
         if expected is None:
             yield OutputCheck(spec.name, output.name, math.inf, note=f"{spec.reference} has no such output")
         else:
-            allowed = tolerance(files.manifest.precision)
+            allowed = max(tolerance(files.manifest.precision), tolerance(engines.precision), own)
             found = output_difference(output.name, given[output.name], expected, allowed)
             error, note = (math.inf, REORDERED) if found.reordered else (found.relative, "")
             yield OutputCheck(spec.name, output.name, error, allowed, note)

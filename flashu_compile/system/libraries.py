@@ -6,12 +6,14 @@ All of it is set by environment variables; what a user has set in them wins.
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import shutil
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -19,6 +21,7 @@ from flashu_compile.system.paths import cache_folder
 
 _ONNXRUNTIME, _HUB = "ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"
 _FIRST_WITH_TELEMETRY = (1, 29)
+_OPENVINO_TELEMETRY = "openvino_telemetry"
 _MATPLOTLIB, _INDUCTOR = "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -42,6 +45,27 @@ def switch_telemetry_off() -> None:
         )
     for variable in (_ONNXRUNTIME, _HUB):
         os.environ.setdefault(variable, "1")
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which otherwise sends an event on import, and return it.
+
+    Raises `ImportError` if it is not installed. Warns with `TelemetryWarning` if it was imported before with telemetry.
+    """
+    if _OPENVINO_TELEMETRY in sys.modules:
+        warnings.warn(
+            "openvino was imported before flashu_compile loaded it, so its telemetry is on in this process; load a "
+            "bundle first, or uninstall openvino-telemetry.",
+            TelemetryWarning,
+            stacklevel=2,
+        )
+        return importlib.import_module("openvino")
+    # OpenVINO takes a stand-in that does nothing where this cannot be imported.
+    sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        del sys.modules[_OPENVINO_TELEMETRY]
 
 
 def _telling(library: object) -> bool:

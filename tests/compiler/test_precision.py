@@ -173,12 +173,30 @@ class TestBundles:
             assert facts["parts"]["llm"]["layers"] == 2 * 5  # keys and values are too narrow
             for layer in facts["layers"]:
                 assert layer["error"] > 0
-                assert layer["sensitive"] == (layer["error"] > told["limit"])
+                assert layer["sensitive"] or layer["error"] <= told["limit"]
+            assert facts["error"] <= facts["budget"] == 0.05
+            assert facts["neighbour"] > 0
         assert "int8" not in report(built["float32"])
         lossy = [
             p for p in report(built["int8"])["passes"] if p["name"] == "QuantizeLinears" and p["changes"]
         ]
         assert all(0 < p["error"] < 0.1 for p in lossy)
+
+    def test_channels_far_from_the_others_are_kept_within_the_budget(self, tmp_path: Path) -> None:
+        model, draw = wide_model(), torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim == 2 and "embed" not in name:
+                    weight.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5)
+                    weight[:, torch.randperm(weight.shape[1], generator=draw)[:1]] *= 12
+        bundle = flashu_compile.export(
+            model, "t2i", output=tmp_path / "b", precision="int8", precision_budget=0.03, vae=VAE,
+            tokenizer=tokenizer(), cache=False,
+        )  # fmt: skip
+        told = report(bundle)["int8"]["tasks"]["t2i"]
+        assert told["error"] <= told["budget"] == 0.03
+        assert any(layer["sensitive"] and layer["error"] < 0.05 for layer in told["layers"])
+        assert verify(bundle.path).ok
 
     def test_a_low_limit_keeps_layers_in_float32(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

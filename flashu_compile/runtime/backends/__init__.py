@@ -36,6 +36,11 @@ class RunBackend(Protocol):
         ...
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The other backends whose bundles it can run."""
+        ...
+
+    @property
     def options(self) -> Mapping[str, str]:
         """The names that `load(…, options={…})` accepts, each with its meaning."""
         ...
@@ -69,7 +74,7 @@ def find_run_backend(name: str) -> RunBackend:
     """Return the run side of the backend called `name`. Raises `BackendUnavailableError` if no file has that name."""
     if name not in backend_names():
         raise BackendUnavailableError(
-            f"This version has no backend {name!r} to run a bundle with; it has {', '.join(backend_names())}."
+            f"This version has no backend {shown(name)} to run a bundle with; it has {', '.join(backend_names())}."
         )
     return find_file(__name__, name).BACKEND
 
@@ -83,8 +88,9 @@ def open_engines(
     memory: str = "fast",
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
 ) -> Engines:
-    """Open the engines of a bundle on the backend it was built for.
+    """Open the engines of a bundle on the backend it was built for, or on another one that reads them.
 
     Not every backend has `memory` and `provider_options`. Raises `BackendUnavailableError` if the backend does not
     work here, `ConfigurationError` if its engines are code and `trust` is not given, on unknown options, or on a
@@ -99,21 +105,26 @@ def open_engines(
     of_provider = arguments.mapping("provider_options", provider_options)
     if of_provider:
         given["provider_options"] = of_provider
-    name = files.manifest.backend
-    backend = find_run_backend(name)
-    if backend.runs_code and not trust:
+    built_for = files.manifest.backend
+    name = built_for if backend is None else arguments.name_of("backend", backend)
+    found = find_run_backend(name)
+    if built_for not in (name, *found.reads):
+        raise ConfigurationError(
+            f"{files.directory} was built for backend {built_for!r}, which {name!r} does not run; leave `backend` out."
+        )
+    if found.runs_code and not trust:
         raise ConfigurationError(
             f"{files.directory} was built for backend {name!r}, whose engines are code that loading runs; "
             "if you know who built it, load it with trust=True (--trust)."
         )
     if memory != "fast":  # which is what every backend does by itself
         given["memory"] = memory
-    unknown = sorted(given.keys() - backend.options.keys())
+    unknown = sorted(given.keys() - found.options.keys())
     if unknown:
-        known = ", ".join(backend.options) or "none"
+        known = ", ".join(found.options) or "none"
         raise ConfigurationError(
             f"Unknown option {shown(unknown[0])} for backend {name!r}; there are: {known}."
         )
-    if trust and not backend.runs_code:  # then it is about operators that no graph of ours has
+    if trust and not found.runs_code:  # then it is about operators that no graph of ours has
         given["trust"] = True
-    return backend.open(files, provider=provider, threads=threads, options=given)
+    return found.open(files, provider=provider, threads=threads, options=given)

@@ -33,6 +33,7 @@ class AOTInductor:
     provider: str
     runs_code = True
     weights = TENSORS
+    reads = ()
     options: ClassVar[Mapping[str, str]] = {}
 
     def open(

@@ -17,6 +17,7 @@ class OnnxRuntime:
 
     runs_code = False
     weights = WEIGHTS
+    reads = ()
     options: Mapping[str, str] = {
         "memory": "fast: each engine keeps weights as it computes best; low: all engines share one map of them",
         "provider_options": "options of the provider, by ONNX Runtime's names",

@@ -18,6 +18,7 @@ class TensorRT:
     # A version compatible engine carries a runtime of its own, and TensorRT trusts any engine's contents.
     runs_code = True
     weights = WEIGHTS
+    reads = ()
     options: Mapping[str, str] = {}
 
     def open(

@@ -183,6 +183,7 @@ class Torch:
 
     runs_code = True
     weights = TENSORS
+    reads = ()
     options: Mapping[str, str] = {
         "compile": "True: each engine goes through torch.compile when first run.",
         "cuda_graph": "True: on a GPU, each engine is replayed as a CUDA graph, one for each set of shapes.",

@@ -131,6 +131,7 @@ class TorchTensorRT:
 
     runs_code = True
     weights = TENSORS  # which holds none: each engine has its own
+    reads = ()
     options: Mapping[str, str] = {}
 
     def open(

@@ -1,0 +1,167 @@
+"""Prove that an ONNX graph computes its program's int8 layers, each on the values that reach it in PyTorch.
+
+A value that lies between two bytes falls to either side by its last bit, and then changes what all later layers read:
+two correct computations of a whole int8 engine differ by about half of what int8 itself costs. So the graph is cut
+before each quantization and behind each integer product, and every piece is given the program's own values there:
+
+* a layer must give the program's integers: no element may be off by half a unit, beyond the rounding of float32;
+* what lies between layers is held to the tolerance of the precisions that it computes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto
+from torch import Tensor, fx
+
+from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.errors import EmissionError
+from flashu_compile.exporters.onnx import VALUES
+from flashu_compile.operators.int8 import INT8_LINEAR
+from flashu_compile.program.program import Program
+from flashu_compile.runtime.sessions import run_once
+from flashu_compile.system.threads import torch_threads
+
+#: float32 rounds behind the integers: the product of the scales, that with the sum, the sum itself, and the bias.
+_ROUNDING = 4 * float(np.finfo(np.float32).eps)
+#: What the translation puts between an integer product and a layer's value; each reads the product first.
+_SCALING = ("Add", "Mul", "Cast")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """An int8 layer: its node, the node that it quantizes, and the graph's names of what it gives and reads."""
+
+    node: fx.Node
+    source: fx.Node
+    value: str
+    read: str
+
+
+def prove_layers(
+    path: Path, program: Program, inputs: Mapping[str, Tensor], tolerance: float
+) -> dict[str, NDArray[Any]]:
+    """Compare every piece of the graph at `path` with `program`, on `inputs` by role; return the graph's outputs.
+
+    These come from the program's own values at the last cuts. `tolerance` is the largest relative L2 error of the
+    values that layers read. The graph's weights lie beside it, and so does the cut graph afterwards. Raises
+    `EmissionError`, naming the layer, if a piece computes something else.
+    """
+    model = onnx.load(path, load_external_data=False)
+    layers = _layers(model.graph, program)
+    recorded = _recorded(program, inputs, layers)
+    _cut(model.graph, layers)
+    cut = path.with_name("pieces.onnx")
+    onnx.save(model, cut)
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    for layer in layers:
+        feeds |= {_given(layer.value): recorded[layer.node], _given(layer.read): recorded[layer.source]}
+    names = [output.name for output in model.graph.output]
+    values = dict(zip(names, run_once(cut, names, feeds), strict=True))
+    for layer in layers:
+        _check_integers(program, layer, values[layer.value], recorded)
+        error = relative_error(values.get(layer.read, recorded[layer.source]), recorded[layer.source])
+        if not error <= tolerance:
+            raise EmissionError(
+                f"Engine {program.name!r} differs from PyTorch before int8 layer {layer.node.name}, on equal values "
+                f"behind the layers before it: relative L2 error {error:.2e}, allowed {tolerance:.0e}."
+            )
+    return {role: values[role] for role in program.outputs}
+
+
+def _layers(graph: GraphProto, program: Program) -> list[_Layer]:
+    """Find each int8 layer of the program in the graph. Raises `EmissionError` if it is not there."""
+    named = dict(zip(program.exported.graph_signature.user_outputs, program.outputs, strict=True))
+    for node in graph.node:
+        told = next((p.value for p in node.metadata_props if p.key == VALUES), "")
+        named |= {name: value for name, value in zip(told.split(","), node.output, strict=False) if name}
+    makers = {value: node for node in graph.node for value in node.output}
+    found = []
+    for node in program.exported.graph.find_nodes(op="call_function", target=INT8_LINEAR):
+        product = _product(makers, named.get(node.name, ""))
+        if product is None or makers[product.input[0]].op_type != "DynamicQuantizeLinear":
+            raise EmissionError(f"Engine {program.name!r} has no integer product for layer {node.name}.")
+        quantized = node.args[0]
+        source = quantized.args[0].args[0]  # type: ignore[union-attr]
+        assert isinstance(source, fx.Node)
+        found.append(_Layer(node, source, named[node.name], makers[product.input[0]].input[0]))
+    return found
+
+
+def _product(makers: Mapping[str, NodeProto], value: str) -> NodeProto | None:
+    """Return the integer product that `value` is scaled from, or None if it is no layer's."""
+    node = makers.get(value)
+    while node is not None and node.op_type in _SCALING:
+        node = makers.get(node.input[0])
+    return node if node is not None and node.op_type == "MatMulInteger" else None
+
+
+def _given(name: str) -> str:
+    return f"given/{name}"
+
+
+def _cut(graph: GraphProto, layers: list[_Layer]) -> None:
+    """Make inputs of what layers read and of what is read of them, and outputs of both."""
+    reads, values = dict.fromkeys(x.read for x in layers), dict.fromkeys(x.value for x in layers)
+    known = {value.name for value in (*graph.input, *graph.output)}
+    for node in graph.node:
+        quantizes = node.op_type == "DynamicQuantizeLinear" and node.input[0] in reads
+        for place, name in enumerate(node.input):
+            if name in values or (quantizes and place == 0):
+                node.input[place] = _given(name)
+    for name in {**reads, **values}:
+        graph.input.append(onnx.helper.make_tensor_value_info(_given(name), TensorProto.FLOAT, None))
+        if name not in known:
+            graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+
+
+class _Recording(fx.Interpreter):
+    """Runs a program and keeps the values of some nodes."""
+
+    def __init__(self, program: Program, nodes: Iterable[fx.Node]) -> None:
+        super().__init__(program.exported.graph_module)
+        self._wanted = {node.name: node for node in nodes}
+        self.values: dict[fx.Node, NDArray[Any]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._wanted:
+            self.values[self._wanted[n.name]] = value.numpy()
+        return value
+
+
+def _recorded(
+    program: Program, inputs: Mapping[str, Tensor], layers: Iterable[_Layer]
+) -> dict[fx.Node, NDArray[Any]]:
+    """Run the program and return what every layer reads, gives and computes with."""
+    nodes = [n for x in layers for n in (x.node, x.source, *x.node.all_input_nodes)]
+    recording = _Recording(program, nodes)
+    with torch.inference_mode(), torch_threads(1):
+        program.run(inputs, recording)
+    return recording.values
+
+
+def _check_integers(
+    program: Program, layer: _Layer, value: NDArray[Any], recorded: Mapping[fx.Node, NDArray[Any]]
+) -> None:
+    """Check that a layer computed the program's integers. Raises `EmissionError` if an element is another one."""
+    _, scale, _, _, weight_scale, bias = layer.node.args
+    truth = recorded[layer.node].astype(np.float64)
+    added = recorded[bias].astype(np.float64) if isinstance(bias, fx.Node) else 0.0
+    unit = recorded[scale].astype(np.float64) * recorded[weight_scale]  # type: ignore[index]
+    allowed = unit / 2 + _ROUNDING * (np.abs(truth - added) + np.abs(added))
+    wrong = int(operator.invert(np.abs(value.reshape(truth.shape) - truth) <= allowed).sum())
+    if wrong:
+        raise EmissionError(
+            f"Engine {program.name!r} computes other integers than int8 layer {layer.node.name} does in PyTorch, on "
+            f"equal values: {wrong:,} of {truth.size:,} are off."
+        )

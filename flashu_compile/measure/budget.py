@@ -1,0 +1,110 @@
+"""Choose which layers stay in float32 so that a program in int8 keeps a budget at its task's outputs.
+
+What a layer loses by itself says little of what the whole loses: errors of layers add up, and weights amplify them. So
+the program is run with its layers in int8, on what their errors were measured on, and its outputs (final latents, the
+logits of the next token) are compared with those in float32. Where they are too far apart, layers go back to float32,
+those that lose most first; how many is found by halving, in a number of runs that grows with its logarithm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from flashu_compile import arguments
+from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.bundle.precision import TOLERANCES
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.measure.sensitivity import Int8Recorder, LinearError, Probe
+
+#: The largest relative L2 error of a task's outputs in int8, unless another is given. Random weights at the sizes of
+#: `benchmarks/geometries.py` stay below it with every layer in int8.
+DEFAULT_BUDGET = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The weights that stay in float32 for a budget, and the error of the outputs then, found in so many `runs`."""
+
+    weights: frozenset[str]
+    budget: float
+    error: float
+    runs: int
+
+
+def budgets(given: float | str | Mapping[str, float] | None, tasks: Sequence[str]) -> dict[str, float]:
+    """Return the budget of each task: one number for all of them, or one by task, also as a text `task=number,…`.
+
+    Raises `ConfigurationError` on a name that is no task of these, or a number that is no relative error, or below what
+    engines in float32 are themselves held to.
+    """
+    if given is None:
+        return dict.fromkeys(tasks, DEFAULT_BUDGET)
+    entered = _entered(given) if isinstance(given, str) else given
+    if not isinstance(entered, Mapping):
+        entered = dict.fromkeys(tasks, entered)
+    entered = arguments.mapping("precision_budget", entered)
+    unknown = sorted(entered.keys() - set(tasks))
+    if unknown:
+        raise ConfigurationError(
+            f"precision_budget names {arguments.shown(unknown[0])}, which is not built; the tasks are "
+            f"{', '.join(tasks)}."
+        )
+    least = TOLERANCES["float32"]
+    checked = {task: arguments.number("precision_budget", value, least, 1) for task, value in entered.items()}
+    return {task: checked.get(task, DEFAULT_BUDGET) for task in tasks}
+
+
+def _entered(text: str) -> float | dict[str, float]:
+    """Parse a number, or numbers by task. Raises `ConfigurationError` on anything else."""
+    try:
+        if "=" not in text:
+            return float(text)
+        return {name: float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigurationError(
+            f"precision_budget is a number such as 0.05, or one by task such as t2i=0.05,mmu=0.02, not "
+            f"{arguments.shown(text)}."
+        ) from None
+
+
+def keep_budget(
+    probe: Probe,
+    layers: Sequence[LinearError],
+    truth: NDArray[Any],
+    budget: float,
+    tell: Callable[[str], None],
+) -> Kept:
+    """Return which of the `layers` that are meant to be in int8 stay in float32 for `budget`.
+
+    `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8.
+    """
+    order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.error)]
+    started, runs = time.monotonic(), 0
+    found: dict[int, float] = {len(order): 0.0}  # all kept: nothing in int8
+
+    def fits(kept: int) -> bool:
+        nonlocal runs
+        if kept not in found:
+            runs += 1
+            outputs = probe.outputs(Int8Recorder(probe.program, frozenset(order[kept:])))
+            found[kept] = relative_error(outputs, truth)
+            minutes = (time.monotonic() - started) / 60
+            tell(
+                f"int8 with {kept} of {len(order)} layers in float32 is off by {found[kept]:.1e}, budget {budget:g} "
+                f"(run {runs} of at most {most}, {minutes:.1f} min)"
+            )
+        # Not `found > budget`: an error that is not a number does not fit.
+        return found[kept] <= budget
+
+    most = 1 + math.ceil(math.log2(max(len(order), 1)))
+    low, high = 0, 0 if fits(0) else len(order)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return Kept(frozenset(order[:high]), budget, float(f"{found[high]:.2e}"), runs)

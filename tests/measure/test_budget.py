@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.errors import ConfigurationError
+from flashu_compile.measure.budget import DEFAULT_BUDGET, budgets, keep_budget
+from flashu_compile.measure.sensitivity import Int8Recorder, Probe
+from flashu_compile.passes.quantize_linears import MIN_WIDTH, QuantizeLinears
+from flashu_compile.program.program import BATCH, Input, Program, Role
+from flashu_compile.program.trace import trace
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(MIN_WIDTH, MIN_WIDTH) for _ in range(9))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return (x,)
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    torch.manual_seed(0)
+    model = Stack().eval().requires_grad_(False)
+    for layer in (model.layers[2], model.layers[6]):
+        layer.weight[:, 17] *= 30  # channels far from the others, which leave these few bytes
+    inputs = (Input("x", (BATCH, None, None)),)
+    sample = {"x": torch.randn(2, 7, MIN_WIDTH)}
+    program = Program("stack", "mmu", trace(model, inputs, sample), inputs, (Role.LOGITS,), {}, sample)
+    return Probe(program, lambda recorder: recorder.record(sample)[Role.LOGITS].numpy())
+
+
+def test_recorded_in_int8_is_what_the_pass_makes(probe: Probe) -> None:
+    (short,) = QuantizeLinears().call(probe.program).programs
+    truth = short.run(probe.program.sample)[Role.LOGITS].numpy()
+    assert relative_error(probe.outputs(Int8Recorder(probe.program)), truth) < 1e-5
+
+
+@pytest.mark.parametrize("budget", [1.0, 1e-2, 3e-3, 1e-4])
+def test_a_budget_is_kept_by_few_runs_and_no_more_layers_than_needed(probe: Probe, budget: float) -> None:
+    layers, truth = probe.errors()
+    told: list[str] = []
+    kept = keep_budget(probe, layers, truth, budget, told.append)
+    short = frozenset(layer.weight for layer in layers) - kept.weights
+    error = relative_error(probe.outputs(Int8Recorder(probe.program, short)), truth)
+    assert error <= budget
+    assert kept.error == pytest.approx(error, rel=1e-2)
+    assert kept.runs == len(told) <= 1 + math.ceil(math.log2(len(layers)))
+    if kept.weights:  # one layer fewer would be too few
+        order = sorted(layers, key=lambda layer: -layer.error)
+        fewer = frozenset(layer.weight for layer in order[len(kept.weights) - 1 :])
+        assert relative_error(probe.outputs(Int8Recorder(probe.program, fewer)), truth) > budget
+
+
+def test_layers_that_lose_most_go_first(probe: Probe) -> None:
+    layers, truth = probe.errors()
+    everything = relative_error(probe.outputs(Int8Recorder(probe.program)), truth)
+    kept = keep_budget(probe, layers, truth, 0.8 * everything, lambda _: None)
+    assert "layers.2.weight" in kept.weights or "layers.6.weight" in kept.weights
+    assert len(kept.weights) < 3
+
+
+def test_a_row_depends_on_its_neighbour_in_int8_alone(probe: Probe) -> None:
+    assert probe.neighbour_error(frozenset()) < 1e-6
+    assert probe.neighbour_error(frozenset(f"layers.{i}.weight" for i in range(9))) > 1e-4
+
+
+def test_budgets_of_tasks() -> None:
+    tasks = ("t2i", "mmu")
+    assert budgets(None, tasks) == {"t2i": DEFAULT_BUDGET, "mmu": DEFAULT_BUDGET}
+    assert budgets(0.02, tasks) == budgets("0.02", tasks) == {"t2i": 0.02, "mmu": 0.02}
+    assert budgets({"mmu": np.float32(0.25)}, tasks) == budgets("mmu=0.25", tasks)
+    assert budgets("mmu=0.25", tasks) == {"t2i": DEFAULT_BUDGET, "mmu": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("much", "is a number such as 0.05, or one by task"),
+        ("t2i=much", "is a number such as 0.05, or one by task"),
+        ({"video": 0.1}, "names 'video', which is not built"),
+        (1e-9, "must be a number at least 0.0001 and at most 1"),
+        (math.nan, "must be a number at least 0.0001 and at most 1"),
+        ({"t2i": True}, "must be a number at least 0.0001 and at most 1"),
+    ],
+)
+def test_what_is_no_budget_is_an_error(given: object, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        budgets(given, ("t2i", "mmu"))  # type: ignore[arg-type]
