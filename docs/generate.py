@@ -1,0 +1,149 @@
+"""Write the pages that are made from docstrings: api.md, and the parameters in recipes.md.
+
+python docs/generate.py             writes them
+python docs/generate.py --check     says which are out of date
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import flashu_compile
+from flashu_compile.recipe.config import MMUConfig, T2IConfig
+
+DOCS = Path(__file__).resolve().parent
+BEGIN, END = "<!-- parameters -->", "<!-- end of parameters -->"
+# What a reader looks for first.
+ORDER = (
+    "export",
+    "load",
+    "Pipeline",
+    "benchmark",
+    "evaluate",
+    "calibrate",
+    "Recipe",
+    "T2IConfig",
+    "MMUConfig",
+)
+_SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):\s*$")
+_ENTRY = re.compile(r"^    ([\w, *]+): (.*)$")
+
+
+def api() -> str:
+    """Return the page of the public names, in Markdown."""
+    public = [name for name in flashu_compile.__all__ if not name.startswith("_")]
+    names = [*ORDER, *(name for name in sorted(public) if name not in ORDER)]
+    parts = [
+        "# Reference",
+        "What `import flashu_compile` offers. Made from docstrings by `docs/generate.py`.",
+    ]
+    for name in names:
+        parts.append(f"## {name}")
+        parts.extend(_described(name, getattr(flashu_compile, name)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _described(name: str, value: Any) -> Iterator[str]:
+    if not inspect.isclass(value) or dataclasses.is_dataclass(value):
+        yield f"```python\n{_signature(name, value)}\n```"
+    yield _markdown(inspect.getdoc(value) or "")
+    if inspect.isclass(value):
+        for member, function in inspect.getmembers(value):
+            if not member.startswith("_") and inspect.getdoc(function) and member in vars(value):
+                yield f"### {name}.{member}"
+                if inspect.isroutine(function):
+                    yield f"```python\n{_signature(member, function)}\n```"
+                yield _markdown(inspect.getdoc(function) or "")
+
+
+def _signature(name: str, value: Any) -> str:
+    parameters = [p for p in inspect.signature(value).parameters.values() if p.name != "self"]
+    rows = [_parameter(p) for p in parameters]
+    first = next((n for n, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
+    if first is not None:
+        rows.insert(first, "*")
+    returned = getattr(value, "__annotations__", {}).get("return")
+    end = f" -> {returned}" if returned and not inspect.isclass(value) else ""
+    single = f"{name}({', '.join(rows)}){end}"
+    return single if len(single) <= 100 else f"{name}(\n    " + ",\n    ".join(rows) + f",\n){end}"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
+    default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+    return f"{stars}{parameter.name}{kind}{default}"
+
+
+def _markdown(docstring: str) -> str:
+    """Turn a docstring's sections into lists."""
+    lines: list[str] = []
+    for line in docstring.splitlines():
+        section, entry = _SECTION.match(line), _ENTRY.match(line)
+        if section is not None:
+            lines += [f"*{section[1]}*", ""]
+        elif entry is not None:
+            names = ", ".join(f"`{name.strip()}`" for name in entry[1].split(","))
+            lines.append(f"- {names}: {entry[2]}")
+        else:
+            lines.append("  " + line.strip() if line.startswith("    ") and lines and lines[-1] else line)
+    return "\n".join(lines).strip()
+
+
+def parameters() -> str:
+    """Return the tables of all parameters of recipes, in Markdown."""
+    parts = []
+    for task, config in (("t2i", T2IConfig), ("mmu", MMUConfig)):
+        told = _attributes(inspect.getdoc(config) or "")
+        rows = [
+            f"| `{task}.{field.name}` | `{_shown(field.default)}` | {told[field.name]} |"
+            for field in dataclasses.fields(config)
+        ]
+        parts.append("\n".join(["| parameter | default | what it does |", "|---|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    body = docstring.split("Attributes:\n", 1)[1].split("\n\n", 1)[0]
+    entries = re.split(r"^    (?=\w+: )", body, flags=re.MULTILINE)[1:]
+    pairs = (" ".join(entry.split()).split(": ", 1) for entry in entries)
+    return {name: text.replace("|", "\\|") for name, text in pairs}
+
+
+def _shown(default: object) -> str:
+    return str(default) if isinstance(default, (tuple, float, int)) or default is None else f'"{default}"'
+
+
+def pages() -> dict[Path, str]:
+    """Return what every generated page should hold."""
+    recipes = DOCS / "recipes.md"
+    before, _, rest = recipes.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    return {DOCS / "api.md": api(), recipes: f"{before}{BEGIN}\n\n{parameters()}\n\n{END}{after}"}
+
+
+def main() -> int | str:
+    """Write the pages, or check them; return the exit code, or what to exit with."""
+    stale = [
+        path
+        for path, text in pages().items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv:
+        names = ", ".join(path.name for path in stale)
+        return f"out of date: {names}; run python docs/generate.py" if stale else 0
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
