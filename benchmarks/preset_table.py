@@ -25,6 +25,7 @@ from benchmarks.bundles import compiler_digest
 from benchmarks.measuring import machine
 from benchmarks.records import Records, digest, markdown_table, number
 from flashu_compile.bundle.manifest import MANIFEST
+from flashu_compile.bundle.profiles import ANSWER_TOKENS
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import capture_model, export
 from flashu_compile.evaluation.agreement import Agreement
@@ -39,7 +40,6 @@ from flashu_compile.tasks import TASKS
 MODEL, EXACT = "showo2-shapes", "exact"
 RECIPES = ("conservative", "balanced", "aggressive", "flashu")
 SCORER = str(Path(__file__).resolve().parents[1] / "examples" / "showo2_shapes" / "scoring.py") + ":score"
-TOKENS = 32
 RULES = Rules(keep=0.97, floor=0.95)
 
 
@@ -61,7 +61,7 @@ class Table:
             own, exact = self._side(recipe), self._side(EXACT)
             figures: dict[str, float] = {}
             scorers = [
-                Evaluator("agreement", Agreement(exact, TOKENS, figures), figures),
+                Evaluator("agreement", Agreement(exact, ANSWER_TOKENS, figures), figures),
                 find_evaluator("answers"),
                 find_evaluator(SCORER),
             ]
@@ -81,7 +81,7 @@ class Table:
     def _side(self, recipe: str) -> Side:
         if recipe not in self._sides:
             pipe = load(self._bundle(recipe), threads=1)
-            self._sides[recipe] = Side(recipe, pipe, _tell, limit=TOKENS, workers=self.workers)
+            self._sides[recipe] = Side(recipe, pipe, _tell, limit=ANSWER_TOKENS, workers=self.workers)
         return self._sides[recipe]
 
     def _bundle(self, recipe: str) -> Path:

@@ -13,6 +13,8 @@ from flashu_compile.bundle.dimensions import evaluate, symbols
 from flashu_compile.bundle.manifest import EngineSpec, GenerationSettings, Manifest, UnderstandingSettings
 from flashu_compile.errors import ConfigurationError
 
+#: The length of an answer that is timed or judged, where a bundle gives answers as long.
+ANSWER_TOKENS = 32
 #: So many answers are decoded side by side; more take turns, for each has keys and values of its own.
 BATCH = 8
 # A question's prefix is the fixed text before a picture; chat templates have some dozen tokens.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest, read_manifest
+from flashu_compile.bundle.profiles import ANSWER_TOKENS
 from flashu_compile.compiler.exact_bundles import exact_bundle, kept_exact_bundle
 from flashu_compile.errors import BackendUnavailableError, EvaluationError, MissingDependencyError
 from flashu_compile.evaluation import intervals, judging, worker
@@ -33,7 +34,6 @@ from flashu_compile.tasks import T2I
 LIMIT = 120.0
 """Seconds that measuring may take, and making the exact bundle."""
 
-TOKENS = 32
 SAMPLES = 40
 """Prompts, and pictures that are asked about, at most."""
 
@@ -130,7 +130,7 @@ class BesideExact:
                     # One thread for each of several samples at a time: figures do not depend on how many.
                     stack.enter_context(closing(load(path, provider=provider, threads=1, trust=True))),
                     lambda stage, _: self.tell(stage),
-                    limit=TOKENS,
+                    limit=ANSWER_TOKENS,
                     workers=threads,
                 )
                 for title, path in ((_OWN, bundle), (_EXACT, other))
@@ -178,7 +178,7 @@ class BesideExact:
 
 def _tokens(manifest: Manifest) -> int | None:
     settings = manifest.understanding
-    return None if settings is None else min(TOKENS, settings.max_new_tokens)
+    return None if settings is None else min(ANSWER_TOKENS, settings.max_new_tokens)
 
 
 def _told(cost: SideCost) -> dict[str, Any]:

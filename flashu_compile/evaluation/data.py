@@ -20,7 +20,7 @@ from flashu_compile.bundle.images import Picture, read_picture
 from flashu_compile.errors import EvaluationError, InputError
 from flashu_compile.evaluation.splits import ALL, canonical, split_of
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import MMU, T2I
+from flashu_compile.tasks import MMU, T2I, TASKS
 
 FILES = ("data.jsonl", "data.json", "questions.jsonl", "questions.json")
 """What holds the questions of a folder of pictures."""
@@ -72,6 +72,11 @@ class Data:
             *([sample.key, sample.question, sample.answer, sample.kind] for sample in self.questions),
         ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the tasks that there are samples of."""
+        return [task for task in TASKS if self.of(task)]
 
     def of(self, task: str) -> Sequence[PromptSample] | Sequence[QuestionSample]:
         """Return the samples of a task."""

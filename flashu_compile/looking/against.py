@@ -4,27 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashu_compile import arguments
-from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.bundle.manifest import Manifest, read_manifest
+from flashu_compile.bundle.profiles import ANSWER_TOKENS
 from flashu_compile.errors import ConfigurationError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.system.paths import absolute
+from flashu_compile.tasks import TASKS
 
 EXACT = "exact"
 
 Progress = Callable[[str, float | None], None]
 
 
-def tasks_asked(task: object) -> list[str]:
-    """Return the tasks that the argument `task` names. Raises `UnknownTaskError` if it is no text and no list."""
-    found = [task] if isinstance(task, str) else task
-    if not isinstance(found, list | tuple):
-        raise UnknownTaskError(f"task must be a task or a list of tasks, not {arguments.shown(task)}.")
-    return list(found)
+def common_tasks(asked: object, manifests: Sequence[Manifest], *, among: Sequence[str] = TASKS) -> list[str]:
+    """Return the tasks that the argument `task` names, or if it is None, all of `among` that every bundle has.
+
+    Raises `UnknownTaskError` if there are none, or one is not among these.
+    """
+    common = [name for name in among if all(name in manifest.tasks for manifest in manifests)]
+    wanted = common if asked is None else [asked] if isinstance(asked, str) else asked
+    if not isinstance(wanted, list | tuple):
+        raise UnknownTaskError(f"task must be a task or a list of tasks, not {arguments.shown(asked)}.")
+    unknown = [name for name in wanted if name not in common]
+    if unknown or not wanted:
+        what = f"Task {arguments.shown(unknown[0])} is not" if unknown else "No task is"
+        raise UnknownTaskError(
+            f"{what} among those that the bundles, and what they are asked, have in common: "
+            f"{', '.join(common) or 'none'}."
+        )
+    return [name for name in TASKS if name in wanted]
+
+
+def answer_length(name: str, given: int | None, manifests: Sequence[Manifest]) -> int | None:
+    """Return the length of answers in tokens: `given`, or `ANSWER_TOKENS`, or the bundles' longest if that is less.
+
+    None if a bundle answers no questions. Raises `ConfigurationError`, naming the argument, if a bundle gives no
+    answers of that length.
+    """
+    settings = [manifest.understanding for manifest in manifests]
+    limits = [found.max_new_tokens for found in settings if found is not None]
+    if len(limits) < len(settings):
+        return None
+    if given is None:
+        return min(ANSWER_TOKENS, *limits)
+    return arguments.integer(name, given, 1, min(limits))
 
 
 @contextlib.contextmanager

@@ -12,20 +12,19 @@ from typing import Any
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_COUNT, LARGEST_POINTS, LARGEST_THREADS
 from flashu_compile.bundle.manifest import Manifest, read_manifest
-from flashu_compile.errors import ConfigurationError, UnknownTaskError
+from flashu_compile.errors import ConfigurationError
 from flashu_compile.evaluation import intervals
 from flashu_compile.evaluation.intervals import LEAST_ROUNDS, Median
 from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.timing import Side, SideCost, measure
 from flashu_compile.extras import naming_the_extra
-from flashu_compile.looking.against import Progress, other_bundle, tasks_asked
+from flashu_compile.looking.against import Progress, answer_length, common_tasks, other_bundle
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
 from flashu_compile.system.threads import default_threads
-from flashu_compile.tasks import MMU, TASKS
+from flashu_compile.tasks import MMU
 
 EAGER = "eager"
-TOKENS = 32
 _BUNDLES, _EAGER_MODEL = "flashu_compile.evaluation.worker", "flashu_compile.compiler.eager_side"
 
 
@@ -107,8 +106,10 @@ def benchmark(
     given = {"model": None if model is None else os.fspath(model), "vae": vae, "tokenizer": tokenizer}
     with _other(path, manifest, against, given, tell) as (other, title):
         manifests = [manifest, *([read_manifest(other)] if isinstance(other, Path) else [])]
-        tasks = _tasks(task, manifests)
-        length = _tokens(tokens, tasks, manifests)
+        tasks = common_tasks(task, manifests)
+        if tokens is not None and MMU.name not in tasks:
+            raise ConfigurationError("tokens is the length of answers, and none is timed; leave it out.")
+        length = answer_length("tokens", tokens, manifests) if MMU.name in tasks else None
         work = {"tasks": tasks, "steps": steps, "tokens": length}
         sides = [Side(str(bundle), _BUNDLES, {"path": str(path), "loading": loading, **work})]
         if isinstance(other, Path):
@@ -159,30 +160,3 @@ def _other(
     else:
         with other_bundle(path, against, tell=tell, **given) as other:
             yield other, str(against)
-
-
-def _tasks(asked: str | Sequence[str] | None, manifests: Sequence[Manifest]) -> list[str]:
-    """Return the tasks to be timed. Raises `UnknownTaskError` if one of them is not that of every bundle."""
-    common = [name for name in TASKS if all(name in manifest.tasks for manifest in manifests)]
-    if asked is None and not common:
-        raise UnknownTaskError("The two bundles have no task in common.")
-    wanted = common if asked is None else tasks_asked(asked)
-    unknown = [name for name in wanted if name not in common]
-    if unknown or not wanted:
-        raise UnknownTaskError(
-            f"Task {arguments.shown(unknown[0]) if unknown else 'none'} cannot be timed; these can: "
-            f"{', '.join(common)}."
-        )
-    return [name for name in TASKS if name in wanted]
-
-
-def _tokens(given: int | None, tasks: Sequence[str], manifests: Sequence[Manifest]) -> int | None:
-    """Return the length of every answer, which no bundle may exceed; None if none is timed."""
-    if MMU.name not in tasks:
-        if given is not None:
-            raise ConfigurationError("tokens is the length of answers, and none is timed; leave it out.")
-        return None
-    longest = min(manifest.understanding.max_new_tokens for manifest in manifests if manifest.understanding)
-    if given is None:
-        return min(TOKENS, longest)
-    return arguments.integer("tokens", given, 1, longest)

@@ -14,21 +14,19 @@ from typing import Any
 
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT, LARGEST_THREADS
-from flashu_compile.errors import ConfigurationError, EvaluationError, InputError, UnknownTaskError
+from flashu_compile.errors import ConfigurationError, EvaluationError
 from flashu_compile.evaluation.data import Data, read_data
 from flashu_compile.evaluation.evaluators import AGREEMENT, ANSWERS, Evaluator, find_evaluator
 from flashu_compile.evaluation.judging import Part, Rules, Side, judge
 from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.neutral import neutral_data
 from flashu_compile.evaluation.splits import HELD_OUT, check_split
-from flashu_compile.looking.against import EXACT, Progress, other_bundle, tasks_asked
+from flashu_compile.looking.against import EXACT, Progress, answer_length, common_tasks, other_bundle
 from flashu_compile.recipe.plan import engines_needed
 from flashu_compile.runtime.pipeline import Pipeline, load
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import MMU, T2I, TASKS
-
-ANSWER_TOKENS = 32
+from flashu_compile.tasks import MMU, T2I
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +141,9 @@ def evaluate(
     with _pipelines(bundle, against, given, loading, tell) as (own, theirs):
         if equal_points:
             theirs = _on_the_plan_of(own, theirs)
-        chosen = asked.samples(_tasks(task, (own, theirs), asked.data))
-        limit = _limit(max_new_tokens, (own, theirs))
+        manifests = (own.manifest, theirs.manifest)
+        chosen = asked.samples(common_tasks(task, manifests, among=asked.data.tasks))
+        limit = answer_length("max_new_tokens", max_new_tokens, manifests)
         one, other = (
             Side(_title(place), pipe, tell, steps=steps, limit=limit, workers=workers)
             for place, pipe in ((bundle, own), (against, theirs))
@@ -263,30 +262,3 @@ def _on_the_plan_of(own: Pipeline, theirs: Pipeline) -> Pipeline:
     if missing:
         raise ConfigurationError(f"The other bundle lacks engine {missing[0]!r}; leave equal points out.")
     return Pipeline(theirs.manifest, plan, recipe, theirs.codec, theirs.engines)
-
-
-def _tasks(asked: str | Sequence[str] | None, pipelines: Sequence[Pipeline], data: Data) -> list[str]:
-    """Return the tasks to be judged. Raises `UnknownTaskError` if bundles or data lack one of them."""
-    common = [
-        name for name in TASKS if data.of(name) and all(name in pipe.manifest.tasks for pipe in pipelines)
-    ]
-    wanted = common if asked is None else tasks_asked(asked)
-    unknown = [name for name in wanted if name not in common]
-    if unknown or not wanted:
-        what = f"Task {arguments.shown(unknown[0])}" if unknown else "These bundles"
-        raise UnknownTaskError(
-            f"{what} cannot be judged: both bundles must have the task, and {data.title} prompts (t2i) or questions "
-            f"(mmu) for it. What can be judged: {', '.join(common) or 'nothing'}."
-        )
-    return [name for name in TASKS if name in wanted]
-
-
-def _limit(given: int | None, pipelines: Sequence[Pipeline]) -> int | None:
-    """Return the longest answer in tokens, or None if a side answers no questions."""
-    longest = [pipe.manifest.understanding for pipe in pipelines]
-    limits = [settings.max_new_tokens for settings in longest if settings is not None]
-    if len(limits) < len(longest):
-        return None
-    if given is None:
-        return min(ANSWER_TOKENS, *limits)
-    return arguments.integer("max_new_tokens", given, 1, min(limits), InputError)

@@ -137,7 +137,7 @@ class TestEvaluate:
                 "no bundle could be shown to keep 97.0%.* at least 144",
             ),
             ({"score": "answers"}, EvaluationError, r"question 'what\?' has no answer"),
-            ({"task": "video"}, UnknownTaskError, "Task 'video' cannot be judged"),
+            ({"task": "video"}, UnknownTaskError, "Task 'video' is not among"),
             ({"steps": 3, "equal_points": True}, ConfigurationError, "leave equal_points out"),
             ({"max_new_tokens": 99}, FlashuError, "max_new_tokens must be an integer from 1 to 12"),
             ({"score": []}, EvaluationError, r"score must be a scorer or a list of scorers, not \[\]"),
@@ -145,7 +145,7 @@ class TestEvaluate:
             ({"score": 5}, EvaluationError, "score must be a scorer or a list of scorers, not 5"),
             ({"score": [len]}, EvaluationError, "A scorer that is no Evaluator must be a text"),
             ({"task": 5}, UnknownTaskError, "task must be a task or a list of tasks, not 5"),
-            ({"task": []}, UnknownTaskError, "These bundles cannot be judged"),
+            ({"task": []}, UnknownTaskError, "No task is among"),
             ({"model": "x"}, ConfigurationError, "model, vae and tokenizer go with against='exact'"),
         ],
     )
