@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -12,6 +13,9 @@ from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress
 from flashu_compile.compiler.exact_bundles import exact_bundle
 from flashu_compile.compiler.export import export
 from flashu_compile.errors import CheckpointError, ConfigurationError
+
+
+_logger = logging.getLogger(__name__)
 
 
 def model_of(manifest: Manifest) -> str:
@@ -27,7 +31,8 @@ def checkpoint(
 ) -> CapturedModel:
     """Load the checkpoint of a bundle; `model` says where it is, if not by the name that the bundle records.
 
-    Raises `ConfigurationError` if there is none by that name, or if its weights are not those of the bundle.
+    Raises `ConfigurationError` if there is none by that name, or if its weights are not those of the bundle; where they
+    have no hashes, that is a warning.
     """
     name = model_of(manifest) if model is None else model
     if manifest.generation is not None:
@@ -44,7 +49,11 @@ def checkpoint(
     for part, origin in manifest.origins.items():
         found = source.loaded.origins.get(part)
         files = None if found is None else found.files
-        if origin.files is not None and files is not None and _hashes(files) != _hashes(origin.files):
+        if origin.files is None or files is None:
+            _logger.warning(
+                "Whether %s holds the bundle's own weights (%s) is not known: no hash of them.", name, part
+            )
+        elif _hashes(files) != _hashes(origin.files):
             raise ConfigurationError(
                 f"{name} holds other weights or settings ({part}) than those that the bundle was made of; name its own "
                 "with model=… (--model)."
