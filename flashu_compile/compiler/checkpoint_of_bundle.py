@@ -14,7 +14,6 @@ from flashu_compile.compiler.exact_bundles import exact_bundle
 from flashu_compile.compiler.export import export
 from flashu_compile.errors import CheckpointError, ConfigurationError
 
-
 _logger = logging.getLogger(__name__)
 
 

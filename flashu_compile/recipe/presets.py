@@ -66,7 +66,7 @@ _CONSERVATIVE = Recipe(
 )
 _AGGRESSIVE = Recipe(
     "aggressive",
-    _drawing(25, 0.7, 0.25, 5),
+    _drawing(23, 0.7, 6 / 22, 5),
     MMUConfig(ffn_pruning=0.3, layer_skipping=0.25, token_pruning=0.5, token_scorer="duplication"),
 )
 
