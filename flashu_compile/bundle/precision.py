@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashu_compile.errors import ConfigurationError
 from flashu_compile.tasks import HEAD, LLM, SEMANTIC
 
 #: The stacks of a model, and whatever belongs to none of them.
@@ -11,6 +12,18 @@ PARTS = (LLM, SEMANTIC, HEAD, "other")
 #: of layers add up (float16 has eleven bits, bfloat16 eight); int8 engines against the same int8 program in PyTorch,
 #: where a value that lies between two bytes may fall to either side.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 3e-2}
+
+
+def checked_parts(precision: str) -> dict[str, str]:
+    """Return the precision of every part as `by_part` does. Raises `ConfigurationError` on parts that no model has."""
+    named = [entry.partition("=")[0] for entry in precision.split(",") if "=" in entry]
+    unknown = [part for part in named if part not in PARTS]
+    if unknown or (named and len(named) != precision.count(",") + 1):
+        what = (
+            f"Unknown part {unknown[0]!r}" if unknown else f"Precision {precision!r} names no part for a name"
+        )
+        raise ConfigurationError(f"{what}; the parts of a model are {', '.join(PARTS)}.")
+    return by_part(precision)
 
 
 def by_part(precision: str) -> dict[str, str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from flashu_compile.bundle.manifest import MANIFEST, TOKENIZER, Manifest
-from flashu_compile.compiler.captured import CapturedModel, ModelParts, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.export import export
 from flashu_compile.compiler.fingerprints import environment
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError, ConfigurationError, OutputExistsError
 from flashu_compile.system.paths import EXACT_BUNDLES, cache_folder
 

@@ -12,19 +12,22 @@ from torch import nn
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
+from flashu_compile.bundle.output import ensure_writable
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
-from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
 from flashu_compile.compiler.inspection import BuildChecks
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
+from flashu_compile.compiler.progress import Progress, ProgressReporter
 from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, validate_on_copy
-from flashu_compile.compiler.tasks import named_tasks
+from flashu_compile.compiler.request import default_output, named_tasks
+from flashu_compile.compiler.work import CHECKING, BuildWork
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision, find_backend
-from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.recipe.presets import find_recipe
@@ -145,11 +148,13 @@ def export(
         ensure_writable(named, overwrite=overwrite)
     source = _captured(model, tasks, tell, parts)
     loaded = source.loaded
-    directory = named if output is not None else named / f"{loaded.name}-{'-'.join(tasks)}"
+    directory = named if output is not None else default_output(loaded.name, tasks)
     ensure_writable(directory, overwrite=overwrite)
 
-    decided, figures = decide(chosen, source, tasks, given, samples, seed, tell)
     measured = given or own_samples(loaded)
+    counts = {task: min(cost_samples, len(measured.of(task))) for task in tasks} if measured else {}
+    work = BuildWork(source, tasks, needs_copy(proof, loaded), wanted.is_exact, counts)
+    decided, figures = decide(chosen, source, tasks, given, samples, seed, tell, work.by)
     precise, losses = measured_precision(
         wanted, source, tasks, decided, None if measured is None else measured.chosen(samples, seed), tell
     )
@@ -157,10 +162,12 @@ def export(
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
     validated: dict[str, Any] = {}
     answers: BundleProbe | None = BundleProbe(loaded, decided, tasks, precise.is_exact, WHOLE)
-    if needs_copy(proof, loaded):
+    tell.plan(work.by(decided, decided=True))
+    if work.on_copy:
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
         maker, answers = maker.without_validation(), None
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
+    checked = work.check_steps(decided)
     inspection = BuildChecks(
         source=source,
         recipe=decided,
@@ -169,11 +176,11 @@ def export(
         calibrated_on=samples,
         measured_on=cost_samples,
         seed=seed,
-        tell=lambda stage: tell(stage, 0.9),
+        tell=lambda stage: tell(stage, tell.within(CHECKING, next(checked))),
         exact_precision=precise.is_exact,
         answers=answers,
     )
-    tell("writing the bundle", 0.88)
+    tell("writing the bundle", tell.within(CHECKING))
     metadata = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
     told = {"calibration": figures, **losses, **validated}
     manifest = _write(directory, built, inspection, metadata, told, overwrite=overwrite)

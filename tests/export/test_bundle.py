@@ -21,10 +21,11 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from flashu_compile.bundle.manifest import FileEntry, Manifest, Origin, file_entry, read_manifest
+from flashu_compile.bundle.output import ensure_writable
 from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
 from flashu_compile.exporters import bundle
 from flashu_compile.exporters.backends import onnxruntime
-from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.program.program import Program
