@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Literal
+
+#: The tasks of this package, which editors complete; where it is annotated, any other name is accepted, too.
+TaskName = Literal["t2i", "mmu"]
 
 #: Captured programs, and the engines of the same names.
 DENOISE, VAE_DECODE, UNDERSTAND = "denoise", "vae_decode", "understand"

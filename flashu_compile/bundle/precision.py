@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.tasks import HEAD, LLM, SEMANTIC
 
 #: The stacks of a model, and whatever belongs to none of them.
 PARTS = (LLM, SEMANTIC, HEAD, "other")
+
+#: What a part computes in, which editors complete; a text such as `llm=int8,head=float16` names several.
+PrecisionName = Literal["float32", "float16", "bfloat16", "int8"]
 
 #: Relative L2 from the reference that is recorded with an engine. 16-bit engines are held against float32, and errors
 #: of layers add up (float16 has eleven bits, bfloat16 eight); int8 engines against the same int8 program in PyTorch,

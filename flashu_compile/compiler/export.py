@@ -13,6 +13,7 @@ from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
 from flashu_compile.bundle.output import ensure_writable
+from flashu_compile.bundle.precision import PrecisionName
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
@@ -37,6 +38,7 @@ from flashu_compile.report.work import engine_errors
 from flashu_compile.system.autocast import without_autocast
 from flashu_compile.system.paths import absolute
 from flashu_compile.system.threads import torch_threads
+from flashu_compile.tasks import TaskName
 
 COST_SAMPLES = 3
 #: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.
@@ -72,7 +74,7 @@ class Bundle:
 @without_autocast()
 def export(
     model: nn.Module | str | Path | CapturedModel,
-    task: str | Sequence[str],
+    task: TaskName | str | Sequence[TaskName | str],
     *,
     output: str | Path | None = None,
     recipe: str | Path | Recipe = "exact",
@@ -81,7 +83,7 @@ def export(
     seed: int = 0,
     cost_samples: int = COST_SAMPLES,
     backend: str = "onnxruntime",
-    precision: str | Mapping[str, str] = "float32",
+    precision: PrecisionName | str | Mapping[str, PrecisionName | str] = "float32",
     overwrite: bool = False,
     cache: str | Path | bool = True,
     proof: str = AUTO,
@@ -223,7 +225,7 @@ def _write(
 @without_autocast()
 def calibrate(
     model: nn.Module | str | Path | CapturedModel,
-    task: str | Sequence[str],
+    task: TaskName | str | Sequence[TaskName | str],
     *,
     recipe: str | Path | Recipe = "flashu",
     calibration: object = None,
@@ -288,7 +290,7 @@ def _captured(
 @without_autocast()
 def capture_model(
     model: nn.Module | str | Path,
-    task: str | Sequence[str],
+    task: TaskName | str | Sequence[TaskName | str],
     *,
     progress: Progress | None = None,
     **parts: Unpack[ModelParts],
