@@ -100,7 +100,8 @@ def write_bundle(
         with draft_folder(output.parent) as scratch:
             directory = scratch / "bundle"
             directory.mkdir()
-            written = find_backend(metadata.backend).write(engines, directory)
+            labelled = [dataclasses.replace(engine, metadata=_labels(metadata)) for engine in engines]
+            written = find_backend(metadata.backend).write(labelled, directory)
             tokenizer.save(str(directory / TOKENIZER))
             recipe.save(directory / RECIPE)
             if plan is not None:
@@ -126,6 +127,17 @@ def write_bundle(
     except OSError as error:
         raise BundleError(f"The bundle could not be written to {output}: {error}.") from error
     return manifest
+
+
+def _labels(metadata: BundleMetadata) -> dict[str, str]:
+    """Return what an engine's file says of the bundle it was built for; equal for equal builds."""
+    licences = {part: origin.license for part, origin in sorted(metadata.origins.items()) if origin.license}
+    return {
+        "flashu.model": metadata.model,
+        "flashu.recipe": metadata.recipe,
+        "flashu.precision": metadata.precision,
+        **{f"flashu.license.{part}": licence for part, licence in licences.items()},
+    }
 
 
 def _sizes(directory: Path, written: Written, checkpoint_bytes: int | None) -> dict[str, int]:

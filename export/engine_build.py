@@ -17,7 +17,8 @@ class EngineBuild:
 
     `reference_inputs` and `reference_outputs` are by role; the outputs come from eager PyTorch, never from
     the engine itself. `prologue` names the engine that computes what this one takes with every call,
-    `schedule` the one that computes what it takes at each time point.
+    `schedule` the one that computes what it takes at each time point. `metadata` goes into its file, if that can hold
+    any.
     """
 
     name: str
@@ -27,6 +28,7 @@ class EngineBuild:
     reference_outputs: Mapping[str, Tensor]
     prologue: str | None = None
     schedule: str | None = None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_reference(engine: EngineBuild, directory: Path) -> str:
