@@ -36,11 +36,15 @@ def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
     name = build_meta.build_sdist(sdist_directory, config_settings)
     path = Path(sdist_directory, name)
     draft = path.with_suffix(".draft")
-    with tarfile.open(path) as source, draft.open("wb") as file:
-        with gzip.GzipFile("", "wb", fileobj=file, mtime=_TIME) as packed:
-            with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as target:
-                for member in sorted(source.getmembers(), key=lambda member: member.name):
-                    target.addfile(_plain(member), source.extractfile(member) if member.isfile() else None)
+    with (
+        tarfile.open(path) as source,
+        draft.open("wb") as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=_TIME) as packed,
+        # The other format has headers with the times that the files had.
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as target,
+    ):
+        for member in sorted(source.getmembers(), key=lambda member: member.name):
+            target.addfile(_plain(member), source.extractfile(member) if member.isfile() else None)
     draft.replace(path)
     return name
 
