@@ -28,15 +28,15 @@ from flashu_compile.bundle.manifest import (
     Origin,
     UnderstandingSettings,
     file_entry,
-    read_manifest,
 )
-from flashu_compile.errors import BundleError, BundleVersionError, OutputExistsError
+from flashu_compile.bundle.output import ensure_writable
+from flashu_compile.errors import BundleError, OutputExistsError
 from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline, load
-from flashu_compile.system.drafts import draft_folder, nearest_folder
+from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import absolute
 
 
@@ -111,7 +111,8 @@ def write_bundle(
         with draft_folder(output.parent) as scratch:
             directory = scratch / "bundle"
             directory.mkdir()
-            written = find_backend(metadata.backend).write(engines, directory)
+            labelled = [dataclasses.replace(engine, metadata=_labels(metadata)) for engine in engines]
+            written = find_backend(metadata.backend).write(labelled, directory)
             tokenizer.save(str(directory / TOKENIZER))
             recipe.save(directory / RECIPE)
             if plan is not None:
@@ -139,38 +140,15 @@ def write_bundle(
     return manifest
 
 
-def ensure_writable(output: Path, *, overwrite: bool = False) -> None:
-    """Raise, before any work is done, the error that `write_bundle` would later raise for `output`."""
-    if not os.path.lexists(output):
-        above = nearest_folder(output.parent)
-        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-            why = "may not be written to" if above.is_dir() else "is not a directory"
-            raise BundleError(f"{output} cannot be made, since {above} {why}; choose another output.")
-        return
-    if not output.is_dir():
-        raise OutputExistsError(f"{output} exists and is not a directory; choose another output.")
-    if not any(output.iterdir()):
-        above = output.resolve().parent  # where it is replaced
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise BundleError(
-                f"{output} cannot be replaced, since {above} may not be written to; choose another output."
-            )
-        return
-    if not overwrite:
-        raise OutputExistsError(f"{output} exists and is not empty; choose another output, or overwrite it.")
-    try:
-        listed = {*read_manifest(output).files, MANIFEST}
-    except BundleVersionError:
-        return
-    except BundleError as error:
-        raise OutputExistsError(
-            f"{output} is not empty and not a bundle, so it will not be overwritten; choose another output."
-        ) from error
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in listed)
-    if foreign:
-        raise OutputExistsError(
-            f"{output} holds {foreign[0]}, which is not part of the bundle there, so it will not be overwritten."
-        )
+def _labels(metadata: BundleMetadata) -> dict[str, str]:
+    """Return what an engine's file says of the bundle it was built for; equal for equal builds."""
+    licences = {part: origin.license for part, origin in sorted(metadata.origins.items()) if origin.license}
+    return {
+        "flashu.model": metadata.model,
+        "flashu.recipe": metadata.recipe,
+        "flashu.precision": metadata.precision,
+        **{f"flashu.license.{part}": licence for part, licence in licences.items()},
+    }
 
 
 def _sizes(directory: Path, written: Written, checkpoint_bytes: int | None) -> dict[str, int]:

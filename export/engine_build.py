@@ -23,7 +23,7 @@ class EngineBuild:
     the engine itself. `prologue` names the engine that computes what this one takes with every call,
     `schedule` the one that computes what it takes at each time point. `tolerance` is the relative L2 distance from
     the reference at which the engine is sound, where its precision alone does not tell. `int8_program` is what an
-    engine that may have int8 layers was emitted from.
+    engine that may have int8 layers was emitted from. `metadata` goes into its file, if that can hold any.
     """
 
     name: str
@@ -35,6 +35,7 @@ class EngineBuild:
     schedule: str | None = None
     tolerance: float | None = None
     int8_program: Program | None = None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_reference(engine: EngineBuild, directory: Path) -> str:

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from flashu_compile import arguments
-from flashu_compile.bundle.precision import PARTS, by_part
-from flashu_compile.errors import ConfigurationError
+from flashu_compile.bundle.precision import checked_parts
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.lower_precision import LowerPrecision
 from flashu_compile.passes.manager import PassManager, PassRecord
@@ -41,14 +40,7 @@ class Precision:
         if not isinstance(given, str):
             given = arguments.mapping("precision", given)
         text = given if isinstance(given, str) else ",".join(f"{part}={name}" for part, name in given.items())
-        named = [entry.partition("=")[0] for entry in text.split(",") if "=" in entry]
-        unknown = [part for part in named if part not in PARTS]
-        if unknown or (named and len(named) != text.count(",") + 1):
-            what = (
-                f"Unknown part {unknown[0]!r}" if unknown else f"Precision {text!r} names no part for a name"
-            )
-            raise ConfigurationError(f"{what}; the parts of a model are {', '.join(PARTS)}.")
-        return cls(by_part(text))
+        return cls(checked_parts(text))
 
     @property
     def names(self) -> frozenset[str]:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Literal
+
+#: The tasks of this package, which editors complete; where it is annotated, any other name is accepted, too.
+TaskName = Literal["t2i", "mmu"]
 
 #: Captured programs, and the engines of the same names.
 DENOISE, VAE_DECODE, UNDERSTAND = "denoise", "vae_decode", "understand"
@@ -39,6 +43,7 @@ class TaskRecord:
         program: the captured program that techniques change.
         sample_field: the field of `CalibrationSamples` that it is calibrated on.
         sample_kind: what these samples are, in words.
+        example: a command that does it with `{bundle}`, without the program's name.
         describe: returns a sentence on an engine of this task, for its graph; empty for an unknown name.
     """
 
@@ -48,6 +53,7 @@ class TaskRecord:
     program: str
     sample_field: str
     sample_kind: str
+    example: str
     describe: Callable[[str], str]
 
 
@@ -98,6 +104,7 @@ T2I = TaskRecord(
     program=DENOISE,
     sample_field="prompts",
     sample_kind="prompts",
+    example='generate {bundle} "a red circle left of a blue square" --output picture.png',
     describe=_describe_generation,
 )
 MMU = TaskRecord(
@@ -107,6 +114,7 @@ MMU = TaskRecord(
     program=UNDERSTAND,
     sample_field="questions",
     sample_kind="image and question pairs",
+    example='ask {bundle} picture.png "what is in the picture?"',
     describe=_describe_understanding,
 )
 RECORDS = {record.name: record for record in (T2I, MMU)}

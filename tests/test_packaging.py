@@ -10,11 +10,14 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import flashu_compile
+from flashu_compile.bundle.precision import TOLERANCES, PrecisionName
 from flashu_compile.extras import COMPILE_MODULES, EVALUATE_MODULES
+from flashu_compile.tasks import TASKS, TaskName
 from tests.runtime.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +188,11 @@ def test_known_compile_modules_are_those_of_the_extra() -> None:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     names = {re.match(r"[\w-]+", requirement).group().replace("-", "_") for requirement in extras["compile"]}
     assert names - {"flashu_compile"} == COMPILE_MODULES
+
+
+def test_names_that_editors_complete_are_those_there_are() -> None:
+    assert get_args(TaskName) == TASKS
+    assert get_args(PrecisionName) == tuple(TOLERANCES)
 
 
 def test_onnx_runtime_comes_with_an_extra_alone() -> None:

@@ -66,6 +66,9 @@ BACKEND = OnnxRuntime()
 
 def _write(engine: EngineBuild, directory: Path) -> EngineSpec:
     graph = f"{engine.name}.onnx"
+    # Others may have the same engine, under another recipe.
+    engine.model.metadata_props.clear()
+    engine.model.metadata_props.update(engine.metadata)
     ir.save(engine.model, directory / graph)
     check_graph(directory / graph)
     return EngineSpec(

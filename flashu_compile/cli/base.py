@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import logging
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from flashu_compile.arguments import LARGEST_THREADS
+from flashu_compile.cli.logs import logged_on_stderr
 from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.errors import FlashuError, MissingDependencyError
@@ -64,13 +63,6 @@ def unwound_by_signals() -> Iterator[None]:
             signal.signal(kind, signal.SIG_DFL)
 
 
-class _LogLine(logging.Formatter):
-    """Formats log records as text that cannot steer a terminal, where no logging has been set up."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
-
-
 # Click's, which Typer keeps where its version pleases.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -97,9 +89,7 @@ class _Commands(TyperGroup):
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        if logging.lastResort is not None:
-            logging.lastResort.setFormatter(_LogLine())
-        with unwound_by_signals(), told_in_one_line(1), _visible_usage_errors():
+        with logged_on_stderr(), unwound_by_signals(), told_in_one_line(1), _visible_usage_errors():
             return super().invoke(ctx)
 
 
@@ -175,6 +165,10 @@ Tokenizer = Annotated[
 ]
 
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result, and errors.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log every stage on stderr, and what is decided on the way.")
+]
 LlmConfig = Annotated[
     str | None,
     typer.Option(
@@ -229,8 +223,3 @@ def quiet_onnxruntime() -> None:
         from flashu_compile.system.onnxruntime_library import ort
 
         ort.set_default_logger_severity(4)
-
-
-def quiet_torch() -> None:
-    """Silence a warning of PyTorch's tracing about its own code, which users cannot act on."""
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)

@@ -61,11 +61,15 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
     display.print_pairs(told)
 
 
-@cache_app.command(epilog=examples("cache clear", "cache clear --cache ./engines"))
-def clear(directory: Directory = None) -> None:
+@cache_app.command(epilog=examples("cache clear", "cache clear --cache ./engines --json"))
+def clear(directory: Directory = None, as_json: Json = False) -> None:
     """Remove everything that builds and libraries have kept. Bundles are not touched."""
     found = _cache(directory)
-    say(f"{size(found.clear())} removed from {found.directory}")
+    removed = found.clear()
+    if as_json:
+        display.print_json({"directory": str(found.directory), "removed_bytes": removed})
+    else:
+        say(f"{size(removed)} removed from {found.directory}")
 
 
 def _cache(directory: Path | None) -> EngineCache:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +15,15 @@ from flashu_compile.cli.base import (
     COMPILING,
     Json,
     LlmConfig,
+    Quiet,
     Resolution,
     Tokenizer,
     Vae,
+    Verbose,
     app,
     examples,
-    quiet_torch,
 )
+from flashu_compile.cli.logs import quiet_libraries, speak
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
 from flashu_compile.cli.terminal import say
 from flashu_compile.quantities import seconds
@@ -173,6 +176,8 @@ def build(
             help="Build even if a technique that the recipe asks for does nothing to the model; the report says so.",
         ),
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a bundle of engines. The folder appears complete, or not at all.
@@ -180,12 +185,21 @@ def build(
     Decisions that the recipe leaves open are measured first, on the samples; those it brings are carried out.
     """
     import flashu_compile
+    from flashu_compile.compiler.request import check_request
 
     if cache is not None and no_cache:
         raise typer.BadParameter("--cache and --no-cache exclude each other.")
     chosen = _recipe(recipe, settings)
-    quiet_torch()
-    with display.progress_bar("Starting") as advance:
+    check_request(
+        model,
+        task,
+        output=output,
+        backend=backend,
+        precision=precision,
+        resolution=resolution,
+        overwrite=overwrite,
+    )
+    with _telling(quiet=quiet, verbose=verbose) as advance:
         bundle = flashu_compile.export(
             model,
             task,
@@ -247,6 +261,8 @@ def calibrate(
     llm_config: LlmConfig = None,
     resolution: Resolution = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe at the output.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Take a recipe's open decisions for MODEL, and save them for [bold]build[/].
@@ -255,11 +271,12 @@ def calibrate(
     The result can be read and edited, and compared with [bold]recipe diff[/].
     """
     import flashu_compile
+    from flashu_compile.compiler.request import named_tasks
 
     chosen = _recipe(recipe, settings)
-    quiet_torch()
+    named_tasks(task)
     check_output(output, overwrite=overwrite)
-    with display.progress_bar("Starting") as advance:
+    with _telling(quiet=quiet, verbose=verbose) as advance:
         decided = flashu_compile.calibrate(
             model,
             task,
@@ -300,6 +317,17 @@ def _print_beside_exact(found: Mapping[str, Any]) -> None:
         )
     if "left_out" in found:
         say(f"Left out: {found['left_out']}")
+
+
+@contextmanager
+def _telling(*, quiet: bool, verbose: bool) -> Iterator[Callable[[str, float | None], None]]:
+    """Yield what a build reports its stages to: a bar, or nothing where they are logged or not wanted."""
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose exclude each other.")
+    speak(quiet=quiet, verbose=verbose)
+    quiet_libraries()
+    with display.progress_bar("Starting", shown=not (quiet or verbose)) as advance:
+        yield advance
 
 
 def _recipe(source: str, settings: list[str] | None) -> Recipe:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from flashu_compile.bundle.manifest import MANIFEST, file_entry
 from flashu_compile.cli import display
-from flashu_compile.cli.base import COMPILING, Bundle, app, examples
+from flashu_compile.cli.base import COMPILING, Bundle, Json, app, examples
 from flashu_compile.cli.terminal import say
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.extras import naming_the_extra
@@ -52,7 +53,7 @@ def inspect_target(bundle: Path, target: str, *, as_json: bool) -> None:
     epilog=examples(
         "tensorrt build/shapes",
         "tensorrt build/shapes --version-compatible --strip-weights",
-        "tensorrt build/shapes --build",
+        "tensorrt build/shapes --build --json",
     ),
 )
 def tensorrt(
@@ -82,6 +83,7 @@ def tensorrt(
             metavar="VERSION", help="Take in what build_engines.sh built with this version of TensorRT."
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write into a bundle what it takes to build TensorRT engines of it: graphs, shapes and build_engines.sh.
 
@@ -92,19 +94,20 @@ def tensorrt(
         from flashu_compile.exporters.tensorrt import build_engines, collect_engines
         from flashu_compile.exporters.tensorrt_plan import SCRIPT, write_plan
         from flashu_compile.runtime.tensorrt_engine import BuildOptions
+    done: dict[str, list[str]] = {}
     if collect is not None:
-        say(f"{len(collect_engines(bundle, collect).engines)} engines collected")
-        _say_digest(bundle)
+        done["collected"] = list(collect_engines(bundle, collect).engines)
+    else:
+        options = BuildOptions(
+            version_compatible, exclude_lean_runtime, strip_weights, refit, workspace, level
+        )
+        done["planned"] = list(write_plan(bundle, options).engines)
+        if build:
+            done["built"] = list(build_engines(bundle).engines)
+    digest = file_entry(bundle / MANIFEST).sha256
+    if as_json:
+        display.print_json({"path": str(bundle), "script": str(bundle / SCRIPT), **done, "digest": digest})
         return
-    options = BuildOptions(version_compatible, exclude_lean_runtime, strip_weights, refit, workspace, level)
-    plan = write_plan(bundle, options)
-    say(f"{len(plan.engines)} engines planned: {bundle / SCRIPT}")
-    if build:
-        say(f"{len(build_engines(bundle).engines)} engines built")
-    _say_digest(bundle)
-
-
-def _say_digest(bundle: Path) -> None:
-    from flashu_compile.bundle.manifest import MANIFEST, file_entry
-
-    say(f"digest: {file_entry(bundle / MANIFEST).sha256}")
+    for what, engines in done.items():
+        say(f"{len(engines)} engines {what}" + (f": {bundle / SCRIPT}" if what == "planned" else ""))
+    say(f"digest: {digest}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import flashu_compile
+from flashu_compile.cli.logs import quiet_libraries
 from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import visible
 from flashu_compile.errors import FlashuError
@@ -48,8 +48,7 @@ _SCALE, _MARGIN, _CAPTION, _COLUMNS = 6, 12, 22, 3
 
 def main(folder: Path = FOLDER) -> None:
     """Compile the bundled model, draw pictures and ask about them; leave all results in `folder`."""
-    # What PyTorch, when it traces, says of its own code is nothing a user could act on.
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+    quiet_libraries()
     folder = absolute(folder)
     console = Console(markup=False, emoji=False)
     started = time.perf_counter()

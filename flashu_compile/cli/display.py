@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashu_compile.bundle.manifest import REPORT_PAGE
 from flashu_compile.cli.streams import encodable
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.quantities import change, quantity, size
+from flashu_compile.tasks import RECORDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,6 +95,7 @@ def print_build(summary: Mapping[str, Any]) -> None:
     from flashu_compile.report.work import answers_text
 
     sizes = {name: size(value) for name, value in summary["sizes"].items()}
+    path = Path(summary["path"])
     samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
     print_pairs(
         {
@@ -121,6 +125,9 @@ def print_build(summary: Mapping[str, Any]) -> None:
             for alike in _alike({name: name for name in outputs})
         ],
     )
+    say(f"What was done and what it costs: {path / REPORT_PAGE}")
+    for task in summary["tasks"]:
+        say(f"Next: flashu-compile {RECORDS[task].example.format(bundle=shlex.quote(str(path)))}")
 
 
 def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -372,13 +379,15 @@ def _listed(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def progress_bar(stage: str) -> Iterator[Callable[[str, float | None], None]]:
+def progress_bar(stage: str, *, shown: bool = True) -> Iterator[Callable[[str, float | None], None]]:
     """Show a bar on stderr, if that is a terminal; yield a function of a stage and a fraction in [0, 1]."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     screen = _console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+    with Progress(
+        *columns, console=screen, transient=True, disable=not (shown and screen.is_terminal)
+    ) as progress:
         row = progress.add_task(stage, total=None)
 
         def advance(stage: str, fraction: float | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashu_compile.cli import display
-from flashu_compile.cli.base import quiet_torch
+from flashu_compile.cli.logs import quiet_libraries
 from flashu_compile.cli.terminal import say
 from flashu_compile.system.paths import absolute
 
@@ -42,7 +42,7 @@ def verify_layers(bundle: Path, reference: str | Path, *, as_json: bool, **optio
     """Compare the layers, print the result, and exit with 1 if an engine departs."""
     import flashu_compile
 
-    quiet_torch()
+    quiet_libraries()
     with display.progress_bar("Comparing") as advance:
         found = flashu_compile.compare_layers(
             bundle, reference, progress=lambda stage: advance(stage, None), **options

@@ -28,10 +28,10 @@ from flashu_compile.cli.base import (
     examples,
     provider_options,
     quiet_onnxruntime,
-    quiet_torch,
 )
 from flashu_compile.cli.conversion import inspect_target
 from flashu_compile.cli.layers import reference_named, verify_layers
+from flashu_compile.cli.logs import quiet_libraries
 from flashu_compile.cli.terminal import say
 from flashu_compile.errors import InputError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
@@ -142,7 +142,7 @@ def _inspect_model(model: str, tasks: Sequence[str], parts: dict[str, Any], *, a
     if unknown:
         raise UnknownTaskError(f"Unknown task {unknown[0]!r}; known tasks are: {', '.join(TASKS)}.")
     wanted = [task for task in TASKS if task in tasks]
-    quiet_torch()
+    quiet_libraries()
     with naming_the_extra("inspect --structure"):
         from flashu_compile.looking.structure import model_structure
     with display.progress_bar("Starting") as advance:

@@ -25,8 +25,8 @@ from flashu_compile.cli.base import (
     examples,
     provider_options,
     quiet_onnxruntime,
-    quiet_torch,
 )
+from flashu_compile.cli.logs import quiet_libraries
 from flashu_compile.cli.terminal import say
 from flashu_compile.evaluation.intervals import LEAST_ROUNDS
 from flashu_compile.quantities import seconds, size
@@ -112,7 +112,7 @@ def benchmark(
     import flashu_compile
 
     quiet_onnxruntime()
-    quiet_torch()
+    quiet_libraries()
     with display.progress_bar("Starting") as advance:
         found = flashu_compile.benchmark(
             bundle,
@@ -296,7 +296,7 @@ def evaluate(
     import flashu_compile
 
     quiet_onnxruntime()
-    quiet_torch()
+    quiet_libraries()
     with display.progress_bar("Starting") as advance:
         found = flashu_compile.evaluate(
             bundle,

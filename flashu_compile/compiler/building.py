@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from flashu_compile.bundle.profiles import Range
-from flashu_compile.compiler.captured import (
-    BuiltEngines,
-    CapturedModel,
-    CapturedProgram,
-    ProgressReporter,
-)
+from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, CapturedProgram
 from flashu_compile.compiler.kept_engines import EngineShelf
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.specialise import Job, Specialised, neuron_order
 from flashu_compile.compiler.tasks import jobs, undone
+from flashu_compile.compiler.work import making
 from flashu_compile.errors import DeclinedError
 from flashu_compile.exporters.backends import Backend, Emitted
 from flashu_compile.exporters.engine_build import EngineBuild
@@ -31,8 +28,6 @@ from flashu_compile.program.program import BATCH, Program
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import prologue_of, schedule_of
-
-_CAPTURE_SHARE, _END = 0.4, 0.88
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +111,9 @@ def build_engines(
     order = neuron_order(recipe, tasks, source.ordered_weights)
     parts: list[BuiltEngines] = []
     described: dict[str, Any] = {}
-    captured, start = source.of(tasks), tell.fraction
-    share = (_END - start) / len(captured)
-    for index, program in enumerate(captured.values()):
-        before, task = start + share * index, program.spec.task
+    for program in source.of(tasks).values():
+        part, task = making(program.spec.name), program.spec.task
+        tell.fraction = tell.within(part)
         made = _Source(program, order.job(program.spec), maker)
         ordering = made.ordering.fingerprint()
         about = shelf.fetch(program, f"captured {ordering} {maker.validate}", made.described)
@@ -129,7 +123,7 @@ def build_engines(
         absent = BuiltEngines((), {}, undone(task, program.spec.name, order.recipe, todo))
         parts.append(_accepted(absent, maker))
         for number, job in enumerate(todo):
-            done = before + share * (_CAPTURE_SHARE + (1 - _CAPTURE_SHARE) * number / len(todo))
+            done = tell.within(part, (1 + number) / (1 + len(todo)))
 
             def make(
                 job: Job = job, done: float = done, task: str = task, made: _Source = made

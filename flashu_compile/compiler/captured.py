@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.arguments import Resolution
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.models.loading import LoadedModel, load_model
@@ -21,8 +22,6 @@ from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
 from flashu_compile.system.threads import torch_threads
-
-Progress = Callable[[str, float], None]
 
 
 class ModelParts(TypedDict, total=False):
@@ -36,20 +35,6 @@ class ModelParts(TypedDict, total=False):
     tokenizer: object
     llm_config: Mapping[str, Any] | str | Path | None
     resolution: Resolution | None
-
-
-class ProgressReporter:
-    """Reports progress and remembers the fraction done, for stages that do not run in a fixed order."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.fraction = 0.0
-        # Not `progress or …`: something to call may well be empty.
-        self._progress = progress if progress is not None else lambda stage, fraction: None
-
-    def __call__(self, stage: str, fraction: float | None = None) -> None:
-        """Report a stage with `fraction` done in [0, 1], or the last fraction if not given."""
-        self.fraction = self.fraction if fraction is None else fraction
-        self._progress(stage, self.fraction)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from flashu_compile.bundle.manifest import Manifest
-from flashu_compile.compiler.captured import CapturedModel, ModelParts, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.exact_bundles import exact_bundle
 from flashu_compile.compiler.export import export
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError, ConfigurationError
 
 _logger = logging.getLogger(__name__)

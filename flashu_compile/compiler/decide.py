@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.tasks import COMPILED_TASKS
+from flashu_compile.compiler.work import calibrating, calibration_work
 from flashu_compile.errors import RecipeError
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import keep_budget
@@ -56,8 +58,11 @@ def decide(
     count: int,
     seed: int,
     tell: ProgressReporter,
+    later: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
 ) -> tuple[Recipe, dict[str, Any]]:
     """Resolve the recipe by the model's sampler settings and take every decision; return it and its figures.
+
+    `later` counts the work that comes after this, by the recipe with what is open still open.
 
     The figures are what the decisions rest on, by task, for the report. Raises `RecipeError` if decisions are
     open and there are no samples.
@@ -83,15 +88,15 @@ def decide(
     assert available is not None
     chosen = available.chosen(count, seed)
     decisions, figures = dict(recipe.decisions), {}
-    for index, task in enumerate(undecided):
-        start, share = 0.4 * index / len(undecided), 0.4 / len(undecided)
+    counts = {task: len(chosen.of(task)) for task in undecided}
+    tell.plan({**calibration_work(source, recipe, counts), **later(recipe)})
+    for task in undecided:
 
-        def report(
-            done: int, total: int, task: str = task, start: float = start, share: float = share
-        ) -> None:
-            tell(f"{task}: calibrated on {done} of {total} samples", start + share * done / total)
+        def report(done: int, total: int, task: str = task) -> None:
+            fraction = tell.within(calibrating(task), done / total)
+            tell(f"{task}: calibrated on {done} of {total} samples", fraction)
 
-        tell(f"{task}: calibrating", start)
+        tell(f"{task}: calibrating", tell.within(calibrating(task)))
         made = COMPILED_TASKS[task].calibrate(source, recipe, chosen, seed, report)
         decisions[task] = decisions.get(task, Decisions()).completed(made.decisions)
         figures[task] = made.figures

@@ -13,20 +13,24 @@ from torch import nn
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
+from flashu_compile.bundle.output import ensure_writable
+from flashu_compile.bundle.precision import PrecisionName
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.beside_exact import BesideExact
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
-from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
 from flashu_compile.compiler.inspection import BuildChecks
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
+from flashu_compile.compiler.progress import Progress, ProgressReporter
 from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, validate_on_copy
-from flashu_compile.compiler.tasks import named_tasks
+from flashu_compile.compiler.request import default_output, named_tasks
+from flashu_compile.compiler.work import CHECKING, BuildWork
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision, find_backend
-from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import budgets
 from flashu_compile.measure.samples import DEFAULT_SAMPLES
@@ -37,6 +41,7 @@ from flashu_compile.report.work import engine_errors
 from flashu_compile.system.autocast import without_autocast
 from flashu_compile.system.paths import absolute
 from flashu_compile.system.threads import torch_threads
+from flashu_compile.tasks import TaskName
 
 COST_SAMPLES = 3
 #: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.
@@ -72,7 +77,7 @@ class Bundle:
 @without_autocast()
 def export(
     model: nn.Module | str | Path | CapturedModel,
-    task: str | Sequence[str],
+    task: TaskName | str | Sequence[TaskName | str],
     *,
     output: str | Path | None = None,
     recipe: str | Path | Recipe = "exact",
@@ -82,7 +87,7 @@ def export(
     cost_samples: int = COST_SAMPLES,
     benchmark: bool = False,
     backend: str = "onnxruntime",
-    precision: str | Mapping[str, str] = "float32",
+    precision: PrecisionName | str | Mapping[str, PrecisionName | str] = "float32",
     precision_budget: float | str | Mapping[str, float] | None = None,
     overwrite: bool = False,
     cache: str | Path | bool = True,
@@ -160,11 +165,13 @@ def export(
         ensure_writable(named, overwrite=overwrite)
     source = _captured(model, tasks, tell, parts)
     loaded = source.loaded
-    directory = named if output is not None else named / f"{loaded.name}-{'-'.join(tasks)}"
+    directory = named if output is not None else default_output(loaded.name, tasks)
     ensure_writable(directory, overwrite=overwrite)
 
-    decided, figures = decide(chosen, source, tasks, given, samples, seed, tell)
     measured = given or own_samples(loaded)
+    counts = {task: min(cost_samples, len(measured.of(task))) for task in tasks} if measured else {}
+    work = BuildWork(source, tasks, needs_copy(proof, loaded), wanted.is_exact, counts)
+    decided, figures = decide(chosen, source, tasks, given, samples, seed, tell, work.by)
     precise, losses = measured_precision(
         wanted,
         source,
@@ -178,7 +185,8 @@ def export(
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
     validated: dict[str, Any] = {}
     answers: BundleProbe | None = BundleProbe(loaded, decided, tasks, precise.is_exact, WHOLE)
-    if needs_copy(proof, loaded):
+    tell.plan(work.by(decided, decided=True))
+    if work.on_copy:
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
         maker, answers = maker.without_validation(), None
     started = time.process_time()
@@ -191,8 +199,9 @@ def export(
         ),
         built_in=time.process_time() - started,
         seed=seed,
-        tell=lambda stage: tell(stage, 0.95),
+        tell=tell,
     )
+    checked = work.check_steps(decided)
     inspection = BuildChecks(
         source=source,
         recipe=decided,
@@ -201,12 +210,12 @@ def export(
         calibrated_on=samples,
         measured_on=cost_samples,
         seed=seed,
-        tell=lambda stage: tell(stage, 0.9),
+        tell=lambda stage: tell(stage, tell.within(CHECKING, next(checked))),
         exact_precision=precise.is_exact,
         answers=answers,
         beside_exact=beside if benchmark else None,
     )
-    tell("writing the bundle", 0.88)
+    tell("writing the bundle", tell.within(CHECKING))
     metadata = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
     told = {"calibration": figures, **losses, **validated}
     manifest = _write(directory, built, inspection, metadata, told, overwrite=overwrite)
@@ -249,7 +258,7 @@ def _write(
 @without_autocast()
 def calibrate(
     model: nn.Module | str | Path | CapturedModel,
-    task: str | Sequence[str],
+    task: TaskName | str | Sequence[TaskName | str],
     *,
     recipe: str | Path | Recipe = "flashu",
     calibration: object = None,
@@ -314,7 +323,7 @@ def _captured(
 @without_autocast()
 def capture_model(
     model: nn.Module | str | Path,
-    task: str | Sequence[str],
+    task: TaskName | str | Sequence[TaskName | str],
     *,
     progress: Progress | None = None,
     **parts: Unpack[ModelParts],

@@ -16,9 +16,11 @@ from typing import Any
 from flashu_compile.arguments import shown
 from flashu_compile.compiler.answering import BundleProbe, of_few_words
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
-from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
+from flashu_compile.compiler.progress import ProgressReporter
+from flashu_compile.compiler.work import COPYING, making_work
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import Draft, write_bundle
 from flashu_compile.models.loading import LoadedModel
@@ -146,7 +148,9 @@ def validate_on_copy(
     The copy's bundle is asked too, and then deleted.
     """
     copy = proof_copy(loaded, recipe)
-    tell_of_copy = ProgressReporter(lambda stage, _: tell(f"a small copy: {stage}"))
+    tell_of_copy = ProgressReporter(
+        lambda stage, done: tell(f"a small copy: {stage}", tell.within(COPYING, done)), within=True
+    )
     small = CapturedModel.from_loaded(copy.loaded, tasks, tell_of_copy)
     # What a copy is too small for may well be done to the model, whose own build decides.
     maker = dataclasses.replace(
@@ -156,6 +160,7 @@ def validate_on_copy(
         allow_declined=True,
     )
     shelf = EngineShelf(small, maker.backend, None)
+    tell_of_copy.plan(making_work(small, tasks, copy.recipe))
     built = build_engines(small, tasks, copy.recipe, maker, shelf, tell_of_copy)
     tell_of_copy("asking its bundle")
     answered = _answered_by_copy(copy, tasks, built, maker, backend)

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from flashu_compile.arguments import shown
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.specialise import Job
-from flashu_compile.errors import UnknownTaskError
 from flashu_compile.measure.calibration import Calibrated, calibrate_mmu, calibrate_t2i
 from flashu_compile.measure.cost import Cost, answer_cost, picture_cost
 from flashu_compile.measure.samples import CalibrationSamples
@@ -36,7 +34,6 @@ from flashu_compile.tasks import (
     RECORDS,
     REUSE,
     T2I,
-    TASKS,
     UNDERSTAND,
     VAE_DECODE,
     TaskRecord,
@@ -247,15 +244,3 @@ def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tupl
         PassRecord(program, step.__name__, step.kind, (), None, (reason,), step.technique)
         for step, reason in reasons
     )
-
-
-def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the tasks asked for, in the order of `TASKS`. Raises `UnknownTaskError`."""
-    if not isinstance(task, str | Sequence):
-        raise UnknownTaskError(f"A task is a text, or several a list of them, not {shown(task)}.")
-    asked = (task,) if isinstance(task, str) else tuple(task)
-    unknown = [name for name in asked if name not in TASKS]
-    if unknown or not asked:
-        what = f"Unknown task {shown(unknown[0])}" if unknown else "No task given"
-        raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
-    return tuple(name for name in TASKS if name in asked)

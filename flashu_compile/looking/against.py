@@ -74,8 +74,8 @@ def other_bundle(
         yield absolute(against)
         return
     with naming_the_extra(f"The side {EXACT!r}"):
-        from flashu_compile.compiler.captured import ProgressReporter
         from flashu_compile.compiler.checkpoint_of_bundle import exact_bundle_of
+        from flashu_compile.compiler.progress import ProgressReporter
     place = None if model is None else os.fspath(model)
-    with exact_bundle_of(read_manifest(bundle), place, ProgressReporter(tell), **parts) as path:
+    with exact_bundle_of(read_manifest(bundle), place, ProgressReporter(tell, within=True), **parts) as path:
         yield path

@@ -150,10 +150,10 @@ def _other(
         yield None, ""
     elif against == EAGER:
         with naming_the_extra("Benchmarking against eager"):
-            from flashu_compile.compiler.captured import ProgressReporter
             from flashu_compile.compiler.checkpoint_of_bundle import checkpoint, model_of
+            from flashu_compile.compiler.progress import ProgressReporter
         parts: Any = {name: given[name] for name in ("vae", "tokenizer")}
-        checkpoint(manifest, given["model"], ProgressReporter(tell), **parts)
+        checkpoint(manifest, given["model"], ProgressReporter(tell, within=True), **parts)
         name = given["model"] or model_of(manifest)
         size = None if manifest.generation is None else manifest.generation.picture_size
         yield {**given, "model": name, "resolution": size}, f"{EAGER} {name}"

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, fx, nn
 
-from flashu_compile.compiler.captured import CapturedModel, ModelParts, Progress, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel, ModelParts
+from flashu_compile.compiler.progress import Progress, ProgressReporter
 from flashu_compile.errors import StructureError
 from flashu_compile.passes.analysis.attention import Attention, attention_sites
 from flashu_compile.passes.analysis.blocks import Block, residual_blocks

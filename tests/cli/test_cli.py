@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -74,6 +75,18 @@ def own_bundle(bundle: Path, tmp_path: Path) -> Path:
 def photo(tmp_path: Path) -> Path:
     Image.fromarray(np.full((9, 12, 3), 220, np.uint8)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
+
+
+def test_every_command_has_json() -> None:
+    def options(command: Any, name: str) -> dict[str, set[str]]:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            return {name: {option for parameter in command.params for option in parameter.opts}}
+        return {k: v for part, child in inner.items() for k, v in options(child, f"{name} {part}").items()}
+
+    found = options(typer.main.get_command(cli.app), "")
+    assert len(found) > len(COMMANDS)
+    assert [name for name, names in found.items() if "--json" not in names] == []
 
 
 class TestHelp:
@@ -472,6 +485,8 @@ class TestCache:
         facts = json.loads(run("cache", "show", "--cache", tmp_path, "--json").stdout)
         assert (facts["entries"], facts["bytes"]) == (1, 1000)
         assert "1.00 kB removed" in run("cache", "clear", "--cache", tmp_path).stdout
+        cleared = json.loads(run("cache", "clear", "--cache", tmp_path, "--json").stdout)
+        assert cleared == {"directory": str(tmp_path), "removed_bytes": 0}
         assert json.loads(run("cache", "show", "--cache", tmp_path, "--json").stdout)["entries"] == 0
 
     def test_the_users_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ import flashu_compile
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE
 from flashu_compile.compiler.answering import held_to_eager, shortened
-from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import Bundle
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import BundleError
 from flashu_compile.exporters import backends as build_side
 from flashu_compile.models.loading import LoadedModel, load_model

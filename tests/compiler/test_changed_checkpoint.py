@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import flashu_compile
-from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models.loading import save_model
 from flashu_compile.recipe.presets import preset

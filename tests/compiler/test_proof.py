@@ -16,9 +16,10 @@ import flashu_compile
 from flashu_compile.bundle.manifest import REPORT, REPORT_PAGE, WEIGHTS
 from flashu_compile.compiler import proof
 from flashu_compile.compiler.building import Maker
-from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.compiler.metadata import checkpoint_bytes
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.proof import needs_copy, proof_copy
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import find_backend

@@ -18,10 +18,11 @@ import pytest
 import flashu_compile
 from flashu_compile.compiler.building import Maker, build_engines
 from flashu_compile.compiler.cache import EngineCache, open_cache
-from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
+from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import capture_model
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import size_ranges
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.showo2.modeling import Showo2

@@ -21,14 +21,16 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from flashu_compile.bundle.manifest import FileEntry, Manifest, Origin, file_entry, read_manifest
+from flashu_compile.bundle.output import ensure_writable
 from flashu_compile.errors import BundleError, EmissionError, OutputExistsError
 from flashu_compile.exporters import bundle
 from flashu_compile.exporters.backends import onnxruntime
-from flashu_compile.exporters.bundle import BundleMetadata, ensure_writable, write_bundle
+from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.program.program import Program
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.version import __version__
 from tests.export.conftest import step_programs, word_tokenizer
 from tests.support.plans import uniform_plan
 
@@ -97,6 +99,20 @@ def test_a_bundle_has_all_its_files_and_their_hashes(tmp_path: Path, write: Writ
     }
     assert all(file_entry(output / name) == entry for name, entry in manifest.files.items())
     assert names(output.parent) == {"bundle"}
+
+
+def test_graphs_say_what_made_them_and_of_what(tmp_path: Path, write: Write) -> None:
+    origins = {"model": Origin({}, license="apache-2.0"), "vae": Origin(None)}
+    for recipe in ("mine", "exact"):  # of the same engines, the second bundle says nothing of the first
+        write(tmp_path / recipe, metadata=dataclasses.replace(METADATA, origins=origins, recipe=recipe))
+        graph = onnx.load(tmp_path / recipe / "step.onnx", load_external_data=False)
+        assert (graph.producer_name, graph.producer_version) == ("flashu_compile", __version__)
+        assert {entry.key: entry.value for entry in graph.metadata_props} == {
+            "flashu.model": METADATA.model,
+            "flashu.recipe": recipe,
+            "flashu.precision": "float32",
+            "flashu.license.model": "apache-2.0",
+        }
 
 
 def test_the_origin_of_weights_is_in_the_manifest(tmp_path: Path, write: Write) -> None:

@@ -26,8 +26,9 @@ from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, read_manifest
 from flashu_compile.bundle.profiles import InputShapes
 from flashu_compile.cli.looking import _inspect_bundle
 from flashu_compile.compiler.cache import EngineCache
-from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, ProgressReporter
+from flashu_compile.compiler.captured import BuiltEngines, CapturedModel
 from flashu_compile.compiler.kept_engines import EngineShelf
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import FlashuError
 from flashu_compile.evaluation.data import read_data
 from flashu_compile.exporters.backends import find_backend

@@ -1,0 +1,133 @@
+"""The work in each part of a build, counted before it begins: layers to trace and to make engines of, and runs to do.
+
+The unit is about a second of one core. Only the ratios matter; they are those of two builds of the bundled model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.tasks import jobs
+from flashu_compile.program.trace import CaptureSpec
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.tasks import RECORDS, T2I
+
+#: Work in a layer: to trace it, to make an engine of it that is compared with its source, or one that is not.
+_TRACING, _MAKING, _MAKING_UNCOMPARED = 1.0, 1.8, 0.5
+#: Work in running a layer, beside its operations, and operations a unit of work.
+_RUNNING, _OPERATIONS = 0.0015, 1.5e11
+#: Runs that an answer takes, and configurations of one technique alone that a cost is measured for.
+_ANSWER, _TECHNIQUES = 4, 5
+#: Layers that a small copy has.
+_COPIED = 7
+COPYING, CHECKING = "copying", "checking"
+
+
+def calibrating(task: str) -> str:
+    """Name the part that calibrates a task."""
+    return f"calibrating {task}"
+
+
+def making(program: str) -> str:
+    """Name the part that captures a program and makes its engines."""
+    return f"making {program}"
+
+
+def calibration_work(source: CapturedModel, recipe: Recipe, counts: Mapping[str, int]) -> dict[str, float]:
+    """Count the work of calibrating tasks on so many samples each."""
+    work = {}
+    for task, count in counts.items():
+        spec = _main(source, task)
+        work[calibrating(task)] = _layers(spec) * _TRACING + count * _runs(task, recipe) * _run(spec)
+    return work
+
+
+def making_work(
+    source: CapturedModel,
+    tasks: tuple[str, ...],
+    recipe: Recipe,
+    *,
+    on_copy: bool = False,
+    decided: bool = True,
+) -> dict[str, float]:
+    """Count the work of capturing programs and making their engines, those of a small copy first if proved `on_copy`.
+
+    How many engines there are is guessed if nothing is `decided`.
+    """
+    each = _MAKING_UNCOMPARED if on_copy else _MAKING
+    work: dict[str, float] = {COPYING: 0.0} if on_copy else {}
+    for name, captured in source.of(tasks).items():
+        task, main = captured.spec.task, RECORDS[captured.spec.task].program == name
+        count = len(jobs(task, name, recipe)) if decided or not main else 1 + _variants(task, recipe)
+        work[making(name)] = 1 + _layers(captured.spec) * (_TRACING + each * count)
+        if on_copy and captured.spec.stacks:
+            work[COPYING] += _COPIED * (_TRACING + _MAKING * count)
+    return work
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildWork:
+    """Counts what follows calibration in a build: engines, those of a small copy if `on_copy`, and measuring its cost.
+
+    `samples` are how many there are of each task to measure the cost of a lossy one on; `exact` tells of the precision.
+    """
+
+    source: CapturedModel
+    tasks: tuple[str, ...]
+    on_copy: bool
+    exact: bool
+    samples: Mapping[str, int]
+
+    def by(self, recipe: Recipe, *, decided: bool = False) -> dict[str, float]:
+        """Count by a resolved recipe, whose decisions are taken if `decided`."""
+        made = making_work(self.source, self.tasks, recipe, on_copy=self.on_copy, decided=decided)
+        runs = (
+            (2 * count + _TECHNIQUES) * _runs(task, recipe) * _run(_main(self.source, task))
+            for task, count in self._costs(recipe)
+        )
+        return made | {CHECKING: 2 + sum(runs)}
+
+    def check_steps(self, recipe: Recipe) -> Iterator[float]:
+        """Yield the share of `CHECKING` that is done at each of its stages, which is below 1 for any number of them."""
+        expected = 1 + sum(count + _TECHNIQUES for _, count in self._costs(recipe))
+        return (min(number / expected, 0.99) for number in itertools.count())
+
+    def _costs(self, recipe: Recipe) -> list[tuple[str, int]]:
+        points = self.source.loaded.network.config.steps
+        lossy = [task for task in self.tasks if not self.exact or recipe.config(task).is_lossy(points)]
+        return [(task, count) for task in lossy if (count := self.samples.get(task, 0))]
+
+
+def _variants(task: str, recipe: Recipe) -> int:
+    if task != T2I.name:
+        return 0
+    phases = -(-_runs(task, recipe) // recipe.t2i.skipping_interval) if recipe.t2i.layer_skipping else 1
+    return phases if recipe.t2i.is_lossy(recipe.t2i.points) else 0
+
+
+def _main(source: CapturedModel, task: str) -> CaptureSpec:
+    return source.programs[RECORDS[task].program].spec
+
+
+def _runs(task: str, recipe: Recipe) -> int:
+    """Return how many runs of its program a sample takes."""
+    return (recipe.t2i.points or 2) - 1 if task == T2I.name else _ANSWER
+
+
+def _layers(spec: CaptureSpec) -> int:
+    return sum(len(list(spec.module.get_submodule(root).children())) for root in spec.stacks.values())
+
+
+def _run(spec: CaptureSpec) -> float:
+    """Return the work of one run of a program, by the operations that it takes on the shapes of its sample."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), fake, FlopCounterMode(display=False) as counter:
+        spec.module(*(fake.from_tensor(spec.sample[given.role]) for given in spec.inputs))
+    return counter.get_total_flops() / _OPERATIONS + _layers(spec) * _RUNNING
