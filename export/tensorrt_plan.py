@@ -16,9 +16,16 @@ import onnx_ir as ir
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, EngineSpec, Manifest, file_entry, read_manifest
-from flashu_compile.bundle.profiles import dimension_ranges, engine_profile, shapes_text
+from flashu_compile.bundle.profiles import (
+    Profile,
+    Range,
+    dimension_ranges,
+    engine_profile,
+    fixed_sizes,
+    shapes_text,
+)
 from flashu_compile.errors import BundleError, EmissionError
-from flashu_compile.exporters.tensorrt_support import load_model, objections
+from flashu_compile.exporters.tensorrt_support import load_model, parser_objections
 from flashu_compile.exporters.tensorrt_variant import make_tensorrt_variant
 from flashu_compile.runtime.tensorrt_engine import PLAN_FILE, BuildOptions, PlannedEngine, TensorRTPlan
 from flashu_compile.system.paths import absolute
@@ -40,9 +47,7 @@ def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPla
         raise BundleError(f"{bundle} holds engines for {manifest.backend!r}; plans are made of ONNX graphs.")
     files = BundleFiles(bundle, manifest)
     models = {spec.name: _variant(files, spec) for spec in manifest.engines}
-    profiles = {
-        spec.name: engine_profile(spec, dimension_ranges(manifest, spec)) for spec in manifest.engines
-    }
+    profiles = {spec.name: _profile(manifest, spec) for spec in manifest.engines}
     plan = TensorRTPlan(
         options=options,
         engines={
@@ -70,14 +75,21 @@ def write_plan(bundle: Path, options: BuildOptions | None = None) -> TensorRTPla
     return plan
 
 
+def _profile(manifest: Manifest, spec: EngineSpec) -> Profile:
+    """Compute the shapes that an engine is built for. Raises `ConfigurationError` on a dimension without a range."""
+    fixed = {name: Range(size, size, size) for name, size in fixed_sizes(manifest).items()}
+    ranges = dimension_ranges(manifest, spec)
+    return engine_profile(spec, ranges | {name: r for name, r in fixed.items() if name in ranges})
+
+
 def _graph_name(spec: EngineSpec) -> str:
     return f"{spec.name}.tensorrt.onnx"
 
 
 def _variant(files: BundleFiles, spec: EngineSpec) -> ir.Model:
     model = load_model(files, spec)
-    make_tensorrt_variant(model)
-    found = objections(model)
+    make_tensorrt_variant(model, fixed_sizes(files.manifest))
+    found = list(parser_objections(model))
     if found:
         first = found[0]
         raise EmissionError(

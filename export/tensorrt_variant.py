@@ -7,24 +7,36 @@ name.
   below 2²⁴ are exact.
 * Integers clipped to bounds: Clip is for floating point, Min and Max take integers too.
 * Attention's attributes at their defaults, of which the parser refuses some by name.
+* Caches of one size: TensorRT updates them in place, and takes no dynamic dimension there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+
+from flashu_compile.bundle.dimensions import evaluate
 
 _INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 # What these attributes are when they are absent.
 _ATTENTION_DEFAULTS = {"qk_matmul_output_mode": 0, "softcap": 0.0}
 
 
-def make_tensorrt_variant(model: ir.Model) -> list[str]:
-    """Rewrite the graph in place and return what was changed, one line for each kind."""
-    changes = []
+def make_tensorrt_variant(model: ir.Model, fixed: Mapping[str, int] | None = None) -> list[str]:
+    """Rewrite the graph in place and return what was changed, one line for each kind.
+
+    `fixed` gives sizes to dynamic dimensions, by name.
+    """
+    sized = _fix_sizes(model.graph, fixed or {})
+    changes = (
+        [f"caches of {', '.join(f'{size} rows' for size in (fixed or {}).values())}: {sized}"]
+        if sized
+        else []
+    )
     for what, rewrite in _REWRITES.items():
         count = sum(rewrite(model.graph, node) for node in list(model.graph))
         if count:
@@ -32,6 +44,25 @@ def make_tensorrt_variant(model: ir.Model) -> list[str]:
     common.RemoveUnusedNodesPass()(model)
     common.TopologicalSortPass()(model)
     return changes
+
+
+def _fix_sizes(graph: ir.Graph, fixed: Mapping[str, int]) -> int:
+    """Give dimensions their fixed sizes, and return the number of inputs that have one now."""
+
+    def size(dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        names = set(re.findall(r"[A-Za-z_]\w*", dim.value))
+        if not names & fixed.keys():
+            return dim.value
+        return evaluate(dim.value, fixed) if names <= fixed.keys() else None
+
+    changed = 0
+    for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            before, value.shape = value.shape, ir.Shape([size(dim) for dim in value.shape])
+            changed += value.is_graph_input() and before != value.shape
+    return changed
 
 
 def _count_in_floats(graph: ir.Graph, node: ir.Node) -> bool:

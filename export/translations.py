@@ -53,7 +53,7 @@ def _rsub(x: ir.Value, other: float, alpha: float = 1) -> Any:
 
 
 def _write_rows(buffer: Any, rows: Any, start: Any) -> Any:
-    return Opset("", 24).TensorScatter(buffer, rows, start, axis=2)
+    return Opset("", 24).TensorScatter(buffer, rows, start, axis=-2)
 
 
 def _quantize(x: Any) -> Any:

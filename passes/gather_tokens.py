@@ -158,10 +158,11 @@ def _kept_rows(score: Score, span: VisualSpan, dropped: int) -> Callable[..., Te
         start = sum(sizes[1:], *sizes[:1])
         scores = score(key.narrow(2, start, length), value.narrow(2, start, length))
         worst = scores.topk(dropped, dim=1).indices
-        stays = torch.ones_like(scores, dtype=torch.int64).scatter(1, worst, 0)
+        # Counted in floats, as wherever there is a running sum: whole numbers below 2^24 are exact.
+        stays = torch.ones_like(scores).scatter(1, worst, 0.0)
         # The j-th token kept stands where more than j have been counted, and not before. (Sorting the places of a
         # top-k of those kept would be a second top-k in ONNX.)
-        counted = stays.cumsum(1)
+        counted = stays.cumsum(1).to(torch.int64)
         kept = (counted[:, None] <= torch.arange(length - dropped)[:, None]).sum(-1)
         kept = kept.clamp(max=length - 1)  # as it is anyway; said for whoever must know which rows are picked
         parts = [kept + start]

@@ -17,6 +17,11 @@ from flashu_compile.errors import ConfigurationError
 ANSWER_TOKENS = 32
 #: So many answers are decoded side by side; more take turns, for each has keys and values of its own.
 BATCH = 8
+#: Rows that a cache gains when it is full. Attention takes time for all of them, full or not, and a cache that grows is
+#: copied: at 1024 rows that costs as much as one token.
+ROOM = 64
+#: The dimension of caches along which rows lie.
+CAPACITY = "capacity"
 # A question's prefix is the fixed text before a picture; chat templates have some dozen tokens.
 _MAX_PREFIX = 64
 
@@ -79,8 +84,17 @@ def known_ranges(
         cached = _MAX_PREFIX + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
-        known["capacity"] = Range(image_rows + 2, image_rows + min(64, cached), image_rows + cached)
+        known[CAPACITY] = Range(image_rows + 2, image_rows + min(64, cached), image_rows + cached + ROOM)
     return known
+
+
+def fixed_sizes(manifest: Manifest) -> dict[str, int]:
+    """Return the dynamic dimensions that have one size in TensorRT, and that size, the largest there is.
+
+    It updates caches in place where they lie, so these cannot grow.
+    """
+    known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
+    return {CAPACITY: known[CAPACITY].max} if CAPACITY in known else {}
 
 
 def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:

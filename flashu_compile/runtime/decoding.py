@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flashu_compile.bundle.finite import Source, is_broken
 from flashu_compile.bundle.manifest import EngineSpec
-from flashu_compile.bundle.profiles import BATCH
+from flashu_compile.bundle.profiles import BATCH, ROOM
 from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError, NotFiniteError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
@@ -24,9 +24,6 @@ from flashu_compile.tasks import LANGUAGE
 
 ROWS_BEFORE = "rows_before"
 IMAGE_END_IDS = "image_end_ids"
-#: Rows that a cache gains when it is full. Attention takes time for all of them, full or not, and a cache that grows is
-#: copied: at 1024 rows that costs as much as one token.
-ROOM = 64
 
 
 class Answers(Protocol):

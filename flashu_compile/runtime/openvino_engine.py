@@ -3,7 +3,9 @@
 By itself OpenVINO computes in what a processor is fastest at: in bfloat16, with activations quantised in groups and
 caches in 8 bits. Here every such property is set and read back, so that engines compute what the graphs say unless
 something else is asked for. OpenVINO reads all operators of our graphs but TensorScatter, for which it is given a form
-(`_write_rows`); that form copies the buffers it writes to.
+(`_write_rows`) that copies the buffers it writes to. It would compute int8 layers in floats, bytes of activations
+included; so activations stay what they are (`_leave`), and int8 weights are what its kernels take (`_product`). That is
+faster, nearer to float32, and a row does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -137,7 +139,8 @@ def open_core() -> Any:
         from openvino.frontend.onnx import ConversionExtension
 
         core = openvino.Core()
-        core.add_extension(ConversionExtension("TensorScatter", _write_rows))
+        for operator, form in _FORMS.items():
+            core.add_extension(ConversionExtension(operator, form))
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendUnavailableError(f"OpenVINO cannot be imported: {_reason(error)}. {ADVICE}") from error
     return core
@@ -156,6 +159,39 @@ def _write_rows(node: Any) -> list[Any]:
     place = op.add(op.unsqueeze(start, np.int64(1)), op.range(np.int64(0), count, np.int64(1), "i64"))
     places = op.broadcast(op.unsqueeze(place, np.array([1, 3])), shape)
     return [op.scatter_elements_update(buffer, places, rows, np.int64(2)).output(0)]
+
+
+def _leave(node: Any) -> list[Any]:
+    """Translate DynamicQuantizeLinear to its input, with the scale that `_product` leaves to it, and no zero point."""
+    import openvino.opset14 as op
+
+    # Not the input itself, whose name would be lost.
+    value = op.convert(node.get_input(0), "f32")
+    return [
+        value.output(0),
+        op.constant(np.float32(1 / _SHARE)).output(0),
+        op.constant(np.uint8(0)).output(0),
+    ]
+
+
+def _product(node: Any) -> list[Any]:
+    """Translate MatMulInteger of what `_leave` gives and int8 weights to a product with compressed weights."""
+    import openvino.opset14 as op
+
+    value, weight = node.get_input(0), node.get_input(1)
+    if value.get_element_type().to_string() != "f32" or node.get_input_size() != 3:
+        raise RuntimeError("MatMulInteger is translated behind DynamicQuantizeLinear alone")
+    maker = weight.get_node()
+    turned = maker.get_type_name() == "Transpose"
+    stored = maker.input_value(0) if turned else weight
+    # Compressed weights are recognised by a scale. It is a power of two, so that nothing is rounded.
+    scaled = op.multiply(op.convert(stored, "f32"), op.constant(np.full((1, 1), _SHARE, np.float32)))
+    return [op.matmul(value, scaled, False, turned).output(0)]
+
+
+#: The share of the scales of activations and weights that is multiplied with weights.
+_SHARE = 1 / 64
+_FORMS = {"TensorScatter": _write_rows, "DynamicQuantizeLinear": _leave, "MatMulInteger": _product}
 
 
 def configuration(

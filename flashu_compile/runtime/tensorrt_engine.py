@@ -24,9 +24,9 @@ from flashu_compile import reading
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.bundle.profiles import Profile
-from flashu_compile.bundle.signatures import check_inputs, check_outputs
+from flashu_compile.bundle.signatures import check_inputs, check_outputs, state_of, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
-from flashu_compile.runtime.engine import Tensors
+from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
 
 PLAN_FILE = "tensorrt.json"
@@ -258,6 +258,7 @@ class TensorRTEngine:
     ) -> None:
         self.spec, self._lifetime = spec, lifetime or Lifetime()
         self._engine, self._lib = engine, libraries
+        self._state = state_of(spec)
         self._context = engine.create_execution_context()
         self._stream = libraries.checked(libraries.cuda.cudaStreamCreate())
         self._lock = threading.Lock()
@@ -271,18 +272,45 @@ class TensorRTEngine:
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Run the engine; see `Engine.run`. Raises `BackendUnavailableError` if a CUDA call fails."""
+        state = {name: inputs[name].copy() for name in self._state if name in inputs}
+        outputs = self.update({name: value for name, value in inputs.items() if name not in state}, state)
+        return outputs | {updated(name): array for name, array in state.items()}
+
+    def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
+        """Run the engine and update `state`, which is copied to the device and back; see `Updating.update`.
+
+        Raises `BundleError` if a state has more rows than the engine was built for.
+        """
         self._lifetime.check()
-        sizes = check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, {**inputs, **state})
+        whole = {name: self._of_built_size(name, array) for name, array in state.items()}
         with self._lock:
             memory: list[int] = []
             try:
-                return check_outputs(self.spec, self._run(inputs, memory), sizes)
+                outputs = self._run({**inputs, **whole}, memory)
             finally:
                 for address in memory:
                     self._lib.cuda.cudaFree(address)
+        for name, array in state.items():
+            array[...] = outputs.pop(updated(name))[tuple(map(slice, array.shape))]
+        return check_outputs(self.spec, outputs, sizes)
+
+    def _of_built_size(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Return a state with zeros behind its rows, as many as the engine's own has."""
+        built = tuple(self._engine.get_tensor_shape(name))
+        shape = tuple(size if fixed < 0 else fixed for size, fixed in zip(array.shape, built, strict=True))
+        if shape == array.shape:
+            return array
+        if any(size > fixed for size, fixed in zip(array.shape, shape, strict=True)):
+            raise BundleError(
+                f"Engine {self.spec.name!r} was built for {name!r} of {list(shape)}, and is given {list(array.shape)}."
+            )
+        whole = np.zeros(shape, array.dtype)
+        whole[tuple(map(slice, array.shape))] = array
+        return whole
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], memory: list[int]) -> dict[str, NDArray[Any]]:
-        kind = self._lib.cuda.cudaMemcpyKind
+        kind, addresses = self._lib.cuda.cudaMemcpyKind, {}
         for name, value in inputs.items():
             if not self._context.set_input_shape(name, value.shape):
                 raise BundleError(
@@ -290,18 +318,22 @@ class TensorRTEngine:
                     "was built for."
                 )
             held = np.ascontiguousarray(value)
-            self._copy(
-                self._place(name, held.nbytes, memory),
-                held.ctypes.data,
-                held.nbytes,
-                kind.cudaMemcpyHostToDevice,
-            )
+            addresses[name] = self._place(name, held.nbytes, memory)
+            self._copy(addresses[name], held.ctypes.data, held.nbytes, kind.cudaMemcpyHostToDevice)
         outputs = {}
         for tensor in self.spec.outputs:
             shape = tuple(self._context.get_tensor_shape(tensor.name))
             dtype = self._lib.trt.nptype(self._engine.get_tensor_dtype(tensor.name))
             outputs[tensor.name] = np.empty(shape, dtype=dtype)
-        places = {name: self._place(name, array.nbytes, memory) for name, array in outputs.items()}
+        # TensorRT updates a cache where it lies: its input and its output are one place.
+        shared = {updated(name): addresses[name] for name in self._state}
+        for name, address in shared.items():
+            self._context.set_tensor_address(name, address)
+        places = shared | {
+            name: self._place(name, array.nbytes, memory)
+            for name, array in outputs.items()
+            if name not in shared
+        }
         if not self._context.execute_async_v3(int(self._stream)):
             raise BundleError(f"Engine {self.spec.name!r} failed in TensorRT; its log says why.")
         for name, array in outputs.items():

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
+from flashu_compile.bundle.profiles import ROOM
 from flashu_compile.bundle.signatures import state_of, updated
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.runtime import decoding
-from flashu_compile.runtime.decoding import ROOM, Caches, Picture, tokens
+from flashu_compile.runtime.decoding import Caches, Picture, tokens
 from flashu_compile.runtime.engine import Updating, update
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine, create_session
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import flashu_compile
@@ -92,6 +93,39 @@ class TestResults:
                 )
             else:
                 assert other.generate("a red circle").size == exact.generate("a red circle").size
+
+
+def test_int8_weights_meet_activations_that_stay_floats(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    weight, scale = draw.integers(-127, 128, (160, 192), np.int8), draw.random(160, np.float32)
+    bias, x = draw.random(160, np.float32), draw.standard_normal((2, 5, 192), np.float32)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[b, n, 192] x) => (float[b, n, 160] y) {'
+        "q, s, z = DynamicQuantizeLinear (x)  t = Transpose <perm = [1, 0]> (w)  sums = MatMulInteger (q, t, z)"
+        "wide = Cast <to = 1> (sums)  both = Mul (s, ws)  product = Mul (wide, both)  y = Add (product, bias) }"
+    )
+    stored = {"w": weight, "ws": scale, "bias": bias}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in stored.items())
+    onnx.save(model, tmp_path / "int8.onnx")
+    core = open_core()
+    config = configuration(core, "CPU", {}, threads=1, precision="f32")
+    request = core.compile_model(str(tmp_path / "int8.onnx"), "CPU", config).create_infer_request()
+    request.infer({"x": x})
+    expected = x.astype(float) @ (weight.astype(float) * scale[:, None]).T + bias
+    together = request.get_tensor("y").data.copy()
+    assert np.linalg.norm(together - expected) < 1e-6 * np.linalg.norm(expected)
+    request.infer({"x": x[:1]})
+    assert np.allclose(request.get_tensor("y").data, together[:1], rtol=1e-6)
+
+
+def test_integer_products_of_other_bytes_are_not_read(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (uint8[2, 4] x, uint8 z) => (int32[2, 3] y)'
+        " <int8[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}> { y = MatMulInteger (x, w, z) }"
+    )
+    onnx.save(model, tmp_path / "bytes.onnx")
+    with pytest.raises(RuntimeError, match="translated behind DynamicQuantizeLinear alone"):
+        open_core().read_model(str(tmp_path / "bytes.onnx"))
 
 
 class TestProperties:
