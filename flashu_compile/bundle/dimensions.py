@@ -1,21 +1,25 @@
-"""Dimensions of tensors as text: arithmetic on names of sizes, such as `prefix + 66`."""
+"""Dimensions of tensors as text: arithmetic on names of sizes, such as `prefix + 66`.
+
+Read by a parser of our own: Python's keeps a count for all threads, and was seen (3.11.7) to raise SystemError in one of
+two that answered questions.
+"""
 
 from __future__ import annotations
 
-import ast
+import functools
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import ConfigurationError
 
-_LONGEST = 200  # characters; Python's parser would take more memory and depth for more of them
-_OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
+#: A number, a name, or an operator with what it is between.
+Tree = int | str | tuple[str, "Tree", "Tree"]
+
+_LONGEST = 200  # characters, and so the depth of a tree is bounded
+_TOKEN = re.compile(r"\s*(?:([0-9]+)|([^\W\d]\w*)|(//|[-+*()]))")
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
@@ -24,16 +28,16 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     Raises `ConfigurationError` if it is not arithmetic.
     """
 
-    def value(node: ast.expr) -> int:
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            right = value(node.right)
-            if isinstance(node.op, ast.FloorDiv) and right == 0:
+    def value(tree: Tree) -> int:
+        if isinstance(tree, tuple):
+            kind, left, right = tree[0], value(tree[1]), value(tree[2])
+            if kind == "//" and right == 0:
                 raise ConfigurationError(f"Dimension {expression!r} divides by zero.")
-            return _OPERATORS[type(node.op)](value(node.left), right)
-        if isinstance(node, ast.Name) and node.id in sizes:
-            return sizes[node.id]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int):
-            return node.value
+            return int(_OPERATORS[kind](left, right))
+        if isinstance(tree, int):
+            return tree
+        if tree in sizes:
+            return sizes[tree]
         raise ConfigurationError(
             f"Dimension {expression!r} cannot be computed from {', '.join(sizes) or 'nothing'}."
         )
@@ -43,14 +47,68 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
 
 def symbols(expression: str) -> set[str]:
     """Return the names in a dimension. Raises `ConfigurationError` if it is no expression."""
-    return {node.id for node in ast.walk(parsed(expression)) if isinstance(node, ast.Name)}
+
+    def names(tree: Tree) -> Iterator[str]:
+        if isinstance(tree, tuple):
+            yield from (*names(tree[1]), *names(tree[2]))
+        elif isinstance(tree, str):
+            yield tree
+
+    return set(names(parsed(expression)))
 
 
-def parsed(expression: str) -> ast.expr:
+@functools.lru_cache(maxsize=1024)
+def parsed(expression: str) -> Tree:
     """Parse a dimension. Raises `ConfigurationError` if it is no expression, or too long."""
     try:
         if len(expression) > _LONGEST:
             raise ValueError
-        return ast.parse(expression, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        tokens = _tokens(expression)
+        tree, end = _sum(tokens, 0)
+        if end != len(tokens):
+            raise ValueError
+    except (ValueError, IndexError) as error:
         raise ConfigurationError(f"Dimension {shown(expression)} is not arithmetic.") from error
+    return tree
+
+
+def _tokens(expression: str) -> list[str]:
+    tokens, at, text = [], 0, expression.rstrip()
+    while at < len(text):
+        found = _TOKEN.match(text, at)
+        if found is None:
+            raise ValueError
+        tokens.append(found[found.lastindex or 0])
+        at = found.end()
+    return tokens
+
+
+def _sum(tokens: list[str], at: int) -> tuple[Tree, int]:
+    """Parse a sum of products at a token; return it, and the number of the token behind it."""
+    left, at = _product(tokens, at)
+    while at < len(tokens) and tokens[at] in ("+", "-"):
+        right, end = _product(tokens, at + 1)
+        left, at = (tokens[at], left, right), end
+    return left, at
+
+
+def _product(tokens: list[str], at: int) -> tuple[Tree, int]:
+    left, at = _atom(tokens, at)
+    while at < len(tokens) and tokens[at] in ("*", "//"):
+        right, end = _atom(tokens, at + 1)
+        left, at = (tokens[at], left, right), end
+    return left, at
+
+
+def _atom(tokens: list[str], at: int) -> tuple[Tree, int]:
+    token = tokens[at]
+    if token == "(":
+        inner, end = _sum(tokens, at + 1)
+        if tokens[end] != ")":
+            raise ValueError
+        return inner, end + 1
+    if token[0].isdigit():
+        return int(token), at + 1
+    if not (token[0].isalpha() or token[0] == "_"):
+        raise ValueError
+    return token, at + 1
