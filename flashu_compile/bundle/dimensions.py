@@ -1,7 +1,7 @@
 """Dimensions of tensors as text: arithmetic on names of sizes, such as `prefix + 66`.
 
-Read by a parser of our own: Python's keeps a count for all threads, and was seen (3.11.7) to raise SystemError in one of
-two that answered questions.
+Read by a parser of our own: Python's keeps a count for all threads, and was seen (3.11.7) to raise SystemError in one
+of two that answered questions.
 """
 
 from __future__ import annotations
