@@ -89,9 +89,9 @@ def export(
     """Compile `model` for a task or several, into a bundle directory that `flashu_compile.load` runs.
 
     Args:
-        model: a Show-o2 network (ours, or the authors' class), the name of a bundled model ("showo2-shapes"), a
-            local checkpoint directory, a hub id ("organisation/name", or "organisation/name@revision"), or what
-            `capture_model` made of one of these.
+        model: a network of a kind that `flashu-compile models` lists, the name of a bundled model, a local checkpoint
+            directory, a hub id ("organisation/name", or "organisation/name@revision"), or what `capture_model` made of
+            one of these.
         task: "t2i", "mmu", or a list of them.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
@@ -112,6 +112,7 @@ def export(
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
+        model_options: these three and whatever else models of this kind take (`flashu-compile models` tells), by name.
         overwrite: replace an existing bundle at `output`.
         cache: the directory where finished engines are kept for later builds, which make only those whose inputs have
             changed. True is the user's own: $FLASHU_CACHE ("off" for none), or where the system has such; False none.
@@ -189,6 +190,7 @@ def _write(
     overwrite: bool,
 ) -> Manifest:
     loaded, engines = inspection.source.loaded, built.engines
+    sampler = loaded.adapter.sampler(loaded)
     return write_bundle(
         directory,
         engines=engines.engines,
@@ -199,7 +201,7 @@ def _write(
         report={
             "engines": engines.statistics,
             "captured": built.captured,
-            "published_points": loaded.network.config.steps,
+            **({} if sampler is None else {"published_points": sampler.points}),
             "passes": [dataclasses.asdict(record) for record in engines.records],
             **told,
         },
@@ -228,7 +230,7 @@ def calibrate(
     The result can be saved, edited and compared; given to `export`, it needs no further calibration.
 
     Args:
-        model, vae, tokenizer, llm_config: as for `export`.
+        model, vae, tokenizer, llm_config, model_options: as for `export`.
         task: the tasks to decide for.
         recipe: what is to be decided; a decision that is already there stays.
         calibration: a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with "prompts" and
@@ -287,7 +289,7 @@ def capture_model(
     """Load and trace `model` for a task or several, to build more than one bundle from.
 
     Args:
-        model, vae, tokenizer, llm_config: as for `export`.
+        model, vae, tokenizer, llm_config, model_options: as for `export`.
         task: "t2i", "mmu", or a list of them.
         progress: called with (what is being done, fraction done in [0, 1]).
 

@@ -58,7 +58,8 @@ class BuildChecks:
 
     def _costs(self, open_bundle: Open) -> dict[str, Any]:
         figures: dict[str, Any] = {}
-        points = self.source.loaded.network.config.steps
+        sampler = self.source.loaded.adapter.sampler(self.source.loaded)
+        points = None if sampler is None else sampler.points
         open_once = functools.cache(lambda: open_bundle(threads=1))
         for task in self.tasks:
             if self.exact_precision and not self.recipe.config(task).is_lossy(points):

@@ -13,7 +13,7 @@ from flashu_compile.models import weights
 from flashu_compile.models.hub import Snapshot
 from flashu_compile.system.paths import absolute
 
-CARD, CONFIG = "README.md", "config.json"
+CARD, CONFIG, CALIBRATION = "README.md", "config.json", "calibration.json"
 IN_MEMORY = Origin(None)
 
 _LONGEST_CARD = 1 << 20  # bytes
@@ -37,6 +37,12 @@ def origin(
         revision=None if snapshot is None else snapshot.commit,
         license=_license(_card(directory / CARD)) or _license(settings),
     )
+
+
+def calibration_of(directory: Path) -> Path | None:
+    """Return the file of calibration samples in a model's directory, or None if there is none."""
+    path = directory / CALIBRATION
+    return path if path.is_file() else None
 
 
 def vae_files(vae: Any) -> tuple[HashedFile, ...]:

@@ -7,10 +7,11 @@ costs one copy at most, and none where the stored dtype is the wanted one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ def weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(
         f"{directory} holds no weights: expected one of {names}, or shards with an index ({indices})."
     )
+
+
+def stored_names(directory: Path) -> frozenset[str]:
+    """Return the names of the tensors in `directory`, as far as indices and headers tell: a lone pickle's are unknown.
+
+    Raises `CheckpointError` if an index or a header is damaged.
+    """
+    for suffix in _SUFFIXES:
+        files = find_weights(directory, suffix)
+        if len(files) == 1 and suffix == ".safetensors" and files[0].is_file():
+            with _opened(files[0]) as file:
+                return frozenset(file.keys())
+        if indices := sorted(directory.glob(f"*{suffix}.index.json")):
+            return frozenset(_placed(indices[0]))
+    return frozenset()
 
 
 def hashed(files: Iterable[Path]) -> tuple[HashedFile, ...]:
@@ -154,11 +170,16 @@ class _Index:
     weight_map: dict[str, str]
 
 
-def _shards(index: Path) -> list[Path]:
+def _placed(index: Path) -> dict[str, str]:
+    """Read which shard each tensor is in. Raises `CheckpointError` if the index is damaged."""
     placed = reading.read_json(index, _Index, CheckpointError, foreign=True).weight_map
     if not placed:
         raise CheckpointError(f"{index} has an empty weight_map; it is not an index of weight shards.")
-    names = sorted(set(placed.values()))
+    return placed
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(_placed(index).values()))
     for name in names:
         # An index is input like any other: its entries must not lead out of the directory.
         if Path(name).name != name or name in {".", ".."}:
@@ -166,15 +187,22 @@ def _shards(index: Path) -> list[Path]:
     return [absolute(index.parent / name) for name in names]
 
 
-def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises `CheckpointError` if it cannot be read."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            state: StateDict = {}
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                state |= convert({name: file.get_tensor(name)}, dtype)
-            return state
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
+    state: StateDict = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            state |= convert({name: file.get_tensor(name)}, dtype)
+    return state
 
 
 def _read_pickle(path: Path, dtype: torch.dtype | None) -> StateDict:
