@@ -30,6 +30,7 @@ from tests.runtime.tiny_bundle import POINTS, edit_json, flip_byte, write_bundle
 COMMANDS = (
     "build",
     "calibrate",
+    "models",
     "tensorrt",
     "recipe",
     "generate",

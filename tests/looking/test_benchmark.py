@@ -64,7 +64,7 @@ class TestBenchmark:
             flashu_compile.benchmark(bundle, rounds=8)
         with pytest.raises(ConfigurationError, match="model, vae and tokenizer go with against="):
             flashu_compile.benchmark(bundle, model="showo2-shapes")
-        with pytest.raises(UnknownTaskError, match="Task 'video' is not among.*in common: t2i, mmu"):
+        with pytest.raises(UnknownTaskError, match=r"Task 'video' is not among.*in common: t2i, mmu"):
             flashu_compile.benchmark(bundle, task="video")
         with pytest.raises(ConfigurationError, match="tokens must be an integer from 1 to 12"):
             flashu_compile.benchmark(bundle, tokens=13)
