@@ -395,6 +395,7 @@ class TestBuild:
                 "benchmark": True,
                 "backend": "onnxruntime",
                 "precision": "float32",
+                "precision_budget": None,
                 "vae": "v",
                 "tokenizer": None,
                 "llm_config": None,

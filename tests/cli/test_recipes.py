@@ -248,6 +248,8 @@ class TestCalibrate:
             "seed": 7,
             "vae": "v",
             "tokenizer": "t",
+            "llm_config": None,
+            "resolution": None,
         }
 
     def test_json(self, calls: list[dict[str, Any]], tmp_path: Path) -> None:
