@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from train import TOKENIZER, VAE, shapes_config
 
-from flashu_compile.models.loading import save_model
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.saving import save_model
 
 
 def main() -> None:

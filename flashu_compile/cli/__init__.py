@@ -6,7 +6,7 @@ diff(1) does: 1 says that the bundles or recipes differ, 2 that something is wro
 """
 
 # Each module adds its commands to the app when it is imported, so this order is that of the help.
-from flashu_compile.cli import compiling, using, looking, comparing, measuring, recipes, caching  # isort: skip # noqa: F401
+from flashu_compile.cli import compiling, families, using, looking, comparing, measuring, recipes, caching  # isort: skip # noqa: F401
 from flashu_compile.cli.base import app
 
 __all__ = ["app"]

@@ -36,8 +36,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="'showo2-shapes' (bundled), a folder in the published Show-o2 layout, or a hub id: organisation/name, or "
-        "organisation/name@revision.",
+        help="'showo2-shapes' (bundled), a checkpoint's folder, or a hub id: organisation/name, or "
+        "organisation/name@revision. [bold]models[/] lists the families that can be compiled.",
     ),
 ]
 Settings = Annotated[

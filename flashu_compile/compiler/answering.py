@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from flashu_compile.bundle.agreement import relative_error
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
-from flashu_compile.models.loading import LoadedModel
-from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.models.adapter import EagerModel, LoadedModel
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
@@ -98,7 +96,7 @@ class BundleProbe:
         if exact:
             scale, shift = plan.steps[0].guidance_scale, plan.time_shift
 
-            def eager_latents(eager: EagerPipeline) -> NDArray[Any]:
+            def eager_latents(eager: EagerModel) -> NDArray[Any]:
                 made = eager.trajectory(
                     prompt, seed=SEED, steps=points, guidance_scale=scale, time_shift=shift
                 )
@@ -119,12 +117,12 @@ class BundleProbe:
         assert settings is not None, "the bundle was built for mmu"
         question = self._fitting(QUESTION, settings.max_question_tokens)
         tokens, logits = pipe.logits(image, question, tokens=TOKENS)
-        _check_array("logits", logits, (TOKENS, self.loaded.network.config.llm.vocab_size))
+        _check_array("logits", logits, (TOKENS, logits.shape[-1]))
         pipe.ask(image, question, max_new_tokens=TOKENS)
         if not self._is_exact(MMU.name):
             return {"tokens": TOKENS}
 
-        def eager_logits(eager: EagerPipeline) -> NDArray[Any]:
+        def eager_logits(eager: EagerModel) -> NDArray[Any]:
             return eager.logits(image, question, tokens).numpy()
 
         return {"tokens": TOKENS, **held_to_eager(self.loaded, "logits", logits, eager_logits)}
@@ -161,7 +159,7 @@ def _stretched(plan: StepPlan, steps: Sequence[Step]) -> StepPlan:
 
 
 def held_to_eager(
-    loaded: LoadedModel, name: str, values: NDArray[Any], answer: Callable[[EagerPipeline], NDArray[Any]]
+    loaded: LoadedModel, name: str, values: NDArray[Any], answer: Callable[[EagerModel], NDArray[Any]]
 ) -> dict[str, float]:
     """Return the relative L2 error of `values` against the eager model's `answer`.
 
@@ -170,10 +168,10 @@ def held_to_eager(
 
     Raises `BundleError` if the error is too large to be rounding.
     """
-    truth = answer(EagerPipeline(loaded))
+    truth = answer(loaded.adapter.eager(loaded))
     error, raised = relative_error(values, truth), {}
     if not error <= TOLERANCE:
-        wide = answer(EagerPipeline(_in_float64(loaded)))
+        wide = answer(loaded.adapter.eager(_in_float64(loaded)))
         error, rounding = relative_error(values, wide), relative_error(truth, wide)
         limit = max(TOLERANCE, ROUNDING * rounding)
         if not error <= limit:
@@ -191,15 +189,6 @@ def _in_float64(loaded: LoadedModel) -> LoadedModel:
     if isinstance(vae, nn.Module):
         vae.double()
     return dataclasses.replace(loaded, network=copy.deepcopy(loaded.network).double(), vae=vae)
-
-
-def of_few_words(loaded: LoadedModel) -> LoadedModel:
-    """Return `loaded` with a tokenizer of a few words, for a copy of the model with a small vocabulary."""
-    known = [PAD, BOS, EOS, BOI, EOI, IMAGE_PAD, "other", *PROMPT.split()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="other"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(known[:6])
-    return dataclasses.replace(loaded, tokenizer=tokenizer)
 
 
 def _engines(pipe: Pipeline, task: str) -> list[str]:

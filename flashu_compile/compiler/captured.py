@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flashu_compile.arguments import Resolution
 from flashu_compile.compiler.progress import ProgressReporter
-from flashu_compile.errors import CheckpointError, ConfigurationError
+from flashu_compile.errors import ConfigurationError, UnknownTaskError
 from flashu_compile.exporters.engine_build import EngineBuild
-from flashu_compile.models.loading import LoadedModel, load_model
-from flashu_compile.models.showo2.adapter import capture_specs
+from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.models.loading import load_model
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program.program import Program
@@ -29,12 +29,14 @@ class ModelParts(TypedDict, total=False):
 
     vae: a LatentCodec, an AutoencoderKLWan or its path. tokenizer: a tokenizers.Tokenizer or its path.
     llm_config: the LLM's Hugging Face `config.json`, or its contents. resolution: the size of pictures that are drawn.
+    model_options: these and whatever else the model's adapter takes, by name.
     """
 
     vae: object
     tokenizer: object
     llm_config: Mapping[str, Any] | str | Path | None
     resolution: Resolution | None
+    model_options: Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +102,15 @@ class CapturedModel:
     ) -> CapturedModel:
         """Prepare the programs of a loaded model, each of which is traced on first use.
 
-        Raises `CheckpointError` if the model has no VAE.
+        Raises `UnknownTaskError` on a task that models of its kind do not have, and as their adapter does.
         """
-        if loaded.vae is None:
-            raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
-        specs = [spec for name in tasks for spec in capture_specs(name, loaded.network, loaded.vae)]
+        adapter = loaded.adapter
+        if absent := [name for name in tasks if name not in adapter.tasks]:
+            raise UnknownTaskError(
+                f"Model {loaded.name!r}, of {adapter.name}, has no task {absent[0]!r}; it has: "
+                f"{', '.join(adapter.tasks)}."
+            )
+        specs = [spec for name in tasks for spec in adapter.captures(loaded, name)]
         return cls(loaded, {spec.name: CapturedProgram(spec, progress) for spec in specs})
 
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:

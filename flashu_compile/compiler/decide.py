@@ -16,7 +16,7 @@ from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import keep_budget
 from flashu_compile.measure.samples import CalibrationSamples, calibration_samples
 from flashu_compile.measure.sensitivity import SAMPLES, report
-from flashu_compile.models.loading import LoadedModel
+from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import RECORDS
@@ -68,13 +68,8 @@ def decide(
     open and there are no samples.
     """
     loaded = source.loaded
-    own = loaded.network.config
-    recipe = recipe.resolved(
-        points=own.steps,
-        guidance_scale=own.guidance_scale,
-        time_shift=own.time_shift,
-        accelerated_guidance_scale=own.accelerated_guidance_scale,
-    )
+    if (own := loaded.adapter.sampler(loaded)) is not None:
+        recipe = recipe.resolved(**dataclasses.asdict(own))
     undecided = [task for task in tasks if recipe.needs_calibration(task)]
     if not undecided:
         return recipe, {}

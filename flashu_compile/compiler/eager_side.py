@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
+from flashu_compile.compiler.metadata import understanding
 from flashu_compile.evaluation.worker import PROMPT, QUESTION, Settings, Subject, picture, serve
 from flashu_compile.models.loading import load_model
-from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.models.showo2.reference import UnderstandingReference
-from flashu_compile.tasks import T2I
+from flashu_compile.tasks import MMU, T2I
 
 
 class EagerSubject:
@@ -20,32 +19,27 @@ class EagerSubject:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings["threads"])
         parts = {name: settings.get(name) for name in ("vae", "tokenizer", "resolution")}
-        self._pipe = EagerPipeline(load_model(settings["model"], **parts))
+        loaded = load_model(settings["model"], **parts)
+        self._sampler, self._model = loaded.adapter.sampler(loaded), loaded.adapter.eager(loaded)
+        self._side = understanding(loaded).picture_size if MMU.name in loaded.adapter.tasks else 0
         self._steps, self._tokens = settings["steps"], settings["tokens"]
 
     @property
     def facts(self) -> dict[str, Any]:
         """Return the precision, and the length of the trajectory."""
-        points = self._pipe.network.config.steps if self._steps is None else self._steps
-        return {"precision": "float32", "backend": "eager", "points": points, "evaluations": points - 1}
+        told: dict[str, Any] = {"precision": "float32", "backend": "eager"}
+        if self._sampler is None:
+            return told
+        points = self._sampler.points if self._steps is None else self._steps
+        return {**told, "points": points, "evaluations": points - 1}
 
     def run(self, task: str) -> Mapping[str, list[float]]:
         """Make a picture, or encode one anew and decode as many tokens as the settings say."""
         if task == T2I.name:
-            self._pipe.generate(PROMPT, steps=self._steps)
+            self._model.generate(PROMPT, steps=self._steps)
         else:
-            self._answer()
+            self._model.answer(picture(self._side), QUESTION, self._tokens)
         return {}
-
-    @torch.inference_mode()
-    def _answer(self) -> None:
-        network, codec = self._pipe.network, self._pipe.codec
-        side = network.config.understanding_side * self._pipe.vae.spatial_factor
-        reference = UnderstandingReference(network, self._pipe.latents(picture(side)))
-        prefix, suffix = (
-            torch.tensor([ids]) for ids in (codec.question_prefix(), codec.question_suffix(QUESTION))
-        )
-        reference.greedy(prefix, suffix, self._tokens, None)  # no token ends it: all sides decode as many
 
 
 def main() -> None:

@@ -99,9 +99,9 @@ def export(
     """Compile `model` for a task or several, into a bundle directory that `flashu_compile.load` runs.
 
     Args:
-        model: a Show-o2 network (ours, or the authors' class), the name of a bundled model ("showo2-shapes"), a
-            local checkpoint directory, a hub id ("organisation/name", or "organisation/name@revision"), or what
-            `capture_model` made of one of these.
+        model: a network of a kind that `flashu-compile models` lists, the name of a bundled model, a local checkpoint
+            directory, a hub id ("organisation/name", or "organisation/name@revision"), or what `capture_model` made of
+            one of these.
         task: "t2i", "mmu", or a list of them.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
@@ -130,6 +130,7 @@ def export(
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
         resolution: the size of the pictures that t2i draws, in pixels: 512, "768x512" or (768, 512), width first; the
             model's own if not given. Pictures that are asked about keep the size that the model was trained with.
+        model_options: these four and whatever else models of this kind take (`flashu-compile models` tells), by name.
         overwrite: replace an existing bundle at `output`.
         cache: the directory where finished engines are kept for later builds, which make only those whose inputs have
             changed. True is the user's own: $FLASHU_CACHE ("off" for none), or where the system has such; False none.
@@ -191,7 +192,8 @@ def export(
         maker, answers = maker.without_validation(), None
     started = time.process_time()
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
-    points = loaded.network.config.steps
+    sampler = loaded.adapter.sampler(loaded)
+    points = None if sampler is None else sampler.points
     beside = BesideExact(
         exact=precise.is_exact and not any(decided.config(task).is_lossy(points) for task in tasks),
         build=lambda path: export(
@@ -233,6 +235,7 @@ def _write(
     overwrite: bool,
 ) -> Manifest:
     loaded, engines = inspection.source.loaded, built.engines
+    sampler = loaded.adapter.sampler(loaded)
     return write_bundle(
         directory,
         engines=engines.engines,
@@ -243,7 +246,7 @@ def _write(
         report={
             "engines": engines.statistics,
             "captured": built.captured,
-            "published_points": loaded.network.config.steps,
+            **({} if sampler is None else {"published_points": sampler.points}),
             "passes": [dataclasses.asdict(record) for record in engines.records],
             **told,
         },
@@ -272,7 +275,7 @@ def calibrate(
     The result can be saved, edited and compared; given to `export`, it needs no further calibration.
 
     Args:
-        model, vae, tokenizer, llm_config, resolution: as for `export`.
+        model, vae, tokenizer, llm_config, resolution, model_options: as for `export`.
         task: the tasks to decide for.
         recipe: what is to be decided; a decision that is already there stays.
         calibration: a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with "prompts" and
@@ -331,7 +334,7 @@ def capture_model(
     """Load and trace `model` for a task or several, to build more than one bundle from.
 
     Args:
-        model, vae, tokenizer, llm_config, resolution: as for `export`.
+        model, vae, tokenizer, llm_config, resolution, model_options: as for `export`.
         task: "t2i", "mmu", or a list of them.
         progress: called with (what is being done, fraction done in [0, 1]).
 

@@ -74,7 +74,8 @@ class BuildChecks:
 
     def _costs_by(self, open_once: Callable[[], Pipeline]) -> dict[str, Any]:
         figures: dict[str, Any] = {}
-        points = self.source.loaded.network.config.steps
+        sampler = self.source.loaded.adapter.sampler(self.source.loaded)
+        points = None if sampler is None else sampler.points
         for task in self.tasks:
             if self.exact_precision and not self.recipe.config(task).is_lossy(points):
                 continue

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import TypeVar
 
 from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
 from flashu_compile.bundle.profiles import Range, known_ranges
+from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import BundleMetadata
-from flashu_compile.models.loading import LoadedModel
+from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.tasks import MMU, T2I
 from flashu_compile.version import __version__
 
-_MAX_NEW_TOKENS = 300
+_Kind = TypeVar("_Kind", GenerationSettings, UnderstandingSettings)
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
@@ -35,32 +37,30 @@ def bundle_metadata(
 
 def generation(loaded: LoadedModel) -> GenerationSettings:
     """Return the model's settings that the t2i pipeline needs."""
-    config = loaded.network.config
-    _, height, width = config.latent_shape
-    return GenerationSettings(
-        latent_shape=config.latent_shape,
-        sequence_length=config.sequence_length,
-        span_length=config.span_length,
-        max_prompt_tokens=config.max_prompt_tokens,
-        picture_size=(width * _factor(loaded), height * _factor(loaded)),
-    )
+    return _settings(loaded, T2I.name, GenerationSettings)
 
 
 def understanding(loaded: LoadedModel) -> UnderstandingSettings:
     """Return the model's settings that the mmu pipeline needs."""
-    return UnderstandingSettings(
-        picture_size=loaded.network.config.understanding_side * _factor(loaded),
-        max_question_tokens=loaded.network.config.sequence_length,
-        max_new_tokens=_MAX_NEW_TOKENS,
-    )
+    return _settings(loaded, MMU.name, UnderstandingSettings)
+
+
+def _settings(loaded: LoadedModel, task: str, kind: type[_Kind]) -> _Kind:
+    """Return a task's settings, which are of the kind that its loop takes. Raises `ConfigurationError` if not."""
+    found = loaded.adapter.settings(loaded, task)
+    if not isinstance(found, kind):
+        raise ConfigurationError(
+            f"The adapter {loaded.adapter.name} gives {type(found).__name__} for {task}, whose loop takes "
+            f"{kind.__name__}."
+        )
+    return found
 
 
 def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]:
     """Return the range of sizes of every dynamic dimension of the model's engines, by name."""
     made = generation(loaded) if T2I.name in tasks else None
     asked = understanding(loaded) if MMU.name in tasks else None
-    # A picture's rows are its tokens, the time token before and the end token behind.
-    return known_ranges(made, asked, loaded.network.config.position_grid**2 + 2)
+    return known_ranges(made, asked, loaded.adapter.image_rows(loaded))
 
 
 def _versions() -> dict[str, str]:
@@ -78,8 +78,3 @@ def checkpoint_bytes(loaded: LoadedModel) -> int:
     """Return the bytes of the network's distinct tensors at the precision it is compiled in."""
     tensors = {tensor.data_ptr(): tensor for tensor in loaded.network.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _factor(loaded: LoadedModel) -> int:
-    assert loaded.vae is not None
-    return loaded.vae.spatial_factor

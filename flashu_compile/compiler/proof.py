@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flashu_compile.arguments import shown
-from flashu_compile.compiler.answering import BundleProbe, of_few_words
+from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.kept_engines import EngineShelf
@@ -23,8 +23,7 @@ from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.work import COPYING, making_work
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import Draft, write_bundle
-from flashu_compile.models.loading import LoadedModel
-from flashu_compile.models.showo2.reduced import GRID, depths, place_in_copy, reduced
+from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.drafts import draft_folder
@@ -45,11 +44,11 @@ class ProofCopy:
 
     def name(self, weight: str) -> str | None:
         """Return the name in the copy of a weight of the model, or None if the copy lacks it."""
-        return place_in_copy(weight, self.layers)
+        return self.loaded.adapter.place_in_copy(self.loaded, weight, self.layers)
 
     def report(self, built: BuildResult, model: LoadedModel) -> dict[str, Any]:
         """Return what was validated on the copy of `model`: the errors of engine outputs, and pass records."""
-        total = depths(model.network.config)
+        total = model.adapter.depths(model)
         return {
             "layers": {stack: list(chosen) for stack, chosen in self.layers.items()},
             "of_layers": total,
@@ -71,21 +70,11 @@ def needs_copy(proof: str, loaded: LoadedModel) -> bool:
 
 def proof_copy(loaded: LoadedModel, recipe: Recipe) -> ProofCopy:
     """Make a copy with few layers in which everything that the decided `recipe` does to the model happens."""
-    config = loaded.network.config
-    total = depths(config)
+    total = loaded.adapter.depths(loaded)
     layers = {stack: _ends(depth) for stack, depth in total.items()}
     layers[LLM] = _llm_layers(total[LLM], recipe)
-    network = reduced(loaded.network, layers, _grid(recipe.mmu.token_pruning, config.position_grid))
-    small = dataclasses.replace(loaded, network=network, calibration=None)
+    small = loaded.adapter.reduced(loaded, layers, recipe.mmu.token_pruning)
     return ProofCopy(small, _reduced_recipe(recipe, layers), layers)
-
-
-def _grid(token_pruning: float, largest: int) -> int:
-    """Return the smallest side of a copy's picture, in tokens, at which pruning drops a token.
-
-    If there is none below the model's own, it is the default side of copies.
-    """
-    return next((side for side in range(GRID, largest) if int(token_pruning * side**2)), GRID)
 
 
 def _ends(depth: int) -> tuple[int, ...]:
@@ -170,7 +159,7 @@ def validate_on_copy(
 def _answered_by_copy(
     copy: ProofCopy, tasks: tuple[str, ...], built: BuildResult, maker: Maker, backend: str
 ) -> dict[str, Any]:
-    loaded = of_few_words(copy.loaded)
+    loaded = copy.loaded
     answers = BundleProbe(loaded, copy.recipe, tasks, maker.precision.is_exact, COPY)
     found: dict[str, Any] = {}
 

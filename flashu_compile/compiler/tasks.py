@@ -144,6 +144,8 @@ class TextToImage:
     ) -> Cost:
         """Measure final latents at equal seed against the published sampler."""
         loaded = source.loaded
+        sampler = loaded.adapter.sampler(loaded)
+        assert sampler is not None, "its adapter has t2i"
         return picture_cost(
             source.programs[DENOISE].program,
             source.programs[VAE_DECODE].program,
@@ -151,7 +153,7 @@ class TextToImage:
             PromptCodec(loaded.tokenizer),
             metadata.generation(loaded),
             recipe,
-            loaded.network.config.steps,
+            sampler.points,
             samples,
             seed=seed,
             tell=tell,

@@ -100,7 +100,8 @@ class BuildWork:
         return (min(number / expected, 0.99) for number in itertools.count())
 
     def _costs(self, recipe: Recipe) -> list[tuple[str, int]]:
-        points = self.source.loaded.network.config.steps
+        sampler = self.source.loaded.adapter.sampler(self.source.loaded)
+        points = None if sampler is None else sampler.points
         lossy = [task for task in self.tasks if not self.exact or recipe.config(task).is_lossy(points)]
         return [(task, count) for task in lossy if (count := self.samples.get(task, 0))]
 

@@ -14,7 +14,7 @@ from flashu_compile.models import hub, weights
 from flashu_compile.models.hub import Snapshot
 from flashu_compile.system.paths import absolute
 
-CARD, CONFIG = "README.md", "config.json"
+CARD, CONFIG, CALIBRATION = "README.md", "config.json", "calibration.json"
 _ORIGINAL_VAE = "Wan2.1_VAE.pth"
 IN_MEMORY = Origin(None)
 
@@ -39,6 +39,12 @@ def origin(
         revision=None if snapshot is None else snapshot.commit,
         license=_license(_card(directory / CARD)) or _license(settings),
     )
+
+
+def calibration_of(directory: Path) -> Path | None:
+    """Return the file of calibration samples in a model's directory, or None if there is none."""
+    path = directory / CALIBRATION
+    return path if path.is_file() else None
 
 
 def fetched_vae(vae: Any) -> tuple[Any, Snapshot | None]:

@@ -7,12 +7,13 @@ costs one copy at most, and none where the stored dtype is the wanted one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,7 @@ from flashu_compile.errors import CheckpointError
 from flashu_compile.system.paths import absolute
 
 StateDict = dict[str, Tensor]
+_Value = TypeVar("_Value")
 
 _SINGLE_FILES = (
     "model.safetensors",
@@ -69,6 +71,21 @@ def weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(
         f"{directory} holds no weights: expected one of {names}, or shards with an index ({indices})."
     )
+
+
+def stored_names(directory: Path) -> frozenset[str]:
+    """Return the names of the tensors in `directory`, as far as indices and headers tell: a lone pickle's are unknown.
+
+    They are those that `read_weight_files` gives. Raises `CheckpointError` if an index or a header is damaged.
+    """
+    for suffix in SUFFIXES:
+        files = find_weights(directory, suffix)
+        if len(files) == 1 and suffix == ".safetensors" and files[0].is_file():
+            with _opened(files[0]) as file:
+                return frozenset(_unwrapped(dict.fromkeys(file.keys())))
+        if placed := _placed(directory, suffix):
+            return frozenset(_unwrapped(placed))
+    return frozenset()
 
 
 def hashed(files: Iterable[Path]) -> tuple[HashedFile, ...]:
@@ -117,9 +134,14 @@ def read_weight_files(files: Sequence[Path], dtype: torch.dtype | None = None) -
                 f"{path.parent} stores {twice[0]} in two shards, and its index names neither; it is damaged."
             )
         state |= part
-    if state and all(name.startswith(_WRAPPED) for name in state):
-        return {name.removeprefix(_WRAPPED): value for name, value in state.items()}
-    return state
+    return _unwrapped(state)
+
+
+def _unwrapped(stored: dict[str, _Value]) -> dict[str, _Value]:
+    """Return what is stored by name, without the prefix of data-parallel training where all names have it."""
+    if not all(name.startswith(_WRAPPED) for name in stored):
+        return stored
+    return {name.removeprefix(_WRAPPED): value for name, value in stored.items()}
 
 
 def read_weight_file(path: Path, dtype: torch.dtype | None = None) -> StateDict:
@@ -186,15 +208,22 @@ def _placed(directory: Path, suffix: str) -> dict[str, str]:
     return placed
 
 
-def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises `CheckpointError` if it cannot be read."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            state: StateDict = {}
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                state |= convert({name: file.get_tensor(name)}, dtype)
-            return state
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
+    state: StateDict = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            state |= convert({name: file.get_tensor(name)}, dtype)
+    return state
 
 
 def _read_pickle(path: Path, dtype: torch.dtype | None) -> StateDict:

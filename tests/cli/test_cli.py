@@ -31,6 +31,7 @@ from tests.runtime.tiny_bundle import POINTS, edit_json, flip_byte, write_bundle
 COMMANDS = (
     "build",
     "calibrate",
+    "models",
     "tensorrt",
     "recipe",
     "generate",
@@ -407,6 +408,7 @@ class TestBuild:
                 "benchmark": True,
                 "backend": "onnxruntime",
                 "precision": "float32",
+                "precision_budget": None,
                 "vae": "v",
                 "tokenizer": None,
                 "llm_config": None,

@@ -43,7 +43,7 @@ def decided(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as a directory."""
-    from flashu_compile.models.loading import save_model
+    from flashu_compile.models.showo2.saving import save_model
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_model(directory, tiny_model(), tokenizer(), VAE)
@@ -248,6 +248,8 @@ class TestCalibrate:
             "seed": 7,
             "vae": "v",
             "tokenizer": "t",
+            "llm_config": None,
+            "resolution": None,
         }
 
     def test_json(self, calls: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import BundleError
 from flashu_compile.exporters import backends as build_side
 from flashu_compile.models.loading import LoadedModel, load_model
+from flashu_compile.models.showo2.adapter import Showo2Adapter
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import RowTables, Showo2
 from flashu_compile.recipe.config import T2IConfig
@@ -222,7 +223,7 @@ def test_where_keys_and_values_cannot_be_kept_the_whole_sequence_runs(
 ) -> None:
     model = tiny_model()
     model.__class__ = kind
-    loaded = LoadedModel("seeing", model, VAE, tokenizer())
+    loaded = LoadedModel("seeing", model, VAE, tokenizer(), adapter=Showo2Adapter())
     path = flashu_compile.export(
         CapturedModel.from_loaded(loaded, ["mmu"], ProgressReporter(None)), "mmu", output=tmp_path / "b"
     ).path

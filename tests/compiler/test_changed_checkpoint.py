@@ -11,7 +11,7 @@ import flashu_compile
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError
-from flashu_compile.models.loading import save_model
+from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.recipe.presets import preset
 from tests.support.tiny import VAE, tiny_model, tokenizer
 

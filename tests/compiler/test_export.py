@@ -31,8 +31,9 @@ from flashu_compile.errors import (
     UnknownTaskError,
     UnsupportedModelError,
 )
-from flashu_compile.models.loading import load_model, save_model
+from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.runtime.checked_graph import OPERATORS, read_graph
 from flashu_compile.runtime.decoding import Picture
 from flashu_compile.runtime.sampler import sample

@@ -25,9 +25,9 @@ from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.loading import LoadedModel
-from flashu_compile.models.showo2.adapter import GenerationStep
+from flashu_compile.models.showo2.adapter import GenerationStep, Showo2Adapter
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.showo2.reduced import depths, reduced
+from flashu_compile.models.showo2.reduced import reduced
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
@@ -62,7 +62,7 @@ def recipe(
 
 
 def loaded(model: Showo2) -> LoadedModel:
-    return LoadedModel("deep", model, VAE, tokenizer())
+    return LoadedModel("deep", model, VAE, tokenizer(), adapter=Showo2Adapter())
 
 
 def test_the_copy_has_the_ends_of_every_stack_and_the_layers_of_techniques() -> None:
@@ -149,7 +149,7 @@ def whole() -> LoadedModel:
 def test_the_copy_is_of_the_model_s_own_tensors(whole: LoadedModel) -> None:
     small = reduced(whole.network, {"llm": (0, 5), "semantic": (1,), "head": (2,)})
     theirs, ours = whole.network.state_dict(), small.state_dict()
-    assert depths(small.config) == {"llm": 2, "semantic": 1, "head": 1}
+    assert Showo2Adapter().depths(loaded(small)) == {"llm": 2, "semantic": 1, "head": 1}
     for name, place in (
         ("showo.model.layers.5.mlp.up_proj.weight", "showo.model.layers.1.mlp.up_proj.weight"),
         ("und_trans.layers.1.mlp.fc1.bias", "und_trans.layers.0.mlp.fc1.bias"),
@@ -161,7 +161,7 @@ def test_the_copy_is_of_the_model_s_own_tensors(whole: LoadedModel) -> None:
 
 def test_a_copy_with_every_layer_computes_what_the_model_does(whole: LoadedModel) -> None:
     model = whole.network
-    small = reduced(model, {stack: range(depth) for stack, depth in depths(model.config).items()})
+    small = reduced(model, {stack: range(depth) for stack, depth in whole.adapter.depths(whole).items()})
     torch.manual_seed(0)
     prompt, tail = torch.randint(256, (2, 5)), torch.randint(256, (2, 3))
     inputs = (

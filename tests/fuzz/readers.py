@@ -36,8 +36,10 @@ from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.torch_programs import TorchModel
 from flashu_compile.looking.bundle_diff import diff
 from flashu_compile.measure.samples import calibration_samples
-from flashu_compile.models.loading import LoadedModel, load_model, save_model
+from flashu_compile.models.loading import LoadedModel, load_model
+from flashu_compile.models.showo2.adapter import Showo2Adapter
 from flashu_compile.models.showo2.config import SemanticConfig
+from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.models.weights import read_weight_file
 from flashu_compile.passes.manager import PassRecord
@@ -224,7 +226,7 @@ def _tensorrt(folder: Path) -> Reader:
 
 def _kept_engines(folder: Path) -> Reader:
     """Damaged entries are built anew, with a warning."""
-    model = LoadedModel("tiny", tiny_model(), VAE, tokenizer())
+    model = LoadedModel("tiny", tiny_model(), VAE, tokenizer(), adapter=Showo2Adapter())
     source = CapturedModel.from_loaded(model, ["mmu"], ProgressReporter(None))
     (captured, *_) = source.programs.values()
     folder.mkdir()

@@ -19,7 +19,7 @@ from flashu_compile.errors import (
     PipelineError,
     UnknownTaskError,
 )
-from flashu_compile.models.loading import save_model
+from flashu_compile.models.showo2.saving import save_model
 from tests.runtime.tiny_bundle import write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
 

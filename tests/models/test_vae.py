@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flashu_compile.errors import CheckpointError, ConfigurationError, MissingDependencyError
-from flashu_compile.models.loading import load_model, save_model
+from flashu_compile.models.loading import load_model
+from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from flashu_compile.models.wan_vae import WanVAE
 from tests.support.oracle import load_oracle

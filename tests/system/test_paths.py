@@ -24,8 +24,9 @@ from flashu_compile.exporters.tensorrt_plan import write_plan
 from flashu_compile.exporters.tensorrt_support import inspect_bundle
 from flashu_compile.looking.bundle_diff import diff
 from flashu_compile.measure.samples import calibration_samples
-from flashu_compile.models.loading import load_model, save_model
-from flashu_compile.models.showo2 import vocabulary
+from flashu_compile.models import tokenizing
+from flashu_compile.models.loading import load_model
+from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.recipe.presets import find_recipe, preset
 from flashu_compile.recipe.recipe import Recipe
@@ -140,7 +141,7 @@ ENTRIES: dict[str, Callable[[str], object]] = {
     "a recipe found": find_recipe,
     "a model": load_model,
     "a model written": lambda path: save_model(path, tiny_model(), tokenizer(), VAE),
-    "its tokenizer": vocabulary.resolve,
+    "its tokenizer": tokenizing.resolve,
     "its VAE": WanVAE.load,
     "its LLM's configuration": lambda path: load_model("showo2-shapes", llm_config=path),
     "a picture": read_picture,

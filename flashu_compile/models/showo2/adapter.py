@@ -8,22 +8,31 @@ layout, where padding follows the sequence.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
+from flashu_compile.errors import CheckpointError
+from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource, Sampler, Settings
+from flashu_compile.models.showo2 import checkpoint, loading
+from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.layout import row_positions
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.reduced import GRID, STACKS, of_few_words, reduced
+from flashu_compile.models.showo2.saving import FORMAT
 from flashu_compile.models.vae import LatentCodec
 from flashu_compile.program.program import Input, Role
 from flashu_compile.program.trace import CaptureSpec
-from flashu_compile.tasks import DENOISE, HEAD, LLM, MMU, SEMANTIC, T2I, UNDERSTAND, VAE_DECODE
+from flashu_compile.tasks import DENOISE, MMU, T2I, UNDERSTAND, VAE_DECODE
 
-_STACKS = {
-    LLM: "model.showo.model.layers",
-    SEMANTIC: "model.und_trans.layers",
-    HEAD: "model.diffusion_head_a",
-}
+#: The longest answer, in tokens, unless a caller says otherwise.
+_MAX_NEW_TOKENS = 300
+_STACKS = {stack: f"model.{root}" for stack, root in STACKS.items()}
 _SAMPLE_PROMPT = 6
 _SEED = 0
 
@@ -106,6 +115,86 @@ class LatentDecoder(nn.Module):
     def forward(self, latents: Float[Tensor, "b c h w"]) -> tuple[Tensor]:
         """Decode latents to pixels."""
         return (self.vae.decode(latents),)
+
+
+class Showo2Adapter(ModelAdapter):
+    """Show-o2: the published checkpoints, this project's own layout, and objects with the state dict of either."""
+
+    name: ClassVar[str] = "showo2"
+    title: ClassVar[str] = "Show-o2 with 1.5B or 7B parameters, and models of its architecture"
+    tasks: ClassVar[tuple[str, ...]] = (T2I.name, MMU.name)
+    options: ClassVar[Mapping[str, str]] = {
+        "vae": "a LatentCodec, an AutoencoderKLWan, or a Wan VAE's path or hub id, where the checkpoint holds none",
+        "tokenizer": "a tokenizers.Tokenizer, a fast tokenizer of transformers, or the path or hub id of one",
+        "llm_config": "the language model's config.json, or its contents, where sizes alone do not tell it",
+        "resolution": "the size of pictures that are drawn, in pixels: 512, 768x512 (width first), or such a pair",
+    }
+
+    def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """Recognise a model by its layout's own entries of the configuration, or by its state dict."""
+        published = str(config.get("_class_name", "")).startswith("Showo2") or "llm_model_path" in config
+        return config.get("format") == FORMAT or published or not checkpoint.missing_signature(names)
+
+    def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:
+        """Load a model; see `loading.load`."""
+        return loading.load(self, source, options, dtype)
+
+    def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
+        """Return what to trace. Raises as `capture_specs` does, and `CheckpointError` if the model has no VAE."""
+        if loaded.vae is None:
+            raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass its path as `vae`.")
+        return capture_specs(task, loaded.network, loaded.vae)
+
+    def settings(self, loaded: LoadedModel, task: str) -> Settings:
+        """Return what the loops of t2i and mmu must know of the model."""
+        config = loaded.network.config
+        assert loaded.vae is not None
+        factor = loaded.vae.spatial_factor
+        if task == MMU.name:
+            return UnderstandingSettings(
+                picture_size=config.understanding_side * factor,
+                max_question_tokens=config.sequence_length,
+                max_new_tokens=_MAX_NEW_TOKENS,
+            )
+        _, height, width = config.latent_shape
+        return GenerationSettings(
+            latent_shape=config.latent_shape,
+            sequence_length=config.sequence_length,
+            span_length=config.span_length,
+            max_prompt_tokens=config.max_prompt_tokens,
+            picture_size=(width * factor, height * factor),
+        )
+
+    def stacks(self, loaded: LoadedModel) -> Mapping[str, str]:
+        """Return the roots of the language model, the semantic layers and the diffusion head."""
+        return STACKS
+
+    def eager(self, loaded: LoadedModel) -> EagerPipeline:
+        """Return the model with its published loops."""
+        return EagerPipeline(loaded)
+
+    def sampler(self, loaded: LoadedModel) -> Sampler:
+        """Return the model's own trajectory."""
+        config = loaded.network.config
+        return Sampler(
+            config.steps, config.guidance_scale, config.time_shift, config.accelerated_guidance_scale
+        )
+
+    def image_rows(self, loaded: LoadedModel) -> int:
+        """Count a picture's tokens, the time token before and the end token behind."""
+        return loaded.network.config.position_grid**2 + 2
+
+    def reduced(
+        self, loaded: LoadedModel, layers: Mapping[str, Sequence[int]], token_pruning: float
+    ) -> LoadedModel:
+        """Return a copy with fewer words too, and the smallest picture at which token pruning drops a token.
+
+        If there is none below the model's own, it is the usual one of copies.
+        """
+        sides = range(GRID, loaded.network.config.position_grid)
+        side = next((side for side in sides if int(token_pruning * side**2)), GRID)
+        network = reduced(loaded.network, layers, side)
+        return of_few_words(dataclasses.replace(loaded, network=network, calibration=None))
 
 
 def capture_specs(task: str, model: Showo2, vae: LatentCodec) -> tuple[CaptureSpec, ...]:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +140,7 @@ def declared_by(module: nn.Module) -> Declared:
     return Declared(_mapping(getattr(module, "config", None)), llm or None, heads)
 
 
-def missing_signature(names: Mapping[str, Any]) -> list[str]:
+def missing_signature(names: Collection[str]) -> list[str]:
     """List the names of `SIGNATURE` that are absent: none if this is a Show-o2 state dict."""
     return [name for name in SIGNATURE if name not in names]
 

@@ -6,9 +6,7 @@ For comparing: what a bundle gives must equal what this gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -20,7 +18,8 @@ from flashu_compile.bundle.images import engine_pixels, to_picture
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import CheckpointError, InputError
-from flashu_compile.models.loading import LoadedModel
+from flashu_compile.models.adapter import LoadedModel, Picture
+from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import (
     Trajectory,
     UnderstandingReference,
@@ -36,7 +35,8 @@ class EagerPipeline:
     def __init__(self, loaded: LoadedModel) -> None:
         if loaded.vae is None:
             raise CheckpointError(f"Model {loaded.name!r} has no VAE; pass one to load_model(…, vae=…).")
-        self.network, self.vae = loaded.network, loaded.vae
+        self.network: Showo2 = loaded.network
+        self.vae = loaded.vae
         self.codec = PromptCodec(loaded.tokenizer)
 
     def trajectory(
@@ -86,9 +86,7 @@ class EagerPipeline:
         return to_picture(self.vae.decode(latents)[0].float().numpy(), model_source(self.network))
 
     @torch.inference_mode()
-    def ask(
-        self, image: str | Path | Image.Image | np.ndarray, question: str, *, max_new_tokens: int = 300
-    ) -> str:
+    def ask(self, image: Picture, question: str, *, max_new_tokens: int = 300) -> str:
         """Answer a question about a picture; see `Pipeline.ask`."""
         prefix, suffix = self.codec.question_prefix(), self.codec.question_suffix(question)
         reference = UnderstandingReference(self.network, self.latents(image))
@@ -97,16 +95,21 @@ class EagerPipeline:
         )
         return self.codec.decode(tokens)
 
-    def logits(
-        self, image: str | Path | Image.Image | np.ndarray, question: str, answer: Sequence[int]
-    ) -> Float[Tensor, "tokens vocab"]:
+    def logits(self, image: Picture, question: str, answer: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
         """Return the logits of each token of `answer`, given the tokens before it; the whole runs anew for each."""
         prefix, suffix = self.codec.question_prefix(), self.codec.question_suffix(question)
         reference = UnderstandingReference(self.network, self.latents(image))
         behind = [torch.tensor([[*suffix, *answer[:count]]]) for count in range(len(answer))]
         return torch.stack([reference.logits(torch.tensor([prefix]), ids)[0, -1] for ids in behind])
 
-    def latents(self, image: str | Path | Image.Image | np.ndarray) -> Float[Tensor, "1 c h w"]:
+    @torch.inference_mode()
+    def answer(self, image: Picture, question: str, tokens: int) -> None:
+        """Decode just so many tokens of an answer, whatever would end it; for timing."""
+        prefix, suffix = self.codec.question_prefix(), self.codec.question_suffix(question)
+        reference = UnderstandingReference(self.network, self.latents(image))
+        reference.greedy(torch.tensor([prefix]), torch.tensor([suffix]), tokens, None)
+
+    def latents(self, image: Picture) -> Float[Tensor, "1 c h w"]:
         """Encode a picture, preprocessed as the runtime does, to normalised latents."""
         size = self.network.config.understanding_side * self.vae.spatial_factor
         return self.vae.encode(torch.from_numpy(engine_pixels(image, size)))

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.models.reducing import place_in_copy
 from flashu_compile.models.showo2 import checkpoint
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.tasks import HEAD, LLM, SEMANTIC
 
 #: Where the layers of each stack are in a state dict.
-STACKS = {"llm": "showo.model.layers.", "semantic": "und_trans.layers.", "head": "diffusion_head_a."}
+STACKS = {LLM: "showo.model.layers", SEMANTIC: "und_trans.layers", HEAD: "diffusion_head_a"}
 GRID, _VOCABULARY, _TEXT_ROWS = 8, 1024, 32
-
-
-def depths(config: Showo2Config) -> dict[str, int]:
-    """Return the number of layers of each stack."""
-    return {stack: getattr(config, stack).num_hidden_layers for stack in STACKS}
+_WORDS = ("a", "red", "circle")  # of the prompt that a bundle is asked with
 
 
 def reduced(network: Showo2, layers: Mapping[str, Sequence[int]], grid: int = GRID) -> Showo2:
@@ -31,7 +32,7 @@ def reduced(network: Showo2, layers: Mapping[str, Sequence[int]], grid: int = GR
     config = _config(network.config, layers, grid)
     state: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
-        if (place := place_in_copy(name, layers)) is not None:
+        if (place := place_in_copy(name, STACKS, layers)) is not None:
             state[place] = value
     state["position_embedding.weight"] = state["position_embedding.weight"][: config.position_grid**2]
     for name in (checkpoint.EMBEDDING, checkpoint.LM_HEAD):
@@ -61,12 +62,10 @@ def _config(config: Showo2Config, layers: Mapping[str, Sequence[int]], grid: int
     )
 
 
-def place_in_copy(name: str, layers: Mapping[str, Sequence[int]]) -> str | None:
-    """Map a tensor's name in the model, with any prefix, to its name in the copy; None if the copy lacks it."""
-    for stack, root in STACKS.items():
-        before, found, rest = name.partition(root)
-        if found:
-            index, _, inside = rest.partition(".")
-            chosen = list(layers[stack])
-            return f"{before}{root}{chosen.index(int(index))}.{inside}" if int(index) in chosen else None
-    return name
+def of_few_words(loaded: LoadedModel) -> LoadedModel:
+    """Return `loaded` with a tokenizer of a few words, for a copy of the model with a small vocabulary."""
+    known = [PAD, BOS, EOS, BOI, EOI, IMAGE_PAD, "other", *_WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="other"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(known[:6])
+    return dataclasses.replace(loaded, tokenizer=tokenizer)

@@ -1,0 +1,70 @@
+"""The adapters there are: this package's own, and those of other packages, by entry points of the group `GROUP`.
+
+A package offers one in its `pyproject.toml`:
+
+    [project.entry-points."flashu_compile.models"]
+    my-family = "my_package.adapter:MyAdapter"
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from importlib.metadata import EntryPoint
+
+from flashu_compile.errors import ConfigurationError, UnsupportedModelError
+from flashu_compile.models.adapter import ModelAdapter, ModelSource
+
+GROUP = "flashu_compile.models"
+_OWN = {"showo2": "flashu_compile.models.showo2.adapter:Showo2Adapter"}
+
+
+def adapters() -> tuple[ModelAdapter, ...]:
+    """Return all adapters, in the order of their names.
+
+    Raises `ConfigurationError`, naming the package at fault, on an entry point that gives none, and on two adapters of
+    one name.
+    """
+    own = [EntryPoint(name, place, GROUP) for name, place in _OWN.items()]
+    found: dict[str, tuple[ModelAdapter, EntryPoint]] = {}
+    for entry in (*own, *importlib.metadata.entry_points(group=GROUP)):
+        adapter = _adapter(entry)
+        if adapter.name in found:
+            other = found[adapter.name][1]
+            raise ConfigurationError(
+                f"Two adapters are called {adapter.name!r}: {_where(other)} and {_where(entry)}; uninstall one."
+            )
+        found[adapter.name] = adapter, entry
+    return tuple(found[name][0] for name in sorted(found))
+
+
+def find_adapter(source: ModelSource) -> ModelAdapter:
+    """Return the one adapter that claims a model. Raises `UnsupportedModelError` if none does, or several do."""
+    known = adapters()
+    claiming = [adapter for adapter in known if adapter.recognise(source.config, source.names)]
+    if len(claiming) == 1:
+        return claiming[0]
+    if claiming:
+        raise UnsupportedModelError(
+            f"Several adapters claim {source}: {', '.join(one.name for one in claiming)}; uninstall all but one."
+        )
+    listed = "; ".join(f"{adapter.name} ({adapter.title})" for adapter in known)
+    raise UnsupportedModelError(f"No adapter knows {source}; there are: {listed}.")
+
+
+def _adapter(entry: EntryPoint) -> ModelAdapter:
+    try:
+        found = entry.load()
+        adapter = found() if isinstance(found, type) else found
+    except Exception as error:  # of whatever foreign code stumbles over
+        raise ConfigurationError(
+            f"The adapter {_where(entry)} cannot be loaded ({type(error).__name__}: {error}); repair or uninstall it."
+        ) from error
+    if not isinstance(adapter, ModelAdapter):
+        raise ConfigurationError(f"{_where(entry)} is no ModelAdapter; repair or uninstall it.")
+    return adapter
+
+
+def _where(entry: EntryPoint) -> str:
+    """Name an entry point and the package that it comes with."""
+    package = "flashu-compile" if entry.dist is None else entry.dist.name
+    return f"{entry.value} of {package}"

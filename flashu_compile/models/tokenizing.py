@@ -1,0 +1,91 @@
+"""Tokenizers by whatever a user has for them, and whether a bundle can hold one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from flashu_compile.bundle.prompts import read_tokenizer
+from flashu_compile.errors import CheckpointError
+from flashu_compile.models import hub
+from flashu_compile.system.paths import absolute
+
+FILE = "tokenizer.json"
+
+_LARGEST_ID = 2**24
+
+
+def read(path: Path) -> Tokenizer:
+    """Read a tokenizer in the tokenizers format, from a file or a directory that holds `tokenizer.json`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = path / FILE if path.is_dir() else path
+    return read_tokenizer(path, CheckpointError)
+
+
+def resolve(tokenizer: Any) -> Tokenizer:
+    """Resolve a tokenizer given by a user: of the tokenizers library, of transformers, a path, or a hub id.
+
+    Raises:
+        CheckpointError: it cannot be found or read, or is of another kind.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, (str, Path)):
+        path = absolute(tokenizer)
+        if not path.exists() and hub.is_hub_id(str(tokenizer)):
+            path = hub.fetch(str(tokenizer), [FILE], instead="pass the path of its tokenizer.json").directory
+        return read(path)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a "fast" tokenizer of transformers
+    if isinstance(backend, Tokenizer):
+        return backend
+    raise CheckpointError(
+        f"A {type(tokenizer).__name__} is no tokenizer of the tokenizers library; pass a "
+        "tokenizers.Tokenizer, a fast tokenizer of transformers, or the path of a tokenizer.json."
+    )
+
+
+def check_kept(tokenizer: Tokenizer) -> Tokenizer:
+    """Return `tokenizer` as it is once a bundle has stored it, in a file that is read back.
+
+    Raises `CheckpointError` if it has another vocabulary then, or cannot be stored.
+    """
+    read_back = written_and_read(tokenizer)
+    if read_back.get_vocab(with_added_tokens=True) != tokenizer.get_vocab(with_added_tokens=True):
+        raise CheckpointError(
+            "The tokenizer has another vocabulary after it is written to a file and read back; pass the path of the "
+            "tokenizer.json that it was made from."
+        )
+    return read_back
+
+
+def written_and_read(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of `tokenizer`, made by writing it. Raises `CheckpointError` if it cannot be written."""
+    if (highest := _highest(tokenizer)) > _LARGEST_ID:  # writing takes time for every id that no token has
+        raise CheckpointError(
+            f"The tokenizer has ids up to {highest:,}; one that works has none above {_LARGEST_ID:,}."
+        )
+    try:
+        return Tokenizer.from_str(tokenizer.to_str())
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(
+            f"The tokenizer cannot be written to a file and read back ({error}); a bundle needs one made of the "
+            "tokenizers library's own parts."
+        ) from error
+
+
+def check_size(tokenizer: Tokenizer, rows: int) -> None:
+    """Raise `CheckpointError` if the tokenizer has ids beyond the `rows` of the embedding table."""
+    highest = _highest(tokenizer)
+    if highest >= rows:
+        raise CheckpointError(
+            f"The tokenizer has ids up to {highest}, the model embeds {rows}; they do not belong together."
+        )
+
+
+def _highest(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
