@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -95,14 +96,14 @@ def tensorrt(
         from flashu_compile.runtime.tensorrt_engine import BuildOptions
     done: dict[str, list[str]] = {}
     if collect is not None:
-        done["collected"] = [engine.name for engine in collect_engines(bundle, collect).engines]
+        done["collected"] = list(collect_engines(bundle, collect).engines)
     else:
         options = BuildOptions(
             version_compatible, exclude_lean_runtime, strip_weights, refit, workspace, level
         )
-        done["planned"] = [engine.name for engine in write_plan(bundle, options).engines]
+        done["planned"] = list(write_plan(bundle, options).engines)
         if build:
-            done["built"] = [engine.name for engine in build_engines(bundle).engines]
+            done["built"] = list(build_engines(bundle).engines)
     digest = file_entry(bundle / MANIFEST).sha256
     if as_json:
         display.print_json({"path": str(bundle), "script": str(bundle / SCRIPT), **done, "digest": digest})
