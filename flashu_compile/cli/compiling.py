@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
+from flashu_compile.bundle.manifest import REPORT_PAGE
 from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     COMPILING,
@@ -25,6 +27,8 @@ from flashu_compile.cli.base import (
 )
 from flashu_compile.cli.logs import quiet_libraries, speak
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
+from flashu_compile.cli.terminal import say
+from flashu_compile.tasks import RECORDS
 
 if TYPE_CHECKING:
     from flashu_compile.recipe.recipe import Recipe
@@ -206,6 +210,7 @@ def build(
         display.print_json(summary)
     else:
         display.print_build(summary)
+        _say_what_is_next(bundle.path, summary["tasks"])
 
 
 @app.command(
@@ -268,6 +273,12 @@ def calibrate(
             progress=advance,
         )
     tell_saved(decided, decided.save(output), as_json=as_json)
+
+
+def _say_what_is_next(bundle: Path, tasks: Iterable[str]) -> None:
+    say(f"What was done and what it costs: {bundle / REPORT_PAGE}")
+    for task in tasks:
+        say(f"Next: flashu-compile {RECORDS[task].example.format(bundle=shlex.quote(str(bundle)))}")
 
 
 @contextmanager
