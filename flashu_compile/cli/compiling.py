@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
+from flashu_compile.bundle.manifest import REPORT_PAGE
 from flashu_compile.cli import display
 from flashu_compile.cli.base import (
     COMPILING,
@@ -27,7 +29,7 @@ from flashu_compile.cli.logs import quiet_libraries, speak
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
 from flashu_compile.cli.terminal import say
 from flashu_compile.quantities import seconds
-from flashu_compile.tasks import T2I
+from flashu_compile.tasks import RECORDS, T2I
 
 if TYPE_CHECKING:
     from flashu_compile.recipe.recipe import Recipe
@@ -229,6 +231,7 @@ def build(
     else:
         display.print_build(summary)
         _print_beside_exact(summary["beside_exact"] or {})
+        _say_what_is_next(bundle.path, summary["tasks"])
 
 
 @app.command(
@@ -317,6 +320,12 @@ def _print_beside_exact(found: Mapping[str, Any]) -> None:
         )
     if "left_out" in found:
         say(f"Left out: {found['left_out']}")
+
+
+def _say_what_is_next(bundle: Path, tasks: Iterable[str]) -> None:
+    say(f"What was done and what it costs: {bundle / REPORT_PAGE}")
+    for task in tasks:
+        say(f"Next: flashu-compile {RECORDS[task].example.format(bundle=shlex.quote(str(bundle)))}")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashu_compile.bundle.manifest import REPORT_PAGE
 from flashu_compile.cli.streams import encodable
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.quantities import change, quantity, size
-from flashu_compile.tasks import RECORDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +92,6 @@ def print_build(summary: Mapping[str, Any]) -> None:
     from flashu_compile.report.work import answers_text
 
     sizes = {name: size(value) for name, value in summary["sizes"].items()}
-    path = Path(summary["path"])
     samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
     print_pairs(
         {
@@ -125,9 +121,6 @@ def print_build(summary: Mapping[str, Any]) -> None:
             for alike in _alike({name: name for name in outputs})
         ],
     )
-    say(f"What was done and what it costs: {path / REPORT_PAGE}")
-    for task in summary["tasks"]:
-        say(f"Next: flashu-compile {RECORDS[task].example.format(bundle=shlex.quote(str(path)))}")
 
 
 def _print_costs(costs: Mapping[str, Mapping[str, Any]]) -> None:

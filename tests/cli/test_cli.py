@@ -395,6 +395,10 @@ class TestBuild:
         assert ["RemoveLayers", "lossy", "2", "2.5e-01"] in rows
         assert ["FoldConstants", "exact", "1", "0.0e+00"] in rows
         assert "CanonicalNames" not in result.stdout
+        *_, page, draw, ask = result.stdout.splitlines()
+        assert page.endswith("report.html")
+        assert draw.startswith("Next: flashu-compile generate ")
+        assert ask.startswith("Next: flashu-compile ask ")
         assert exports == [
             {
                 "model": "m",

@@ -124,7 +124,8 @@ COMMANDS = {
     "cache show": (("cache", "show", "--cache", "cache"), 0),
     "cache clear": (("cache", "clear", "--cache", "cache"), 0),
 }
-WITHOUT_JSON = {"cache clear", "tensorrt"}
+#: They fail before they have something to print.
+WITHOUT_JSON = {"tensorrt"}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.bundle.manifest import file_entry, read_manifest
 from flashu_compile.cli import app
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.exporters.tensorrt import build_engines
@@ -109,7 +109,11 @@ def test_script_calls_trtexec_once_for_each_engine(bundle: Path, tmp_path: Path)
     assert not list(bundle.glob("*.partial"))
 
     (bundle / "tensorrt.device").write_text("NVIDIA H100 80GB HBM3, 9.0\n")
-    assert CliRunner().invoke(app, ["tensorrt", str(bundle), "--collect", "11.0.0.114"]).exit_code == 0
+    result = CliRunner().invoke(app, ["tensorrt", str(bundle), "--collect", "11.0.0.114", "--json"])
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert told["collected"] == list(plan.engines)
+    assert told["digest"] == file_entry(bundle / "manifest.json").sha256
     manifest = read_manifest(bundle)
     assert manifest.backend == "tensorrt"
     built = read_plan(BundleFiles(bundle, manifest)).engines["denoise"].built

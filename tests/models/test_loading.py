@@ -428,7 +428,7 @@ class TestPublishedLayout:
         found = load_model(_publish(tmp_path / "m", network, llm)).network.config
         for config in (found, *CONFIGURATIONS.values()):
             assert (config.guidance_scale, config.accelerated_guidance_scale, config.steps) == (7.5, 10, 50)
-        length = checkpoint.at_grid(CONFIGURATIONS["show-o2-1.5B"], 64, 64).sequence_length
+        length = CONFIGURATIONS["show-o2-1.5B"].at_grid(64, 64).sequence_length
         assert length == CONFIGURATIONS["show-o2-1.5B-HQ-1024"].sequence_length == 4352
 
     def test_without_time_tokens_the_published_projection_is_left_out(

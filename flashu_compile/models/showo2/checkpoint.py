@@ -26,6 +26,7 @@ from flashu_compile.models.showo2.config import (
     LLMConfig,
     SemanticConfig,
     Showo2Config,
+    published_sequence,
 )
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.reading import Few, Positive, Size
@@ -67,10 +68,6 @@ _QWEN_ATTENTION: dict[tuple[int, int], Attention] = {
 }
 # SigLIP vision towers by hidden size: base, large, so400m.
 _SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16}
-
-# The published sequences hold at least this many prompt tokens and are rounded up to a multiple of 128.
-_PROMPT_TOKENS = 251
-_SEQUENCE_MULTIPLE = 128
 
 
 class Declared(NamedTuple):
@@ -190,24 +187,8 @@ def infer_config(state: Mapping[str, Tensor], declared: Declared) -> Showo2Confi
         latent_columns=None if rows == columns else columns,
         position_grid=grid,
         add_time_embeds=True if add_time_embeds is None else add_time_embeds,
-        sequence_length=_sequence_length(rows * columns),
+        sequence_length=published_sequence(rows * columns),
         accelerated_guidance_scale=PUBLISHED_ACCELERATED_SCALE,
-    )
-
-
-def at_grid(config: Showo2Config, rows: int, columns: int) -> Showo2Config:
-    """Return the configuration of the same model for pictures of `rows` × `columns` image tokens.
-
-    Its sequence is padded by the published rule if it was, and else has as much room for text as before.
-    """
-    length = _sequence_length(rows * columns)
-    if config.sequence_length != _sequence_length(config.image_tokens):
-        length = config.sequence_length - config.image_tokens + rows * columns
-    return dataclasses.replace(
-        config,
-        latent_grid=rows,
-        latent_columns=None if rows == columns else columns,
-        sequence_length=length,
     )
 
 
@@ -402,11 +383,6 @@ def _latent_grid(settings: _Settings, position_grid: int) -> tuple[int, int]:
     """Return the rows and columns of image tokens: as configured, else as many as there are learnt positions."""
     height, width = settings.image_latent_height, settings.image_latent_width
     return height or width or position_grid, width or height or position_grid
-
-
-def _sequence_length(image_tokens: int) -> int:
-    rows = image_tokens + 1 + 4 + _PROMPT_TOKENS
-    return -(-rows // _SEQUENCE_MULTIPLE) * _SEQUENCE_MULTIPLE
 
 
 def _mapping(config: Any) -> dict[str, Any]:

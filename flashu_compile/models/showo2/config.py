@@ -121,6 +121,17 @@ class Showo2Config:
         """The height and width of the latents of a picture that is asked about."""
         return self.position_grid * self.patch_size
 
+    def at_grid(self, rows: int, columns: int) -> Showo2Config:
+        """Return the configuration of the same model for pictures of `rows` × `columns` image tokens.
+
+        Its sequence is padded by the published rule if it was, and else has as much room for text as before.
+        """
+        length = published_sequence(rows * columns)
+        if self.sequence_length != published_sequence(self.image_tokens):
+            length = self.sequence_length - self.image_tokens + rows * columns
+        across = None if rows == columns else columns
+        return dataclasses.replace(self, latent_grid=rows, latent_columns=across, sequence_length=length)
+
     def to_dict(self) -> dict[str, Any]:
         """Convert the configuration to nested dictionaries, which `from_dict` reads."""
         return dataclasses.asdict(self)
@@ -132,6 +143,12 @@ class Showo2Config:
         Raises `ConfigurationError` on unknown or missing keys, and on values of another type or out of range.
         """
         return reading.convert(data, cls, "The model's configuration", ConfigurationError)
+
+
+def published_sequence(image_tokens: int) -> int:
+    """Return the length that the published scripts pad a sequence to: 251 prompt tokens, up to a multiple of 128."""
+    rows = image_tokens + 1 + 4 + 251
+    return -(-rows // 128) * 128
 
 
 _QWEN_1_5B = LLMConfig(

@@ -38,7 +38,7 @@ def at_resolution(name: str, network: Showo2, vae: LatentCodec | None, resolutio
             f"Sides of the pictures of {name!r} are multiples of {unit} pixels, and {width}x{height} is not; the "
             f"nearest resolution is {near}."
         )
-    config = checkpoint.at_grid(network.config, height // unit, width // unit)
+    config = network.config.at_grid(height // unit, width // unit)
     return checkpoint.build(config, network.state_dict())
 
 
