@@ -37,11 +37,12 @@ from flashu_compile.runtime.sampler import sample
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A backend, what it computes in, and what `load` is told."""
+    """A backend, what it computes in, and what `load` is told. `runs` is what runs it, if not the backend itself."""
 
     backend: str
     precision: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    runs: str | None = None
 
     @property
     def bundle(self) -> str:
@@ -52,6 +53,11 @@ _COMPILED, _GRAPH = {"compile": True}, {"cuda_graph": True}
 VARIANTS = {
     "cpu": {
         "onnxruntime": Variant("onnxruntime", "float32"),
+        "onnxruntime_int8": Variant("onnxruntime", "int8"),
+        "openvino": Variant("onnxruntime", "float32", runs="openvino"),
+        "openvino_bf16": Variant("onnxruntime", "float32", {"precision": "bf16"}, "openvino"),
+        "openvino_int8": Variant("onnxruntime", "int8", runs="openvino"),
+        "openvino_int8_bf16": Variant("onnxruntime", "int8", {"precision": "bf16"}, "openvino"),
         "torch": Variant("torch", "float32"),
         "torch_bf16": Variant("torch", "bfloat16"),
         "torch_compiled": Variant("torch", "float32", _COMPILED),
@@ -149,6 +155,7 @@ class Measurement:
             provider=self.provider,
             threads=self.threads if self.provider == "cpu" else None,
             trust=True,
+            backend=variant.runs,
             **({"options": variant.options} if variant.options else {}),
         )
         prompt = PaddedPrompt(pipe, self.config)
@@ -178,7 +185,10 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     measurement.add_eager("eager_bf16", half, pipe)
     measurement.add_eager("eager_compiled_bf16", half, pipe, compiled=True)
     for name, bundle in bundles.items():
-        measurement.add(name, variants[name], bundle)
+        try:
+            measurement.add(name, variants[name], bundle)
+        except FlashuError as error:
+            measurement.failures[name] = str(error)[:1000]
     seconds = in_turn(measurement.calls, given.repeats, warm_up=False, loud=True)
     truth = measurement.latents["eager"]
     ours = [name for name in variants if name in seconds]

@@ -113,6 +113,11 @@ class OpenVINOEngines(OwnedEngines[OpenVINOEngine]):
         """The manifest's precision, or the lower one that was asked for."""
         return super().precision if self._computes == "f32" else PRECISIONS[self._computes][1]
 
+    @property
+    def shares_scales(self) -> bool:
+        """False: activations have no scales, as `_leave` says."""
+        return False
+
     def _create(self, spec: EngineSpec, lifetime: Lifetime) -> OpenVINOEngine:
         read_graph(self._files, spec, trust=self._trust)
         stored = WEIGHTS in self._files.manifest.files

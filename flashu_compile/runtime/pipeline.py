@@ -23,7 +23,6 @@ from flashu_compile.bundle.manifest import (
     read_manifest,
 )
 from flashu_compile.bundle.noise import check_seed, initial_noise
-from flashu_compile.bundle.precision import by_part
 from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import ConfigurationError, InputError, UnknownTaskError
 from flashu_compile.recipe.plan import StepPlan, engines_needed
@@ -330,7 +329,8 @@ class Pipeline(Closing):
             self.codec.question_suffix(text, settings.max_question_tokens)
             for text in arguments.texts("question", question)
         ]
-        if len(suffixes) > 1 and not self._warned and "int8" in by_part(self.manifest.precision).values():
+        shares = isinstance(self._engines, OwnedEngines) and self._engines.shares_scales
+        if len(suffixes) > 1 and shares and not self._warned:
             self._warned = True
             _log.warning(
                 "Answers decoded side by side in int8 share the scales of activations, so each may depend on the other "

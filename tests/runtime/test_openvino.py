@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import onnx
 import pytest
 
 import flashu_compile
+from flashu_compile.bundle.manifest import MANIFEST, read_manifest
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.runtime.backends import find_run_backend
@@ -126,6 +128,22 @@ def test_integer_products_of_other_bytes_are_not_read(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "bytes.onnx")
     with pytest.raises(RuntimeError, match="translated behind DynamicQuantizeLinear alone"):
         open_core().read_model(str(tmp_path / "bytes.onnx"))
+
+
+def test_answers_side_by_side_in_int8_are_warned_of_once(
+    own_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = dataclasses.replace(read_manifest(own_bundle), precision="int8")
+    (own_bundle / MANIFEST).write_text(manifest.to_json())
+    with load(own_bundle, backend="openvino", threads=1) as independent:
+        independent.ask(bright(), QUESTIONS, max_new_tokens=2)
+    with load(own_bundle, threads=1) as sharing:
+        sharing.ask(bright(), QUESTIONS[0], max_new_tokens=2)
+        assert not caplog.records
+        sharing.ask(bright(), QUESTIONS, max_new_tokens=2)
+        sharing.ask(bright(), QUESTIONS, max_new_tokens=2)
+    (record,) = caplog.records
+    assert "share the scales of activations" in record.getMessage()
 
 
 class TestProperties:
