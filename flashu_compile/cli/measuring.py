@@ -220,9 +220,10 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|DIR",
+            metavar="FILE|DIR|model",
             help='JSON, {"prompts": […], "questions": […]}, or JSONL: {"prompt": "…"} or {"image": "path from the '
-            'file", "question": "…", "answer": "…"} a line; or a folder of pictures.',
+            'file", "question": "…", "answer": "…"} a line; or a folder of pictures; or model, the samples that come '
+            "with the model and that the bundle was not calibrated on.",
             show_default="a neutral set",
         ),
     ] = None,

@@ -22,6 +22,7 @@ from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.neutral import neutral_data
 from flashu_compile.evaluation.splits import HELD_OUT, check_split
 from flashu_compile.looking.against import EXACT, Progress, answer_length, common_tasks, other_bundle
+from flashu_compile.looking.own_samples import OWN, own_data
 from flashu_compile.recipe.plan import engines_needed
 from flashu_compile.runtime.pipeline import Pipeline, load
 from flashu_compile.runtime.providers import ProviderOptions
@@ -95,7 +96,8 @@ def evaluate(
         bundle: a bundle's directory, or a loaded one.
         against: the other side; "exact" is the exact bundle of the same checkpoint, which is built and kept in the
             user's cache (extra `compile`).
-        data: a JSON or JSONL file, a folder of pictures, or a mapping (see `read_data`); a neutral set if not given.
+        data: a JSON or JSONL file, a folder of pictures, or a mapping (see `read_data`); "model", the samples that come
+            with the model and that the bundle was not calibrated on (extra `compile`); a neutral set if not given.
         score: scorers: "agreement" (extra `evaluate`), "answers", "FILE.py:FUNCTION" or an `Evaluator`. If not given,
             "agreement", and "answers" where every question has one.
         task: what is judged, "t2i" or "mmu" or both; all that bundles and data have if not given.
@@ -129,7 +131,8 @@ def evaluate(
     if steps is not None and arguments.flag("equal_points", equal_points):
         raise ConfigurationError("steps sets the points of both sides; leave equal_points out.")
     workers = arguments.integer("workers", workers, 1, LARGEST_THREADS)
-    asked = _asked(data, split, seed, samples, score)
+    given = {"model": model, "vae": vae, "tokenizer": tokenizer}
+    asked = _asked(_data(data, bundle, given, tell), split, seed, samples, score)
     loading = {
         "provider": provider,
         "provider_options": provider_options,
@@ -137,7 +140,6 @@ def evaluate(
         "memory": memory,
         "trust": trust,
     }
-    given = {"model": model, "vae": vae, "tokenizer": tokenizer}
     with _pipelines(bundle, against, given, loading, tell) as (own, theirs):
         if equal_points:
             theirs = _on_the_plan_of(own, theirs)
@@ -194,15 +196,25 @@ class _Asked:
         return [_agreement(other, limit) if scorer is None else scorer for scorer in scorers]
 
 
+def _data(data: Any, bundle: Any, given: Mapping[str, Any], tell: Progress) -> Data:
+    if data is None:
+        return neutral_data()
+    if data != OWN or Path(OWN).exists():
+        return read_data(data)
+    if isinstance(bundle, Pipeline):
+        raise ConfigurationError("The model's own samples are found by the bundle's directory; give that.")
+    return own_data(absolute(bundle), given, tell)
+
+
 def _asked(
-    data: Any, split: str, seed: int, count: int | None, score: str | Sequence[str | Evaluator] | None
+    data: Data, split: str, seed: int, count: int | None, score: str | Sequence[str | Evaluator] | None
 ) -> _Asked:
     named = [score] if isinstance(score, str | Evaluator) else score
     if named is not None and not (isinstance(named, list | tuple) and named):
         raise EvaluationError(f"score must be a scorer or a list of scorers, not {arguments.shown(score)}.")
     scorers = None if named is None else tuple(map(_scorer, named))
     return _Asked(
-        neutral_data() if data is None else read_data(data),
+        data,
         check_split(split),
         arguments.integer("seed", seed, 0, LARGEST_BUILD_SEED),
         None if count is None else arguments.integer("samples", count, 1, LARGEST_COUNT),

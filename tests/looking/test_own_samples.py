@@ -1,0 +1,70 @@
+"""The model's own samples as data: those that the bundle was calibrated on are left out, and that is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flashu_compile
+from flashu_compile.errors import ConfigurationError, EvaluationError
+from flashu_compile.looking.own_samples import own_data
+from flashu_compile.models.showo2.saving import save_model
+from tests.runtime.tiny_bundle import accept_changes, edit_json, write_bundle
+from tests.support.tiny import VAE, tiny_model, tokenizer
+
+PROMPTS = [f"a shape of {number} corners" for number in range(8)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "model"
+    save_model(folder, tiny_model(), tokenizer(), VAE)
+    (folder / "calibration.json").write_text(json.dumps({"prompts": PROMPTS}))
+    return folder
+
+
+def bundle_calibrated_on(count: int, folder: Path) -> Path:
+    bundle = write_bundle(folder / "bundle", ("t2i",))
+    edit_json(bundle / "manifest.json", origins={})
+    if count:
+        edit_json(bundle / "report.json", calibration={"t2i": {"samples": count, "seed": 3}})
+        accept_changes(bundle, "report.json")
+    return bundle
+
+
+def own(bundle: Path, model: Path) -> Any:
+    return own_data(bundle, {"model": model}, lambda stage, fraction: None)
+
+
+def test_those_that_calibration_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    from flashu_compile.measure.samples import CalibrationSamples
+
+    found = own(bundle_calibrated_on(5, tmp_path), checkpoint)
+    left = CalibrationSamples(tuple(PROMPTS)).held_out(5, 3).prompts
+    assert [sample.prompt for sample in found.prompts] == list(left)
+    assert len(left) == 3
+    assert found.questions == ()
+
+
+def test_all_of_them_where_nothing_was_calibrated(checkpoint: Path, tmp_path: Path) -> None:
+    assert [sample.prompt for sample in own(bundle_calibrated_on(0, tmp_path), checkpoint).prompts] == PROMPTS
+
+
+def test_none_is_an_error_that_says_why(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = bundle_calibrated_on(20, tmp_path)
+    with pytest.raises(EvaluationError, match="was calibrated on all samples that come with"):
+        own(bundle, checkpoint)
+    (checkpoint / "calibration.json").rename(checkpoint / "other.json")
+    try:
+        with pytest.raises(EvaluationError, match="comes with no samples"):
+            own(bundle, checkpoint)
+    finally:
+        (checkpoint / "other.json").rename(checkpoint / "calibration.json")
+    with (
+        flashu_compile.load(bundle) as pipe,
+        pytest.raises(ConfigurationError, match="by the bundle's directory"),
+    ):
+        flashu_compile.evaluate(pipe, bundle, data="model")
