@@ -16,6 +16,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from benchmarks.measuring import in_turn, machine, parser, report
+from flashu_compile.runtime.sessions import create_session
 
 WIDTHS = ((512, 2048), (2048, 512), (512, 512))
 _BLOCK = 128
@@ -83,7 +84,7 @@ def measure(rows: int, repeats: int) -> dict[str, dict[str, float]]:
     for depth, width in WIDTHS:
         x = np.random.default_rng(1).standard_normal((rows, depth), np.float32)
         sessions = {
-            form: ort.InferenceSession(layer(form, depth, width).SerializeToString(), options)
+            form: create_session(layer(form, depth, width).SerializeToString(), "cpu", threads=1)
             for form in FORMS
         }
         calls = {form: functools.partial(s.run, None, {"x": x}) for form, s in sessions.items()}
