@@ -84,7 +84,8 @@ def measure(rows: int, repeats: int) -> dict[str, dict[str, float]]:
     for depth, width in WIDTHS:
         x = np.random.default_rng(1).standard_normal((rows, depth), np.float32)
         sessions = {
-            form: create_session(layer(form, depth, width).SerializeToString(), "cpu", 1) for form in FORMS
+            form: create_session(layer(form, depth, width).SerializeToString(), "cpu", threads=1)
+            for form in FORMS
         }
         calls = {form: functools.partial(s.run, None, {"x": x}) for form, s in sessions.items()}
         found[f"{depth} to {width}"] = {name: 1e3 * s for name, s in in_turn(calls, repeats).items()}

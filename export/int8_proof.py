@@ -39,12 +39,16 @@ _SCALING = ("Add", "Mul", "Cast")
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """An int8 layer: its node, the node that it quantizes, and the graph's names of what it gives and reads."""
+    """An int8 layer: its node, the node that it quantizes, and the graph's names of what it gives and reads.
+
+    `readers` are the nodes of the graph that quantize what it reads.
+    """
 
     node: fx.Node
     source: fx.Node
     value: str
     read: str
+    readers: tuple[NodeProto, ...]
 
 
 def prove_layers(
@@ -88,12 +92,13 @@ def _layers(graph: GraphProto, program: Program) -> list[_Layer]:
     found = []
     for node in program.exported.graph.find_nodes(op="call_function", target=INT8_LINEAR):
         product = _product(makers, named.get(node.name, ""))
-        if product is None or makers[product.input[0]].op_type != "DynamicQuantizeLinear":
+        readers = () if product is None else _readers(makers, product)
+        if not readers:
             raise EmissionError(f"Engine {program.name!r} has no integer product for layer {node.name}.")
         quantized = node.args[0]
         source = quantized.args[0].args[0]  # type: ignore[union-attr]
         assert isinstance(source, fx.Node)
-        found.append(_Layer(node, source, named[node.name], makers[product.input[0]].input[0]))
+        found.append(_Layer(node, source, named[node.name], readers[0].input[0], readers))
     return found
 
 
@@ -105,6 +110,20 @@ def _product(makers: Mapping[str, NodeProto], value: str) -> NodeProto | None:
     return node if node is not None and node.op_type == "MatMulInteger" else None
 
 
+def _readers(makers: Mapping[str, NodeProto], product: NodeProto) -> tuple[NodeProto, ...]:
+    """Return the nodes that read what is quantized for `product`; none if it is quantized in no way known here."""
+    quantizes = makers[product.input[0]]
+    if quantizes.op_type == "DynamicQuantizeLinear":
+        return (quantizes,)
+    divides = makers.get(quantizes.input[0])
+    if quantizes.op_type != "QuantizeLinear" or divides is None or divides.op_type != "Div":
+        return ()
+    largest = next(
+        (n for n in makers.values() if n.op_type == "Abs" and n.input[0] == divides.input[0]), None
+    )
+    return () if largest is None else (divides, largest)
+
+
 def _given(name: str) -> str:
     return f"given/{name}"
 
@@ -113,10 +132,10 @@ def _cut(graph: GraphProto, layers: list[_Layer]) -> None:
     """Make inputs of what layers read and of what is read of them, and outputs of both."""
     reads, values = dict.fromkeys(x.read for x in layers), dict.fromkeys(x.value for x in layers)
     known = {value.name for value in (*graph.input, *graph.output)}
+    quantizing = {node.output[0] for layer in layers for node in layer.readers}
     for node in graph.node:
-        quantizes = node.op_type == "DynamicQuantizeLinear" and node.input[0] in reads
         for place, name in enumerate(node.input):
-            if name in values or (quantizes and place == 0):
+            if name in values or (place == 0 and node.output[0] in quantizing):
                 node.input[place] = _given(name)
     for name in {**reads, **values}:
         graph.input.append(onnx.helper.make_tensor_value_info(_given(name), TensorProto.FLOAT, None))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from flashu_compile import arguments
 from flashu_compile.bundle.precision import checked_parts
+from flashu_compile.bundle.signatures import updated
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.lower_precision import LowerPrecision
 from flashu_compile.passes.manager import PassManager, PassRecord
@@ -84,7 +85,9 @@ class Precision:
             stacks = frozenset(_stack(part) for part, precision in self.parts.items() if precision == name)
             if name == _INT8:
                 kept = self.sensitive.get(program.task, frozenset())
-                passes.append(QuantizeLinears(kept, stacks, self.weights))
+                # Where state is updated, rows are those of several answers, and few.
+                by_row = any(updated(role) in program.outputs for role in program.input_roles)
+                passes.append(QuantizeLinears(kept, stacks, by_row, self.weights))
             else:
                 passes.append(LowerPrecision(name, keep=(Role.TIMESTEP,), stacks=stacks))
         if not passes:

@@ -10,7 +10,7 @@ import torch
 from onnxscript import opset20 as op
 from onnxscript.values import Opset
 
-from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE
+from flashu_compile.operators.int8 import INT8_LINEAR, MIDDLE, QUANTIZE, QUANTIZE_ROWS
 from flashu_compile.operators.write_rows import WRITE_ROWS
 
 
@@ -60,6 +60,15 @@ def _quantize(x: Any) -> Any:
     return op.DynamicQuantizeLinear(x)
 
 
+def _quantize_rows(x: Any) -> Any:
+    largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
+    scale = op.Div(largest, op.Constant(value_float=127.0))
+    one = op.Constant(value_float=1.0)
+    scale = op.Where(op.Equal(largest, op.Constant(value_float=0.0)), one, scale)
+    middle = op.Constant(value=ir.tensor(MIDDLE, dtype=ir.DataType.UINT8))
+    return op.QuantizeLinear(op.Div(x, scale), one, middle), scale, middle
+
+
 def _int8_linear(q: Any, scale: Any, zero: Any, weight: Any, weight_scale: Any, bias: Any = None) -> Any:
     """Translate to the form that ONNX Runtime fuses into one kernel, with the weight as it is stored.
 
@@ -67,7 +76,11 @@ def _int8_linear(q: Any, scale: Any, zero: Any, weight: Any, weight_scale: Any, 
     weight stored transposed or in the contrib operator QGemm; Gemm in float32 takes 23.8.
     """
     sums = op.MatMulInteger(q, op.Transpose(weight, perm=[1, 0]), zero)
-    product = op.Mul(op.Cast(sums, to=ir.DataType.FLOAT), op.Mul(scale, weight_scale))
+    wide = op.Cast(sums, to=ir.DataType.FLOAT)
+    if len(scale.shape) == 0:
+        product = op.Mul(wide, op.Mul(scale, weight_scale))
+    else:  # one for each row: ONNX Runtime 1.31 would fuse the form above here too, and compute something else
+        product = op.Mul(op.Mul(wide, weight_scale), scale)
     return product if bias is None else op.Add(product, bias)
 
 
@@ -85,5 +98,6 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _aten.to.dtype: _to,
     WRITE_ROWS: _write_rows,
     QUANTIZE: _quantize,
+    QUANTIZE_ROWS: _quantize_rows,
     INT8_LINEAR: _int8_linear,
 }

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
+from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, QUANTIZE_ROWS, quantized_weight
 from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.passes.base import Kind, Pass, PassResult
@@ -85,11 +85,13 @@ def _place(part: Tensor, whole: Tensor) -> tuple[slice, slice] | None:
 class QuantizeLinears(Pass):
     """Quantize linear layers. `keep`: names of weights that stay in float32.
 
-    `stacks`: the stacks whose layers are quantized, "" for layers outside of all (None: all layers).
+    `stacks`: the stacks whose layers are quantized, "" for layers outside of all (None: all layers). `by_row`: each row
+    has a scale of its own, so that it does not depend on others.
     """
 
     keep: frozenset[str] = frozenset()
     stacks: frozenset[str] | None = None
+    by_row: bool = False
     weights: QuantizedWeights = dataclasses.field(default_factory=QuantizedWeights, compare=False, repr=False)
     kind: ClassVar[Kind] = "lossy"
 
@@ -135,7 +137,7 @@ class QuantizeLinears(Pass):
             for kind, tensor in (("int8", quantized), ("scale", scale))
         ]
         if value not in inputs:
-            inputs[value] = _quantized(editor, value, node)
+            inputs[value] = _quantized(editor, value, node, QUANTIZE_ROWS if self.by_row else QUANTIZE)
         # The same node: engines of other precisions are compared with this one by its name.
         node.target, node.args = INT8_LINEAR, (*inputs[value], *constants, bias)
         editor.propagate([node])
@@ -164,12 +166,14 @@ def weight_name(editor: GraphEditor, node: fx.Node) -> str:
     return editor.name(stored).rstrip("_")
 
 
-def _quantized(editor: GraphEditor, value: fx.Node, reader: fx.Node) -> list[fx.Node]:
+def _quantized(
+    editor: GraphEditor, value: fx.Node, reader: fx.Node, operator_: Callable[..., Any]
+) -> list[fx.Node]:
     """Insert the quantization of `value` right after it, and return the nodes of its bytes, scale and zero point."""
     graph = editor.graph
     behind = value if value.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(behind):
-        packed = graph.create_node("call_function", QUANTIZE, (value,), name=f"{reader.name}_quantized")
+        packed = graph.create_node("call_function", operator_, (value,), name=f"{reader.name}_quantized")
     with graph.inserting_before(packed.next):
         made = [
             graph.create_node(

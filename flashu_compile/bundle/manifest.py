@@ -58,10 +58,10 @@ class TensorSpec:
 class EngineSpec:
     """One engine: its file, its signature, and a recorded run (`reference`, safetensors) to verify it against.
 
-    The reference file holds `input.<name>` and `output.<name>` tensors; outputs are the captured program's, or where
-    passes were lossy those of the program that the engine was made of. `prologue` is the engine that, run once, gives
-    what inputs of this one keep from call to call; `schedule` the one that gives, run once for each time point, what
-    follows from that alone.
+    The reference file holds `input.<name>` and `output.<name>` tensors, and a `tolerance` where the precision's own is
+    too narrow; outputs are the captured program's, or where passes were lossy those of the program that the engine was
+    made of. `prologue` is the engine that, run once, gives what inputs of this one keep from call to call; `schedule`
+    the one that gives, run once for each time point, what follows from that alone.
     """
 
     name: str

@@ -114,7 +114,7 @@ def measured_precision(
     if not precision.has_int8:
         return precision, {}
     tell("measuring what layers lose in int8")
-    errors, counts, sensitive, kept, neighbours = {}, {}, {}, {}, {}
+    errors, counts, sensitive, kept = {}, {}, {}, {}
     for task in tasks:
         given = () if samples is None else samples.of(task)[:SAMPLES]
         probe = COMPILED_TASKS[task].probe(source, recipe, given)
@@ -124,16 +124,9 @@ def measured_precision(
         meant = [x for x in errors[task] if precision.parts[x.part] == "int8" and x.weight not in alone]
         kept[task] = keep_budget(probe, meant, truth, budget[task], functools.partial(_told, tell, task))
         sensitive[task] = alone | kept[task].weights
-        short = frozenset(layer.weight for layer in meant) - sensitive[task]
-        neighbours[task] = probe.neighbour_error(short)
     told = report(errors, precision.parts, counts, sensitive)
     for task, found in kept.items():
-        told["tasks"][task] |= {
-            "budget": found.budget,
-            "error": found.error,
-            "runs": found.runs,
-            "neighbour": neighbours[task],
-        }
+        told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
     return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}
 
 

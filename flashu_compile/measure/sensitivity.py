@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.images import Picture, engine_pixels
 from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
@@ -28,7 +27,7 @@ from flashu_compile.measure.recorder import Recorder, RecordingEngine
 from flashu_compile.operators.int8 import QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
-from flashu_compile.program.program import BATCH, Program, Role
+from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.sampler import prompt_pair, sample
@@ -67,24 +66,6 @@ class Probe:
         watch = _Watch(self.program)
         outputs = self.outputs(watch)
         return watch.errors(), outputs
-
-    def neighbour_error(self, weights: frozenset[str]) -> float | None:
-        """Measure how far a row of a batch is from the same row alone, with the layers of `weights` in int8.
-
-        The values of a layer have one scale for all rows. The rows are those of the program's own sample; None if it
-        has no dimension for more.
-        """
-        program, recorder = self.program, Int8Recorder(self.program, weights)
-        places = {x.role: x.axes.index(BATCH) for x in program.inputs if BATCH in x.axes}
-        if not places:
-            return None
-        first = {
-            role: value.narrow(places[role], 0, 1) if role in places else value
-            for role, value in program.sample.items()
-        }
-        together, alone = recorder.record(program.sample), recorder.record(first)
-        role = next(role for role in (Role.VELOCITY, Role.LOGITS) if role in alone)
-        return float(f"{relative_error(together[role][:1].numpy(), alone[role].numpy()):.2e}")
 
 
 def generation_probe(

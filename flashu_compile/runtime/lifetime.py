@@ -13,7 +13,6 @@ from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
-from flashu_compile.bundle.precision import by_part
 from flashu_compile.errors import PipelineError
 
 _Engine = TypeVar("_Engine")
@@ -113,11 +112,6 @@ class OwnedEngines(Closing, Generic[_Engine]):
     def precision(self) -> str:
         """The precision the engines compute in, as recorded in the manifest."""
         return self._files.manifest.precision
-
-    @property
-    def shares_scales(self) -> bool:
-        """Whether the rows of a batch share scales of activations, so that each depends on the others."""
-        return "int8" in by_part(self._files.manifest.precision).values()
 
     def engine(self, name: str) -> _Engine:
         """Return the engine called `name`, making it on first use. Raises `PipelineError` after `close` or a fork."""

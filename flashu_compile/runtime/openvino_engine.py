@@ -113,11 +113,6 @@ class OpenVINOEngines(OwnedEngines[OpenVINOEngine]):
         """The manifest's precision, or the lower one that was asked for."""
         return super().precision if self._computes == "f32" else PRECISIONS[self._computes][1]
 
-    @property
-    def shares_scales(self) -> bool:
-        """False: activations have no scales, as `_leave` says."""
-        return False
-
     def _create(self, spec: EngineSpec, lifetime: Lifetime) -> OpenVINOEngine:
         read_graph(self._files, spec, trust=self._trust)
         stored = WEIGHTS in self._files.manifest.files
@@ -180,17 +175,23 @@ def _leave(node: Any) -> list[Any]:
 
 
 def _product(node: Any) -> list[Any]:
-    """Translate MatMulInteger of what `_leave` gives and int8 weights to a product with compressed weights."""
+    """Translate MatMulInteger by int8 weights to a product with compressed weights.
+
+    It is of what `_leave` gives, or of bytes, which become floats.
+    """
     import openvino.opset14 as op
 
-    value, weight = node.get_input(0), node.get_input(1)
-    if value.get_element_type().to_string() != "f32" or node.get_input_size() != 3:
-        raise RuntimeError("MatMulInteger is translated behind DynamicQuantizeLinear alone")
+    value, weight, zero = (node.get_input(index) for index in range(3))
+    if node.get_input_size() != 3 or weight.get_element_type().to_string() != "i8":
+        raise RuntimeError("MatMulInteger is translated with int8 weights that have no zero point alone")
+    share = _SHARE
+    if value.get_element_type().to_string() != "f32":
+        value, share = op.subtract(op.convert(value, "f32"), op.convert(zero, "f32")), 1
     maker = weight.get_node()
     turned = maker.get_type_name() == "Transpose"
     stored = maker.input_value(0) if turned else weight
     # Compressed weights are recognised by a scale. It is a power of two, so that nothing is rounded.
-    scaled = op.multiply(op.convert(stored, "f32"), op.constant(np.full((1, 1), _SHARE, np.float32)))
+    scaled = op.multiply(op.convert(stored, "f32"), op.constant(np.full((1, 1), share, np.float32)))
     return [op.matmul(value, scaled, False, turned).output(0)]
 
 

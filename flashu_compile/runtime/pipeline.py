@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -36,8 +35,6 @@ from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
 from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
-
-_log = logging.getLogger(__name__)
 
 CountProgress = Callable[[int, int], None]
 
@@ -114,7 +111,6 @@ class Pipeline(Closing):
         self.codec = codec
         self._engines = engines
         self._schedules = schedules(engines)
-        self._warned = False
 
     @property
     def engines(self) -> Engines:
@@ -264,10 +260,9 @@ class Pipeline(Closing):
         """Answer a question about a picture; for a list of questions, return a list of answers.
 
         `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions, whose
-        answers are decoded side by side. A question in a list gets the answer that it gets alone; but where a bundle
-        computes in int8, rows share the scales of activations, and a warning says so once. Decoding is greedy and ends
-        at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A question and its answer share
-        as many positions as the longest of both have by the bundle's own limits.
+        answers are decoded side by side. A question in a list gets the answer that it gets alone. Decoding is greedy
+        and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A question and its
+        answer share as many positions as the longest of both have by the bundle's own limits.
 
         Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable question,
         `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine's output is not finite.
@@ -329,13 +324,6 @@ class Pipeline(Closing):
             self.codec.question_suffix(text, settings.max_question_tokens)
             for text in arguments.texts("question", question)
         ]
-        shares = isinstance(self._engines, OwnedEngines) and self._engines.shares_scales
-        if len(suffixes) > 1 and shares and not self._warned:
-            self._warned = True
-            _log.warning(
-                "Answers decoded side by side in int8 share the scales of activations, so each may depend on the other "
-                "questions of its list; the bundle's report says how much. Ask one by one for answers that do not."
-            )
         if max_new_tokens is None:
             return suffixes, settings.max_new_tokens
         template = len(self.codec.question_suffix(""))

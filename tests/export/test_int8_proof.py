@@ -29,12 +29,16 @@ class Steep(nn.Module):
         return (x,)
 
 
-@pytest.fixture(scope="module")
-def program() -> Program:
+@pytest.fixture(scope="module", params=[False, True], ids=["one scale", "a scale a row"])
+def program(request: pytest.FixtureRequest) -> Program:
     torch.manual_seed(0)
     inputs, sample = (Input("x", (None, "rows", None)),), {"x": torch.randn(2, 7, MIN_WIDTH)}
     exported = trace(Steep().eval().requires_grad_(False), inputs, sample)
-    (made,) = QuantizeLinears().call(Program("steep", "t2i", exported, inputs, ("y",), {}, sample)).programs
+    (made,) = (
+        QuantizeLinears(by_row=request.param)
+        .call(Program("steep", "t2i", exported, inputs, ("y",), {}, sample))
+        .programs
+    )
     return made
 
 

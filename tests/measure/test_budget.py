@@ -69,11 +69,6 @@ def test_layers_that_lose_most_go_first(probe: Probe) -> None:
     assert len(kept.weights) < 3
 
 
-def test_a_row_depends_on_its_neighbour_in_int8_alone(probe: Probe) -> None:
-    assert probe.neighbour_error(frozenset()) < 1e-6
-    assert probe.neighbour_error(frozenset(f"layers.{i}.weight" for i in range(9))) > 1e-4
-
-
 def test_budgets_of_tasks() -> None:
     tasks = ("t2i", "mmu")
     assert budgets(None, tasks) == {"t2i": DEFAULT_BUDGET, "mmu": DEFAULT_BUDGET}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashu_compile.exporters.onnx import emit_onnx
-from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
+from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, QUANTIZE_ROWS, quantized_weight
 from flashu_compile.passes.canonical_names import CanonicalNames
 from flashu_compile.passes.manager import PassManager, check_graph, relative_error
 from flashu_compile.passes.provenance import passes_of
@@ -102,6 +102,23 @@ def test_engines_compute_what_pytorch_does(block: Program) -> None:
         for name, value in zip(("y", "z"), run.run(None, {"x": x.numpy()}), strict=True):
             # A value between two bytes may fall to either side; most runs have none.
             assert relative_error(torch.from_numpy(value), truth[name]) < 2e-3
+
+
+def test_rows_with_scales_of_their_own_do_not_depend_on_others(block: Program) -> None:
+    (after,) = QuantizeLinears(by_row=True).call(block).programs
+    check_graph(after)
+    assert count(after, QUANTIZE_ROWS) == 2
+    assert count(after, QUANTIZE) == 0
+    run, x = session(after), torch.randn(2, 5, WIDTH)
+    x[1] *= 50
+    x[0, 3] = 0
+    truth = after.run({"x": x})
+    for name, value in zip(("y", "z"), run.run(None, {"x": x.numpy()}), strict=True):
+        assert relative_error(torch.from_numpy(value), truth[name]) < 2e-3
+    alone = after.run({"x": x[:1]})["y"]
+    assert torch.equal(truth["y"][:1], alone)
+    (shared,) = QuantizeLinears().call(block).programs
+    assert not torch.allclose(shared.run({"x": x})["y"][:1], shared.run({"x": x[:1]})["y"], rtol=1e-3)
 
 
 def test_sensitive_layers_and_other_stacks_stay_as_they_are(block: Program) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import onnx
 import pytest
 
 import flashu_compile
-from flashu_compile.bundle.manifest import MANIFEST, read_manifest
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.runtime.backends import find_run_backend
@@ -120,30 +118,19 @@ def test_int8_weights_meet_activations_that_stay_floats(tmp_path: Path) -> None:
     assert np.allclose(request.get_tensor("y").data, together[:1], rtol=1e-6)
 
 
-def test_integer_products_of_other_bytes_are_not_read(tmp_path: Path) -> None:
+def test_integer_products_of_bytes_are_those_of_floats(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 21]> g (uint8[2, 4] x, uint8 z) => (int32[2, 3] y)'
-        " <int8[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}> { y = MatMulInteger (x, w, z) }"
+        '<ir_version: 10, opset_import: ["" : 21]> g (uint8[2, 4] x, uint8 z) => (float[2, 3] y)'
+        " <int8[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}>"
+        " { sums = MatMulInteger (x, w, z)  y = Cast <to = 1> (sums) }"
     )
     onnx.save(model, tmp_path / "bytes.onnx")
-    with pytest.raises(RuntimeError, match="translated behind DynamicQuantizeLinear alone"):
-        open_core().read_model(str(tmp_path / "bytes.onnx"))
-
-
-def test_answers_side_by_side_in_int8_are_warned_of_once(
-    own_bundle: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    manifest = dataclasses.replace(read_manifest(own_bundle), precision="int8")
-    (own_bundle / MANIFEST).write_text(manifest.to_json())
-    with load(own_bundle, backend="openvino", threads=1) as independent:
-        independent.ask(bright(), QUESTIONS, max_new_tokens=2)
-    with load(own_bundle, threads=1) as sharing:
-        sharing.ask(bright(), QUESTIONS[0], max_new_tokens=2)
-        assert not caplog.records
-        sharing.ask(bright(), QUESTIONS, max_new_tokens=2)
-        sharing.ask(bright(), QUESTIONS, max_new_tokens=2)
-    (record,) = caplog.records
-    assert "share the scales of activations" in record.getMessage()
+    core = open_core()
+    config = configuration(core, "CPU", {}, threads=1, precision="f32")
+    request = core.compile_model(str(tmp_path / "bytes.onnx"), "CPU", config).create_infer_request()
+    x, weight = np.array([[1, 200, 3, 4], [0, 0, 255, 9]], np.uint8), np.arange(1, 13).reshape(4, 3)
+    request.infer({"x": x, "z": np.uint8(128)})
+    assert np.array_equal(request.get_tensor("y").data, (x.astype(int) - 128) @ weight)
 
 
 class TestProperties:
