@@ -210,7 +210,8 @@ def build(
         display.print_json(summary)
     else:
         display.print_build(summary)
-        _say_what_is_next(bundle.path, summary["tasks"])
+        if not quiet:
+            _say_what_is_next(bundle.path, summary["tasks"])
 
 
 @app.command(
