@@ -69,7 +69,7 @@ def manifest(of: Recipe) -> Manifest:
         precision="float32",
         recipe=of.name,
         engines=tuple(engines),
-        generation=GenerationSettings((3, 4, 4), 96, 18, 60, 8),
+        generation=GenerationSettings((3, 4, 4), 96, 18, 60, (8, 8)),
         understanding=UnderstandingSettings(8, 96, 30),
         versions={"flashu-compile": "0.1.0", "torch": "2.13.0"},
         files={},
