@@ -231,7 +231,8 @@ def build(
     else:
         display.print_build(summary)
         _print_beside_exact(summary["beside_exact"] or {})
-        _say_what_is_next(bundle.path, summary["tasks"])
+        if not quiet:
+            _say_what_is_next(bundle.path, summary["tasks"])
 
 
 @app.command(
