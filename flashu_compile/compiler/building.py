@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def _own_tolerance(
     if emitted.program is None:
         return None
     full = _truth(program, run, {})
-    return 2 * max(relative_error(value, full[role]) for role, value in truth.items()) or None
+    distance = 2 * max(relative_error(value, full[role]) for role, value in truth.items())
+    return distance if 0 < distance < math.inf else None
 
 
 def _engine(
