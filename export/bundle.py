@@ -27,6 +27,7 @@ from flashu_compile.bundle.manifest import (
     GenerationSettings,
     Manifest,
     Origin,
+    TextSettings,
     UnderstandingSettings,
     file_entry,
     read_manifest,
@@ -57,6 +58,7 @@ class BundleMetadata:
     understanding: UnderstandingSettings | None
     versions: Mapping[str, str]
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
+    text: TextSettings | None = None
 
 
 def write_bundle(
@@ -195,6 +197,7 @@ def _manifest(specs: Sequence[EngineSpec], metadata: BundleMetadata, files: dict
         engines=tuple(specs),
         generation=metadata.generation,
         understanding=metadata.understanding,
+        text=metadata.text,
         versions=dict(sorted(metadata.versions.items())),
         files=files,
         origins=dict(sorted(metadata.origins.items())),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 #: Captured programs, and the engines of the same names.
-DENOISE, VAE_DECODE, UNDERSTAND = "denoise", "vae_decode", "understand"
+DENOISE, VAE_DECODE, UNDERSTAND, COMPLETE = "denoise", "vae_decode", "understand", "complete"
 #: Engines that passes make of these.
 REUSE, VISION, LANGUAGE = "reuse", "vision", "language"
 #: The stacks of a model. `LLM` is the one whose layers are skipped and whose rows are counted.
@@ -66,6 +66,8 @@ _SENTENCES = {
     "picture.",
     LANGUAGE: "The language model on new rows, by the keys and values of the rows before; runs once a question, then "
     "once a token.",
+    COMPLETE: "The language model on new rows, by the keys and values of the rows before; runs once a prompt, then "
+    "once a token.",
 }
 _VARIANT = re.compile(rf"{DENOISE}(_pruned)?(?:_skip([\d-]+))?(_prologue|_schedule)?")
 
@@ -87,7 +89,7 @@ def _describe_generation(name: str) -> str:
     return f"One evaluation of the velocity of the latents{suffix}; runs on the steps that the plan names it for."
 
 
-def _describe_understanding(name: str) -> str:
+def _describe_answering(name: str) -> str:
     return _SENTENCES.get(name, "")
 
 
@@ -107,8 +109,17 @@ MMU = TaskRecord(
     program=UNDERSTAND,
     sample_field="questions",
     sample_kind="image and question pairs",
-    describe=_describe_understanding,
+    describe=_describe_answering,
 )
-RECORDS = {record.name: record for record in (T2I, MMU)}
+TEXT = TaskRecord(
+    name="text",
+    title="Questions without a picture (text)",
+    purpose="answer questions without a picture",
+    program=COMPLETE,
+    sample_field="prompts",
+    sample_kind="prompts",
+    describe=_describe_answering,
+)
+RECORDS = {record.name: record for record in (T2I, MMU, TEXT)}
 #: The names of all tasks, in the order in which bundles and pages have them.
 TASKS = tuple(RECORDS)

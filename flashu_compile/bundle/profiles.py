@@ -10,7 +10,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from flashu_compile.bundle.dimensions import evaluate, symbols
-from flashu_compile.bundle.manifest import EngineSpec, GenerationSettings, Manifest, UnderstandingSettings
+from flashu_compile.bundle.manifest import (
+    EngineSpec,
+    GenerationSettings,
+    Manifest,
+    TextSettings,
+    UnderstandingSettings,
+)
 from flashu_compile.errors import ConfigurationError
 
 #: So many answers are decoded side by side; more take turns, for each has keys and values of its own.
@@ -57,12 +63,15 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
 
     Raises `ConfigurationError` on a symbol whose sizes cannot be determined.
     """
-    known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
+    known = known_ranges(manifest.generation, manifest.understanding, manifest.text, _image_rows(manifest))
     return ranges_of(spec, known)
 
 
 def known_ranges(
-    generation: GenerationSettings | None, understanding: UnderstandingSettings | None, image_rows: int
+    generation: GenerationSettings | None,
+    understanding: UnderstandingSettings | None,
+    text: TextSettings | None,
+    image_rows: int,
 ) -> dict[str, Range]:
     """Return the ranges of all dynamic dimensions that a model's engines have.
 
@@ -70,15 +79,24 @@ def known_ranges(
     """
     known = {"batch": Range(1, 2, 2)}
     if generation is not None:
-        text = generation.sequence_length - generation.span_length
-        known |= {"prompt": Range(2, min(32, text), text), "tail": Range(2, min(32, text), text)}
+        rows = generation.sequence_length - generation.span_length
+        known |= {"prompt": Range(2, min(32, rows), rows), "tail": Range(2, min(32, rows), rows)}
     if understanding is not None:
         question, answer = understanding.max_question_tokens, understanding.max_new_tokens
         cached = _MAX_PREFIX + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
         known["capacity"] = Range(image_rows + 2, image_rows + min(64, cached), image_rows + cached)
+    if text is not None:
+        rows = _MAX_PREFIX + text.max_question_tokens + text.max_new_tokens
+        for name, usual in (("suffix", 1), ("capacity", min(64, rows))):
+            known[name] = _joined(known.get(name, Range(1, usual, rows)), Range(1, usual, rows))
     return known
+
+
+def _joined(one: Range, other: Range) -> Range:
+    """Return the range that holds two; engines are tuned for what is usual in the first."""
+    return Range(min(one.min, other.min), one.opt, max(one.max, other.max))
 
 
 def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:

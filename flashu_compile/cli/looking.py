@@ -97,7 +97,7 @@ def inspect(
             "--plan and --target are for bundles, --structure for models; give one of them."
         )
     if structure:
-        _inspect_model(target, task or TASKS, vae, tokenizer, as_json=as_json)
+        _inspect_model(target, task or (), vae, tokenizer, as_json=as_json)
     elif task or vae or tokenizer:
         raise typer.BadParameter("--task, --vae and --tokenizer go with --structure.")
     elif conversion is not None:

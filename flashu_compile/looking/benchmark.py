@@ -22,7 +22,7 @@ from flashu_compile.looking.against import Progress, other_bundle, tasks_asked
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
 from flashu_compile.system.threads import default_threads
-from flashu_compile.tasks import MMU, TASKS
+from flashu_compile.tasks import MMU, TASKS, TEXT
 
 EAGER = "eager"
 TOKENS = 32
@@ -177,11 +177,12 @@ def _tasks(asked: str | Sequence[str] | None, manifests: Sequence[Manifest]) -> 
 
 def _tokens(given: int | None, tasks: Sequence[str], manifests: Sequence[Manifest]) -> int | None:
     """Return the length of every answer, which no bundle may exceed; None if none is timed."""
-    if MMU.name not in tasks:
+    if not {MMU.name, TEXT.name} & set(tasks):
         if given is not None:
             raise ConfigurationError("tokens is the length of answers, and none is timed; leave it out.")
         return None
-    longest = min(manifest.understanding.max_new_tokens for manifest in manifests if manifest.understanding)
+    kept = [settings for m in manifests for settings in (m.understanding, m.text) if settings is not None]
+    longest = min(settings.max_new_tokens for settings in kept)
     if given is None:
         return min(TOKENS, longest)
     return arguments.integer("tokens", given, 1, longest)

@@ -10,21 +10,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from flashu_compile.bundle.images import Picture, engine_pixels
-from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
+from flashu_compile.bundle.images import Picture
+from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
 from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
-from flashu_compile.program.program import Program, Role
+from flashu_compile.program.program import Program
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.sampler import prompt_pair, sample
@@ -75,18 +76,21 @@ def understanding_errors(
     questions: Sequence[tuple[Picture, str]],
 ) -> tuple[LinearError, ...]:
     """Measure on questions through the captured understanding forward, or on its own sample if there are none."""
+    return _answering_errors(program, (about_picture(codec, settings, *question) for question in questions))
+
+
+def text_errors(
+    program: Program, codec: TextCodec, settings: TextSettings, prompts: Sequence[str]
+) -> tuple[LinearError, ...]:
+    """Measure on questions through the captured completion forward, or on its own sample if there are none."""
+    return _answering_errors(program, (about_nothing(codec, settings, prompt) for prompt in prompts))
+
+
+def _answering_errors(program: Program, asked: Iterable[Asked]) -> tuple[LinearError, ...]:
     watch = _Watch(program)
-    if not questions:
-        watch.record(program.sample)
-    for image, question in questions:
-        suffix = codec.question_suffix(question, settings.max_question_tokens)
-        watch.record(
-            {
-                Role.PIXELS: torch.from_numpy(engine_pixels(image, settings.picture_size)),
-                Role.PREFIX_IDS: torch.tensor([codec.question_prefix()]),
-                Role.SUFFIX_IDS: torch.tensor([suffix]),
-            }
-        )
+    samples: list[Mapping[str, Tensor]] = [question.inputs() for question in asked]
+    for inputs in samples or [program.sample]:
+        watch.record(inputs)
     return watch.errors()
 
 

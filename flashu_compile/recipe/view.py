@@ -10,27 +10,31 @@ import numpy as np
 from flashu_compile.recipe.config import Guidance, MMUConfig, T2IConfig, TaskConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import MMU, T2I, TASKS
+from flashu_compile.tasks import MMU, T2I, TASKS, TEXT
 
 COLUMNS = ("technique", *TASKS)
 _NOT_THERE = "–"  # the technique does not exist for the task
 
 
-def recipe_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
+def recipe_rows(recipe: Recipe) -> list[tuple[str, ...]]:
     """Return one table row for each technique, with the columns `COLUMNS`."""
-    t2i, mmu = recipe.t2i, recipe.mmu
+    t2i, mmu, text = recipe.t2i, recipe.mmu, recipe.text
     decided = {task: recipe.decided(task) for task in TASKS}
+    cut = [
+        (how(t2i, decided[T2I.name]), how(mmu, decided[MMU.name]), how(text, decided[TEXT.name]))
+        for how in (_pruning, _skipping)
+    ]
     return [
-        ("time points", _own(t2i.points), _NOT_THERE),
-        ("guidance scale s0", _own(t2i.guidance_scale), _NOT_THERE),
-        ("guidance", _guidance(t2i.guidance), _NOT_THERE),
-        ("time shift", _own(t2i.time_shift), _NOT_THERE),
-        ("solver", t2i.solver, _NOT_THERE),
-        ("FFN pruning", _pruning(t2i, decided[T2I.name]), _pruning(mmu, decided[MMU.name])),
-        ("full evaluations", _full(t2i), _NOT_THERE),
-        ("layer skipping", _skipping(t2i, decided[T2I.name]), _skipping(mmu, decided[MMU.name])),
-        ("head cache", _cache(t2i), _NOT_THERE),
-        ("token pruning", _NOT_THERE, _tokens(mmu)),
+        ("time points", _own(t2i.points), _NOT_THERE, _NOT_THERE),
+        ("guidance scale s0", _own(t2i.guidance_scale), _NOT_THERE, _NOT_THERE),
+        ("guidance", _guidance(t2i.guidance), _NOT_THERE, _NOT_THERE),
+        ("time shift", _own(t2i.time_shift), _NOT_THERE, _NOT_THERE),
+        ("solver", t2i.solver, _NOT_THERE, _NOT_THERE),
+        ("FFN pruning", *cut[0]),
+        ("full evaluations", _full(t2i), _NOT_THERE, _NOT_THERE),
+        ("layer skipping", *cut[1]),
+        ("head cache", _cache(t2i), _NOT_THERE, _NOT_THERE),
+        ("token pruning", _NOT_THERE, _tokens(mmu), _NOT_THERE),
     ]
 
 

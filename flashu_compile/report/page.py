@@ -11,7 +11,7 @@ from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.quantities import change, quantity, size
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.recipe.view import recipe_rows
+from flashu_compile.recipe.view import COLUMNS, recipe_rows
 from flashu_compile.report.pictures import data_uri, keep_map
 from flashu_compile.report.work import (
     answers_text,
@@ -51,7 +51,7 @@ def render(
         manifest=manifest,
         report=report,
         tasks={task: RECORDS[task].title for task in manifest.tasks},
-        recipe_rows=[(name, t2i, mmu) for name, t2i, mmu in recipe_rows(recipe)],
+        recipe_rows=[dict(zip(COLUMNS, row, strict=True)) for row in recipe_rows(recipe)],
         costs={task: _cost(report.get("cost", {}).get(task)) for task in manifest.tasks},
         comparisons={task: list(_shown(comparisons.get(task, ()))) for task in manifest.tasks},
         programs=program_work(manifest, report, plan),
@@ -135,7 +135,7 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
             made["t2i_importance"] = plots.importance_map(measured["layer_importance"], skipped)
         else:
             layers = skipped[0] if skipped else ()
-            made["mmu_importance"] = plots.importance_bars(measured["layer_importance"], layers)
+            made[f"{task}_importance"] = plots.importance_bars(measured["layer_importance"], layers)
     if MMU.name in figures:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
         made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)

@@ -336,9 +336,9 @@ class TestLoading:
             load(own_bundle)
 
     def test_older_schema(self, own_bundle: Path) -> None:
-        edit_json(own_bundle / "manifest.json", schema=2)
+        edit_json(own_bundle / "manifest.json", schema=3)
         with pytest.raises(
-            BundleVersionError, match=r"schema 2; this version reads 3: build the bundle again"
+            BundleVersionError, match=r"schema 3; this version reads 4: build the bundle again"
         ):
             load(own_bundle)
 
