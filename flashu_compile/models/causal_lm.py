@@ -26,9 +26,11 @@ from flashu_compile.models import tokenizing, weights
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
 from flashu_compile.models.chat import text_settings
 from flashu_compile.models.origins import IN_MEMORY, calibration_of, origin
-from flashu_compile.program.program import Input, Role
+from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.tasks import COMPLETE, LLM, TEXT
+
+_AXES = {Role.PREFIX_IDS: "prefix", Role.SUFFIX_IDS: "suffix"}
 
 
 class CompletionForward(nn.Module):
@@ -85,9 +87,10 @@ class CausalLMAdapter(ModelAdapter):
     }
 
     def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
-        """Recognise a model by the class that its configuration names."""
-        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-        return known is not None and known in (config.get("architectures") or [known])
+        """Recognise a model by the class that its configuration names; some that read pictures too are listed there."""
+        known = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type"))))
+        named = config.get("architectures") or [known]
+        return known in named and known.endswith(("ForCausalLM", "LMHeadModel"))
 
     def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:
         """Load a model and its tokenizer. Raises `UnsupportedModelError` on layers that do not see all rows before."""
@@ -102,10 +105,12 @@ class CausalLMAdapter(ModelAdapter):
             )
         replaced = arguments.mapping("generation", options.get("generation"))
         generation = {**network.generation_config.to_diff_dict(), **replaced}
-        ends = getattr(config, "eos_token_id", None)
-        settings = text_settings(tokenizer, generation, config.max_position_embeddings, ends)
+        if (positions := getattr(config, "max_position_embeddings", None)) is None:
+            raise UnsupportedModelError(f"{source} does not say how many positions it has.")
         kept = tokenizing.check_kept(tokenizer.backend_tokenizer)
         tokenizing.check_size(kept, network.get_input_embeddings().weight.shape[0])
+        ends = getattr(config, "eos_token_id", None)
+        settings = text_settings(tokenizer, TextCodec(kept), generation, positions, ends)
         if source.directory is None:
             calibration, place = None, IN_MEMORY
         else:
@@ -127,16 +132,10 @@ class CausalLMAdapter(ModelAdapter):
                 name=COMPLETE,
                 task=TEXT.name,
                 module=CompletionForward(loaded.network),
-                inputs=(
-                    Input(Role.PREFIX_IDS, ("batch", "prefix")),
-                    Input(Role.SUFFIX_IDS, ("batch", "suffix")),
-                ),
+                inputs=tuple(Input(role, (BATCH, axis)) for role, axis in _AXES.items()),
                 outputs=(Role.LOGITS,),
                 stacks={stack: f"model.{root}" for stack, root in self.stacks(loaded).items()},
-                sample={
-                    Role.PREFIX_IDS: ids[:, :8].contiguous(),
-                    Role.SUFFIX_IDS: ids[:, 8:].contiguous(),
-                },
+                sample=dict(zip(_AXES, (ids[:, :8].contiguous(), ids[:, 8:].contiguous()), strict=True)),
             ),
         )
 
@@ -178,16 +177,20 @@ def _network(source: ModelSource, dtype: torch.dtype | None) -> Any:
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            network: Any = AutoModelForCausalLM.from_pretrained(
-                str(source.directory), dtype=dtype or "auto", **options
+            network, told = AutoModelForCausalLM.from_pretrained(
+                str(source.directory), dtype=dtype or "auto", output_loading_info=True, **options
             )
         except Exception as error:  # of whatever the library stumbles over
             raise CheckpointError(f"{source} cannot be read by transformers: {error}") from error
         finally:
             if shown:
                 logging.enable_progress_bar()
+        if lacking := sorted(told["missing_keys"]):  # the library has made them up
+            raise CheckpointError(f"{source} has no {lacking[0]}.")
     else:
         # What is in the memo is not copied again; each tensor is there once, under a holder of its own.
+        if any(tensor.is_meta for tensor in source.module.state_dict().values()):
+            raise CheckpointError("The model's tensors have no values; load its weights first.")
         held = {id(p): nn.Parameter(p.data, requires_grad=False) for p in source.module.parameters()}
         network = copy.deepcopy(source.module, held)
         if dtype is not None:

@@ -56,13 +56,14 @@ _FACTORS = frozenset(
 
 
 def text_settings(
-    tokenizer: Any, generation: Mapping[str, Any], positions: int, ends: Any = None
+    tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any], positions: int, ends: Any = None
 ) -> TextSettings:
     """Return the settings of text for a tokenizer of transformers and the entries of a `generation_config.json`.
 
-    `positions` are the rows that the model has positions for; `ends` the ids that end an answer where `generation`
-    names none. Raises `CheckpointError` on a template that cannot be followed, or that the tokenizer encodes in another
-    way behind control tokens, and `ConfigurationError` on settings of generation that are not carried out.
+    `codec` is of the same tokenizer, as a bundle has it. `positions` are the rows that the model has positions for; `ends`
+    the ids that end an answer where `generation` names none. Raises `CheckpointError` on a template that cannot be
+    followed, or that the tokenizer encodes in another way behind control tokens, and `ConfigurationError` on settings of
+    generation that are not carried out.
     """
     asked = {name: value for name, value in generation.items() if _says_something(name, value)}
     unknown = sorted(asked.keys() - _SAMPLING - _CARRIED - _SILENT)
@@ -72,7 +73,7 @@ def text_settings(
             f"The generation_config asks for {name} = {asked[name]!r}, which is not carried out; if answers "
             f"without it will do, pass model_options={{'generation': {{'{name}': None}}}}."
         )
-    template = template_of(tokenizer)
+    template = template_of(tokenizer, codec)
     ends = asked.get("eos_token_id", ends)
     around = len(template.before) + len(template.after) + len(template.left) + len(template.right)
     answer = min(int(asked.get("max_new_tokens", _MAX_NEW_TOKENS)), positions // 2)
@@ -107,12 +108,11 @@ def _says_something(name: str, value: Any) -> bool:
     return name.endswith("_token_id") or not (value == 0 or (value == 1 and name in _FACTORS))
 
 
-def template_of(tokenizer: Any) -> Template:
+def template_of(tokenizer: Any, codec: TextCodec) -> Template:
     """Return what a tokenizer of transformers puts around a question: its chat template, or the ids it adds itself.
 
     Raises `CheckpointError` as `text_settings` does.
     """
-    codec = TextCodec(tokenizer.backend_tokenizer)
     template = _of_chat(tokenizer, codec) if tokenizer.chat_template else _of_plain_text(tokenizer, codec)
     for probe in _PROBES:
         if codec.in_template(template, probe) != _as_transformers_does(tokenizer, probe):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MistralConfig, Qwen2Config
 from typer.testing import CliRunner
@@ -96,9 +97,18 @@ class TestLoading:
     def test_a_damaged_checkpoint_is_an_error_of_ours(self, qwen: Case, tmp_path: Path) -> None:
         save(tmp_path / "m", qwen.model, qwen.fast)
         weights = tmp_path / "m" / "model.safetensors"
+        state = load_file(weights)
         weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             load_model(tmp_path / "m")
+        missing = "model.layers.1.mlp.up_proj.weight"
+        save_file(
+            {name: value for name, value in state.items() if name != missing}, weights, {"format": "pt"}
+        )
+        with pytest.raises(CheckpointError, match=f"has no {missing}"):
+            load_model(tmp_path / "m")
+        with torch.device("meta"), pytest.raises(CheckpointError, match="have no values"):
+            load_model(language_model("qwen2"), tokenizer=qwen.fast)
 
     def test_layers_that_do_not_see_all_rows_are_refused(self, qwen: Case) -> None:
         sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

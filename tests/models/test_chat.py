@@ -7,11 +7,21 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from flashu_compile.bundle.manifest import Template
+from flashu_compile.bundle.manifest import Template, TextSettings
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError, ConfigurationError
-from flashu_compile.models.chat import template_of, text_settings
+from flashu_compile.models import chat
+from flashu_compile.models.tokenizing import check_kept
 from tests.support.tiny_lm import CHAT, PROMPTS, tokenizer
+
+
+def template_of(fast: Any) -> Template:
+    return chat.template_of(fast, TextCodec(check_kept(fast.backend_tokenizer)))
+
+
+def text_settings(fast: Any, *rest: Any, **options: Any) -> TextSettings:
+    return chat.text_settings(fast, TextCodec(check_kept(fast.backend_tokenizer)), *rest, **options)
+
 
 #: As published ones, which differ in what they do to white space and in what stands around the question.
 TEMPLATES = {
@@ -53,7 +63,7 @@ def test_a_question_cannot_end_its_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    "chat",
+    "template",
     [
         "nothing of the question",
         "{{ messages[0]['content'] }} {{ messages[0]['content'] }}",
@@ -61,9 +71,9 @@ def test_a_question_cannot_end_its_turn() -> None:
         "{{ messages[0]['content'] | lower | replace(' ', '_') }}",
     ],
 )
-def test_a_template_that_changes_the_question_is_refused(chat: str) -> None:
+def test_a_template_that_changes_the_question_is_refused(template: str) -> None:
     with pytest.raises(CheckpointError, match="does not hold the question once, as it is"):
-        template_of(tokenizer(chat))
+        template_of(tokenizer(template))
 
 
 def test_a_template_that_cannot_be_rendered_is_refused() -> None:
