@@ -60,10 +60,10 @@ def text_settings(
 ) -> TextSettings:
     """Return the settings of text for a tokenizer of transformers and the entries of a `generation_config.json`.
 
-    `codec` is of the same tokenizer, as a bundle has it. `positions` are the rows that the model has positions for; `ends`
-    the ids that end an answer where `generation` names none. Raises `CheckpointError` on a template that cannot be
-    followed, or that the tokenizer encodes in another way behind control tokens, and `ConfigurationError` on settings of
-    generation that are not carried out.
+    `codec` is of the same tokenizer, as a bundle has it. `positions` are the rows that the model has positions for;
+    `ends` the ids that end an answer where `generation` names none. Raises `CheckpointError` on a template that cannot
+    be followed, or that the tokenizer encodes in another way behind control tokens, and `ConfigurationError` on what
+    `generation` asks for and is not carried out.
     """
     asked = {name: value for name, value in generation.items() if _says_something(name, value)}
     unknown = sorted(asked.keys() - _SAMPLING - _CARRIED - _SILENT)
