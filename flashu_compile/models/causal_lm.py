@@ -172,7 +172,8 @@ def _tokenizer(given: Any) -> Any:
 
 def _network(source: ModelSource, dtype: torch.dtype | None) -> Any:
     """Return the library's class with the model's weights in `dtype`; of an object, a copy that shares its tensors."""
-    if source.module is None:
+    module: Any = source.module
+    if module is None:
         options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
@@ -190,10 +191,10 @@ def _network(source: ModelSource, dtype: torch.dtype | None) -> Any:
             raise CheckpointError(f"{source} has no {lacking[0]}.")
     else:
         # What is in the memo is not copied again; each tensor is there once, under a holder of its own.
-        if any(tensor.is_meta for tensor in source.module.state_dict().values()):
+        if any(tensor.is_meta for tensor in module.state_dict().values()):
             raise CheckpointError("The model's tensors have no values; load its weights first.")
-        held = {id(p): nn.Parameter(p.data, requires_grad=False) for p in source.module.parameters()}
-        network = copy.deepcopy(source.module, held)
+        held = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+        network = copy.deepcopy(module, held)
         if dtype is not None:
             network = network.to(dtype)
         network.set_attn_implementation("sdpa")
