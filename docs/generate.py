@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flashu_compile
-from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.config import CONFIGS
 
 DOCS = Path(__file__).resolve().parent
 BEGIN, END = "<!-- parameters -->", "<!-- end of parameters -->"
@@ -32,6 +32,7 @@ ORDER = (
     "Recipe",
     "T2IConfig",
     "MMUConfig",
+    "TextConfig",
 )
 _SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):\s*$")
 _ENTRY = re.compile(r"^    ([\w, *]+): (.*)$")
@@ -101,7 +102,7 @@ def _markdown(docstring: str) -> str:
 def parameters() -> str:
     """Return the tables of all parameters of recipes, in Markdown."""
     parts = []
-    for task, config in (("t2i", T2IConfig), ("mmu", MMUConfig)):
+    for task, config in CONFIGS.items():
         told = _attributes(inspect.getdoc(config) or "")
         rows = [
             f"| `{task}.{field.name}` | `{_shown(field.default)}` | {told[field.name]} |"

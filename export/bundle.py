@@ -26,6 +26,7 @@ from flashu_compile.bundle.manifest import (
     GenerationSettings,
     Manifest,
     Origin,
+    TextSettings,
     UnderstandingSettings,
     file_entry,
 )
@@ -56,6 +57,7 @@ class BundleMetadata:
     understanding: UnderstandingSettings | None
     versions: Mapping[str, str]
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
+    text: TextSettings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +191,7 @@ def _manifest(specs: Sequence[EngineSpec], metadata: BundleMetadata, files: dict
         engines=tuple(specs),
         generation=metadata.generation,
         understanding=metadata.understanding,
+        text=metadata.text,
         versions=dict(sorted(metadata.versions.items())),
         files=files,
         origins=dict(sorted(metadata.origins.items())),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flashu_compile.looking.benchmark import benchmark
     from flashu_compile.looking.comparison import compare_layers
     from flashu_compile.looking.evaluate import evaluate
-    from flashu_compile.recipe.config import MMUConfig, T2IConfig
+    from flashu_compile.recipe.config import MMUConfig, T2IConfig, TextConfig
     from flashu_compile.recipe.recipe import Recipe
     from flashu_compile.runtime import Pipeline, load
 
@@ -41,6 +41,7 @@ __all__ = [
     "Pipeline",
     "Recipe",
     "T2IConfig",
+    "TextConfig",
     "__version__",
     "benchmark",
     "calibrate",
@@ -57,6 +58,7 @@ _HOMES = {
     "Pipeline": "flashu_compile.runtime",
     "Recipe": "flashu_compile.recipe.recipe",
     "T2IConfig": "flashu_compile.recipe.config",
+    "TextConfig": "flashu_compile.recipe.config",
     "benchmark": "flashu_compile.looking.benchmark",
     "calibrate": "flashu_compile.compiler.export",
     "capture_model": "flashu_compile.compiler.export",

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Literal
 
 #: The tasks of this package, which editors complete; where it is annotated, any other name is accepted, too.
-TaskName = Literal["t2i", "mmu"]
+TaskName = Literal["t2i", "mmu", "text"]
 
 #: Captured programs, and the engines of the same names.
-DENOISE, VAE_DECODE, UNDERSTAND = "denoise", "vae_decode", "understand"
+DENOISE, VAE_DECODE, UNDERSTAND, COMPLETE = "denoise", "vae_decode", "understand", "complete"
 #: Engines that passes make of these.
 REUSE, VISION, LANGUAGE = "reuse", "vision", "language"
 #: The stacks of a model. `LLM` is the one whose layers are skipped and whose rows are counted.
@@ -72,6 +72,8 @@ _SENTENCES = {
     "picture.",
     LANGUAGE: "The language model on new rows, by the keys and values of the rows before; runs once a question, then "
     "once a token.",
+    COMPLETE: "The language model on new rows, by the keys and values of the rows before; runs once a prompt, then "
+    "once a token.",
 }
 _VARIANT = re.compile(rf"{DENOISE}(_pruned)?(?:_skip([\d-]+))?(_prologue|_schedule)?")
 
@@ -93,7 +95,7 @@ def _describe_generation(name: str) -> str:
     return f"One evaluation of the velocity of the latents{suffix}; runs on the steps that the plan names it for."
 
 
-def _describe_understanding(name: str) -> str:
+def _describe_answering(name: str) -> str:
     return _SENTENCES.get(name, "")
 
 
@@ -115,8 +117,18 @@ MMU = TaskRecord(
     sample_field="questions",
     sample_kind="image and question pairs",
     example='ask {bundle} picture.png "what is in the picture?"',
-    describe=_describe_understanding,
+    describe=_describe_answering,
 )
-RECORDS = {record.name: record for record in (T2I, MMU)}
+TEXT = TaskRecord(
+    name="text",
+    title="Questions without a picture (text)",
+    purpose="answer questions without a picture",
+    program=COMPLETE,
+    sample_field="prompts",
+    sample_kind="prompts",
+    example='ask {bundle} "what is a prime number?"',
+    describe=_describe_answering,
+)
+RECORDS = {record.name: record for record in (T2I, MMU, TEXT)}
 #: The names of all tasks, in the order in which bundles and pages have them.
 TASKS = tuple(RECORDS)

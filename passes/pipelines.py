@@ -81,10 +81,22 @@ def decode() -> tuple[Pass, ...]:
     They split off a prologue over the picture's rows, and make the part itself update buffers of keys and
     values.
     """
-    changing = frozenset({Role.SUFFIX_IDS})
     # The token that ends the image belongs to it: the published mask lets the image see it.
-    separate = SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS)
-    once = (separate, *_PLAIN, SplitRows(changing), MergeDuplicates(), HoistPrologue(changing))
+    return (SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS), *_token_by_token())
+
+
+def complete(*, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = ()) -> tuple[Pass, ...]:
+    """List the passes of the completion forward, which make it as `decode` makes the language part.
+
+    Its prologue, over the first of its two inputs of ids, is not needed: the buffers may be empty.
+    """
+    return (*_cut(kept, skipped), *_token_by_token())
+
+
+def _token_by_token() -> tuple[Pass, ...]:
+    """List the passes that leave the rows of `SUFFIX_IDS` alone to a program, on keys and values of those before."""
+    changing = frozenset({Role.SUFFIX_IDS})
+    once = (*_PLAIN, SplitRows(changing), MergeDuplicates(), HoistPrologue(changing))
     cached = (CacheRows(), UpdateInPlace(Role.ROWS_BEFORE), MergeDuplicates())
     return (*once, *cached, LastRow(), *CLEAN)
 

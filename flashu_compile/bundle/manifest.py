@@ -18,6 +18,7 @@ from flashu_compile.bundle.dimensions import parsed
 from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError
 from flashu_compile.reading import Count
 from flashu_compile.system.paths import absolute
+from flashu_compile.tasks import MMU, TEXT
 
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
 _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
@@ -116,7 +117,45 @@ class UnderstandingSettings:
         _check_settings(self, dict.fromkeys(("max_question_tokens", "max_new_tokens"), _LARGEST_LENGTH))
 
 
-def _check_settings(settings: GenerationSettings | UnderstandingSettings, largest: Mapping[str, int]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """What a model reads of a text: the ids `before`, those of `left`, the text and `right` as one, the ids `after`.
+
+    `strip`: white space around the text is left out.
+    """
+
+    before: tuple[Count, ...] = ()
+    left: str = ""
+    right: str = ""
+    after: tuple[Count, ...] = ()
+    strip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """What the text pipeline must know of the model. Raises `BundleError` on sizes of the wrong type or out of range.
+
+    `stop_ids` end an answer. `repetition_penalty` divides positive logits of tokens that were there before, and
+    multiplies negative ones. `not_used` are settings of the checkpoint that decoding, which is greedy, does not follow.
+    """
+
+    template: Template
+    stop_ids: tuple[Count, ...]
+    max_question_tokens: int
+    max_new_tokens: int
+    repetition_penalty: float = 1.0
+    not_used: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_settings(self, dict.fromkeys(("max_question_tokens", "max_new_tokens"), _LARGEST_LENGTH))
+        arguments.number(
+            "The manifest's repetition_penalty", self.repetition_penalty, 0, 100, BundleError, above=True
+        )
+
+
+def _check_settings(
+    settings: GenerationSettings | UnderstandingSettings | TextSettings, largest: Mapping[str, int]
+) -> None:
     for name, high in largest.items():
         arguments.integer(f"The manifest's {name}", getattr(settings, name), 1, high, BundleError)
 
@@ -161,6 +200,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     origins: dict[str, Origin] = dataclasses.field(default_factory=dict)
+    text: TextSettings | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -179,6 +219,10 @@ class Manifest:
                 return engine
         known = ", ".join(e.name for e in self.engines)
         raise BundleError(f"The bundle has no engine {name!r}; it has: {known}.")
+
+    def answering(self, task: str) -> UnderstandingSettings | TextSettings | None:
+        """Return the settings of a task that answers questions; None if the bundle lacks it, or it answers none."""
+        return {MMU.name: self.understanding, TEXT.name: self.text}.get(task)
 
     def to_json(self) -> str:
         """Serialise the manifest as JSON text, which `from_json` reads."""

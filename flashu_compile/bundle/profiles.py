@@ -10,7 +10,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from flashu_compile.bundle.dimensions import evaluate, symbols
-from flashu_compile.bundle.manifest import EngineSpec, GenerationSettings, Manifest, UnderstandingSettings
+from flashu_compile.bundle.manifest import (
+    EngineSpec,
+    GenerationSettings,
+    Manifest,
+    TextSettings,
+    UnderstandingSettings,
+)
 from flashu_compile.errors import ConfigurationError
 
 #: The length of an answer that is timed or judged, where a bundle gives answers as long.
@@ -64,12 +70,15 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
 
     Raises `ConfigurationError` on a symbol whose sizes cannot be determined, or if a picture has no number of rows.
     """
-    known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
+    known = known_ranges(manifest.generation, manifest.understanding, manifest.text, _image_rows(manifest))
     return ranges_of(spec, known)
 
 
 def known_ranges(
-    generation: GenerationSettings | None, understanding: UnderstandingSettings | None, image_rows: int
+    generation: GenerationSettings | None,
+    understanding: UnderstandingSettings | None,
+    text: TextSettings | None,
+    image_rows: int,
 ) -> dict[str, Range]:
     """Return the ranges of all dynamic dimensions that a model's engines have.
 
@@ -77,15 +86,24 @@ def known_ranges(
     """
     known = {"batch": Range(1, 2, 2)}
     if generation is not None:
-        text = generation.sequence_length - generation.span_length
-        known |= {"prompt": Range(2, min(32, text), text), "tail": Range(2, min(32, text), text)}
+        rows = generation.sequence_length - generation.span_length
+        known |= {"prompt": Range(2, min(32, rows), rows), "tail": Range(2, min(32, rows), rows)}
     if understanding is not None:
         question, answer = understanding.max_question_tokens, understanding.max_new_tokens
         cached = _MAX_PREFIX + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
         known[CAPACITY] = Range(image_rows + 2, image_rows + min(64, cached), image_rows + cached + ROOM)
+    if text is not None:
+        rows = _MAX_PREFIX + text.max_question_tokens + text.max_new_tokens
+        for name, usual, most in (("suffix", 1, rows), (CAPACITY, min(64, rows), rows + ROOM)):
+            known[name] = _joined(known.get(name, Range(1, usual, most)), Range(1, usual, most))
     return known
+
+
+def _joined(one: Range, other: Range) -> Range:
+    """Return the range that holds two; engines are tuned for what is usual in the first."""
+    return Range(min(one.min, other.min), one.opt, max(one.max, other.max))
 
 
 def fixed_sizes(manifest: Manifest) -> dict[str, int]:
@@ -93,7 +111,7 @@ def fixed_sizes(manifest: Manifest) -> dict[str, int]:
 
     It updates caches in place where they lie, so these cannot grow.
     """
-    known = known_ranges(manifest.generation, manifest.understanding, _image_rows(manifest))
+    known = known_ranges(manifest.generation, manifest.understanding, manifest.text, _image_rows(manifest))
     return {CAPACITY: known[CAPACITY].max} if CAPACITY in known else {}
 
 

@@ -1,13 +1,15 @@
-"""Text in and out of token ids: the published Show-o2 templates over a `tokenizers` tokenizer. No torch."""
+"""Text in and out of token ids, by templates over a `tokenizers` tokenizer. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from tokenizers import Tokenizer
 
 from flashu_compile import reading
+from flashu_compile.bundle.manifest import Template
 from flashu_compile.errors import BundleError, FlashuError, InputError
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
@@ -28,8 +30,8 @@ def read_tokenizer(path: Path, error: type[FlashuError]) -> Tokenizer:
         raise error(f"{path} is not a tokenizer in the tokenizers format: {problem}") from problem
 
 
-class PromptCodec:
-    """Builds the token sequences of both tasks. Each piece is tokenised on its own, as published.
+class TextCodec:
+    """Turns texts into ids, alone or in a template, and ids into texts.
 
     A user's text that spells a token of the added vocabulary (`<|im_end|>`, `<image>`) is plain text, encoded like any
     other; with `allow_control_tokens` it becomes that token, as in the published scripts.
@@ -42,20 +44,11 @@ class PromptCodec:
         self.tokenizer = tokenizer
         self._texts = tokenizer if allow_control_tokens else _without_added_tokens(tokenizer)
         self._refused = {} if allow_control_tokens else tokenizer.get_added_tokens_decoder()
-        self.bos, self.eos = self._special(BOS), self._special(EOS)
-        self.boi, self.eoi = self._special(BOI), self._special(EOI)
-        self.image_pad, self.pad = self._special(IMAGE_PAD), self._special(PAD)
 
     @classmethod
-    def from_file(cls, path: Path, *, allow_control_tokens: bool = False) -> PromptCodec:
+    def from_file(cls, path: Path, *, allow_control_tokens: bool = False) -> Self:
         """Load the codec of a `tokenizer.json`. Raises `BundleError` if the file is missing or damaged."""
         return cls(read_tokenizer(path, BundleError), allow_control_tokens=allow_control_tokens)
-
-    def _special(self, token: str) -> int:
-        identifier = self.tokenizer.token_to_id(token)
-        if identifier is None:
-            raise BundleError(f"The tokenizer has no {token!r} token; it does not belong to a Show-o2 model.")
-        return identifier
 
     def encode(self, text: str) -> list[int]:
         """Encode a user's text to ids, none of them of the added vocabulary unless control tokens are allowed.
@@ -75,12 +68,42 @@ class PromptCodec:
                 )
         return ids
 
-    def _template(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
     def decode(self, ids: Sequence[int]) -> str:
         """Decode the ids of an answer to text."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def in_template(self, template: Template, text: str, limit: int | None = None) -> list[int]:
+        """Return the ids of a template with `text` in it.
+
+        Raises `InputError` if the text has more than `limit` tokens.
+        """
+        text = text.strip() if template.strip else text
+        ids = self.encode(template.left + text + template.right)
+        around = 0 if limit is None else len(self.encode(template.left + template.right))
+        if limit is not None and len(ids) - around > limit:
+            raise InputError(
+                f"The question has {len(ids) - around} tokens but this bundle takes at most {limit}; shorten it."
+            )
+        return [*template.before, *ids, *template.after]
+
+
+class PromptCodec(TextCodec):
+    """Builds the token sequences of t2i and mmu. Each piece is tokenised on its own, as published."""
+
+    def __init__(self, tokenizer: Tokenizer, *, allow_control_tokens: bool = False) -> None:
+        super().__init__(tokenizer, allow_control_tokens=allow_control_tokens)
+        self.bos, self.eos = self._special(BOS), self._special(EOS)
+        self.boi, self.eoi = self._special(BOI), self._special(EOI)
+        self.image_pad, self.pad = self._special(IMAGE_PAD), self._special(PAD)
+
+    def _special(self, token: str) -> int:
+        identifier = self.tokenizer.token_to_id(token)
+        if identifier is None:
+            raise BundleError(f"The tokenizer has no {token!r} token, which the templates of pictures need.")
+        return identifier
+
+    def _template(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def generation_prefix(self, prompt: str, limit: int) -> list[int]:
         """Return the ids `bos, prompt, boi`. Raises `InputError` if the prompt has more than `limit` tokens."""

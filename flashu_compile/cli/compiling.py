@@ -57,7 +57,7 @@ Calibration = Annotated[
     typer.Option(
         metavar="FILE",
         help='What open decisions are measured on: JSON {"prompts": ["…"], "questions": [{"image": "path from '
-        'the file", "question": "…"}]}; prompts for t2i, questions for mmu.',
+        'the file", "question": "…"}]}; prompts for t2i and text, questions for mmu.',
         show_default="the samples that come with the model",
     ),
 ]
@@ -98,7 +98,10 @@ def build(
     model: Model,
     task: Annotated[
         list[str],
-        typer.Option(help="What the bundle does: t2i (text to image), mmu (questions). Repeatable."),
+        typer.Option(
+            help="What the bundle does: t2i (text to image), mmu (questions about pictures), text (questions without "
+            "one). Repeatable."
+        ),
     ],
     output: Annotated[
         Path | None,

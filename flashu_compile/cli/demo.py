@@ -24,7 +24,7 @@ from flashu_compile.cli.terminal import visible
 from flashu_compile.errors import FlashuError
 from flashu_compile.runtime import Pipeline, load
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import TASKS
+from flashu_compile.tasks import MMU, T2I
 
 MODEL = "showo2-shapes"
 FOLDER = Path("showo2-shapes-demo")
@@ -84,7 +84,7 @@ def _build(bundle: Path, progress: Progress) -> str:
     row = progress.add_task(f"compiling {MODEL}", total=1.0)
     built = flashu_compile.export(
         MODEL,
-        TASKS,
+        [T2I.name, MMU.name],
         output=bundle,
         overwrite=True,
         progress=lambda stage, done: progress.update(

@@ -100,7 +100,7 @@ def inspect(
         )
     if structure:
         parts = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config}
-        _inspect_model(target, task or TASKS, parts, as_json=as_json)
+        _inspect_model(target, task or (), parts, as_json=as_json)
     elif task or vae or tokenizer or llm_config:
         raise typer.BadParameter("--task, --vae, --tokenizer and --llm-config go with --structure.")
     elif conversion is not None:

@@ -128,14 +128,18 @@ def generate(
     epilog=examples(
         'ask build/shapes photo.png "what is left of the blue square?"',
         'ask build/shapes photo.png "how many circles?" "what colour is the star?" --json',
+        'ask build/qwen "what is a prime number?"',
     ),
 )
 def ask(
     bundle: Bundle,
-    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture file.")],
-    question: Annotated[
-        list[str], typer.Argument(metavar="QUESTION", help="One or more questions about it.")
+    picture: Annotated[
+        Path,
+        typer.Argument(metavar="[PICTURE]", help="A picture file; none for questions without a picture."),
     ],
+    question: Annotated[
+        list[str] | None, typer.Argument(metavar="QUESTION", help="One or more questions about it.")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="the bundle's")
     ] = None,
@@ -147,7 +151,10 @@ def ask(
     allow_control_tokens: AllowControlTokens = False,
     as_json: Json = False,
 ) -> None:
-    """Answer QUESTION about PICTURE. Of several, each stands above its answer, in the order asked."""
+    """Answer QUESTION about PICTURE, or without one. Of several, each stands above its answer, in the order asked.
+
+    What stands first is a question too where it stands alone, or where the bundle answers nothing about pictures.
+    """
     pipeline = _load(
         bundle,
         provider=provider,
@@ -157,12 +164,16 @@ def ask(
         trust=trust,
         allow_control_tokens=allow_control_tokens,
     )
-    answers = pipeline.ask(picture, question, max_new_tokens=max_new_tokens)
+    if not question and pipeline.manifest.text is None:
+        raise typer.BadParameter("Missing QUESTION: this bundle answers questions about a picture alone.")
+    alone = not question or pipeline.manifest.understanding is None
+    questions = [str(picture), *(question or ())] if alone else list(question or ())
+    answers = pipeline.ask(None if alone else picture, questions, max_new_tokens=max_new_tokens)
     if as_json:
-        display.print_json([{"question": q, "answer": a} for q, a in zip(question, answers, strict=True)])
+        display.print_json([{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)])
         return
-    for number, (asked, answer) in enumerate(zip(question, answers, strict=True)):
-        if len(question) > 1:
+    for number, (asked, answer) in enumerate(zip(questions, answers, strict=True)):
+        if len(questions) > 1:
             say("\n" * bool(number) + f"> {asked}", lines=True)
         say(answer, lines=True)
 

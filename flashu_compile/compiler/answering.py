@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flashu_compile.bundle.agreement import relative_error
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.models.adapter import EagerModel, LoadedModel
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.system.threads import torch_threads
-from flashu_compile.tasks import MMU, T2I
+from flashu_compile.tasks import T2I, TEXT
 
 PROMPT, QUESTION, SEED = "a red circle", "What is this?", 0
 EVALUATIONS, TOKENS = 2, 3
@@ -67,9 +67,8 @@ class BundleProbe:
                 return {task: self._answered(task, pipe) for task in self.tasks}
 
     def _answered(self, task: str, pipe: Pipeline) -> dict[str, Any]:
-        ask = self._picture if task == T2I.name else self._tokens
         try:
-            told = ask(pipe)
+            told = self._picture(pipe) if task == T2I.name else self._tokens(pipe, task)
         except BackendUnavailableError as reason:
             return self._not_run(reason)
         except Exception as error:  # whatever engines that do not fit together trip over
@@ -112,14 +111,15 @@ class BundleProbe:
         pipe.plan = plan
         return told
 
-    def _tokens(self, pipe: Pipeline) -> dict[str, Any]:
-        settings, image = pipe.manifest.understanding, _image()
-        assert settings is not None, "the bundle was built for mmu"
+    def _tokens(self, pipe: Pipeline, task: str) -> dict[str, Any]:
+        settings = pipe.manifest.answering(task)
+        image = None if task == TEXT.name else _image()
+        assert settings is not None, f"the bundle was built for {task}"
         question = self._fitting(QUESTION, settings.max_question_tokens)
         tokens, logits = pipe.logits(image, question, tokens=TOKENS)
         _check_array("logits", logits, (TOKENS, logits.shape[-1]))
         pipe.ask(image, question, max_new_tokens=TOKENS)
-        if not self._is_exact(MMU.name):
+        if not self._is_exact(task):
             return {"tokens": TOKENS}
 
         def eager_logits(eager: EagerModel) -> NDArray[Any]:
@@ -129,7 +129,7 @@ class BundleProbe:
 
     def _fitting(self, text: str, limit: int) -> str:
         """Return `text`, or nothing if it has more than `limit` tokens."""
-        return text if len(PromptCodec(self.loaded.tokenizer).encode(text)) <= limit else ""
+        return text if len(TextCodec(self.loaded.tokenizer).encode(text)) <= limit else ""
 
     def _is_exact(self, task: str) -> bool:
         """Tell whether the bundle computes what the eager model does, for the same number of time points."""

@@ -71,7 +71,7 @@ class BesideExact:
                     others.append(stack.enter_context(self._exact_bundle(manifest)))
                 end = time.monotonic() + LIMIT
                 found["speed"] = self._speed([bundle, *others], manifest, provider, end)
-                if others:
+                if others and not set(neutral_data().tasks).isdisjoint(manifest.tasks):
                     found["quality"] = self._quality(bundle, others[0], found["speed"], provider, end)
             except (EvaluationError, BackendUnavailableError, MissingDependencyError) as reason:
                 found["left_out"] = str(reason)
@@ -160,7 +160,7 @@ class BesideExact:
 
         Raises `EvaluationError` if these are too few to tell anything.
         """
-        tasks = list(speed["sides"][0]["seconds"])
+        tasks = [task for task in speed["sides"][0]["seconds"] if task in data.tasks]
         chosen = {}
         for task in tasks:
             # On one thread it takes, at most, as many times longer as there were threads.
@@ -177,8 +177,9 @@ class BesideExact:
 
 
 def _tokens(manifest: Manifest) -> int | None:
-    settings = manifest.understanding
-    return None if settings is None else min(ANSWER_TOKENS, settings.max_new_tokens)
+    settings = [manifest.answering(task) for task in manifest.tasks]
+    limits = [found.max_new_tokens for found in settings if found is not None]
+    return min(ANSWER_TOKENS, *limits) if limits else None
 
 
 def _told(cost: SideCost) -> dict[str, Any]:

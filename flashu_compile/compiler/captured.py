@@ -100,7 +100,7 @@ class CapturedModel:
     def from_loaded(
         cls, loaded: LoadedModel, tasks: Sequence[str], progress: ProgressReporter
     ) -> CapturedModel:
-        """Prepare the programs of a loaded model, each of which is traced on first use.
+        """Prepare the programs of a loaded model, each of which is traced on first use; no `tasks` are all that it has.
 
         Raises `UnknownTaskError` on a task that models of its kind do not have, and as their adapter does.
         """
@@ -110,7 +110,7 @@ class CapturedModel:
                 f"Model {loaded.name!r}, of {adapter.name}, has no task {absent[0]!r}; it has: "
                 f"{', '.join(adapter.tasks)}."
             )
-        specs = [spec for name in tasks for spec in adapter.captures(loaded, name)]
+        specs = [spec for name in tasks or adapter.tasks for spec in adapter.captures(loaded, name)]
         return cls(loaded, {spec.name: CapturedProgram(spec, progress) for spec in specs})
 
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:

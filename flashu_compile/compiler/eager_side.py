@@ -10,7 +10,7 @@ import torch
 from flashu_compile.compiler.metadata import understanding
 from flashu_compile.evaluation.worker import PROMPT, QUESTION, Settings, Subject, picture, serve
 from flashu_compile.models.loading import load_model
-from flashu_compile.tasks import MMU, T2I
+from flashu_compile.tasks import MMU, T2I, TEXT
 
 
 class EagerSubject:
@@ -37,6 +37,8 @@ class EagerSubject:
         """Make a picture, or encode one anew and decode as many tokens as the settings say."""
         if task == T2I.name:
             self._model.generate(PROMPT, steps=self._steps)
+        elif task == TEXT.name:
+            self._model.answer(None, QUESTION, self._tokens)
         else:
             self._model.answer(picture(self._side), QUESTION, self._tokens)
         return {}

@@ -102,15 +102,16 @@ def export(
         model: a network of a kind that `flashu-compile models` lists, the name of a bundled model, a local checkpoint
             directory, a hub id ("organisation/name", or "organisation/name@revision"), or what `capture_model` made of
             one of these.
-        task: "t2i", "mmu", or a list of them.
+        task: "t2i", "mmu", "text", or a list of them, of those that the model has.
         output: the bundle's directory; `./<model>-<tasks>` if not given. It must not exist, or be empty.
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
             "balanced", "conservative" and "aggressive" do).
-        calibration: what a recipe's open decisions are measured on: prompts for t2i, (image, question) pairs for
-            mmu; see `calibrate`.
+        calibration: what a recipe's open decisions are measured on: prompts for t2i and text, (image, question) pairs
+            for mmu; see `calibrate`.
         samples, seed: how many of them are used, and which; see `calibrate`.
-        cost_samples: how many prompts (t2i) and questions (mmu) a lossy recipe's cost is measured on, for the report:
-            each is run through the exact program in PyTorch too. Samples that calibration does not use come first.
+        cost_samples: how many prompts (t2i, text) and questions (mmu) a lossy recipe's cost is measured on, for the
+            report: each is run through the exact program in PyTorch too. Samples that calibration does not use come
+            first.
             0 measures nothing.
         benchmark: time a picture and an answer, and compare samples with those of the exact bundle, for the report; it
             takes up to two minutes, and that of the exact bundle where none is kept. Times are never the same, and so
@@ -278,8 +279,8 @@ def calibrate(
         model, vae, tokenizer, llm_config, resolution, model_options: as for `export`.
         task: the tasks to decide for.
         recipe: what is to be decided; a decision that is already there stays.
-        calibration: a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with "prompts" and
-            "questions", or the path of a JSON file with these; the model's own samples if it comes with some.
+        calibration: a list of prompts (t2i, text), a list of (image, question) pairs (mmu), a mapping with "prompts"
+            and "questions", or the path of a JSON file with these; the model's own samples if it comes with some.
         samples: the largest number of samples that are used.
         seed: chooses among more samples than that, and seeds the initial noise of trajectories.
         progress: called with (what is being done, fraction done in [0, 1]).
@@ -335,7 +336,7 @@ def capture_model(
 
     Args:
         model, vae, tokenizer, llm_config, resolution, model_options: as for `export`.
-        task: "t2i", "mmu", or a list of them.
+        task: "t2i", "mmu", "text", or a list of them, of those that the model has.
         progress: called with (what is being done, fraction done in [0, 1]).
 
     Raises:

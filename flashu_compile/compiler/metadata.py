@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TypeVar
 
-from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
+from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import BundleMetadata
 from flashu_compile.models.adapter import LoadedModel
-from flashu_compile.tasks import MMU, T2I
+from flashu_compile.tasks import MMU, T2I, TEXT
 from flashu_compile.version import __version__
 
-_Kind = TypeVar("_Kind", GenerationSettings, UnderstandingSettings)
+_Kind = TypeVar("_Kind", GenerationSettings, UnderstandingSettings, TextSettings)
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
@@ -30,6 +30,7 @@ def bundle_metadata(
         recipe=recipe,
         generation=generation(loaded) if T2I.name in tasks else None,
         understanding=understanding(loaded) if MMU.name in tasks else None,
+        text=text(loaded) if TEXT.name in tasks else None,
         versions=_versions(),
         origins=loaded.origins,
     )
@@ -43,6 +44,11 @@ def generation(loaded: LoadedModel) -> GenerationSettings:
 def understanding(loaded: LoadedModel) -> UnderstandingSettings:
     """Return the model's settings that the mmu pipeline needs."""
     return _settings(loaded, MMU.name, UnderstandingSettings)
+
+
+def text(loaded: LoadedModel) -> TextSettings:
+    """Return the model's settings that the text pipeline needs."""
+    return _settings(loaded, TEXT.name, TextSettings)
 
 
 def _settings(loaded: LoadedModel, task: str, kind: type[_Kind]) -> _Kind:
@@ -60,7 +66,8 @@ def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]
     """Return the range of sizes of every dynamic dimension of the model's engines, by name."""
     made = generation(loaded) if T2I.name in tasks else None
     asked = understanding(loaded) if MMU.name in tasks else None
-    return known_ranges(made, asked, loaded.adapter.image_rows(loaded))
+    told = text(loaded) if TEXT.name in tasks else None
+    return known_ranges(made, asked, told, loaded.adapter.image_rows(loaded))
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile.errors import PassError, RecipeError
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights, OrderNeurons, kept_ranges
@@ -28,13 +29,15 @@ class Job:
     """Engines that are made together of one captured program.
 
     `passes` run over the program under the name `name`; `then` maps names of the programs that they make to
-    passes that run over those. `only` names the programs to keep, where the passes also make unwanted ones.
+    passes that run over those. `only` names the programs to keep, where the passes also make unwanted ones. `without`
+    names inputs that none of these may have, since nothing gives them.
     """
 
     name: str
     passes: tuple[Pass, ...]
     then: Mapping[str, tuple[Pass, ...]] = dataclasses.field(default_factory=dict)
     only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def run(self, program: Program, *, validate: bool = True) -> Specialised:
         """Run the passes and return the programs with the records of passes.
@@ -54,6 +57,12 @@ class Job:
         if self.only:
             programs = [p for p in programs if p.name in self.only]
             records = tuple(r for r in records if r.program in self.only)
+        for one in programs:
+            if left := [role for role in self.without if role in one.input_roles]:
+                declined = "; ".join(
+                    reason for r in records if r.program == one.name for reason in r.declined
+                )
+                raise PassError(f"Program {one.name!r} cannot do without {', '.join(left)}: {declined}.")
         return tuple(programs), records
 
     def fingerprint(self) -> str:
@@ -76,10 +85,17 @@ class NeuronOrder:
 def neuron_order(recipe: Recipe, tasks: Sequence[str], shared: OrderedWeights | None = None) -> NeuronOrder:
     """Find an order in which the neurons that each of `tasks` keeps are one range of the whole weights.
 
-    `shared` holds ordered weights of programs of the same model; those that are made are added to it.
+    `shared` holds ordered weights of programs of the same model; those that are made are added to it. Raises
+    `RecipeError` if more than two tasks keep some.
     """
     decided = {task: recipe.decided(task) if task in tasks else Decisions() for task in TASKS}
-    first, second = (decisions.kept_neurons for decisions in decided.values())
+    pruned = [task for task in decided if decided[task].kept_neurons]
+    if len(pruned) > 2:
+        raise RecipeError(
+            f"Neurons of one model are pruned for two tasks at most, not {', '.join(pruned)}; leave FFN pruning out "
+            "of one of them, or build it alone."
+        )
+    first, second = (decided[task].kept_neurons if task else {} for task in [*pruned, "", ""][:2])
     shared = {} if shared is None else shared
     passes = {
         stack: OrderNeurons(stack, first.get(stack, {}), second.get(stack, {}), shared)
@@ -87,9 +103,11 @@ def neuron_order(recipe: Recipe, tasks: Sequence[str], shared: OrderedWeights | 
     }
     placed = {
         task: dataclasses.replace(
-            decisions, kept_neurons=_places(decisions.kept_neurons, passes, index), kept_widths={}
+            decisions,
+            kept_neurons=_places(decisions.kept_neurons, passes, pruned.index(task) if task in pruned else 0),
+            kept_widths={},
         )
-        for index, (task, decisions) in enumerate(decided.items())
+        for task, decisions in decided.items()
     }
     return NeuronOrder(dataclasses.replace(recipe, decisions=placed), tuple(passes.values()))
 

@@ -1,6 +1,6 @@
 """The compiler's side of each task: one class per task, found by the task's name.
 
-To add a task, write a class with the members of `CompiledTask` beside the two here, a record in
+To add a task, write a class with the members of `CompiledTask` beside those here, a record in
 `flashu_compile/tasks.py`, and its parameters in `recipe/config.py`.
 """
 
@@ -9,24 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec, TextCodec
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.specialise import Job
-from flashu_compile.measure.calibration import Calibrated, calibrate_mmu, calibrate_t2i
-from flashu_compile.measure.cost import Cost, answer_cost, picture_cost
+from flashu_compile.measure.calibration import Calibrated, calibrate_mmu, calibrate_t2i, calibrate_text
+from flashu_compile.measure.cost import Cost, answer_cost, picture_cost, text_cost
 from flashu_compile.measure.samples import CalibrationSamples
-from flashu_compile.measure.sensitivity import Probe, generation_probe, understanding_probe
+from flashu_compile.measure.sensitivity import Probe, generation_probe, text_probe, understanding_probe
 from flashu_compile.passes import pipelines
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
+from flashu_compile.program.program import Role
 from flashu_compile.recipe.plan import engines_needed, variants
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.tasks import (
+    COMPLETE,
     DENOISE,
     LANGUAGE,
     LLM,
@@ -34,6 +36,7 @@ from flashu_compile.tasks import (
     RECORDS,
     REUSE,
     T2I,
+    TEXT,
     UNDERSTAND,
     VAE_DECODE,
     TaskRecord,
@@ -208,8 +211,53 @@ class Understanding:
         return answer_cost(program, engines, codec, settings, recipe, samples, tell=tell)
 
 
+class Completion:
+    """Answers without a picture: the question once, then token by token, on buffers that begin empty."""
+
+    record = TEXT
+
+    def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
+        """Return the one job that makes the engine."""
+        decided = recipe.decided(TEXT.name)
+        skipped = decided.phases[0].skipped if decided.phases else ()
+        passes = pipelines.complete(kept=decided.kept_neurons, skipped=skipped)
+        return (Job(COMPLETE, passes, only=(COMPLETE,), without=(Role.PREFIX_IDS,)),)
+
+    def calibrate(
+        self,
+        source: CapturedModel,
+        recipe: Recipe,
+        samples: CalibrationSamples,
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> Calibrated:
+        """Calibrate on the model's answers to the prompts; `seed` does not matter."""
+        codec, settings = TextCodec(source.loaded.tokenizer), metadata.text(source.loaded)
+        program = source.programs[COMPLETE].program
+        return calibrate_text(program, codec, settings, recipe.text, samples.prompts, progress=progress)
+
+    def probe(self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]) -> Probe:
+        """Probe the prompts."""
+        codec, settings = TextCodec(source.loaded.tokenizer), metadata.text(source.loaded)
+        return text_probe(source.programs[COMPLETE].program, codec, settings, samples)
+
+    def cost(
+        self,
+        source: CapturedModel,
+        engines: Engines,
+        recipe: Recipe,
+        samples: tuple[Any, ...],
+        seed: int,
+        tell: Callable[[str], None],
+    ) -> Cost:
+        """Measure logits of the next token on teacher-forced answers."""
+        codec, settings = TextCodec(source.loaded.tokenizer), metadata.text(source.loaded)
+        program = source.programs[COMPLETE].program
+        return text_cost(program, engines, codec, settings, recipe, samples, tell=tell)
+
+
 COMPILED_TASKS: Mapping[str, CompiledTask] = {
-    task.record.name: task for task in (TextToImage(), Understanding())
+    task.record.name: task for task in (TextToImage(), Understanding(), Completion())
 }
 
 

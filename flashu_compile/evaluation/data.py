@@ -80,6 +80,8 @@ class Data:
 
     def of(self, task: str) -> Sequence[PromptSample] | Sequence[QuestionSample]:
         """Return the samples of a task."""
+        if task not in (T2I.name, MMU.name):
+            return ()
         return self.prompts if task == T2I.name else self.questions
 
     def splits(self, task: str, seed: int) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from flashu_compile.bundle.images import Picture
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation import gate
 from flashu_compile.evaluation.evaluators import Evaluator
@@ -76,7 +77,9 @@ class Side:
     def answer_ids(self, image: Picture, question: str, limit: int) -> list[int]:
         """Return the ids of the answer with its end token, at most `limit`."""
         self._tell(f"{self.title}: answering", None)
-        end, ids = self._pipeline.codec.eos, list[int]()
+        codec, ids = self._pipeline.codec, list[int]()
+        assert isinstance(codec, PromptCodec), "it answers about pictures"
+        end = codec.eos
         # Most answers are short, and decoding does not stop at their end.
         for tokens in (min(_SHORT, limit), limit):
             ids, _ = self._pipeline.logits(image, question, tokens=tokens)

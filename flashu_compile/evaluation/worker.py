@@ -25,6 +25,7 @@ from flashu_compile.evaluation.watching import WatchedEngines
 from flashu_compile.runtime.backends import find_run_backend
 from flashu_compile.runtime.pipeline import Pipeline, load
 from flashu_compile.system.paths import absolute
+from flashu_compile.tasks import T2I, TEXT
 
 PROMPT = "a red circle left of a blue square"
 QUESTION = "what is left of the blue square?"
@@ -41,7 +42,7 @@ class Subject(Protocol):
         """What it is, for the result."""
 
     def run(self, task: str) -> Mapping[str, list[float]]:
-        """Make one picture (t2i) or one answer (mmu), and return the seconds of each run of its engines by name."""
+        """Make a picture (t2i) or an answer (mmu, text), and return the seconds of each run of its engines by name."""
         ...
 
 
@@ -73,8 +74,10 @@ class BundleSubject:
     def run(self, task: str) -> Mapping[str, list[float]]:
         """Make a picture, or encode one anew and decode as many tokens as the settings say."""
         self._watched.seconds.clear()
-        if task == "t2i":
+        if task == T2I.name:
             self._pipe.generate(PROMPT, steps=self._steps)
+        elif task == TEXT.name:
+            self._pipe.logits(None, QUESTION, tokens=self._tokens)
         else:
             assert self._pipe.manifest.understanding is not None
             side = self._pipe.manifest.understanding.picture_size

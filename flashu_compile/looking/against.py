@@ -40,15 +40,17 @@ def common_tasks(asked: object, manifests: Sequence[Manifest], *, among: Sequenc
     return [name for name in TASKS if name in wanted]
 
 
-def answer_length(name: str, given: int | None, manifests: Sequence[Manifest]) -> int | None:
+def answer_length(
+    name: str, given: int | None, manifests: Sequence[Manifest], tasks: Sequence[str]
+) -> int | None:
     """Return the length of answers in tokens: `given`, or `ANSWER_TOKENS`, or the bundles' longest if that is less.
 
-    None if a bundle answers no questions. Raises `ConfigurationError`, naming the argument, if a bundle gives no
-    answers of that length.
+    None if none of the `tasks`, which every bundle has, answers questions. Raises `ConfigurationError`, naming the
+    argument, if a bundle gives no answers of that length.
     """
-    settings = [manifest.understanding for manifest in manifests]
+    settings = [manifest.answering(task) for manifest in manifests for task in tasks]
     limits = [found.max_new_tokens for found in settings if found is not None]
-    if len(limits) < len(settings):
+    if not limits:
         return None
     if given is None:
         return min(ANSWER_TOKENS, *limits)

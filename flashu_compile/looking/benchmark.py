@@ -22,7 +22,6 @@ from flashu_compile.looking.against import Progress, answer_length, common_tasks
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
 from flashu_compile.system.threads import default_threads
-from flashu_compile.tasks import MMU
 
 EAGER = "eager"
 _BUNDLES, _EAGER_MODEL = "flashu_compile.evaluation.worker", "flashu_compile.compiler.eager_side"
@@ -33,7 +32,7 @@ class Benchmark:
     """What a bundle costs, and another side if there is one.
 
     `speedups` say, by task, how many times faster the bundle is than the other side: the median over rounds of the
-    ratio within a round, with its 95% interval. `tokens` is the length of every answer, None without mmu.
+    ratio within a round, with its 95% interval. `tokens` is the length of every answer, None where none is timed.
     """
 
     bundle: SideCost
@@ -72,7 +71,7 @@ def benchmark(
             kept in the user's cache; "eager", the model in PyTorch (on the CPU); or None. The last two need the extra
             `compile`.
         rounds: how often each side does the same work, in turn; at least 9.
-        task: what is timed, "t2i" or "mmu" or both; all that both sides can do if not given.
+        task: what is timed, "t2i", "mmu" or "text", or a list of them; all that both sides can do if not given.
         steps: time points of a picture on both sides; each side's own plan if not given.
         tokens: length of the answer on both sides, whatever it says; 32, or the longest of both bundles if that is
             less, if not given.
@@ -107,9 +106,9 @@ def benchmark(
     with _other(path, manifest, against, given, tell) as (other, title):
         manifests = [manifest, *([read_manifest(other)] if isinstance(other, Path) else [])]
         tasks = common_tasks(task, manifests)
-        if tokens is not None and MMU.name not in tasks:
+        length = answer_length("tokens", tokens, manifests, tasks)
+        if tokens is not None and length is None:
             raise ConfigurationError("tokens is the length of answers, and none is timed; leave it out.")
-        length = answer_length("tokens", tokens, manifests) if MMU.name in tasks else None
         work = {"tasks": tasks, "steps": steps, "tokens": length}
         sides = [Side(str(bundle), _BUNDLES, {"path": str(path), "loading": loading, **work})]
         if isinstance(other, Path):

@@ -145,7 +145,7 @@ def evaluate(
             theirs = _on_the_plan_of(own, theirs)
         manifests = (own.manifest, theirs.manifest)
         chosen = asked.samples(common_tasks(task, manifests, among=asked.data.tasks))
-        limit = answer_length("max_new_tokens", max_new_tokens, manifests)
+        limit = answer_length("max_new_tokens", max_new_tokens, manifests, list(chosen))
         one, other = (
             Side(_title(place), pipe, tell, steps=steps, limit=limit, workers=workers)
             for place, pipe in ((bundle, own), (against, theirs))

@@ -132,6 +132,8 @@ def model_structure(
 ) -> tuple[ProgramStructure, ...]:
     """Return the structure of every captured program of `tasks` that has stacks. Arguments are as for `export`.
 
+    No `tasks` are all that the model has.
+
     Raises `FlashuError` if the model cannot be loaded or captured; a missing structure is not an error.
     """
     tell = ProgressReporter(progress)

@@ -14,6 +14,7 @@ determined by the seed. What is measured, per task:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,24 +24,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from flashu_compile.bundle.images import Picture, engine_pixels
-from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
+from flashu_compile.bundle.images import Picture
+from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec, TextCodec
 from flashu_compile.errors import CalibrationError, FlashuError, RecipeError
-from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap, captured_source
+from flashu_compile.measure.asked import Asked, about_nothing, about_picture
+from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.program.program import Program, Role
-from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.config import MMUConfig, T2IConfig, TextConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.runtime.sampler import prompt_pair, sample
 from flashu_compile.tasks import LLM
 
-ANSWER_TOKENS = 16
 _CURVE_POINTS = 41
 
 CountProgress = Callable[[int, int], None]
@@ -296,52 +297,72 @@ def calibrate_mmu(
         raise CalibrationError(
             "Calibrating mmu needs pairs of an image and a question; the samples hold none."
         )
-    statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
     norms = _ValueNorms(program)
-    recorder = Recorder(program, statistics.taps() | norms.taps())
-    for index, (image, question) in enumerate(questions):
-        statistics.where = f"question {index} ({question!r})"
+    asked = [
+        (f"question {index} ({question[1]!r})", functools.partial(about_picture, codec, settings, *question))
+        for index, question in enumerate(questions)
+    ]
+    made = _calibrate_answers(program, config, asked, norms.taps(), progress)
+    return dataclasses.replace(made, figures={**made.figures, "value_norms": norms.figures()})
+
+
+def calibrate_text(
+    program: Program,
+    codec: TextCodec,
+    settings: TextSettings,
+    config: TextConfig,
+    prompts: Sequence[str],
+    *,
+    progress: CountProgress | None = None,
+) -> Calibrated:
+    """Decide for text, from the model's answers to `prompts` through the `complete` program.
+
+    Raises `CalibrationError` if there are no prompts, one of them fails, or activations are not finite.
+    """
+    if not prompts:
+        raise CalibrationError("Calibrating text needs prompts; the samples hold none.")
+    asked = [
+        (f"prompt {index} ({prompt!r})", functools.partial(about_nothing, codec, settings, prompt))
+        for index, prompt in enumerate(prompts)
+    ]
+    return _calibrate_answers(program, config, asked, {}, progress)
+
+
+def _calibrate_answers(
+    program: Program,
+    config: MMUConfig | TextConfig,
+    questions: Sequence[tuple[str, Callable[[], Asked]]],
+    taps: Mapping[fx.Node, Tap],
+    progress: CountProgress | None,
+) -> Calibrated:
+    """Decide from the answers to `questions`, each with its name for errors; `taps` see the same values."""
+    statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
+    recorder, plain = Recorder(program, {**statistics.taps(), **taps}), Recorder(program, {})
+    for index, (name, prepare) in enumerate(questions):
+        statistics.where = name
         try:
-            pixels = torch.from_numpy(engine_pixels(image, settings.picture_size))
-            prefix = torch.tensor([codec.question_prefix()])
-            suffix = codec.question_suffix(question, settings.max_question_tokens)
-            inputs: dict[str, Tensor] = {Role.PIXELS: pixels, Role.PREFIX_IDS: prefix}
-            answer = _greedy(program, inputs, suffix, codec.eos)
+            asked = prepare()
+            answer, _ = asked.greedy(program, plain.record)
         except FlashuError as error:
-            raise CalibrationError(f"Calibration failed on {statistics.where}: {error}") from error
+            raise CalibrationError(f"Calibration failed on {name}: {error}") from error
         statistics.last_rows = _last_rows(len(answer) + 1)
-        recorder.record({**inputs, Role.SUFFIX_IDS: torch.tensor([suffix + answer])})
+        recorder.record(asked.inputs(answer))
         if progress is not None:
             progress(index + 1, len(questions))
     importance = statistics.importance()
     scores = statistics.scores()
     phases = (Phase(0.0, skip_layers(importance, config.layer_skipping)),) if config.layer_skipping else ()
     kept = _kept(scores, config.pruning, config.width_multiple)
-    decisions = Decisions(kept, phases)
     figures = {
         "samples": len(questions),
         "layer_importance": importance,
         "neuron_scores": score_curves(scores, kept),
-        "value_norms": norms.figures(),
     }
-    return Calibrated(decisions, figures, scores)
+    return Calibrated(Decisions(kept, phases), figures, scores)
 
 
 def _last_rows(count: int) -> Rows:
     return lambda value: value[:, -count:].flatten(0, 1)
-
-
-@torch.inference_mode()
-def _greedy(program: Program, inputs: Mapping[str, Tensor], suffix: list[int], eos: int) -> list[int]:
-    recorder, source = Recorder(program, {}), captured_source(program)
-    answer: list[int] = []
-    while len(answer) < ANSWER_TOKENS:
-        row = {**inputs, Role.SUFFIX_IDS: torch.tensor([suffix + answer])}
-        (token,) = source.greedy(recorder.record(row)[Role.LOGITS].numpy())
-        if token == eos:
-            break
-        answer.append(token)
-    return answer
 
 
 class _ValueNorms:

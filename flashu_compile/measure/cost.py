@@ -2,7 +2,7 @@
 
 - t2i: final latents at equal seed and prompt, the recipe's step plan against the published sampler at the model's
   own number of time points and the same guidance scale.
-- mmu: logits of the next token on teacher-forced answers (the exact program's own), and how often the token is
+- mmu and text: logits of the next token on teacher-forced answers (the exact program's own), and how often the token is
   the same.
 
 Every technique is also measured alone, on the first sample, by emulation (`emulation.py`), to show its share
@@ -12,7 +12,7 @@ of the cost. Errors are relative L2, ‖x - exact‖ / ‖exact‖ over what is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ from PIL import Image
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture as Given
-from flashu_compile.bundle.images import engine_pixels, to_picture
-from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
+from flashu_compile.bundle.images import to_picture
+from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.measure.calibration import ANSWER_TOKENS
+from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
 from flashu_compile.measure.recorder import captured_source
 from flashu_compile.program.program import Program, Role
@@ -38,7 +38,7 @@ from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.tasks import MMU, VISION
+from flashu_compile.tasks import MMU, TEXT, VISION
 
 Tell = Callable[[str], None]
 
@@ -147,116 +147,138 @@ def answer_cost(
 
     `program` is the captured understanding forward.
     """
-    asked = [_Question(codec, settings, *question) for question in questions]
-    whole = _emulator(program, recipe)
-    rows: list[dict[str, Any]] = []
-    comparisons, truths = [], []
+    asked = [about_picture(codec, settings, *question) for question in questions]
+    rows, techniques = _answer_errors(program, engines, codec, recipe, MMU.name, asked, tell)
+    whole = _emulator(program, recipe, MMU.name)
+    comparisons = []
+    for question, row in zip(asked, rows, strict=True):
+        picture = to_picture(
+            question.given[Role.PIXELS][0].numpy(), Source("The picture asked about", "float32")
+        )
+        kept = _kept_tokens(whole, question, row.answer)
+        comparisons.append(Comparison(question.text, (picture,), kept))
+    return Cost(_answer_figures(rows, techniques), tuple(comparisons))
+
+
+def text_cost(
+    program: Program,
+    engines: Engines,
+    codec: TextCodec,
+    settings: TextSettings,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    *,
+    tell: Tell,
+) -> Cost:
+    """Measure the cost of `recipe` for text as `answer_cost` does; `program` is the captured completion forward."""
+    asked = [about_nothing(codec, settings, prompt) for prompt in prompts]
+    rows, techniques = _answer_errors(program, engines, codec, recipe, TEXT.name, asked, tell)
+    return Cost(_answer_figures(rows, techniques), ())
+
+
+@dataclasses.dataclass(frozen=True)
+class _AnswerRow:
+    """The exact program's answer to a question, and the figures of the engines on it."""
+
+    answer: list[int]
+    figures: dict[str, Any]
+
+
+def _answer_errors(
+    program: Program,
+    engines: Engines,
+    codec: TextCodec,
+    recipe: Recipe,
+    task: str,
+    asked: Sequence[Asked],
+    tell: Tell,
+) -> tuple[list[_AnswerRow], list[dict[str, Any]]]:
+    """Measure the engines on every question, and each technique alone on the first."""
+    exact = Emulator(program, (Role.LOGITS,), edits(program, Decisions(), ()))
+    rows: list[_AnswerRow] = []
+    truths = []
     for number, question in enumerate(asked):
         tell(f"measuring the recipe's cost on question {number + 1} of {len(asked)}")
-        answer, truth = question.greedy(Emulator(program, (Role.LOGITS,), edits(program, Decisions(), ())))
-        logits = question.logits_of_engines(engines, answer)
+        answer, steps = question.greedy(program, exact.emulate)
+        truth = np.concatenate([step.numpy() for step in steps])
+        logits = _logits_of_engines(engines, question, answer)
         same = logits.argmax(-1) == truth.argmax(-1)
-        rows.append(
-            {
-                "question": question.text,
-                "answer": codec.decode(answer),
-                "tokens": len(truth),
-                "error": _error(logits, truth),
-                "same_tokens": int(same.sum()),
-            }
-        )
-        comparisons.append(Comparison(question.text, (question.picture,), question.kept(whole, answer)))
-        truths.append((answer, truth))
+        told = {
+            "question": question.text,
+            "answer": codec.decode(answer),
+            "tokens": len(truth),
+            "error": _error(logits, truth),
+            "same_tokens": int(same.sum()),
+        }
+        rows.append(_AnswerRow(answer, told))
+        truths.append(truth)
     techniques = []
-    for name, changed in _answer_techniques(recipe):
+    for name, changed in _answer_techniques(recipe, task):
         tell(f"measuring {name} alone")
-        answer, truth = truths[0]
-        logits = asked[0].logits(_emulator(program, changed), answer)
-        techniques.append({"name": name, "error": _error(logits, truth)})
-    figures = {
-        "samples": rows,
-        "error": _mean(row["error"] for row in rows),
-        "same_tokens": sum(row["same_tokens"] for row in rows),
-        "tokens": sum(row["tokens"] for row in rows),
+        emulator, answer = _emulator(program, changed, task), rows[0].answer
+        steps = [emulator.emulate(asked[0].inputs(answer[:n]))[Role.LOGITS] for n in range(len(answer) + 1)]
+        logits = np.concatenate([step.numpy() for step in steps])
+        techniques.append({"name": name, "error": _error(logits, truths[0])})
+    return rows, techniques
+
+
+def _answer_figures(rows: Sequence[_AnswerRow], techniques: list[dict[str, Any]]) -> dict[str, Any]:
+    samples = [row.figures for row in rows]
+    return {
+        "samples": samples,
+        "error": _mean(sample["error"] for sample in samples),
+        "same_tokens": sum(sample["same_tokens"] for sample in samples),
+        "tokens": sum(sample["tokens"] for sample in samples),
         "techniques": techniques,
     }
-    return Cost(figures, tuple(comparisons))
 
 
-def _answer_techniques(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    config = recipe.mmu
-    tokens = {name: getattr(config, name) for name in ("token_pruning", "token_layer", "token_scorer")}
-    alone: dict[str, dict[str, Any]] = {
-        "FFN pruning": {
-            "ffn_pruning": config.ffn_pruning,
-            "semantic_pruning": config.semantic_pruning,
-        },
-        "layer skipping": {"layer_skipping": config.layer_skipping},
-        "token pruning": tokens if config.token_pruning else {},
+def _answer_techniques(recipe: Recipe, task: str) -> Iterator[tuple[str, Recipe]]:
+    """Yield each technique of a task that answers, alone."""
+    config = recipe.config(task)
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    names: dict[str, tuple[str, ...]] = {
+        "FFN pruning": ("ffn_pruning", "semantic_pruning"),
+        "layer skipping": ("layer_skipping",),
+        "token pruning": ("token_pruning", "token_layer", "token_scorer") if own.get("token_pruning") else (),
     }
-    for name, settings in alone.items():
-        changed = MMUConfig(**settings)
-        if changed != MMUConfig():
-            yield name, dataclasses.replace(recipe, mmu=changed)
+    for technique, fields in names.items():
+        changed = type(config)(**{name: own[name] for name in fields if name in own})
+        if changed != type(config)():
+            alone: dict[str, Any] = {task: changed}
+            yield technique, dataclasses.replace(recipe, **alone)
 
 
-def _emulator(program: Program, recipe: Recipe) -> Emulator:
-    decided = recipe.decided(MMU.name)
+def _emulator(program: Program, recipe: Recipe, task: str) -> Emulator:
+    decided, config = recipe.decided(task), recipe.config(task)
     skipped = decided.phases[0].skipped if decided.phases else ()
-    return Emulator(program, (Role.LOGITS,), edits(program, decided, skipped, recipe.mmu))
+    tokens = config if isinstance(config, MMUConfig) else None
+    return Emulator(program, (Role.LOGITS,), edits(program, decided, skipped, tokens))
 
 
-class _Question:
-    """A question about a picture, to be answered by programs and engines token by token."""
+def _logits_of_engines(engines: Engines, question: Asked, answer: Sequence[int]) -> NDArray[np.float32]:
+    """Return the logits [tokens + 1, vocab] that engines give with `answer` given token by token."""
+    about_none = Role.PIXELS not in question.given
+    asked: decoding.Asked = decoding.Nothing(engines) if about_none else _picture_of(engines, question)
+    going = asked.answers([question.suffix])
+    logits = np.concatenate([going.first(), *(going.after([token]) for token in answer)])
+    asked.greedy(logits)
+    return logits
 
-    def __init__(self, codec: PromptCodec, settings: UnderstandingSettings, image: Given, text: str) -> None:
-        self.text, self._end = text, codec.eos
-        self._pixels = engine_pixels(image, settings.picture_size)
-        self._prefix = codec.question_prefix()
-        self._suffix = codec.question_suffix(text, settings.max_question_tokens)
 
-    @property
-    def picture(self) -> Image.Image:
-        return to_picture(self._pixels[0], Source("The picture asked about", "float32"))
+def _picture_of(engines: Engines, question: Asked) -> decoding.Picture:
+    pixels = question.given[Role.PIXELS].numpy()
+    embeds = engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
+    Source.engine(engines, VISION).check("image_embeds", embeds)
+    return decoding.Picture(engines, question.given[Role.PREFIX_IDS][0].tolist(), embeds)
 
-    def _next(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.float32]:
-        inputs: Mapping[str, Any] = {
-            Role.PIXELS: torch.from_numpy(self._pixels),
-            Role.PREFIX_IDS: torch.tensor([self._prefix]),
-            Role.SUFFIX_IDS: torch.tensor([[*self._suffix, *answer]]),
-        }
-        logits = emulator.emulate(inputs)[Role.LOGITS].numpy()
-        captured_source(emulator.program).greedy(logits)
-        return logits[0]
 
-    def greedy(self, emulator: Emulator) -> tuple[list[int], NDArray[np.float32]]:
-        """Return the greedy answer without its end token, and the logits [tokens + 1, vocab] of both."""
-        answer: list[int] = []
-        rows = [self._next(emulator, answer)]
-        while len(answer) < ANSWER_TOKENS and (token := int(rows[-1].argmax())) != self._end:
-            answer.append(token)
-            rows.append(self._next(emulator, answer))
-        return answer, np.stack(rows)
-
-    def logits(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits [tokens + 1, vocab] with `answer` given token by token."""
-        return np.stack([self._next(emulator, answer[:count]) for count in range(len(answer) + 1)])
-
-    def logits_of_engines(self, engines: Engines, answer: Sequence[int]) -> NDArray[np.float32]:
-        embeds = engines.engine(VISION).run({"pixels": self._pixels})["image_embeds"]
-        Source.engine(engines, VISION).check("image_embeds", embeds)
-        asked = decoding.Picture(engines, self._prefix, embeds)
-        going = asked.answers([self._suffix])
-        logits = np.concatenate([going.first(), *(going.after([token]) for token in answer)])
-        asked.greedy(logits)
-        return logits
-
-    def kept(self, emulator: Emulator, answer: Sequence[int]) -> NDArray[np.bool_] | None:
-        """Return which image tokens token pruning keeps, or None if the recipe prunes none."""
-        if emulator.tokens is None:
-            return None
-        self._next(emulator, answer)
-        return emulator.tokens.kept
+def _kept_tokens(emulator: Emulator, question: Asked, answer: Sequence[int]) -> NDArray[np.bool_] | None:
+    """Return which image tokens token pruning keeps, or None if the recipe prunes none."""
+    if emulator.tokens is None:
+        return None
+    emulator.emulate(question.inputs(answer))
+    return emulator.tokens.kept
 
 
 def _error(value: NDArray[np.float32], truth: NDArray[np.float32]) -> float:

@@ -18,14 +18,14 @@ from flashu_compile.tasks import RECORDS
 
 DEFAULT_SAMPLES = 20
 _WAYS = (
-    "a list of prompts (t2i), a list of (image, question) pairs (mmu), a mapping with 'prompts' and 'questions', "
+    "a list of prompts (t2i, text), a list of (image, question) pairs (mmu), a mapping with 'prompts' and 'questions', "
     "or the path of a JSON file with these"
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CalibrationSamples:
-    """`prompts` for t2i; `questions` for mmu, as (image, question) pairs, with any image that `ask` takes."""
+    """`prompts` for t2i and text; `questions` for mmu, as (image, question) pairs, with any image that `ask` takes."""
 
     prompts: tuple[str, ...] = ()
     questions: tuple[tuple[Picture, str], ...] = ()

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from flashu_compile.bundle.images import Picture, engine_pixels
-from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
+from flashu_compile.bundle.images import Picture
+from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
 from flashu_compile.operators.int8 import QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
@@ -96,24 +97,21 @@ def understanding_probe(
     questions: Sequence[tuple[Picture, str]],
 ) -> Probe:
     """Probe the logits of the next token after questions, or on the captured program's own sample if there are none."""
+    return _answer_probe(program, [about_picture(codec, settings, *question) for question in questions])
+
+
+def text_probe(program: Program, codec: TextCodec, settings: TextSettings, prompts: Sequence[str]) -> Probe:
+    """Probe the logits of the next token as `understanding_probe` does, of the captured completion forward."""
+    return _answer_probe(program, [about_nothing(codec, settings, prompt) for prompt in prompts])
+
+
+def _answer_probe(program: Program, asked: Sequence[Asked]) -> Probe:
+    given: Sequence[Mapping[str, Tensor]] = [question.inputs() for question in asked] or [program.sample]
 
     def outputs(recorder: Recorder) -> NDArray[Any]:
-        asked = [_question(codec, settings, image, question) for image, question in questions]
-        given: Sequence[Mapping[str, Tensor]] = asked or [program.sample]
         return np.concatenate([recorder.record(inputs)[Role.LOGITS].numpy() for inputs in given])
 
     return Probe(program, outputs)
-
-
-def _question(
-    codec: PromptCodec, settings: UnderstandingSettings, image: Picture, question: str
-) -> dict[str, Tensor]:
-    suffix = codec.question_suffix(question, settings.max_question_tokens)
-    return {
-        Role.PIXELS: torch.from_numpy(engine_pixels(image, settings.picture_size)),
-        Role.PREFIX_IDS: torch.tensor([codec.question_prefix()]),
-        Role.SUFFIX_IDS: torch.tensor([suffix]),
-    }
 
 
 class Int8Recorder(Recorder):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from flashu_compile.bundle.files import HashedFile
-from flashu_compile.bundle.manifest import GenerationSettings, Origin, UnderstandingSettings
+from flashu_compile.bundle.manifest import GenerationSettings, Origin, TextSettings, UnderstandingSettings
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import reducing, weights
 from flashu_compile.models.hub import Snapshot
@@ -27,7 +27,7 @@ from flashu_compile.models.vae import LatentCodec
 from flashu_compile.program.trace import CaptureSpec
 
 Picture = str | Path | Image.Image | np.ndarray
-Settings = GenerationSettings | UnderstandingSettings
+Settings = GenerationSettings | UnderstandingSettings | TextSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,10 @@ from flashu_compile.errors import ConfigurationError, UnsupportedModelError
 from flashu_compile.models.adapter import ModelAdapter, ModelSource
 
 GROUP = "flashu_compile.models"
-_OWN = {"showo2": "flashu_compile.models.showo2.adapter:Showo2Adapter"}
+_OWN = {
+    "causal-lm": "flashu_compile.models.causal_lm:CausalLMAdapter",
+    "showo2": "flashu_compile.models.showo2.adapter:Showo2Adapter",
+}
 
 
 def adapters() -> tuple[ModelAdapter, ...]:

@@ -1,4 +1,4 @@
-"""T2IConfig and MMUConfig: the parameters of the six techniques. A technique is off where its parameter says so.
+"""T2IConfig, MMUConfig, TextConfig: the parameters of the six techniques. Each is off where its parameter says so.
 
 The symbols in brackets are those of the method's paper (arXiv 2603.15271). All shares lie in [0, 1]; shares of the
 trajectory count network evaluations, so the same configuration holds for any number of time points.
@@ -14,7 +14,7 @@ from typing import Any
 from flashu_compile import arguments, reading
 from flashu_compile.arguments import LARGEST_POINTS, is_number, shown
 from flashu_compile.errors import ConfigurationError, FlashuError
-from flashu_compile.tasks import HEAD, LLM, MMU, SEMANTIC, T2I
+from flashu_compile.tasks import HEAD, LLM, MMU, SEMANTIC, T2I, TEXT
 
 SOLVERS = ("euler", "ab2")
 FULL_FFN_AT = ("first", "last")
@@ -166,9 +166,45 @@ class MMUConfig:
         return self != MMUConfig()
 
 
-TaskConfig = T2IConfig | MMUConfig
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """How questions without a picture are answered. The defaults change nothing: every technique is off.
+
+    Attributes:
+        ffn_pruning: share of the LLM's FFN neurons that is removed (r_p).
+        width_multiple: pruned widths are rounded down to a multiple of this.
+        layer_skipping: share of the LLM's layers that is skipped (r_LS).
+
+    Raises `ConfigurationError` on a value of the wrong type or out of range.
+    """
+
+    ffn_pruning: float = 0.0
+    width_multiple: int = 64
+    layer_skipping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check = _Checks(self)
+        for name in ("ffn_pruning", "layer_skipping"):
+            check.number(name, 0, 1, below=True)
+        check.integer("width_multiple", 1, _LARGEST_WIDTH)
+
+    @property
+    def pruning(self) -> dict[str, float]:
+        """The share of FFN neurons removed, by stack."""
+        return {LLM: self.ffn_pruning}
+
+    def is_lossy(self, points: int | None) -> bool:
+        """Return whether this configuration changes the outputs of text; `points`, which concern t2i, are ignored."""
+        return self != TextConfig()
+
+
+TaskConfig = T2IConfig | MMUConfig | TextConfig
 #: The kind of configuration that each task has.
-CONFIGS: Mapping[str, type[T2IConfig] | type[MMUConfig]] = {T2I.name: T2IConfig, MMU.name: MMUConfig}
+CONFIGS: Mapping[str, type[T2IConfig] | type[MMUConfig] | type[TextConfig]] = {
+    T2I.name: T2IConfig,
+    MMU.name: MMUConfig,
+    TEXT.name: TextConfig,
+}
 
 
 def config_from_dict(

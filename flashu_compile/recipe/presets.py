@@ -7,7 +7,7 @@ import os
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import RecipeError
-from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.config import MMUConfig, T2IConfig, TextConfig
 from flashu_compile.recipe.recipe import Recipe, recipe_path
 
 # Sources: "paper" is arXiv 2603.15271, "code" its authors' published implementation.
@@ -34,6 +34,7 @@ _FLASHU = Recipe(
         token_layer=2,  # paper
         token_scorer="v_norm",  # paper
     ),
+    text=TextConfig(ffn_pruning=0.2, layer_skipping=0.2),  # ours: the shares that the paper has for mmu
 )
 
 # The three below are ours. Their pictures come from fewer points, the guidance schedule, and a head cache that fills on

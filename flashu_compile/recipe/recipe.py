@@ -1,6 +1,6 @@
 """Recipe: every decision a build takes, as data. Calibration makes recipes; passes only carry them out.
 
-A recipe holds the parameters of both tasks (config.py) and what was decided by them: which FFN neurons stay, and
+A recipe holds the parameters of every task (config.py) and what was decided by them: which FFN neurons stay, and
 which layers are skipped in which phase. It is kept as `recipe.json`, readable and writable by hand, with the kept
 neurons in `recipe.safetensors` beside it if there are any. Every field of the JSON but `schema` and `name` may be
 left out:
@@ -28,6 +28,7 @@ from flashu_compile.recipe.config import (
     MMUConfig,
     T2IConfig,
     TaskConfig,
+    TextConfig,
     config_from_dict,
 )
 from flashu_compile.recipe.decisions import Decisions, Phase
@@ -42,12 +43,13 @@ FILE = "recipe.json"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A name, the parameters of both tasks, and the decisions by task. Raises `RecipeError` on inconsistent values."""
+    """A name, the parameters of every task, and the decisions by task. Raises `RecipeError` on inconsistent values."""
 
     name: str
     t2i: T2IConfig = dataclasses.field(default_factory=T2IConfig)
     mmu: MMUConfig = dataclasses.field(default_factory=MMUConfig)
     decisions: Mapping[str, Decisions] = dataclasses.field(default_factory=dict)
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
         name: Any = self.name
@@ -71,10 +73,11 @@ class Recipe:
                 raise RecipeError(
                     f"The decisions of {task} prune stack {unknown[0]!r}; those it can prune are {', '.join(known)}."
                 )
-        if len(self.decisions.get(MMU.name, Decisions()).phases) > 1:
-            raise RecipeError(
-                "The decisions of mmu have several phases; there is one trajectory only in t2i."
-            )
+        for task, decisions in self.decisions.items():
+            if task != T2I.name and len(decisions.phases) > 1:
+                raise RecipeError(
+                    f"The decisions of {task} have several phases; there is one trajectory only in t2i."
+                )
 
     def config(self, task: str) -> TaskConfig:
         """Return the parameters of `task`. Raises `RecipeError` on an unknown task."""
@@ -245,6 +248,7 @@ class _Written:
     name: str
     t2i: dict[str, Any] = dataclasses.field(default_factory=dict)
     mmu: dict[str, Any] = dataclasses.field(default_factory=dict)
+    text: dict[str, Any] = dataclasses.field(default_factory=dict)
     decisions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 

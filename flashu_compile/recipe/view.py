@@ -11,33 +11,34 @@ from flashu_compile.recipe.config import Guidance, MMUConfig, T2IConfig, TaskCon
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, phases_run
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import MMU, T2I, TASKS
+from flashu_compile.tasks import T2I, TASKS
 
 COLUMNS = ("technique", *TASKS)
 _NOT_THERE = "–"  # the technique does not exist for the task
 
 
-def recipe_rows(recipe: Recipe, plan: StepPlan | None = None) -> list[tuple[str, str, str]]:
+def recipe_rows(recipe: Recipe, plan: StepPlan | None = None) -> list[tuple[str, ...]]:
     """Return one table row for each technique, with the columns `COLUMNS`.
 
     Of the phases in which layers are skipped, those that `plan` runs, if given.
     """
     t2i, mmu = recipe.t2i, recipe.mmu
     decided = {task: recipe.decided(task) for task in TASKS}
-    phases = decided[T2I.name].phases
+    phases = {task: decisions.phases for task, decisions in decided.items()}
     if plan is not None:
-        phases = tuple(phases[number] for number in phases_run(plan, phases))
+        numbers = phases_run(plan, phases[T2I.name])
+        phases[T2I.name] = tuple(phases[T2I.name][number] for number in numbers)
     return [
-        ("time points", _own(t2i.points), _NOT_THERE),
-        ("guidance scale s0", _own(t2i.guidance_scale), _NOT_THERE),
-        ("guidance", _guidance(t2i.guidance, t2i.guidance_scale), _NOT_THERE),
-        ("time shift", _own(t2i.time_shift), _NOT_THERE),
-        ("solver", t2i.solver, _NOT_THERE),
-        ("FFN pruning", _pruning(t2i, decided[T2I.name]), _pruning(mmu, decided[MMU.name])),
-        ("full evaluations", _full(t2i), _NOT_THERE),
-        ("layer skipping", _skipping(t2i, phases), _skipping(mmu, decided[MMU.name].phases)),
-        ("head cache", _cache(t2i), _NOT_THERE),
-        ("token pruning", _NOT_THERE, _tokens(mmu)),
+        ("time points", _own(t2i.points), _NOT_THERE, _NOT_THERE),
+        ("guidance scale s0", _own(t2i.guidance_scale), _NOT_THERE, _NOT_THERE),
+        ("guidance", _guidance(t2i.guidance, t2i.guidance_scale), _NOT_THERE, _NOT_THERE),
+        ("time shift", _own(t2i.time_shift), _NOT_THERE, _NOT_THERE),
+        ("solver", t2i.solver, _NOT_THERE, _NOT_THERE),
+        ("FFN pruning", *(_pruning(recipe.config(task), decided[task]) for task in TASKS)),
+        ("full evaluations", _full(t2i), _NOT_THERE, _NOT_THERE),
+        ("layer skipping", *(_skipping(recipe.config(task), phases[task]) for task in TASKS)),
+        ("head cache", _cache(t2i), _NOT_THERE, _NOT_THERE),
+        ("token pruning", _NOT_THERE, _tokens(mmu), _NOT_THERE),
     ]
 
 

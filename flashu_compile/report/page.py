@@ -11,7 +11,7 @@ from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.quantities import change, quantity, seconds, size
 from flashu_compile.recipe.plan import StepPlan, phases_run
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.recipe.view import recipe_rows
+from flashu_compile.recipe.view import COLUMNS, recipe_rows
 from flashu_compile.report.pictures import AMPLIFIED, data_uri, keep_map
 from flashu_compile.report.work import (
     answers_text,
@@ -66,7 +66,7 @@ def render(
         manifest=manifest,
         report=report,
         tasks={task: RECORDS[task].title for task in manifest.tasks},
-        recipe_rows=[(name, t2i, mmu) for name, t2i, mmu in recipe_rows(recipe, plan)],
+        recipe_rows=[dict(zip(COLUMNS, row, strict=True)) for row in recipe_rows(recipe, plan)],
         costs={task: _cost(report.get("cost", {}).get(task)) for task in manifest.tasks},
         beside=report.get("beside_exact", {}),
         part_titles=_PARTS,
@@ -168,7 +168,7 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
                 )
         else:
             layers = phases[0].skipped if phases else ()
-            made["mmu_importance"] = plots.importance_bars(measured["layer_importance"], layers)
+            made[f"{task}_importance"] = plots.importance_bars(measured["layer_importance"], layers)
     if MMU.name in figures:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
         made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.recipe.plan import StepPlan
-from flashu_compile.tasks import DENOISE, LLM, MMU, UNDERSTAND, VAE_DECODE, VISION
+from flashu_compile.tasks import COMPLETE, DENOISE, LLM, MMU, TEXT, UNDERSTAND, VAE_DECODE, VISION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ def program_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan |
 def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
     """Describe in words how often an engine runs."""
     readers = [e.name for e in manifest.engines if e.prologue == name]
+    if manifest.engine(name).task == TEXT.name:
+        return "once a prompt, then once a token"
     if manifest.engine(name).task == MMU.name:
         once = name == VISION or readers
         return "once a picture" if once else "once a question, then once a token"
@@ -73,7 +75,7 @@ def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
 
 
 def _published_runs(name: str, report: Mapping[str, Any]) -> str:
-    if name == UNDERSTAND:
+    if name in (UNDERSTAND, COMPLETE):
         return "once a token"
     points = report.get("published_points")
     return f"{points - 1} evaluations" if name == DENOISE and points else "once"

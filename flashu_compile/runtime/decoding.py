@@ -1,33 +1,34 @@
-"""Answers to questions about one picture, token by token: a batch of them on cached keys and values, or one by one
-without.
+"""Answers to questions about one picture or none, token by token: a batch of them on cached keys and values, or one by
+one without.
 
-Every answer has rows of its own in the caches, which begin as those of the picture. Answers that differ in length share
-a batch, since an engine is told for each how many rows there are before; one that has ended makes room for the last.
+Every answer has rows of its own in the caches, which begin as those of the picture, or empty. Answers that differ in
+length share a batch, since an engine is told for each how many rows there are before; one that has ended makes room for
+the last.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.finite import Source, is_broken
-from flashu_compile.bundle.manifest import EngineSpec
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.bundle.profiles import BATCH, ROOM
 from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError, NotFiniteError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
-from flashu_compile.tasks import LANGUAGE
+from flashu_compile.tasks import COMPLETE, LANGUAGE
 
 ROWS_BEFORE = "rows_before"
 IMAGE_END_IDS = "image_end_ids"
 
 
 class Answers(Protocol):
-    """Answers being decoded, all to questions about one picture."""
+    """Answers being decoded, all to questions about one picture or none."""
 
     def first(self) -> NDArray[np.float32]:
         """Return the logits [answers, vocab] of each answer's first token."""
@@ -40,6 +41,41 @@ class Answers(Protocol):
     def drop(self, place: int) -> None:
         """Remove the answer at `place`; the last one takes its place."""
         ...
+
+
+class Asked(Protocol):
+    """What questions are asked of: a picture, or nothing but the questions."""
+
+    def answers(self, suffixes: Sequence[list[int]]) -> Answers:
+        """Begin answers to questions, each of which is given by the ids that its answer follows."""
+        ...
+
+    def greedy(self, logits: NDArray[np.float32]) -> list[int]:
+        """Choose the next token of every answer. Raises `NotFiniteError` if the largest logit is not finite."""
+        ...
+
+
+class Nothing:
+    """No picture: answers begin on empty caches."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines, self._engine = engines, engines.engine(COMPLETE)
+
+    def answers(self, suffixes: Sequence[list[int]]) -> Answers:
+        """Begin answers to questions; see `Asked`."""
+        state = state_of(self._engine.spec)
+        empty = {t.name: _no_rows(t) for t in self._engine.spec.inputs if t.name in state}
+        return _CachedForward(self._engine, empty, suffixes)
+
+    def greedy(self, logits: NDArray[np.float32]) -> list[int]:
+        """Choose the next token of every answer; see `Asked`."""
+        return Source.engine(self._engines, COMPLETE).greedy(logits)
+
+
+def _no_rows(cache: TensorSpec) -> NDArray[Any]:
+    """Return a cache [1, heads, 0, width] in which nothing is."""
+    _, heads, _, width = cache.shape
+    return np.zeros((1, int(heads), 0, int(width)), cache.dtype)
 
 
 class Picture:
@@ -77,12 +113,28 @@ class Picture:
 
 
 def tokens(
-    picture: Picture, suffixes: Sequence[list[int]], end: int, limit: int
+    asked: Asked, suffixes: Sequence[list[int]], ends: Collection[int], limit: int, penalty: float = 1.0
 ) -> Iterator[tuple[int, int]]:
-    """Yield greedy tokens, each with the index of its suffix: up to `limit` per answer, before the token `end`."""
+    """Yield greedy tokens, each with the index of its suffix: up to `limit` per answer, before one of `ends`.
+
+    `penalty` is that on tokens which were there before; 1 is none.
+    """
     for start in range(0, len(suffixes), BATCH):
-        for number, token in _batch(picture, suffixes[start : start + BATCH], end, limit):
+        for number, token in _batch(asked, suffixes[start : start + BATCH], ends, limit, penalty):
             yield start + number, token
+
+
+def penalised(
+    logits: NDArray[np.float32], seen: Sequence[Collection[int]], penalty: float
+) -> NDArray[np.float32]:
+    """Return logits [rows, vocab], those of tokens a row has seen divided by `penalty`, or if negative times it."""
+    if penalty == 1:
+        return logits
+    lowered = logits.copy()
+    for row, ids in zip(lowered, seen, strict=True):
+        places = list(ids)
+        row[places] = np.where(row[places] < 0, row[places] * penalty, row[places] / penalty)
+    return lowered
 
 
 def pieces(
@@ -107,19 +159,22 @@ def pieces(
 
 
 def _batch(
-    picture: Picture, suffixes: Sequence[list[int]], end: int, limit: int
+    asked: Asked, suffixes: Sequence[list[int]], ends: Collection[int], limit: int, penalty: float
 ) -> Iterator[tuple[int, int]]:
-    answers = picture.answers(suffixes)
+    answers = asked.answers(suffixes)
     logits = answers.first()
+    seen = [set(suffix) for suffix in suffixes]
     live = list(range(len(logits)))  # numbers of the answers, by place
     for count in range(1, limit + 1):
-        following = picture.greedy(logits)
+        following = asked.greedy(penalised(logits, [seen[number] for number in live], penalty))
         for place in reversed(range(len(live))):
-            if following[place] == end:
+            if following[place] in ends:
                 answers.drop(place)
                 live[place], following[place] = live[-1], following[-1]
                 del live[-1], following[-1]
         yield from zip(live, following, strict=True)
+        for number, token in zip(live, following, strict=True):
+            seen[number].add(token)
         if not live or count == limit:
             return
         logits = answers.after(following)

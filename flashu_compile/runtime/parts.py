@@ -7,11 +7,11 @@ import dataclasses
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import PLAN, RECIPE, TOKENIZER, EngineSpec, Manifest
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec, TextCodec
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import LANGUAGE, VAE_DECODE, VISION
+from flashu_compile.tasks import COMPLETE, LANGUAGE, VAE_DECODE, VISION
 
 Shape = tuple[int | None, ...]
 
@@ -20,7 +20,7 @@ Shape = tuple[int | None, ...]
 class Parts:
     """What a pipeline needs of a bundle beside its engines; plan and recipe are None without t2i."""
 
-    codec: PromptCodec
+    codec: TextCodec
     plan: StepPlan | None
     recipe: Recipe | None
 
@@ -30,8 +30,12 @@ def read_parts(files: BundleFiles, *, allow_control_tokens: bool = False) -> Par
 
     Raises `BundleError` if one is absent or damaged, or the manifest lacks an engine or an output that they need.
     """
+    manifest = files.manifest
+    pictures = manifest.generation is not None or manifest.understanding is not None
     with files.held(TOKENIZER) as (tokenizer,):
-        codec = PromptCodec.from_file(tokenizer, allow_control_tokens=allow_control_tokens)
+        codec = (PromptCodec if pictures else TextCodec).from_file(
+            tokenizer, allow_control_tokens=allow_control_tokens
+        )
     plan, recipe = None, None
     if files.manifest.generation is not None:
         plan = StepPlan.from_json(files.text(PLAN))
@@ -63,6 +67,8 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
     if manifest.understanding is not None:
         needed.append((VISION, "image_embeds", (None, None, None)))
         needed.append((LANGUAGE, "logits", (None, None)))
+    if manifest.text is not None:
+        needed.append((COMPLETE, "logits", (None, None)))
     for engine in manifest.engines:
         for before in filter(None, (engine.prologue, engine.schedule)):
             manifest.engine(before)

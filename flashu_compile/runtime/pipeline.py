@@ -1,7 +1,8 @@
-"""Pipeline: a loaded bundle that makes pictures from text and answers questions about pictures."""
+"""Pipeline: a loaded bundle that makes pictures from text and answers questions about pictures or none."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -18,11 +19,12 @@ from flashu_compile.bundle.images import Picture, engine_pixels, to_picture
 from flashu_compile.bundle.manifest import (
     GenerationSettings,
     Manifest,
+    TextSettings,
     UnderstandingSettings,
     read_manifest,
 )
 from flashu_compile.bundle.noise import check_seed, initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import PromptCodec, TextCodec
 from flashu_compile.errors import ConfigurationError, InputError, UnknownTaskError
 from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
@@ -34,7 +36,7 @@ from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.runtime.sampler import prompt_pair, sample, schedules
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import MMU, T2I, VAE_DECODE, VISION, TaskRecord
+from flashu_compile.tasks import MMU, T2I, TEXT, VAE_DECODE, VISION, TaskRecord
 
 CountProgress = Callable[[int, int], None]
 
@@ -102,7 +104,7 @@ class Pipeline(Closing):
         manifest: Manifest,
         plan: StepPlan | None,
         recipe: Recipe | None,
-        codec: PromptCodec,
+        codec: TextCodec,
         engines: Engines,
     ) -> None:
         self.manifest = manifest
@@ -235,7 +237,7 @@ class Pipeline(Closing):
             )
         seeds = [check_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(prompts))]
         arguments.function("progress", progress, InputError)
-        texts = [prompt_pair(self.codec, settings, text) for text in prompts]
+        texts = [prompt_pair(self._templates(), settings, text) for text in prompts]
         total, done = len(texts) * len(plan.steps), 0
 
         def evaluated() -> None:
@@ -249,44 +251,47 @@ class Pipeline(Closing):
             yield sample(self._engines, plan, text, noise, evaluated, self._schedules)
 
     @overload
-    def ask(self, image: Picture, question: str, *, max_new_tokens: int | None = None) -> str: ...
+    def ask(self, image: Picture | None, question: str, *, max_new_tokens: int | None = None) -> str: ...
 
     @overload
-    def ask(self, image: Picture, question: list[str], *, max_new_tokens: int | None = None) -> list[str]: ...
+    def ask(
+        self, image: Picture | None, question: list[str], *, max_new_tokens: int | None = None
+    ) -> list[str]: ...
 
     def ask(
-        self, image: Picture, question: str | list[str], *, max_new_tokens: int | None = None
+        self, image: Picture | None, question: str | list[str], *, max_new_tokens: int | None = None
     ) -> str | list[str]:
-        """Answer a question about a picture; for a list of questions, return a list of answers.
+        """Answer a question about a picture or none; for a list of questions, return a list of answers.
 
         `image` is a path, a PIL image or a uint8 array [height, width, 3]; it is encoded once for all questions, whose
-        answers are decoded side by side. A question in a list gets the answer that it gets alone. Decoding is greedy
-        and ends at the end-of-sequence token or after `max_new_tokens` (default: the bundle's). A question and its
-        answer share as many positions as the longest of both have by the bundle's own limits.
+        answers are decoded side by side. None asks without a picture (task text). A question in a list gets the answer
+        that it gets alone. Decoding is greedy and ends at an end token or after `max_new_tokens` (default: the
+        bundle's). A question and its answer share as many positions as the longest of both have by the bundle's own
+        limits.
 
-        Raises `UnknownTaskError` if the bundle lacks mmu, `InputError` on an unreadable picture or unusable question,
-        `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine's output is not finite.
+        Raises `UnknownTaskError` if the bundle lacks mmu (text where no image is given), `InputError` on an unreadable
+        picture or unusable question, `BundleError` if an engine's file is damaged, `NotFiniteError` if an engine's
+        output is not finite.
         """
-        suffixes, limit = self._questions(question, max_new_tokens)
-        picture = self._picture(image)
-        answers: list[list[int]] = [[] for _ in suffixes]
-        for number, token in decoding.tokens(picture, suffixes, self.codec.eos, limit):
+        talk = self._talk(image, question, max_new_tokens)
+        answers: list[list[int]] = [[] for _ in talk.suffixes]
+        for number, token in talk.tokens():
             answers[number].append(token)
         texts = [self.codec.decode(ids) for ids in answers]
         return texts[0] if isinstance(question, str) else texts
 
     def logits(
-        self, image: Picture, question: str, *, tokens: int, answer: Sequence[int] = ()
+        self, image: Picture | None, question: str, *, tokens: int, answer: Sequence[int] = ()
     ) -> tuple[list[int], NDArray[np.float32]]:
         """Return the first `tokens` ids of the answer, and the logits [tokens, vocab] whose argmax they are.
 
-        The end-of-sequence token counts like any other here. Each id follows those before it, or as many of `answer`
-        as there are instead; for measuring and checking. Errors as for `ask`.
+        An end token counts like any other here, and no token is penalised for having been there before. Each id follows
+        those before it, or as many of `answer` as there are instead; for measuring and checking. Errors as for `ask`.
         """
-        suffixes, count = self._questions(question, tokens)
-        answers = self._picture(image).answers(suffixes)
+        talk = self._talk(image, question, tokens)
+        answers = talk.asked.answers(talk.suffixes)
         rows = [answers.first()]
-        while len(rows) < count:
+        while len(rows) < talk.limit:
             given = answer[len(rows) - 1 : len(rows)]
             rows.append(answers.after(list(given) or rows[-1].argmax(axis=1).tolist()))
         logits = np.concatenate(rows)
@@ -294,48 +299,50 @@ class Pipeline(Closing):
 
     @overload
     def stream(
-        self, image: Picture, question: str, *, max_new_tokens: int | None = None
+        self, image: Picture | None, question: str, *, max_new_tokens: int | None = None
     ) -> Iterator[str]: ...
 
     @overload
     def stream(
-        self, image: Picture, question: list[str], *, max_new_tokens: int | None = None
+        self, image: Picture | None, question: list[str], *, max_new_tokens: int | None = None
     ) -> Iterator[tuple[int, str]]: ...
 
     def stream(
-        self, image: Picture, question: str | list[str], *, max_new_tokens: int | None = None
+        self, image: Picture | None, question: str | list[str], *, max_new_tokens: int | None = None
     ) -> Iterator[str] | Iterator[tuple[int, str]]:
         """Return an iterator over the pieces of the answer as it is decoded; joined, they are what `ask` returns.
 
         For a list of questions, which are answered side by side, it yields pairs of a question's index in the list and
         the next piece of its answer. Arguments and errors as for `ask`; all arguments are checked when this is called.
         """
-        suffixes, limit = self._questions(question, max_new_tokens)
-        said = decoding.tokens(self._picture(image), suffixes, self.codec.eos, limit)
-        pieces = decoding.pieces(said, self.codec.decode)
+        pieces = decoding.pieces(self._talk(image, question, max_new_tokens).tokens(), self.codec.decode)
         return (piece for _, piece in pieces) if isinstance(question, str) else pieces
 
-    def _questions(
-        self, question: str | list[str], max_new_tokens: int | None
-    ) -> tuple[list[list[int]], int]:
-        """Encode every question to the ids behind the image, and return them with the limit of new tokens."""
-        settings = self._understanding()
-        suffixes = [
-            self.codec.question_suffix(text, settings.max_question_tokens)
-            for text in arguments.texts("question", question)
-        ]
-        if max_new_tokens is None:
-            return suffixes, settings.max_new_tokens
-        template = len(self.codec.question_suffix(""))
-        longest = max((len(suffix) for suffix in suffixes), default=template) - template
-        room = settings.max_question_tokens + settings.max_new_tokens - longest
-        return suffixes, arguments.integer("max_new_tokens", max_new_tokens, 1, room, InputError)
+    def _talk(self, image: Picture | None, question: str | list[str], max_new_tokens: int | None) -> _Talk:
+        """Encode every question, and the picture, if there is one. All arguments are checked before that."""
+        texts = arguments.texts("question", question)
+        if image is None:
+            told = self._text()
+            limits = told.max_question_tokens, told.max_new_tokens
+            empty, *suffixes = (self.codec.in_template(told.template, t, limits[0]) for t in ("", *texts))
+            limit = _limit(suffixes, len(empty), limits, max_new_tokens)
+            asked = decoding.Nothing(self._engines)
+            return _Talk(asked, suffixes, told.stop_ids, limit, told.repetition_penalty)
+        settings, codec = self._understanding(), self._templates()
+        limits = settings.max_question_tokens, settings.max_new_tokens
+        empty, *suffixes = (codec.question_suffix(text, limits[0]) for text in ("", *texts))
+        limit = _limit(suffixes, len(empty), limits, max_new_tokens)
+        return _Talk(self._picture(image), suffixes, (codec.eos,), limit)
 
     def _picture(self, image: Picture) -> decoding.Picture:
         pixels = engine_pixels(image, self._understanding().picture_size)
         embeds = self._engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
         Source.engine(self._engines, VISION).check("image_embeds", embeds)
-        return decoding.Picture(self._engines, self.codec.question_prefix(), embeds)
+        return decoding.Picture(self._engines, self._templates().question_prefix(), embeds)
+
+    def _templates(self) -> PromptCodec:
+        assert isinstance(self.codec, PromptCodec), "read with the settings of pictures, in `load`"
+        return self.codec
 
     def _generation(self) -> GenerationSettings:
         if self.manifest.generation is None:
@@ -347,8 +354,38 @@ class Pipeline(Closing):
             raise self._lacks(MMU)
         return self.manifest.understanding
 
+    def _text(self) -> TextSettings:
+        if self.manifest.text is None:
+            raise self._lacks(TEXT)
+        return self.manifest.text
+
     def _lacks(self, task: TaskRecord) -> UnknownTaskError:
         return UnknownTaskError(
             f"This bundle was built for {', '.join(self.manifest.tasks)} and cannot {task.purpose}: "
             f"build one with task {task.name!r}."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Talk:
+    """Questions that are being answered: the ids that each answer follows, those that end one, and its longest."""
+
+    asked: decoding.Asked
+    suffixes: list[list[int]]
+    ends: tuple[int, ...]
+    limit: int
+    penalty: float = 1.0
+
+    def tokens(self) -> Iterator[tuple[int, int]]:
+        """Yield the tokens of all answers; see `decoding.tokens`."""
+        return decoding.tokens(self.asked, self.suffixes, self.ends, self.limit, self.penalty)
+
+
+def _limit(
+    suffixes: Sequence[list[int]], template: int, limits: tuple[int, int], max_new_tokens: int | None
+) -> int:
+    """Return the longest answer in tokens; `limits` are those of a question and an answer, which share their sum."""
+    if max_new_tokens is None:
+        return limits[1]
+    longest = max((len(suffix) for suffix in suffixes), default=template) - template
+    return arguments.integer("max_new_tokens", max_new_tokens, 1, sum(limits) - longest, InputError)

@@ -132,7 +132,7 @@ class TestHelp:
             ["generate", "DIR", "a", "--seed", "x"],
             ["generate", "DIR", "a", "--seed", "-1"],
             ["generate", "DIR", "a", "--guidance-scale", "-1"],
-            ["ask", "DIR", "photo.png"],
+            ["ask", "DIR"],
             ["ask", "DIR", "photo.png", "a", "--max-new-tokens", "0"],
             ["build", "model"],
             ["build", "model", "--task", "t2i", "--samples", "0"],
@@ -223,6 +223,13 @@ class TestAsk:
         assert run("ask", bundle, photo, "which?").stdout == "two:\n\n  1. \\x1b[2Ja\n\n"
         (row,) = json.loads(run("ask", bundle, photo, "which?", "--json").stdout)
         assert row["answer"] == said
+
+    def test_a_picture_alone_is_no_question_to_a_bundle_that_takes_pictures(
+        self, bundle: Path, photo: Path
+    ) -> None:
+        result = run("ask", bundle, photo)
+        assert result.exit_code == 2
+        assert "Missing QUESTION" in result.stderr
 
     def test_json(self, bundle: Path, photo: Path) -> None:
         result = run("ask", bundle, photo, "is it?", "none", "--json")

@@ -323,7 +323,7 @@ class TestStructure:
         assert "is a bundle, whose engines are made" in failed(run("inspect", bundle, "--structure"))
         assert "There is no model" in failed(run("inspect", tmp_path / "nothing", "--structure"))
         line = failed(run("inspect", checkpoint, "--structure", "--task", "video"))
-        assert line == "error: Unknown task 'video'; known tasks are: t2i, mmu."
+        assert line == "error: Unknown task 'video'; known tasks are: t2i, mmu, text."
 
 
 class TestPackage:

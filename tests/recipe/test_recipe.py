@@ -177,7 +177,7 @@ class TestSwitches:
     [
         ({"name": " "}, "name must be a text"),
         ({"name": 3}, "name must be a text, not 3"),
-        ({"decisions": {"video": Decisions()}}, "knows the tasks t2i, mmu, not 'video'"),
+        ({"decisions": {"video": Decisions()}}, "knows the tasks t2i, mmu, text, not 'video'"),
         (
             {"decisions": {"t2i": Decisions({"decoder": {}})}},
             "t2i prune stack 'decoder'; .* llm, semantic, head",
@@ -232,7 +232,7 @@ class TestJson:
             ({"schema": "2"}, "has schema '2'"),
             ({"schema": 3.0}, "has schema 3.0"),
             ({"name": 4}, "expected str, got int at \\$.name"),
-            ({"title": 4}, "no field 'title' in .*, only name, t2i, mmu, decisions"),
+            ({"title": 4}, "no field 'title' in .*, only name, t2i, mmu, text, decisions"),
             ({"t2i": []}, "expected object, got array at \\$.t2i"),
             ({"t2i": {"tau": 11}}, "'t2i' is not valid: there is no field 'tau'"),
             ({"t2i": {"points": "35"}}, "'t2i' .* expected int | null, got str at \\$.points"),

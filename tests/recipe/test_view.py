@@ -38,34 +38,35 @@ RECIPE = Recipe(
 
 
 def test_a_table_tells_every_technique() -> None:
-    rows = {name: (t2i, mmu) for name, t2i, mmu in recipe_rows(RECIPE)}
+    rows = {name: cells for name, *cells in recipe_rows(RECIPE)}
     assert rows == {
-        "time points": ("25", "–"),
-        "guidance scale s0": ("the model's own", "–"),
-        "guidance": ("off, 0.5 s0 from 25%, s0 from 50%", "–"),
-        "time shift": ("the model's own", "–"),
-        "solver": ("euler", "–"),
-        "FFN pruning": (
+        "time points": ["25", "–", "–"],
+        "guidance scale s0": ["the model's own", "–", "–"],
+        "guidance": ["off, 0.5 s0 from 25%, s0 from 50%", "–", "–"],
+        "time shift": ["the model's own", "–", "–"],
+        "solver": ["euler", "–", "–"],
+        "FFN pruning": [
             "20% of llm: 4 to 8 neurons kept in 2 blocks; 30% of semantic: undecided; 10% of head: nothing to prune",
             "off",
-        ),
-        "full evaluations": ("the first 30%", "–"),
-        "layer skipping": ("20%: none; 2, 5 from 4.2%", "10%: undecided"),
-        "head cache": ("every 4, extrapolated, as published", "–"),
-        "token pruning": ("–", "50% after layer 2, by v_norm"),
+            "off",
+        ],
+        "full evaluations": ["the first 30%", "–", "–"],
+        "layer skipping": ["20%: none; 2, 5 from 4.2%", "10%: undecided", "off"],
+        "head cache": ["every 4, extrapolated, as published", "–", "–"],
+        "token pruning": ["–", "50% after layer 2, by v_norm", "–"],
     }
 
 
 def test_guidance_is_absolute_where_the_scale_is_known() -> None:
     recipe = dataclasses.replace(RECIPE, t2i=dataclasses.replace(RECIPE.t2i, guidance_scale=10.0))
-    rows = {name: t2i for name, t2i, _ in recipe_rows(recipe)}
+    rows = {name: t2i for name, t2i, *_ in recipe_rows(recipe)}
     assert rows["guidance"] == "off, 5 from 25%, 10 from 50%"
 
 
 def test_rows_fit_the_columns() -> None:
     for name in PRESETS:
         assert all(len(row) == len(COLUMNS) for row in recipe_rows(preset(name)))
-    assert {row[1:] for row in recipe_rows(preset("exact"))} >= {("off", "off"), ("–", "off")}
+    assert {row[1:] for row in recipe_rows(preset("exact"))} >= {("off", "off", "off"), ("–", "off", "–")}
 
 
 def test_equal_recipes_do_not_differ() -> None:

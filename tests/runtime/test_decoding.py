@@ -18,13 +18,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.bundle.profiles import ROOM
 from flashu_compile.bundle.signatures import state_of, updated
 from flashu_compile.errors import BundleError, InputError
 from flashu_compile.runtime import decoding
-from flashu_compile.runtime.decoding import Caches, Picture, tokens
+from flashu_compile.runtime.decoding import Caches, Picture, penalised, tokens
 from flashu_compile.runtime.engine import Updating, update
 from flashu_compile.runtime.sessions import OnnxRuntimeEngine, create_session
 
@@ -189,7 +190,7 @@ def expected(suffix: list[int], limit: int) -> list[int]:
 def answers(engines: _Engines, suffixes: list[list[int]], limit: int) -> list[list[int]]:
     picture = Picture(engines, PREFIX, np.zeros((1, 1, 1), np.float32))
     said: list[list[int]] = [[] for _ in suffixes]
-    for number, token in tokens(picture, suffixes, END, limit):
+    for number, token in tokens(picture, suffixes, (END,), limit):
         said[number].append(token)
     return said
 
@@ -252,7 +253,7 @@ def test_threads_do_not_share_caches(engines: _Engines) -> None:
     suffixes = questions(24, seed=1)
 
     def answer(suffix: list[int]) -> list[int]:
-        return [token for _, token in tokens(picture, [suffix], END, 40)]
+        return [token for _, token in tokens(picture, [suffix], (END,), 40)]
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(answer, suffixes)) == [expected(suffix, 40) for suffix in suffixes]
@@ -461,7 +462,7 @@ class TestFullForward:
     def test_a_list_of_questions_gives_what_each_gives_alone(self, engine: OnnxRuntimeEngine) -> None:
         suffixes, limit = questions(decoding.BATCH + 3), 12
         said: list[list[int]] = [[] for _ in suffixes]
-        for number, token in tokens(Picture(_Engines(engine), PREFIX, self.EMBEDS), suffixes, END, limit):
+        for number, token in tokens(Picture(_Engines(engine), PREFIX, self.EMBEDS), suffixes, (END,), limit):
             said[number].append(token)
         for suffix, answer in zip(suffixes, said, strict=True):
             ids = list(suffix)
@@ -470,3 +471,18 @@ class TestFullForward:
                 ids.append(token)
             assert len(answer) == limit or self.following(*ids) == END
         assert min(map(len, said)) < limit
+
+
+def test_a_penalty_is_that_of_the_library() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 12)).astype(np.float32)
+    seen = [[1, 2, 3], [], [11, 0, 5, 7]]
+    before = logits.copy()
+    processor = RepetitionPenaltyLogitsProcessor(1.7)
+    rows = [
+        processor(torch.tensor([ids], dtype=torch.int64), torch.from_numpy(row[None]))
+        for ids, row in zip(seen, logits, strict=True)
+    ]
+    assert np.array_equal(penalised(logits, seen, 1.7), torch.cat(rows).numpy())
+    assert np.array_equal(logits, before)
+    assert penalised(logits, seen, 1.0) is logits
