@@ -12,10 +12,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import flashu_compile  # noqa: F401  # isort: skip
-
 import numpy as np
-import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from benchmarks.measuring import in_turn, machine, parser, report
@@ -84,8 +81,6 @@ def layer(form: str, depth: int, width: int) -> ModelProto:
 
 def measure(rows: int, repeats: int) -> dict[str, dict[str, float]]:
     found = {}
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
     for depth, width in WIDTHS:
         x = np.random.default_rng(1).standard_normal((rows, depth), np.float32)
         sessions = {

@@ -111,9 +111,8 @@ class CausalLMAdapter(ModelAdapter):
         tokenizing.check_size(kept, network.get_input_embeddings().weight.shape[0])
         ends = getattr(config, "eos_token_id", None)
         settings = text_settings(tokenizer, TextCodec(kept), generation, positions, ends)
-        if source.directory is None:
-            calibration, place = None, IN_MEMORY
-        else:
+        calibration, place = None, IN_MEMORY
+        if source.directory is not None:
             calibration = calibration_of(source.directory)
             place = origin(files, source.directory, source.config, source.snapshot)
         return LoadedModel(
@@ -122,11 +121,8 @@ class CausalLMAdapter(ModelAdapter):
 
     def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
         """Return the completion forward."""
-        ids = torch.randint(
-            loaded.network.get_input_embeddings().weight.shape[0],
-            (2, 20),
-            generator=torch.Generator().manual_seed(0),
-        )
+        words = loaded.network.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(words, (2, 20), generator=torch.Generator().manual_seed(0))
         return (
             CaptureSpec(
                 name=COMPLETE,
@@ -172,30 +168,33 @@ def _tokenizer(given: Any) -> Any:
 
 def _network(source: ModelSource, dtype: torch.dtype | None) -> Any:
     """Return the library's class with the model's weights in `dtype`; of an object, a copy that shares its tensors."""
-    module: Any = source.module
+    module = source.module
     if module is None:
-        options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(source.directory), dtype=dtype or "auto", output_loading_info=True, **options
-            )
-        except Exception as error:  # of whatever the library stumbles over
-            raise CheckpointError(f"{source} cannot be read by transformers: {error}") from error
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-        network, told = loaded
-        if lacking := sorted(told["missing_keys"]):  # the library has made them up
-            raise CheckpointError(f"{source} has no {lacking[0]}.")
-    else:
-        # What is in the memo is not copied again; each tensor is there once, under a holder of its own.
-        if any(tensor.is_meta for tensor in module.state_dict().values()):
-            raise CheckpointError("The model's tensors have no values; load its weights first.")
-        held = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
-        network = copy.deepcopy(module, held)
-        if dtype is not None:
-            network = network.to(dtype)
-        network.set_attn_implementation("sdpa")
-    return network.eval().requires_grad_(False)
+        return _read(source, dtype).eval().requires_grad_(False)
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        raise CheckpointError("The model's tensors have no values; load its weights first.")
+    # What is in the memo is not copied again; each tensor is there once, under a holder of its own.
+    held = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    network: Any = copy.deepcopy(module, held)
+    network.set_attn_implementation("sdpa")
+    return network.to(dtype or network.dtype).eval()
+
+
+def _read(source: ModelSource, dtype: torch.dtype | None) -> Any:
+    """Read a directory. Raises `CheckpointError` if the library cannot, or a tensor is lacking."""
+    library: Any = AutoModelForCausalLM
+    options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        network, told = library.from_pretrained(
+            str(source.directory), dtype=dtype or "auto", output_loading_info=True, **options
+        )
+    except Exception as error:  # of whatever the library stumbles over
+        raise CheckpointError(f"{source} cannot be read by transformers: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if lacking := sorted(told["missing_keys"]):  # the library has made them up
+        raise CheckpointError(f"{source} has no {lacking[0]}.")
+    return network
