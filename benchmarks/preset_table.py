@@ -5,7 +5,7 @@
 
 Does for several bundles what `flashu-compile evaluate` does for one (`--split all --score agreement --score answers
 --score examples/showo2_shapes/scoring.py:score`, with as many workers as there are processors, one thread each), but
-draws and answers for the exact side once. Finished recipes are in the JSON file, a rerun does the others; bundles are
+draws for the exact side once. Finished recipes are in the JSON file, a rerun does the others; bundles are
 beside it in `<output>.work`, and so can be given to that command.
 """
 

@@ -67,7 +67,7 @@ def parsed(expression: str) -> Tree:
         tree, end = _sum(tokens, 0)
         if end != len(tokens):
             raise ValueError
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, RecursionError) as error:
         raise ConfigurationError(f"Dimension {shown(expression)} is not arithmetic.") from error
     return tree
 

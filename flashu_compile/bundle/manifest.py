@@ -168,6 +168,10 @@ class FileEntry:
     bytes: Count
 
 
+#: The part of `Manifest.origins` that tells of a configuration given beside a checkpoint.
+LLM_CONFIG = "llm_config"
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """Where weights, and the settings beside them, were read from: files, by name; None for an object in memory.

@@ -14,17 +14,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from flashu_compile.bundle.manifest import Manifest, read_manifest
+from flashu_compile.bundle.manifest import MANIFEST, Manifest, read_manifest
 from flashu_compile.bundle.profiles import ANSWER_TOKENS
 from flashu_compile.compiler.exact_bundles import exact_bundle, kept_exact_bundle
-from flashu_compile.errors import BackendUnavailableError, EvaluationError, MissingDependencyError
+from flashu_compile.errors import EvaluationError, FlashuError
 from flashu_compile.evaluation import intervals, judging, worker
-from flashu_compile.evaluation.data import Data
+from flashu_compile.evaluation.data import Data, PromptSample
 from flashu_compile.evaluation.evaluators import AGREEMENT, Evaluator
 from flashu_compile.evaluation.intervals import LEAST_ROUNDS
 from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.neutral import neutral_data
-from flashu_compile.evaluation.splits import HELD_OUT
+from flashu_compile.evaluation.splits import HELD_OUT, canonical
 from flashu_compile.evaluation.timing import Side, SideCost, measure
 from flashu_compile.report.pictures import Seen
 from flashu_compile.runtime.pipeline import load
@@ -46,21 +46,26 @@ _OWN, _EXACT = "this bundle", "exact"
 class BesideExact:
     """Measures a bundle that has been written.
 
-    `exact`: whether the bundle is one itself, so that its times are all there is to measure. `build` makes the exact
-    bundle at a path, if none is kept; `built_in` are the processor's seconds that making this bundle's engines took,
-    which tell whether there is time for that. `seed` chooses samples. After `figures`, `seen` are pictures for the
-    page.
+    `large`: whether there is no time for it at all. `exact`: whether the bundle is an exact one itself, so that its
+    times are all there is to measure. `build` makes the exact bundle at a path, if none is kept in `folder`;
+    `work_of_exact` is the work in that, in about a second of one core each. `seed` chooses samples, none of which has a
+    key in `calibrated_on`. After `figures`, `seen` are pictures for the page.
     """
 
+    large: bool
     exact: bool
     build: Callable[[Path], object]
-    built_in: float
+    folder: Path | None
+    work_of_exact: float
     seed: int
+    calibrated_on: frozenset[str]
     tell: Callable[[str], None]
     seen: tuple[Seen, ...] = ()
 
     def figures(self, bundle: Path, provider: str) -> dict[str, Any]:
         """Return the report's entry `beside_exact`: `speed` and `quality`, or under `left_out` why there are none."""
+        if self.large:
+            return {"left_out": "The model is large, and timing it takes longer than a build is held up for."}
         manifest = read_manifest(bundle)
         found: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
@@ -73,18 +78,18 @@ class BesideExact:
                 found["speed"] = self._speed([bundle, *others], manifest, provider, end)
                 if others and not set(neutral_data().tasks).isdisjoint(manifest.tasks):
                     found["quality"] = self._quality(bundle, others[0], found["speed"], provider, end)
-            except (EvaluationError, BackendUnavailableError, MissingDependencyError) as reason:
+            except (FlashuError, OSError) as reason:  # the bundle itself was asked already, and is sound
                 found["left_out"] = str(reason)
         return found
 
     @contextlib.contextmanager
     def _exact_bundle(self, manifest: Manifest) -> Iterator[Path]:
-        kept = kept_exact_bundle(manifest)
-        if (kept is None or not kept.exists()) and self.built_in > LIMIT:
+        kept = kept_exact_bundle(manifest, self.folder)
+        if (kept is None or not (kept / MANIFEST).is_file()) and self.work_of_exact > LIMIT:
             raise EvaluationError(
                 "No exact bundle of this checkpoint is kept, and building one takes longer than a build is held up for."
             )
-        with exact_bundle(manifest, self.build) as path:
+        with exact_bundle(manifest, self.build, self.folder) as path:
             yield path
 
     def _speed(self, paths: Sequence[Path], manifest: Manifest, provider: str, end: float) -> dict[str, Any]:
@@ -171,9 +176,13 @@ class BesideExact:
                     f"Comparing {_LEAST_SAMPLES} samples with the exact bundle's takes longer than a build is held up "
                     "for."
                 )
-            one_each = {sample.key: sample for sample in data.chosen(task, HELD_OUT, self.seed, count)}
-            chosen[task] = list(one_each.values())
+            one_each = {sample.key: sample for sample in data.chosen(task, HELD_OUT, self.seed)}
+            chosen[task] = [sample for sample in one_each.values() if not self._was_seen(sample)][:count]
         return chosen
+
+    def _was_seen(self, sample: Any) -> bool:
+        words = canonical(sample.prompt) if isinstance(sample, PromptSample) else sample.key
+        return not self.calibrated_on.isdisjoint((sample.key, words))
 
 
 def _tokens(manifest: Manifest) -> int | None:

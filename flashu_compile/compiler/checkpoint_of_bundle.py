@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from flashu_compile.bundle.manifest import Manifest
+from flashu_compile.bundle.manifest import LLM_CONFIG, Manifest, Origin
 from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.decide import own_samples
 from flashu_compile.compiler.exact_bundles import exact_bundle
@@ -16,6 +16,7 @@ from flashu_compile.compiler.export import export
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.measure.samples import CalibrationSamples
+from flashu_compile.system.paths import EXACT_BUNDLES, cache_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -48,9 +49,15 @@ def checkpoint(
             f"The bundle was made of a model called {name!r}, which is not to be had by that name; say where it is: "
             f"model=… (--model). {error}"
         ) from error
-    for part, origin in manifest.origins.items():
-        found = source.loaded.origins.get(part)
-        files = None if found is None else found.files
+    unknown = Origin(None)
+    for part in {"model": unknown, **manifest.origins}:
+        origin, found = (origins.get(part, unknown) for origins in (manifest.origins, source.loaded.origins))
+        files = found.files
+        if origin.files is not None and part == LLM_CONFIG and files is None:
+            raise ConfigurationError(
+                f"The bundle was made of {name} with an llm_config, which is not known here; build its exact bundle "
+                "with that, and give its directory."
+            )
         if origin.files is None or files is None:
             _logger.warning(
                 "Whether %s holds the bundle's own weights (%s) is not known: no hash of them.", name, part
@@ -97,5 +104,5 @@ def exact_bundle_of(
             progress=lambda stage, fraction: tell(f"building the exact bundle: {stage}", fraction),
         )
 
-    with exact_bundle(manifest, build) as path:
+    with exact_bundle(manifest, build, cache_folder(EXACT_BUNDLES)) as path:
         yield path

@@ -94,7 +94,7 @@ def decide(
         tell(f"{task}: calibrating", tell.within(calibrating(task)))
         made = COMPILED_TASKS[task].calibrate(source, recipe, chosen, seed, report)
         decisions[task] = decisions.get(task, Decisions()).completed(made.decisions)
-        figures[task] = {**made.figures, "seed": seed}
+        figures[task] = made.figures
     return dataclasses.replace(recipe, decisions=decisions), figures
 
 

@@ -1,4 +1,4 @@
-"""The exact bundles that others are held against: one for each checkpoint, kept in the user's cache."""
+"""The exact bundles that others are held against: one for each checkpoint, kept in a cache."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from flashu_compile.bundle.manifest import MANIFEST, TOKENIZER, Manifest
 from flashu_compile.compiler.fingerprints import environment
 from flashu_compile.errors import OutputExistsError
 from flashu_compile.system.drafts import draft_folder
-from flashu_compile.system.paths import EXACT_BUNDLES, cache_folder
 
 
-def kept_exact_bundle(manifest: Manifest) -> Path | None:
-    """Return where the exact bundle of a bundle's checkpoint is, or is to be, kept.
+def kept_exact_bundle(manifest: Manifest, folder: Path | None) -> Path | None:
+    """Return where in `folder` the exact bundle of a bundle's checkpoint is, or is to be, kept.
 
-    None if its weights have no hash, or there is no cache.
+    None if its weights have no hash, or there is no folder.
     """
-    folder, key = cache_folder(EXACT_BUNDLES), _key(manifest)
+    key = _key(manifest)
     return None if folder is None or key is None else folder / key
 
 
 @contextlib.contextmanager
-def exact_bundle(manifest: Manifest, build: Callable[[Path], object]) -> Iterator[Path]:
+def exact_bundle(manifest: Manifest, build: Callable[[Path], object], folder: Path | None) -> Iterator[Path]:
     """Provide the exact bundle, in float32 on the same backend, of the checkpoint that a bundle was made of.
 
-    Where none is kept, `build` makes it at a path. It is kept for the next time where that is possible, and else
-    removed in the end.
+    Where none is kept in `folder`, `build` makes it at a path. It is kept there for the next time if that is possible,
+    and else removed in the end.
     """
     with contextlib.ExitStack() as stack:
-        path = kept_exact_bundle(manifest)
+        path = kept_exact_bundle(manifest, folder)
         if path is None:
             path = stack.enter_context(draft_folder(Path(tempfile.gettempdir()))) / "bundle"
         if not (path / MANIFEST).is_file():

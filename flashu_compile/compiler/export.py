@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -29,6 +28,7 @@ from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, 
 from flashu_compile.compiler.request import default_output, named_tasks
 from flashu_compile.compiler.work import CHECKING, BuildWork
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.evaluation.splits import canonical
 from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.precision import Precision
@@ -39,7 +39,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
 from flashu_compile.report.work import engine_errors
 from flashu_compile.system.autocast import without_autocast
-from flashu_compile.system.paths import absolute
+from flashu_compile.system.paths import EXACT_BUNDLES, absolute
 from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import TaskName
 
@@ -191,17 +191,19 @@ def export(
     if work.on_copy:
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
         maker, answers = maker.without_validation(), None
-    started = time.process_time()
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     sampler = loaded.adapter.sampler(loaded)
     points = None if sampler is None else sampler.points
     beside = BesideExact(
+        large=work.on_copy,
         exact=precise.is_exact and not any(decided.config(task).is_lossy(points) for task in tasks),
         build=lambda path: export(
             source, tasks, output=path, cost_samples=0, backend=backend, cache=cache, proof=proof
         ),
-        built_in=time.process_time() - started,
+        folder=None if kept is None else kept.directory / EXACT_BUNDLES,
+        work_of_exact=work.of_exact(),
         seed=seed,
+        calibrated_on=frozenset(map(canonical, measured.prompts)) if measured else frozenset(),
         tell=tell,
     )
     checked = work.check_steps(decided)
@@ -220,7 +222,8 @@ def export(
     )
     tell("writing the bundle", tell.within(CHECKING))
     metadata = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
-    told = {"calibration": figures, **losses, **validated}
+    drawn = {"count": samples, "seed": seed, "own": given is None}
+    told = {"calibration": figures, "samples": drawn, **losses, **validated}
     manifest = _write(directory, built, inspection, metadata, told, overwrite=overwrite)
     tell("done", 1.0)
     return Bundle(directory, manifest)

@@ -94,6 +94,13 @@ class BuildWork:
         )
         return made | {CHECKING: 2 + sum(runs)}
 
+    def of_exact(self) -> float:
+        """Count making the engines of the exact recipe, from programs that are captured already or not."""
+        sampler, recipe = self.source.loaded.adapter.sampler(self.source.loaded), Recipe("exact")
+        if sampler is not None:
+            recipe = recipe.resolved(**dataclasses.asdict(sampler))
+        return sum(making_work(self.source, self.tasks, recipe).values())
+
     def check_steps(self, recipe: Recipe) -> Iterator[float]:
         """Yield the share of `CHECKING` that is done at each of its stages, which is below 1 for any number of them."""
         expected = 1 + sum(count + _TECHNIQUES for _, count in self._costs(recipe))

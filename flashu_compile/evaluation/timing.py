@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,26 +69,36 @@ def measure(
 ) -> list[SideCost]:
     """Measure all sides on each task, `rounds` times in turn.
 
-    Raises what loading or running a side raises, and `EvaluationError` if the process of one ends, or if the rounds
-    would take more than `limit` seconds by the first, which does not count.
+    Raises what loading or running a side raises, and `EvaluationError` if the process of one ends, or if all of it
+    would take more than `limit` seconds, by the time of loading and of the first round, which does not count.
     """
+    started = time.monotonic()
+
+    def check(needed: float) -> None:
+        left = limit - (time.monotonic() - started)
+        if needed > left:
+            raise EvaluationError(
+                f"{rounds} rounds of {', '.join(tasks)} would take more than {needed:.0f} seconds here, of which there "
+                f"are {max(left, 0):.0f}."
+            )
+
     loads: list[list[float]] = [[] for _ in sides]
     for start in range(STARTS - 1):
         tell("loading", start / STARTS / 10)
         for number, side in enumerate(sides):
             with Worker(side.title, side.module, side.settings) as worker:
                 loads[number].append(worker.loaded["load_seconds"])
+            check(0)
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(side.title, side.module, side.settings)) for side in sides]
         for taken, worker in zip(loads, workers, strict=True):
             taken.append(worker.loaded["load_seconds"])
         tell("warming up", 0.1)
-        first = sum(worker.ask(task)["seconds"] for worker in workers for task in tasks)
-        if first * rounds > limit:
-            raise EvaluationError(
-                f"{rounds} rounds of {', '.join(tasks)} would take {first * rounds:.0f} seconds here, of which there "
-                f"are {limit:.0f}."
-            )
+        first = 0.0
+        for worker in workers:
+            for task in tasks:
+                first += worker.ask(task)["seconds"]
+                check(first * rounds)
         replies = _in_turn(workers, tasks, rounds, tell)
         return [
             SideCost(

@@ -140,7 +140,8 @@ def evaluate(
         "memory": memory,
         "trust": trust,
     }
-    with _pipelines(bundle, against, given, loading, tell) as (own, theirs):
+    found = given if against == EXACT else dict.fromkeys(given) if data == OWN else given
+    with _pipelines(bundle, against, found, loading, tell) as (own, theirs):
         if equal_points:
             theirs = _on_the_plan_of(own, theirs)
         manifests = (own.manifest, theirs.manifest)
@@ -199,7 +200,7 @@ class _Asked:
 def _data(data: Any, bundle: Any, given: Mapping[str, Any], tell: Progress) -> Data:
     if data is None:
         return neutral_data()
-    if data != OWN or Path(OWN).exists():
+    if data != OWN:
         return read_data(data)
     if isinstance(bundle, Pipeline):
         raise ConfigurationError("The model's own samples are found by the bundle's directory; give that.")

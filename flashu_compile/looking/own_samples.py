@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import Manifest, read_manifest
+from flashu_compile.bundle.manifest import RECIPE, Manifest, read_manifest
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation.data import Data, read_data
 from flashu_compile.extras import naming_the_extra
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_report
 from flashu_compile.tasks import MMU, T2I
+
+if TYPE_CHECKING:
+    from flashu_compile.measure.samples import CalibrationSamples
 
 OWN = "model"
 
@@ -31,11 +35,9 @@ def own_data(bundle: Path, given: Mapping[str, Any], tell: Any) -> Data:
         raise EvaluationError(
             f"{manifest.model} comes with no samples; give data, or none for the neutral set."
         )
-    used = read_report(BundleFiles(bundle, manifest)).get("calibration", {})
+    report, recipe = read_report(BundleFiles(bundle, manifest)), Recipe.load(bundle / RECIPE)
     prompts, questions = (
-        samples.held_out(used[task]["samples"], used[task].get("seed", 0)).of(task)
-        if task in used
-        else samples.of(task)
+        _left(samples, task, report, recipe) if task in manifest.tasks else ()
         for task in (T2I.name, MMU.name)
     )
     if not prompts and not questions:
@@ -45,6 +47,30 @@ def own_data(bundle: Path, given: Mapping[str, Any], tell: Any) -> Data:
         )
     found = read_data(_records(prompts, questions))
     return Data(_title(manifest), found.prompts, found.questions)
+
+
+def _left(
+    samples: CalibrationSamples, task: str, report: Mapping[str, Any], recipe: Recipe
+) -> tuple[Any, ...]:
+    """Return the samples of a task that the bundle's decisions do not rest on.
+
+    Raises `EvaluationError` if the bundle does not tell which these are.
+    """
+    drawn = report.get("samples")
+    measured = task in report.get("calibration", {}) or task in report.get("int8", {}).get("tasks", {})
+    decided = recipe.decided(task)
+    if (decided.kept_widths or decided.phases) and task not in report.get("calibration", {}):
+        raise EvaluationError(
+            f"The recipe of the bundle brought its decisions for {task}, and what they were calibrated on is not "
+            "known; give data, or none for the neutral set."
+        )
+    if not measured or (drawn is not None and not drawn["own"]):
+        return samples.of(task)
+    if drawn is None:
+        raise EvaluationError(
+            "The bundle does not tell its calibration samples; give data, or build it again."
+        )
+    return samples.held_out(drawn["count"], drawn["seed"]).of(task)
 
 
 def _records(prompts: Any, questions: Any) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashu_compile.bundle.files import HashedFile
-from flashu_compile.bundle.manifest import Origin
+from flashu_compile.bundle.manifest import FileEntry, Origin
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import hub, weights
 from flashu_compile.models.hub import Snapshot
@@ -39,6 +41,12 @@ def origin(
         revision=None if snapshot is None else snapshot.commit,
         license=_license(_card(directory / CARD)) or _license(settings),
     )
+
+
+def settings_origin(settings: Mapping[str, Any] | None) -> Origin:
+    """Describe the origin of a configuration that is given beside a checkpoint, by the hash of what it says."""
+    told = json.dumps(settings, sort_keys=True, default=str).encode()
+    return Origin({CONFIG: FileEntry(hashlib.sha256(told).hexdigest(), len(told))})
 
 
 def calibration_of(directory: Path) -> Path | None:

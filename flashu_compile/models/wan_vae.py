@@ -158,7 +158,7 @@ def _build(settings: Mapping[str, Any], state: weights.StateDict, path: Path) ->
         with torch.device("meta"):
             autoencoder: nn.Module = kind.from_config(dict(settings))
         autoencoder.load_state_dict(state, strict=True, assign=True)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever another library's constructor trips over
         # The loader's message lists every name; its head says enough.
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(f"{path} does not fit AutoencoderKLWan: {reason}") from error

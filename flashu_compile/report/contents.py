@@ -40,6 +40,14 @@ class Pass(TypedDict, total=False):
     float64_error: float | None
 
 
+class Samples(TypedDict):
+    """The samples of a build: how many at most of a task `seed` chose, and whether they came with the model."""
+
+    count: Count
+    seed: Count
+    own: bool
+
+
 class Proof(TypedDict):
     """What was validated on a small copy of the model."""
 
@@ -60,6 +68,7 @@ class Report(TypedDict, total=False):
     weight_store: dict[str, Count]
     proof: Proof
     calibration: dict[str, Any]
+    samples: Samples
     cost: dict[str, Any]
     answered: dict[str, dict[str, Any]]
     beside_exact: dict[str, Any]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,8 @@ class TensorRTEngine:
         self._state = state_of(spec)
         self._context = engine.create_execution_context()
         self._stream = libraries.checked(libraries.cuda.cudaStreamCreate())
+        # Not at the end of the process, nor of a forked one: its context ends with it.
+        weakref.finalize(self, libraries.cuda.cudaStreamDestroy, self._stream).atexit = False
         self._lock = threading.Lock()
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}

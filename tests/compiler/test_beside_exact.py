@@ -20,9 +20,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def beside(bundle: Path, **changes: Any) -> BesideExact:
     settings: dict[str, Any] = {
+        "large": False,
         "exact": False,
+        "folder": None,
+        "calibrated_on": frozenset(),
         "build": lambda path: shutil.copytree(bundle, path, dirs_exist_ok=True),
-        "built_in": 1.0,
+        "work_of_exact": 1.0,
         "seed": 0,
         "tell": lambda stage: None,
     }
@@ -59,15 +62,28 @@ def test_an_exact_bundle_is_timed_alone(bundle: Path) -> None:
 def test_what_takes_too_long_is_left_out_with_the_reason(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = beside(bundle, built_in=beside_exact.LIMIT + 1)
+    slow = beside(bundle, work_of_exact=beside_exact.LIMIT + 1)
     assert slow.figures(bundle, "cpu")["left_out"].startswith("No exact bundle of this checkpoint is kept")
     monkeypatch.setattr(beside_exact, "LIMIT", 0.0)
     found = beside(bundle, exact=True).figures(bundle, "cpu")
     assert found.keys() == {"left_out"}
-    assert "9 rounds of t2i, mmu would take" in found["left_out"]
+    assert "9 rounds of t2i, mmu would take more than" in found["left_out"]
+    assert "large" in beside(bundle, large=True).figures(bundle, "cpu")["left_out"]
     fast = {"median": 1.0}
     speed = {"threads": 2, "sides": [{"seconds": {"t2i": fast}}, {"seconds": {"t2i": fast}}]}
     measured = beside(bundle)
     with pytest.raises(beside_exact.EvaluationError, match="Comparing 8 samples"):
         measured._affordable(beside_exact.neutral_data(), speed, 31.0)
-    assert len(measured._affordable(beside_exact.neutral_data(), speed, 33.0)["t2i"]) == 8
+    chosen = measured._affordable(beside_exact.neutral_data(), speed, 33.0)["t2i"]
+    assert len(chosen) == 8
+    others = beside(bundle, calibrated_on=frozenset(sample.key for sample in chosen))
+    again = others._affordable(beside_exact.neutral_data(), speed, 33.0)["t2i"]
+    assert len(again) == 8
+    assert {sample.key for sample in again}.isdisjoint(sample.key for sample in chosen)
+
+
+def test_a_fault_of_the_exact_side_does_not_end_the_build(bundle: Path) -> None:
+    def failing(path: Path) -> None:
+        raise PermissionError(13, "no space for it", str(path))
+
+    assert "no space for it" in beside(bundle, build=failing).figures(bundle, "cpu")["left_out"]

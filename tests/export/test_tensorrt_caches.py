@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import types
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
+        self.streams = 0
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
         block = ctypes.create_string_buffer(size)
@@ -49,7 +51,12 @@ class Memory:
         return (0,)
 
     def cudaStreamCreate(self) -> tuple[int, int]:
+        self.streams += 1
         return 0, 1
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
+        self.streams -= 1
+        return (0,)
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
         ctypes.memmove(target, source, size)
@@ -193,6 +200,10 @@ class TestBuiltBundles:
         }
         with pytest.raises(BundleError, match=rf"was built for '{name}' of"):
             engine.run(longer)
+        assert memory.streams == 1
+        del engine
+        gc.collect()
+        assert memory.streams == 0
 
     def test_graphs_compute_alike_in_onnxruntime_and_in_onnxs_evaluator(self, planned: Path) -> None:
         if planned.name == "float16":

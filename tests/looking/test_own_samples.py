@@ -12,6 +12,9 @@ import flashu_compile
 from flashu_compile.errors import ConfigurationError, EvaluationError
 from flashu_compile.looking.own_samples import own_data
 from flashu_compile.models.showo2.saving import save_model
+from flashu_compile.recipe.config import T2IConfig
+from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.recipe import Recipe
 from tests.runtime.tiny_bundle import accept_changes, edit_json, write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
 
@@ -26,11 +29,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def bundle_calibrated_on(count: int, folder: Path) -> Path:
+def bundle_calibrated_on(count: int, folder: Path, *, own_ones: bool = True) -> Path:
     bundle = write_bundle(folder / "bundle", ("t2i",))
     edit_json(bundle / "manifest.json", origins={})
     if count:
-        edit_json(bundle / "report.json", calibration={"t2i": {"samples": count, "seed": 3}})
+        drawn = {"count": count, "seed": 3, "own": own_ones}
+        edit_json(bundle / "report.json", calibration={"t2i": {"samples": count}}, samples=drawn)
         accept_changes(bundle, "report.json")
     return bundle
 
@@ -51,6 +55,20 @@ def test_those_that_calibration_left_out(checkpoint: Path, tmp_path: Path) -> No
 
 def test_all_of_them_where_nothing_was_calibrated(checkpoint: Path, tmp_path: Path) -> None:
     assert [sample.prompt for sample in own(bundle_calibrated_on(0, tmp_path), checkpoint).prompts] == PROMPTS
+
+
+def test_all_of_them_where_the_user_s_own_were_used(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = bundle_calibrated_on(5, tmp_path, own_ones=False)
+    assert [sample.prompt for sample in own(bundle, checkpoint).prompts] == PROMPTS
+
+
+def test_decisions_of_unknown_origin_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = bundle_calibrated_on(0, tmp_path)
+    config = T2IConfig(points=5, guidance_scale=3.0, time_shift=3.0, layer_skipping=0.5)
+    recipe = Recipe("theirs", config, decisions={"t2i": Decisions(phases=(Phase(0.0, (1,)),))})
+    (bundle / "recipe.json").write_text(recipe.to_json())
+    with pytest.raises(EvaluationError, match="what they were calibrated on is not known"):
+        own(bundle, checkpoint)
 
 
 def test_none_is_an_error_that_says_why(checkpoint: Path, tmp_path: Path) -> None:

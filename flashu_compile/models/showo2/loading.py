@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from flashu_compile.bundle.manifest import LLM_CONFIG
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models import hub, saved_vae, tokenizing, weights
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
@@ -21,6 +22,7 @@ from flashu_compile.models.origins import (
     calibration_of,
     fetched_vae,
     origin,
+    settings_origin,
     vae_files,
     vae_origin,
 )
@@ -149,6 +151,8 @@ def _from_published(given: _Given, *, sized: bool) -> LoadedModel:
     if not sized:
         warn_of_size(source.name, settings, config)
     origins = {"model": origin(files, directory, settings, source.snapshot)}
+    if given.llm_config is not None:
+        origins[LLM_CONFIG] = settings_origin(llm)
     calibration = calibration_of(directory)
     return LoadedModel(source.name, network, None, found, calibration, origins, files, adapter=given.adapter)
 
