@@ -10,6 +10,7 @@ import functools
 import operator
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import ConfigurationError
@@ -19,7 +20,7 @@ Tree = int | str | tuple[str, "Tree", "Tree"]
 
 _LONGEST = 200  # characters, and so the depth of a tree is bounded
 _TOKEN = re.compile(r"\s*(?:([0-9]+)|([^\W\d]\w*)|(//|[-+*()]))")
-_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}
+_OPERATORS: dict[str, Any] = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
@@ -33,7 +34,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
             kind, left, right = tree[0], value(tree[1]), value(tree[2])
             if kind == "//" and right == 0:
                 raise ConfigurationError(f"Dimension {expression!r} divides by zero.")
-            return int(_OPERATORS[kind](left, right))
+            return _OPERATORS[kind](left, right)
         if isinstance(tree, int):
             return tree
         if tree in sizes:

@@ -55,7 +55,7 @@ class LinearError:
         return not self.error <= LIMIT
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Probe:
     """A captured program of a task, and what is run through it: `outputs` gives what a task makes of a recorder."""
 

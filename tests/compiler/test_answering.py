@@ -81,7 +81,7 @@ class ShiftedEngines:
 
 
 class Crooked:
-    runs_code, weights, options = False, ONNX.weights, ONNX.options
+    runs_code, weights, options, reads = False, ONNX.weights, ONNX.options, ONNX.reads
     examine = ONNX.examine
 
     def open(self, files, **settings):
