@@ -20,7 +20,12 @@ Tree = int | str | tuple[str, "Tree", "Tree"]
 
 _LONGEST = 200  # characters, and so the depth of a tree is bounded
 _TOKEN = re.compile(r"\s*(?:([0-9]+)|([^\W\d]\w*)|(//|[-+*()]))")
-_OPERATORS: dict[str, Any] = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}
+_OPERATORS: dict[str, Any] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+}
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:

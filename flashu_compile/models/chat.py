@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from flashu_compile import arguments
 from flashu_compile.bundle.manifest import Template, TextSettings
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError, ConfigurationError
@@ -76,7 +77,8 @@ def text_settings(
     template = template_of(tokenizer, codec)
     ends = asked.get("eos_token_id", ends)
     around = len(template.before) + len(template.after) + len(template.left) + len(template.right)
-    answer = min(int(asked.get("max_new_tokens", _MAX_NEW_TOKENS)), positions // 2)
+    answer = min(_integer("max_new_tokens", asked.get("max_new_tokens", _MAX_NEW_TOKENS), 1), positions // 2)
+    penalty = asked.get("repetition_penalty", 1.0)
     question = positions - answer - around
     if question < 1:
         raise CheckpointError(
@@ -84,15 +86,25 @@ def text_settings(
         )
     return TextSettings(
         template=template,
-        stop_ids=tuple(ends) if isinstance(ends, Sequence) else () if ends is None else (int(ends),),
+        stop_ids=_stop_ids(ends),
         max_question_tokens=question,
         max_new_tokens=answer,
-        repetition_penalty=float(asked.get("repetition_penalty", 1.0)),
+        repetition_penalty=arguments.number("repetition_penalty", penalty, 0, 1e4, CheckpointError, above=True),
         not_used=(
             *(f"{name} = {asked[name]!r}" for name in sorted(asked.keys() & _SAMPLING)),
             *_date(tokenizer),
         ),
     )
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    return arguments.integer(f"{name} in generation_config", value, least, 2**31 - 1, CheckpointError)
+
+
+def _stop_ids(ends: object) -> tuple[int, ...]:
+    """Return the ids that end an answer, from one, several or none. Raises `CheckpointError` if one is no id."""
+    named = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+    return tuple(_integer("eos_token_id", end, 0) for end in named)
 
 
 def _date(tokenizer: Any) -> tuple[str, ...]:
@@ -115,7 +127,11 @@ def template_of(tokenizer: Any, codec: TextCodec) -> Template:
     """
     template = _of_chat(tokenizer, codec) if tokenizer.chat_template else _of_plain_text(tokenizer, codec)
     for probe in _PROBES:
-        if codec.in_template(template, probe) != _as_transformers_does(tokenizer, probe):
+        try:
+            expected = _as_transformers_does(tokenizer, probe)
+        except Exception as error:  # whatever the library makes of odd settings
+            raise CheckpointError(f"transformers cannot encode {probe!r} with the tokenizer: {error}") from error
+        if codec.in_template(template, probe) != expected:
             raise CheckpointError(
                 f"The tokenizer encodes {probe!r} in its template in a way that cannot be followed piece by piece."
             )

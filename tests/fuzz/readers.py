@@ -59,6 +59,7 @@ from flashu_compile.runtime.tensorrt_engine import (
 )
 from flashu_compile.runtime.verify import verify
 from tests.runtime.tiny_bundle import write_bundle, write_manifest
+from tests.support import tiny_lm
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
 Read = Callable[[Random], object]
@@ -308,9 +309,17 @@ def _evaluation_data(folder: Path) -> Reader:
     return Reader(paths, read)
 
 
+def _language_models(folder: Path) -> Reader:
+    tiny_lm.save(folder, tiny_lm.language_model(), tiny_lm.tokenizer())
+    names = ("config.json", "config.json", "generation_config.json", "generation_config.json")
+    others = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
+    paths = [folder / name for name in (*names, *others) if (folder / name).is_file()]
+    return Reader(paths, lambda _: load_model(folder))
+
+
 #: Each with the number of its cases among 48.
 READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
-    "load": (10, _loading),
+    "load": (8, _loading),
     "references": (1, _references),
     "reports": (4, _looking),
     "recipes": (6, _recipes),
@@ -325,4 +334,5 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "Wan VAEs": (1, _wan_vaes),
     "pickles": (2, _pickles),
     "evaluation data": (2, _evaluation_data),
+    "language models": (2, _language_models),
 }
