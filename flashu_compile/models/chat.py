@@ -89,7 +89,9 @@ def text_settings(
         stop_ids=_stop_ids(ends),
         max_question_tokens=question,
         max_new_tokens=answer,
-        repetition_penalty=arguments.number("repetition_penalty", penalty, 0, 1e4, CheckpointError, above=True),
+        repetition_penalty=arguments.number(
+            "repetition_penalty", penalty, 0, 1e4, CheckpointError, above=True
+        ),
         not_used=(
             *(f"{name} = {asked[name]!r}" for name in sorted(asked.keys() & _SAMPLING)),
             *_date(tokenizer),
@@ -130,7 +132,9 @@ def template_of(tokenizer: Any, codec: TextCodec) -> Template:
         try:
             expected = _as_transformers_does(tokenizer, probe)
         except Exception as error:  # whatever the library makes of odd settings
-            raise CheckpointError(f"transformers cannot encode {probe!r} with the tokenizer: {error}") from error
+            raise CheckpointError(
+                f"transformers cannot encode {probe!r} with the tokenizer: {error}"
+            ) from error
         if codec.in_template(template, probe) != expected:
             raise CheckpointError(
                 f"The tokenizer encodes {probe!r} in its template in a way that cannot be followed piece by piece."

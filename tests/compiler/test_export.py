@@ -249,11 +249,12 @@ def test_the_manifest_says_where_weights_come_from(tmp_path: Path, monkeypatch: 
         output = tmp_path / f"bundle-{cache}"
         bundle = flashu_compile.export("somebody/tiny@v1", "mmu", output=output, cache=tmp_path / "cache")
         made.append((output / "manifest.json").read_bytes())
-        sha256 = hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+        read = ("model.safetensors", "config.json")
+        hashes = {name: hashlib.sha256((snapshot / name).read_bytes()).hexdigest() for name in read}
         (origin,) = bundle.manifest.origins.values()
         assert (origin.repository, origin.revision, origin.license) == ("somebody/tiny", commit, "mit")
         assert origin.files is not None
-        assert {name: entry.sha256 for name, entry in origin.files.items()} == {"model.safetensors": sha256}
+        assert {name: entry.sha256 for name, entry in origin.files.items()} == hashes
     assert made[0] == made[1]
     assert set(asked) == {("somebody/tiny", "v1")}
 
