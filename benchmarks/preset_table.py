@@ -5,7 +5,7 @@
 
 Does for several bundles what `flashu-compile evaluate` does for one (`--split all --score agreement --score answers
 --score examples/showo2_shapes/scoring.py:score`, with as many workers as there are processors, one thread each), but
-draws for the exact side once. Finished recipes are in the JSON file, a rerun does the others; bundles are
+draws and answers for the exact side once. Finished recipes are in the JSON file, a rerun does the others; bundles are
 beside it in `<output>.work`, and so can be given to that command.
 """
 
@@ -52,6 +52,8 @@ class Table:
         self.samples = {task: data.chosen(task, ALL, 0) for task in TASKS}
         self._captured: CapturedModel | None = None
         self._sides: dict[str, Side] = {}
+        self._agreement: Agreement | None = None
+        self._figures: dict[str, float] = {}
 
     def row(self, recipe: str) -> dict[str, Any]:
         """What a recipe keeps, from a run before this if there was one."""
@@ -59,9 +61,10 @@ class Table:
         if key not in self.records.rows:
             started, ended = time.perf_counter(), time.process_time()
             own, exact = self._side(recipe), self._side(EXACT)
-            figures: dict[str, float] = {}
+            # One for all recipes: it keeps the answers of the exact side.
+            self._agreement = self._agreement or Agreement(exact, ANSWER_TOKENS, self._figures)
             scorers = [
-                Evaluator("agreement", Agreement(exact, ANSWER_TOKENS, figures), figures),
+                Evaluator("agreement", self._agreement, self._figures),
                 find_evaluator("answers"),
                 find_evaluator(SCORER),
             ]
@@ -71,7 +74,7 @@ class Table:
                 {
                     "recipe": recipe,
                     "parts": [dataclasses.asdict(part) for part in parts],
-                    "figures": figures,
+                    "figures": dict(self._figures),
                     "seconds": time.perf_counter() - started,
                     "processor_seconds": time.process_time() - ended,
                 },

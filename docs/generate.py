@@ -133,15 +133,14 @@ def pages() -> dict[Path, str]:
 
 def main() -> int | str:
     """Write the pages, or check them; return the exit code, or what to exit with."""
+    found = pages()
     stale = [
-        path
-        for path, text in pages().items()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
+        path for path, text in found.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
     if "--check" in sys.argv:
         names = ", ".join(path.name for path in stale)
         return f"out of date: {names}; run python docs/generate.py" if stale else 0
-    for path, text in pages().items():
+    for path, text in found.items():
         path.write_text(text, encoding="utf-8")
     return 0
 

@@ -7,8 +7,9 @@ limits; a batch is the prompt with guidance's second branch or without it, or th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from flashu_compile import arguments
 from flashu_compile.bundle.dimensions import evaluate, symbols
 from flashu_compile.bundle.manifest import (
     EngineSpec,
@@ -133,6 +134,23 @@ def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
     if {"batch", "suffix"} <= named:  # rows of answers
         ranges["batch"] = Range(1, 1, BATCH)
     return ranges
+
+
+def answer_length(
+    name: str, given: int | None, manifests: Sequence[Manifest], tasks: Sequence[str]
+) -> int | None:
+    """Return the length of answers in tokens: `given`, or `ANSWER_TOKENS`, or the bundles' longest if that is less.
+
+    None if none of the `tasks`, which every bundle has, answers questions. Raises `ConfigurationError`, naming the
+    argument, if a bundle gives no answers of that length.
+    """
+    settings = [manifest.answering(task) for manifest in manifests for task in tasks]
+    limits = [found.max_new_tokens for found in settings if found is not None]
+    if not limits:
+        return None
+    if given is None:
+        return min(ANSWER_TOKENS, *limits)
+    return arguments.integer(name, given, 1, min(limits))
 
 
 def _image_rows(manifest: Manifest) -> int:

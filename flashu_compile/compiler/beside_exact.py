@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, read_manifest
-from flashu_compile.bundle.profiles import ANSWER_TOKENS
+from flashu_compile.bundle.profiles import answer_length
 from flashu_compile.compiler.exact_bundles import exact_bundle, kept_exact_bundle
 from flashu_compile.errors import EvaluationError, FlashuError
 from flashu_compile.evaluation import intervals, judging, worker
@@ -48,15 +48,15 @@ class BesideExact:
 
     `large`: whether there is no time for it at all. `exact`: whether the bundle is an exact one itself, so that its
     times are all there is to measure. `build` makes the exact bundle at a path, if none is kept in `folder`;
-    `work_of_exact` is the work in that, in about a second of one core each. `seed` chooses samples, none of which has a
-    key in `calibrated_on`. After `figures`, `seen` are pictures for the page.
+    `work_of_exact` counts the work in that, in about a second of one core each. `seed` chooses samples, and none of
+    them has a key in `calibrated_on`. After `figures`, `seen` are pictures for the page.
     """
 
     large: bool
     exact: bool
     build: Callable[[Path], object]
     folder: Path | None
-    work_of_exact: float
+    work_of_exact: Callable[[], float]
     seed: int
     calibrated_on: frozenset[str]
     tell: Callable[[str], None]
@@ -76,8 +76,9 @@ class BesideExact:
                     others.append(stack.enter_context(self._exact_bundle(manifest)))
                 end = time.monotonic() + LIMIT
                 found["speed"] = self._speed([bundle, *others], manifest, provider, end)
-                if others and not set(neutral_data().tasks).isdisjoint(manifest.tasks):
-                    found["quality"] = self._quality(bundle, others[0], found["speed"], provider, end)
+                data = neutral_data()
+                if others and not set(data.tasks).isdisjoint(manifest.tasks):
+                    found["quality"] = self._quality(data, bundle, others[0], found["speed"], provider, end)
             except (FlashuError, OSError) as reason:  # the bundle itself was asked already, and is sound
                 found["left_out"] = str(reason)
         return found
@@ -85,7 +86,7 @@ class BesideExact:
     @contextlib.contextmanager
     def _exact_bundle(self, manifest: Manifest) -> Iterator[Path]:
         kept = kept_exact_bundle(manifest, self.folder)
-        if (kept is None or not (kept / MANIFEST).is_file()) and self.work_of_exact > LIMIT:
+        if (kept is None or not (kept / MANIFEST).is_file()) and self.work_of_exact() > LIMIT:
             raise EvaluationError(
                 "No exact bundle of this checkpoint is kept, and building one takes longer than a build is held up for."
             )
@@ -93,7 +94,8 @@ class BesideExact:
             yield path
 
     def _speed(self, paths: Sequence[Path], manifest: Manifest, provider: str, end: float) -> dict[str, Any]:
-        threads, tasks, tokens = default_threads(), manifest.tasks, _tokens(manifest)
+        threads, tasks = default_threads(), manifest.tasks
+        tokens = answer_length("tokens", None, [manifest], tasks)
         loading = {"provider": provider, "threads": threads, "trust": True}
         work = {"tasks": tasks, "steps": None, "tokens": tokens}
         sides = [
@@ -122,11 +124,11 @@ class BesideExact:
         }
 
     def _quality(
-        self, bundle: Path, other: Path, speed: dict[str, Any], provider: str, end: float
+        self, data: Data, bundle: Path, other: Path, speed: dict[str, Any], provider: str, end: float
     ) -> dict[str, Any]:
         from flashu_compile.evaluation.agreement import Agreement, similarity
 
-        threads, data = speed["threads"], neutral_data()
+        threads, tokens = speed["threads"], speed["tokens"]
         samples = self._affordable(data, speed, threads * (end - time.monotonic()))
         with contextlib.ExitStack() as stack:
             own, theirs = (
@@ -135,12 +137,11 @@ class BesideExact:
                     # One thread for each of several samples at a time: figures do not depend on how many.
                     stack.enter_context(closing(load(path, provider=provider, threads=1, trust=True))),
                     lambda stage, _: self.tell(stage),
-                    limit=ANSWER_TOKENS,
+                    limit=tokens,
                     workers=threads,
                 )
                 for title, path in ((_OWN, bundle), (_EXACT, other))
             )
-            tokens = speed["tokens"]
             agreement = Agreement(theirs, tokens, {})
             parts = judging.judge(own, theirs, samples, [Evaluator(AGREEMENT, agreement)], None)
             self.seen = tuple(
@@ -183,12 +184,6 @@ class BesideExact:
     def _was_seen(self, sample: Any) -> bool:
         words = canonical(sample.prompt) if isinstance(sample, PromptSample) else sample.key
         return not self.calibrated_on.isdisjoint((sample.key, words))
-
-
-def _tokens(manifest: Manifest) -> int | None:
-    settings = [manifest.answering(task) for task in manifest.tasks]
-    limits = [found.max_new_tokens for found in settings if found is not None]
-    return min(ANSWER_TOKENS, *limits) if limits else None
 
 
 def _told(cost: SideCost) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.threads import torch_threads
 
 
@@ -112,6 +113,17 @@ class CapturedModel:
             )
         specs = [spec for name in tasks or adapter.tasks for spec in adapter.captures(loaded, name)]
         return cls(loaded, {spec.name: CapturedProgram(spec, progress) for spec in specs})
+
+    @property
+    def points(self) -> int | None:
+        """The model's own number of time points, None without t2i."""
+        sampler = self.loaded.adapter.sampler(self.loaded)
+        return None if sampler is None else sampler.points
+
+    def resolved(self, recipe: Recipe) -> Recipe:
+        """Return `recipe` with the model's own sampler settings where it leaves them open."""
+        sampler = self.loaded.adapter.sampler(self.loaded)
+        return recipe if sampler is None else recipe.resolved(**dataclasses.asdict(sampler))
 
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
         """Return the programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""

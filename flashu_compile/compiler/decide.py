@@ -68,8 +68,7 @@ def decide(
     open and there are no samples.
     """
     loaded = source.loaded
-    if (own := loaded.adapter.sampler(loaded)) is not None:
-        recipe = recipe.resolved(**dataclasses.asdict(own))
+    recipe = source.resolved(recipe)
     undecided = [task for task in tasks if recipe.needs_calibration(task)]
     if not undecided:
         return recipe, {}

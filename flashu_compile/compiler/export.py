@@ -192,16 +192,14 @@ def export(
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
         maker, answers = maker.without_validation(), None
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
-    sampler = loaded.adapter.sampler(loaded)
-    points = None if sampler is None else sampler.points
     beside = BesideExact(
         large=work.on_copy,
-        exact=precise.is_exact and not any(decided.config(task).is_lossy(points) for task in tasks),
+        exact=precise.is_exact and not any(decided.config(task).is_lossy(source.points) for task in tasks),
         build=lambda path: export(
             source, tasks, output=path, cost_samples=0, backend=backend, cache=cache, proof=proof
         ),
         folder=None if kept is None else kept.directory / EXACT_BUNDLES,
-        work_of_exact=work.of_exact(),
+        work_of_exact=work.of_exact,
         seed=seed,
         calibrated_on=frozenset(map(canonical, measured.prompts)) if measured else frozenset(),
         tell=tell,
@@ -238,8 +236,7 @@ def _write(
     *,
     overwrite: bool,
 ) -> Manifest:
-    loaded, engines = inspection.source.loaded, built.engines
-    sampler = loaded.adapter.sampler(loaded)
+    loaded, engines, points = inspection.source.loaded, built.engines, inspection.source.points
     return write_bundle(
         directory,
         engines=engines.engines,
@@ -250,7 +247,7 @@ def _write(
         report={
             "engines": engines.statistics,
             "captured": built.captured,
-            **({} if sampler is None else {"published_points": sampler.points}),
+            **({} if points is None else {"published_points": points}),
             "passes": [dataclasses.asdict(record) for record in engines.records],
             **told,
         },

@@ -74,8 +74,7 @@ class BuildChecks:
 
     def _costs_by(self, open_once: Callable[[], Pipeline]) -> dict[str, Any]:
         figures: dict[str, Any] = {}
-        sampler = self.source.loaded.adapter.sampler(self.source.loaded)
-        points = None if sampler is None else sampler.points
+        points = self.source.points
         for task in self.tasks:
             if self.exact_precision and not self.recipe.config(task).is_lossy(points):
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.prompts import PromptCodec, TextCodec
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
@@ -23,7 +24,7 @@ from flashu_compile.passes.gather_tokens import GatherTokens
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.prune_ffn import PruneFFN
 from flashu_compile.passes.remove_layers import RemoveLayers
-from flashu_compile.program.program import Role
+from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.plan import engines_needed, variants
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.engine import Engines
@@ -116,6 +117,10 @@ class TextToImage:
             found.append(Job(DENOISE, pipelines.reuse(), then={REUSE: pipelines.reused()}, only=only))
         return tuple(found)
 
+    def _parts(self, source: CapturedModel) -> tuple[Program, PromptCodec, GenerationSettings]:
+        loaded = source.loaded
+        return source.programs[DENOISE].program, PromptCodec(loaded.tokenizer), metadata.generation(loaded)
+
     def calibrate(
         self,
         source: CapturedModel,
@@ -125,16 +130,11 @@ class TextToImage:
         progress: Callable[[int, int], None],
     ) -> Calibrated:
         """Calibrate on sampling trajectories of the prompts."""
-        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
-        program = source.programs[DENOISE].program
-        return calibrate_t2i(
-            program, codec, settings, recipe.t2i, samples.prompts, seed=seed, progress=progress
-        )
+        return calibrate_t2i(*self._parts(source), recipe.t2i, samples.prompts, seed=seed, progress=progress)
 
     def probe(self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]) -> Probe:
         """Probe trajectories of the prompts."""
-        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.generation(source.loaded)
-        return generation_probe(source.programs[DENOISE].program, codec, settings, recipe, samples)
+        return generation_probe(*self._parts(source), recipe, samples)
 
     def cost(
         self,
@@ -146,17 +146,16 @@ class TextToImage:
         tell: Callable[[str], None],
     ) -> Cost:
         """Measure final latents at equal seed against the published sampler."""
-        loaded = source.loaded
-        sampler = loaded.adapter.sampler(loaded)
-        assert sampler is not None, "its adapter has t2i"
+        program, codec, settings = self._parts(source)
+        assert source.points is not None, "its adapter has t2i"
         return picture_cost(
-            source.programs[DENOISE].program,
+            program,
             source.programs[VAE_DECODE].program,
             engines,
-            PromptCodec(loaded.tokenizer),
-            metadata.generation(loaded),
+            codec,
+            settings,
             recipe,
-            sampler.points,
+            source.points,
             samples,
             seed=seed,
             tell=tell,
@@ -178,6 +177,14 @@ class Understanding:
         passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
         return (Job(UNDERSTAND, passes, then={LANGUAGE: pipelines.decode()}),)
 
+    def _parts(self, source: CapturedModel) -> tuple[Program, PromptCodec, UnderstandingSettings]:
+        loaded = source.loaded
+        return (
+            source.programs[UNDERSTAND].program,
+            PromptCodec(loaded.tokenizer),
+            metadata.understanding(loaded),
+        )
+
     def calibrate(
         self,
         source: CapturedModel,
@@ -187,14 +194,11 @@ class Understanding:
         progress: Callable[[int, int], None],
     ) -> Calibrated:
         """Calibrate on the model's answers to the questions; `seed` does not matter."""
-        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
-        program = source.programs[UNDERSTAND].program
-        return calibrate_mmu(program, codec, settings, recipe.mmu, samples.questions, progress=progress)
+        return calibrate_mmu(*self._parts(source), recipe.mmu, samples.questions, progress=progress)
 
     def probe(self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]) -> Probe:
         """Probe the questions and their pictures."""
-        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
-        return understanding_probe(source.programs[UNDERSTAND].program, codec, settings, samples)
+        return understanding_probe(*self._parts(source), samples)
 
     def cost(
         self,
@@ -206,8 +210,7 @@ class Understanding:
         tell: Callable[[str], None],
     ) -> Cost:
         """Measure logits of the next token on teacher-forced answers."""
-        codec, settings = PromptCodec(source.loaded.tokenizer), metadata.understanding(source.loaded)
-        program = source.programs[UNDERSTAND].program
+        program, codec, settings = self._parts(source)
         return answer_cost(program, engines, codec, settings, recipe, samples, tell=tell)
 
 
@@ -223,6 +226,10 @@ class Completion:
         passes = pipelines.complete(kept=decided.kept_neurons, skipped=skipped)
         return (Job(COMPLETE, passes, only=(COMPLETE,), without=(Role.PREFIX_IDS,)),)
 
+    def _parts(self, source: CapturedModel) -> tuple[Program, TextCodec, TextSettings]:
+        loaded = source.loaded
+        return source.programs[COMPLETE].program, TextCodec(loaded.tokenizer), metadata.text(loaded)
+
     def calibrate(
         self,
         source: CapturedModel,
@@ -232,14 +239,11 @@ class Completion:
         progress: Callable[[int, int], None],
     ) -> Calibrated:
         """Calibrate on the model's answers to the prompts; `seed` does not matter."""
-        codec, settings = TextCodec(source.loaded.tokenizer), metadata.text(source.loaded)
-        program = source.programs[COMPLETE].program
-        return calibrate_text(program, codec, settings, recipe.text, samples.prompts, progress=progress)
+        return calibrate_text(*self._parts(source), recipe.text, samples.prompts, progress=progress)
 
     def probe(self, source: CapturedModel, recipe: Recipe, samples: Sequence[Any]) -> Probe:
         """Probe the prompts."""
-        codec, settings = TextCodec(source.loaded.tokenizer), metadata.text(source.loaded)
-        return text_probe(source.programs[COMPLETE].program, codec, settings, samples)
+        return text_probe(*self._parts(source), samples)
 
     def cost(
         self,
@@ -251,8 +255,7 @@ class Completion:
         tell: Callable[[str], None],
     ) -> Cost:
         """Measure logits of the next token on teacher-forced answers."""
-        codec, settings = TextCodec(source.loaded.tokenizer), metadata.text(source.loaded)
-        program = source.programs[COMPLETE].program
+        program, codec, settings = self._parts(source)
         return text_cost(program, engines, codec, settings, recipe, samples, tell=tell)
 
 

@@ -96,9 +96,7 @@ class BuildWork:
 
     def of_exact(self) -> float:
         """Count making the engines of the exact recipe, from programs that are captured already or not."""
-        sampler, recipe = self.source.loaded.adapter.sampler(self.source.loaded), Recipe("exact")
-        if sampler is not None:
-            recipe = recipe.resolved(**dataclasses.asdict(sampler))
+        recipe = self.source.resolved(Recipe("exact"))
         return sum(making_work(self.source, self.tasks, recipe).values())
 
     def check_steps(self, recipe: Recipe) -> Iterator[float]:
@@ -107,8 +105,7 @@ class BuildWork:
         return (min(number / expected, 0.99) for number in itertools.count())
 
     def _costs(self, recipe: Recipe) -> list[tuple[str, int]]:
-        sampler = self.source.loaded.adapter.sampler(self.source.loaded)
-        points = None if sampler is None else sampler.points
+        points = self.source.points
         lossy = [task for task in self.tasks if not self.exact or recipe.config(task).is_lossy(points)]
         return [(task, count) for task in lossy if (count := self.samples.get(task, 0))]
 

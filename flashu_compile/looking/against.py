@@ -10,7 +10,6 @@ from typing import Any
 
 from flashu_compile import arguments
 from flashu_compile.bundle.manifest import Manifest, read_manifest
-from flashu_compile.bundle.profiles import ANSWER_TOKENS
 from flashu_compile.errors import ConfigurationError, UnknownTaskError
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.system.paths import absolute
@@ -38,23 +37,6 @@ def common_tasks(asked: object, manifests: Sequence[Manifest], *, among: Sequenc
             f"{', '.join(common) or 'none'}."
         )
     return [name for name in TASKS if name in wanted]
-
-
-def answer_length(
-    name: str, given: int | None, manifests: Sequence[Manifest], tasks: Sequence[str]
-) -> int | None:
-    """Return the length of answers in tokens: `given`, or `ANSWER_TOKENS`, or the bundles' longest if that is less.
-
-    None if none of the `tasks`, which every bundle has, answers questions. Raises `ConfigurationError`, naming the
-    argument, if a bundle gives no answers of that length.
-    """
-    settings = [manifest.answering(task) for manifest in manifests for task in tasks]
-    limits = [found.max_new_tokens for found in settings if found is not None]
-    if not limits:
-        return None
-    if given is None:
-        return min(ANSWER_TOKENS, *limits)
-    return arguments.integer(name, given, 1, min(limits))
 
 
 @contextlib.contextmanager

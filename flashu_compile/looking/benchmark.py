@@ -12,13 +12,14 @@ from typing import Any
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_COUNT, LARGEST_POINTS, LARGEST_THREADS
 from flashu_compile.bundle.manifest import Manifest, read_manifest
+from flashu_compile.bundle.profiles import answer_length
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.evaluation import intervals
 from flashu_compile.evaluation.intervals import LEAST_ROUNDS, Median
 from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.timing import Side, SideCost, measure
 from flashu_compile.extras import naming_the_extra
-from flashu_compile.looking.against import Progress, answer_length, common_tasks, other_bundle
+from flashu_compile.looking.against import Progress, common_tasks, other_bundle
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
 from flashu_compile.system.threads import default_threads

@@ -14,6 +14,7 @@ from typing import Any
 
 from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT, LARGEST_THREADS
+from flashu_compile.bundle.profiles import answer_length
 from flashu_compile.errors import ConfigurationError, EvaluationError
 from flashu_compile.evaluation.data import Data, read_data
 from flashu_compile.evaluation.evaluators import AGREEMENT, ANSWERS, Evaluator, find_evaluator
@@ -21,7 +22,7 @@ from flashu_compile.evaluation.judging import Part, Rules, Side, judge
 from flashu_compile.evaluation.machine import machine
 from flashu_compile.evaluation.neutral import neutral_data
 from flashu_compile.evaluation.splits import HELD_OUT, check_split
-from flashu_compile.looking.against import EXACT, Progress, answer_length, common_tasks, other_bundle
+from flashu_compile.looking.against import EXACT, Progress, common_tasks, other_bundle
 from flashu_compile.looking.own_samples import OWN, own_data
 from flashu_compile.recipe.plan import engines_needed
 from flashu_compile.runtime.pipeline import Pipeline, load
@@ -140,8 +141,9 @@ def evaluate(
         "memory": memory,
         "trust": trust,
     }
-    found = given if against == EXACT else dict.fromkeys(given) if data == OWN else given
-    with _pipelines(bundle, against, found, loading, tell) as (own, theirs):
+    # With another side that is a bundle, they only say where the model's own samples are.
+    of_exact = dict.fromkeys(given) if data == OWN and against != EXACT else given
+    with _pipelines(bundle, against, of_exact, loading, tell) as (own, theirs):
         if equal_points:
             theirs = _on_the_plan_of(own, theirs)
         manifests = (own.manifest, theirs.manifest)

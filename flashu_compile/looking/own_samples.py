@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import RECIPE, Manifest, read_manifest
+from flashu_compile.bundle.manifest import RECIPE, read_manifest
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation.data import Data, read_data
 from flashu_compile.extras import naming_the_extra
@@ -46,7 +46,7 @@ def own_data(bundle: Path, given: Mapping[str, Any], tell: Any) -> Data:
             "data, or none for the neutral set."
         )
     found = read_data(_records(prompts, questions))
-    return Data(_title(manifest), found.prompts, found.questions)
+    return Data(f"the samples of {manifest.model}", found.prompts, found.questions)
 
 
 def _left(
@@ -76,7 +76,3 @@ def _left(
 def _records(prompts: Any, questions: Any) -> dict[str, Any]:
     asked = [{"image": image, "question": question} for image, question in questions]
     return {name: rows for name, rows in (("prompts", list(prompts)), ("questions", asked)) if rows}
-
-
-def _title(manifest: Manifest) -> str:
-    return f"the samples of {manifest.model}"

@@ -25,7 +25,7 @@ def beside(bundle: Path, **changes: Any) -> BesideExact:
         "folder": None,
         "calibrated_on": frozenset(),
         "build": lambda path: shutil.copytree(bundle, path, dirs_exist_ok=True),
-        "work_of_exact": 1.0,
+        "work_of_exact": lambda: 1.0,
         "seed": 0,
         "tell": lambda stage: None,
     }
@@ -62,7 +62,7 @@ def test_an_exact_bundle_is_timed_alone(bundle: Path) -> None:
 def test_what_takes_too_long_is_left_out_with_the_reason(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = beside(bundle, work_of_exact=beside_exact.LIMIT + 1)
+    slow = beside(bundle, work_of_exact=lambda: beside_exact.LIMIT + 1)
     assert slow.figures(bundle, "cpu")["left_out"].startswith("No exact bundle of this checkpoint is kept")
     monkeypatch.setattr(beside_exact, "LIMIT", 0.0)
     found = beside(bundle, exact=True).figures(bundle, "cpu")
