@@ -7,6 +7,7 @@ first token; its picture has not been seen before.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from benchmarks.cached_eager import CachedEager
 from benchmarks.geometries import SEED, VAE, random_model, token_pruning, understanding_defaults
 from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
-from benchmarks.subject import Subject
+from benchmarks.subject import Count, Subject
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import UnderstandingReference
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.pipeline import Pipeline
 
@@ -31,20 +33,24 @@ NEVER = -1  # an end token that no answer has: all answers are of full length
 
 def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     config = bundles.config
-    chosen = {"exact": "exact", "half_tokens": token_pruning(), "techniques": understanding_defaults(config)}
-    pipes = {
-        name: flashu_compile.load(bundles.path("mmu", recipe), threads=threads)
-        for name, recipe in chosen.items()
+    bundle_of: dict[str, tuple[str | Recipe, str]] = {
+        "exact": ("exact", "float32"),
+        "half_tokens": (token_pruning(), "float32"),
+        "techniques": (understanding_defaults(config), "float32"),
+        "techniques_int8": (understanding_defaults(config), "int8"),
     }
-    short = bundles.path("mmu", chosen["techniques"], "int8")
-    pipes["techniques_int8"] = flashu_compile.load(short, threads=threads)
+
+    @functools.cache
+    def pipe(name: str) -> Pipeline:
+        recipe, precision = bundle_of[name]
+        return flashu_compile.load(bundles.path("mmu", recipe, precision), threads=threads)
+
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     onednn = with_onednn(model)
-    codec = pipes["exact"].codec
+    codec = pipe("exact").codec
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
     side = config.latent_shape[1] * VAE.spatial_factor
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)
-    embeds = {name: _embeds(pipe, pixels) for name, pipe in pipes.items()}
     seen = CachedEager(model, VAE.encode(pixels))
 
     def published(network: Showo2) -> list[int]:
@@ -54,29 +60,37 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     def cached(network: Showo2, count: int = tokens) -> list[int]:
         return CachedEager(network, VAE.encode(pixels)).greedy(prefix, suffix, count, None)
 
+    @functools.cache
+    def embeds(name: str) -> np.ndarray:
+        return _embeds(pipe(name), pixels)
+
     def engines(name: str) -> list[int]:
-        pipe = pipes[name]
-        picture = decoding.Picture(pipe._engines, prefix, _embeds(pipe, pixels))
+        picture = decoding.Picture(pipe(name)._engines, prefix, _embeds(pipe(name), pixels))
         return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
 
     def prefill(name: str) -> np.ndarray:
-        picture = decoding.Picture(pipes[name]._engines, prefix, embeds[name])
+        picture = decoding.Picture(pipe(name)._engines, prefix, embeds(name))
         return picture.answers([suffix]).first()[0]
 
-    def check() -> dict[str, float]:
-        truth = UnderstandingReference(model, VAE.encode(pixels)).logits(
-            torch.tensor([prefix]), torch.tensor([suffix])
-        )
-        said, last = published(model), truth[0, -1].numpy()
-        return {
-            "first logits, exact against eager_uncached": relative(prefill("exact"), last),
-            "first logits, eager_cached against eager_uncached": relative(
-                seen.prefill(prefix, suffix)[0].numpy(), last
-            ),
-            "tokens of exact that differ from eager_uncached": _differing(engines("exact"), said),
-            "tokens of eager_cached that differ from eager_uncached": _differing(cached(model), said),
-            "tokens of eager_cached_onednn that differ from eager_uncached": _differing(cached(onednn), said),
-        }
+    @functools.cache
+    def first_logits() -> np.ndarray:
+        loop = UnderstandingReference(model, VAE.encode(pixels))
+        return loop.logits(torch.tensor([prefix]), torch.tensor([suffix]))[0, -1].numpy()
+
+    @functools.cache
+    def said() -> list[int]:
+        return published(model)
+
+    tokens_differ = "tokens of {} that differ from eager_uncached"
+    checks: dict[str, Count] = {
+        "first logits, exact against eager_uncached": lambda: relative(prefill("exact"), first_logits()),
+        "first logits, eager_cached against eager_uncached": lambda: relative(
+            seen.prefill(prefix, suffix)[0].numpy(), first_logits()
+        ),
+        tokens_differ.format("exact"): lambda: _differing(engines("exact"), said()),
+        tokens_differ.format("eager_cached"): lambda: _differing(cached(model), said()),
+        tokens_differ.format("eager_cached_onednn"): lambda: _differing(cached(onednn), said()),
+    }
 
     calls: dict[str, Any] = {
         "eager_uncached": lambda: published(model),
@@ -84,28 +98,31 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
         "eager_cached": lambda: cached(model),
         "eager_cached_onednn": lambda: cached(onednn),
         "eager_cached_bf16": lambda: cached(half),
-        **{name: lambda name=name: engines(name) for name in pipes},
+        **{name: lambda name=name: engines(name) for name in bundle_of},
         "prefill_eager": lambda: seen.prefill(prefix, suffix),
-        **{f"prefill_{name}": lambda name=name: prefill(name) for name in pipes},
+        **{f"prefill_{name}": lambda name=name: prefill(name) for name in bundle_of},
     }
     answers = [name for name in calls if name.startswith("eager")]
-    pairs = [(fast, slow) for fast in pipes for slow in answers]
+    pairs = [(fast, slow) for fast in bundle_of for slow in answers]
     pairs += [("half_tokens", "exact"), ("techniques", "exact")]
     pairs += [(fast, slow) for slow in answers for fast in answers if fast != slow]
     prefills = ("half_tokens", "techniques", "techniques_int8")
     pairs += [(f"prefill_{fast}", f"prefill_{slow}") for fast in prefills for slow in ("exact", "eager")]
     pairs += [("prefill_exact", "prefill_eager")]
-    counted = ("eager_uncached", "eager_cached", "prefill_eager")
 
-    def work() -> dict[str, float]:
-        done = {name: flops(calls[name]) for name in counted}
-        return done | {"eager_cached_bf16": done["eager_cached"]}
+    @functools.cache
+    def work(name: str) -> float:
+        return flops(calls[name])
 
-    def one_row() -> dict[str, float]:
-        decoded = flops(lambda: cached(model)) - flops(lambda: cached(model, 1))
-        return {"eager_cached": decoded, "eager_cached_bf16": decoded}
+    def decoded() -> float:
+        return work("eager_cached") - flops(lambda: cached(model, 1))
 
-    return Subject(calls, tuple(pairs), check, work, one_row)
+    counts: dict[str, Count] = {
+        name: lambda name=name: work(name) for name in ("eager_uncached", "eager_cached", "prefill_eager")
+    }
+    counts["eager_cached_bf16"] = counts["eager_cached"]
+    one_row: dict[str, Count] = dict.fromkeys(("eager_cached", "eager_cached_bf16"), decoded)
+    return Subject(calls, tuple(pairs), checks, counts, one_row)
 
 
 def _embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:

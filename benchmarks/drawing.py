@@ -6,7 +6,7 @@ Names end in the number of time points; there is one evaluation less. `onednn` i
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from benchmarks.geometries import SEED, published_defaults, random_model
 from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.published_patch import PublishedPatch
-from benchmarks.subject import Subject
+from benchmarks.subject import Count, Subject
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import GenerationReference, generate
@@ -66,51 +66,55 @@ def patch(model: Showo2, recipe: Recipe, pipe: Pipeline) -> PublishedPatch:
 def drawing(bundles: Bundles, threads: int) -> Subject:
     config = bundles.config
     recipe = published_defaults(config)
-    pipes = {
-        name: flashu_compile.load(bundles.path("t2i", chosen, precision), threads=threads)
-        for name, chosen, precision in (
-            ("exact", "exact", "float32"), ("flashu", recipe, "float32"),
-            ("exact_int8", "exact", "int8"), ("flashu_int8", recipe, "int8"),
-        )
+    bundle_of = {
+        "exact": ("exact", "float32"), "flashu": (recipe, "float32"),
+        "exact_int8": ("exact", "int8"), "flashu_int8": (recipe, "int8"),
     }  # fmt: skip
+
+    @functools.cache
+    def pipe(name: str) -> Pipeline:
+        chosen, precision = bundle_of[name]
+        return flashu_compile.load(bundles.path("t2i", chosen, precision), threads=threads)
+
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     onednn = with_onednn(model)
-    prompt = PaddedPrompt(pipes["exact"], config)
-    published = patch(model, recipe, pipes["flashu"])
-    published_onednn = patch(onednn, recipe, pipes["flashu"])
-    plans = {n: pipes["exact"].plan_for(steps=n, guidance_scale=GUIDANCE) for n in (35, 50)}
+    prompt = PaddedPrompt(pipe("exact"), config)
+    plans = {n: pipe("exact").plan_for(steps=n, guidance_scale=GUIDANCE) for n in (35, 50)}
 
     def eager(network: Showo2, points: int) -> torch.Tensor:
         return generate(
             network, prompt.rows, prompt.offsets, prompt.noise, points=points, guidance_scale=GUIDANCE
         ).latents
 
-    def patched(how: PublishedPatch) -> torch.Tensor:
-        return how.run(prompt.rows, prompt.offsets, prompt.noise)
+    @functools.cache
+    def published(network: Showo2) -> PublishedPatch:
+        return patch(network, recipe, pipe("flashu"))
 
-    def engines(name: str, plan: Any) -> np.ndarray:
-        pipe = pipes[name]
-        return sample(pipe._engines, plan, prompt.text, prompt.noise.numpy(), scheduled=pipe._schedules)
+    def patched(network: Showo2) -> torch.Tensor:
+        return published(network).run(prompt.rows, prompt.offsets, prompt.noise)
 
-    def check() -> dict[str, float]:
-        ours = {"exact": engines("exact", plans[35]), "flashu": engines("flashu", pipes["flashu"].plan)}
-        short = {
-            "exact": engines("exact_int8", plans[35]),
-            "flashu": engines("flashu_int8", pipes["flashu"].plan),
-        }
-        int8 = {f"{name}_int8_35 against {name}_35": relative(short[name], ours[name]) for name in ours}
-        return int8 | {
-            "exact_35 against eager_35": relative(ours["exact"], eager(model, 35).numpy()),
-            "exact_35 against eager_onednn_35": relative(ours["exact"], eager(onednn, 35).numpy()),
-            "flashu_35 against published_patch_35": relative(ours["flashu"], patched(published).numpy()),
-        }
+    def engines(name: str, points: int = 35) -> np.ndarray:
+        plan = pipe(name).plan if name.startswith("flashu") else plans[points]
+        used = pipe(name)
+        return sample(used._engines, plan, prompt.text, prompt.noise.numpy(), scheduled=used._schedules)
 
-    def work() -> dict[str, float]:
+    checks: dict[str, Count] = {
+        "exact_int8_35 against exact_35": lambda: relative(engines("exact_int8"), engines("exact")),
+        "flashu_int8_35 against flashu_35": lambda: relative(engines("flashu_int8"), engines("flashu")),
+        "exact_35 against eager_35": lambda: relative(engines("exact"), eager(model, 35).numpy()),
+        "exact_35 against eager_onednn_35": lambda: relative(engines("exact"), eager(onednn, 35).numpy()),
+        "flashu_35 against published_patch_35": lambda: relative(engines("flashu"), patched(model).numpy()),
+    }
+
+    @functools.cache
+    def step() -> float:
         reference = GenerationReference(model, prompt.rows, prompt.offsets)
-        batch = prompt.noise.expand(2, -1, -1, -1), torch.full((2,), 0.3)
-        step = flops(lambda: reference.step(*batch))
-        eagers = {f"eager{kind}_{n}": (n - 1) * step for kind in ("", "_bf16") for n in (50, 35)}
-        return eagers | {"published_patch_35": flops(lambda: patched(published))}
+        return flops(lambda: reference.step(prompt.noise.expand(2, -1, -1, -1), torch.full((2,), 0.3)))
+
+    counts: dict[str, Count] = {
+        f"eager{kind}_{n}": lambda n=n: (n - 1) * step() for kind in ("", "_bf16") for n in (50, 35)
+    }
+    counts["published_patch_35"] = lambda: flops(calls["published_patch_35"])
 
     calls = {
         "eager_50": lambda: eager(model, 50),
@@ -118,13 +122,13 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
         "eager_onednn_50": lambda: eager(onednn, 50),
         "eager_bf16_50": lambda: eager(half, 50),
         "eager_bf16_35": lambda: eager(half, 35),
-        "published_patch_35": lambda: patched(published),
-        "published_patch_onednn_35": lambda: patched(published_onednn),
-        "exact_50": lambda: engines("exact", plans[50]),
-        "exact_35": lambda: engines("exact", plans[35]),
-        "flashu_35": lambda: engines("flashu", pipes["flashu"].plan),
-        "exact_int8_50": lambda: engines("exact_int8", plans[50]),
-        "flashu_int8_35": lambda: engines("flashu_int8", pipes["flashu"].plan),
+        "published_patch_35": lambda: patched(model),
+        "published_patch_onednn_35": lambda: patched(onednn),
+        "exact_50": lambda: engines("exact", 50),
+        "exact_35": lambda: engines("exact"),
+        "flashu_35": lambda: engines("flashu"),
+        "exact_int8_50": lambda: engines("exact_int8", 50),
+        "flashu_int8_35": lambda: engines("flashu_int8"),
     }
     pairs = tuple((fast, slow) for slow in THEIRS for fast in (*OURS, *THEIRS) if fast != slow)
-    return Subject(calls, pairs, check, work)
+    return Subject(calls, pairs, checks, counts)

@@ -12,8 +12,8 @@ it: such work is also held against the peak of products of one row (`share_of_at
 kind would take at its peak, over the time it took).
 
 `--bundles DIR` keeps bundles and finished rounds: bundles are used again, and a run that was cut short goes on. Delete
-`*.rounds.json` there to measure anew. `--skip bf16` leaves out calls whose name the regular expression is found in: a
-processor without bfloat16 instructions takes a hundred times as long for them.
+`*.rounds.json` there to measure anew. `--skip bf16` leaves out calls and checks whose name the regular expression is
+found in, and bundles that no others need: a processor without bfloat16 instructions takes a hundred times as long.
 
 Before the first round everything runs about twice, to check results, to count work and to warm up. By the work there
 is, and supposing two cores that do 180 GFLOP/s, a round takes some 4 minutes for t2i (bench-small) and 1 for mmu
@@ -26,6 +26,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from benchmarks.drawing import drawing
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.measuring import machine, parser, report
 from benchmarks.rounds import Rounds, dtype_of
+from benchmarks.subject import Count
 
 TASKS = {"t2i": drawing, "mmu": answering}
 DEFAULT_GEOMETRY = {"t2i": "bench-small", "mmu": "bench-small-27"}
@@ -61,10 +63,11 @@ def measure(
     }
     code = {"compiler": compiler_digest(), "calls": list(subject.calls)}
     rounds = Rounds(folder, f"{task}-{geometry}", about | code)
-    errors = rounds.once("errors", subject.check)
+    errors = rounds.once("errors", lambda: _counted(subject.checks))
     for name, error in errors.items():
         print(f"  {name}: {error:.2g}", flush=True)
-    flops, one_row = rounds.once("flops", subject.flops), rounds.once("one_row", subject.one_row)
+    flops = rounds.once("flops", lambda: _counted(subject.flops))
+    one_row = rounds.once("one_row", lambda: _counted(subject.one_row))
     for call in subject.calls.values():  # engines load, and memory is taken
         call()
     rounds.run(subject.calls, repeats)
@@ -93,6 +96,10 @@ def measure(
         "share_of_attainable": shares(one_row),
         "ratios": {f"{fast} over {slow}": seconds[slow] / seconds[fast] for fast, slow in subject.pairs},
     }
+
+
+def _counted(counts: Mapping[str, Count]) -> dict[str, float]:
+    return {name: count() for name, count in counts.items()}
 
 
 def share_of_attainable(

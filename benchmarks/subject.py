@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from benchmarks.measuring import Call
+
+_T = TypeVar("_T")
+Count = Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,24 +20,28 @@ class Subject:
     Attributes:
         calls: what is timed. Calls that are compared do the same work, but for what the comparison is about.
         pairs: (fast, slow) of every ratio.
-        check: errors of some calls against others, by what is compared; it runs every call of them once.
-        flops: floating-point operations of calls in eager PyTorch, counted.
-        one_row: those of them that are done on one row at a time, where there are such.
+        checks: by what is compared, what gives the error of a call against another; each runs both once.
+        flops: by call in eager PyTorch, what counts its floating-point operations.
+        one_row: what counts those of them that are done on one row at a time, where there are such.
     """
 
     calls: Mapping[str, Call]
     pairs: tuple[tuple[str, str], ...]
-    check: Callable[[], dict[str, float]]
-    flops: Callable[[], dict[str, float]]
-    one_row: Callable[[], dict[str, float]] = dict
+    checks: Mapping[str, Count]
+    flops: Mapping[str, Count]
+    one_row: Mapping[str, Count] = dataclasses.field(default_factory=dict)
 
     def without(self, pattern: str) -> Subject:
-        """The same but for calls whose name the regular expression is found in."""
-        calls = {name: call for name, call in self.calls.items() if re.search(pattern, name) is None}
-        counted = self.flops
-        return dataclasses.replace(
-            self,
-            calls=calls,
+        """The same but for calls and checks whose name the regular expression is found in."""
+
+        def left(named: Mapping[str, _T]) -> dict[str, _T]:
+            return {name: value for name, value in named.items() if re.search(pattern, name) is None}
+
+        calls = left(self.calls)
+        return Subject(
+            calls,
             pairs=tuple(pair for pair in self.pairs if set(pair) <= calls.keys()),
-            flops=lambda: {name: work for name, work in counted().items() if name in calls},
+            checks=left(self.checks),
+            flops=left(self.flops),
+            one_row=left(self.one_row),
         )
