@@ -20,6 +20,7 @@ from benchmarks.geometries import SEED, VAE, random_model, token_pruning, unders
 from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.subject import Count, Subject
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.recipe.recipe import Recipe
@@ -28,7 +29,6 @@ from flashu_compile.runtime.pipeline import Pipeline
 
 TOKENS = 32
 QUESTION = "what is left of the blue square?"
-NEVER = -1  # an end token that no answer has: all answers are of full length
 
 
 def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
@@ -48,6 +48,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     onednn = with_onednn(model)
     codec = pipe("exact").codec
+    assert isinstance(codec, PromptCodec)
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
     side = config.latent_shape[1] * VAE.spatial_factor
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)
@@ -66,7 +67,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
 
     def engines(name: str) -> list[int]:
         picture = decoding.Picture(pipe(name)._engines, prefix, _embeds(pipe(name), pixels))
-        return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
+        return [token for _, token in decoding.tokens(picture, [suffix], (), tokens)]
 
     def prefill(name: str) -> np.ndarray:
         picture = decoding.Picture(pipe(name)._engines, prefix, embeds(name))
@@ -117,9 +118,8 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     def decoded() -> float:
         return work("eager_cached") - flops(lambda: cached(model, 1))
 
-    counts: dict[str, Count] = {
-        name: lambda name=name: work(name) for name in ("eager_uncached", "eager_cached", "prefill_eager")
-    }
+    counted = ("eager_uncached", "eager_cached", "prefill_eager")
+    counts: dict[str, Count] = {name: functools.partial(work, name) for name in counted}
     counts["eager_cached_bf16"] = counts["eager_cached"]
     one_row: dict[str, Count] = dict.fromkeys(("eager_cached", "eager_cached_bf16"), decoded)
     return Subject(calls, tuple(pairs), checks, counts, one_row)

@@ -156,7 +156,7 @@ class Measurement:
             threads=self.threads if self.provider == "cpu" else None,
             trust=True,
             backend=variant.runs,
-            **({"options": variant.options} if variant.options else {}),
+            options=variant.options or None,
         )
         prompt = PaddedPrompt(pipe, self.config)
         plan = pipe.plan_for(steps=self.points, guidance_scale=GUIDANCE)

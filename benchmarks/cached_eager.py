@@ -8,10 +8,11 @@ grouped heads, and the mask and rotary tables are built once. It shares no code 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashu_compile.models.showo2.modeling import RowTables, Showo2
 
@@ -90,7 +91,7 @@ class _Cache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-def _attention(module: nn.Module, x: Tensor, mask: Tensor | None, cache: _Cache, layer: int) -> Tensor:
+def _attention(module: Any, x: Tensor, mask: Tensor | None, cache: _Cache, layer: int) -> Tensor:
     rows, width = x.shape[1], module.head_dim
     query, key, value = (
         projection(x).unflatten(-1, (-1, width)).transpose(1, 2)

@@ -18,6 +18,7 @@ from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.published_patch import PublishedPatch
 from benchmarks.subject import Count, Subject
+from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import GenerationReference, generate
@@ -40,6 +41,7 @@ class PaddedPrompt:
     def __init__(self, pipe: Pipeline, config: Showo2Config, tokens: int = PROMPT_TOKENS) -> None:
         codec, facts = pipe.codec, pipe.manifest.generation
         assert facts is not None
+        assert isinstance(codec, PromptCodec)
         self.prompt = "x" * (tokens - len(codec.generation_prefix("", facts.max_prompt_tokens)))
         self.text = prompt_pair(codec, facts, self.prompt)
         rows = []
@@ -66,7 +68,7 @@ def patch(model: Showo2, recipe: Recipe, pipe: Pipeline) -> PublishedPatch:
 def drawing(bundles: Bundles, threads: int) -> Subject:
     config = bundles.config
     recipe = published_defaults(config)
-    bundle_of = {
+    bundle_of: dict[str, tuple[str | Recipe, str]] = {
         "exact": ("exact", "float32"), "flashu": (recipe, "float32"),
         "exact_int8": ("exact", "int8"), "flashu_int8": (recipe, "int8"),
     }  # fmt: skip
@@ -96,6 +98,7 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
     def engines(name: str, points: int = 35) -> np.ndarray:
         plan = pipe(name).plan if name.startswith("flashu") else plans[points]
         used = pipe(name)
+        assert plan is not None
         return sample(used._engines, plan, prompt.text, prompt.noise.numpy(), scheduled=used._schedules)
 
     checks: dict[str, Count] = {
@@ -111,8 +114,11 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
         reference = GenerationReference(model, prompt.rows, prompt.offsets)
         return flops(lambda: reference.step(prompt.noise.expand(2, -1, -1, -1), torch.full((2,), 0.3)))
 
+    def loop(points: int) -> float:
+        return (points - 1) * step()
+
     counts: dict[str, Count] = {
-        f"eager{kind}_{n}": lambda n=n: (n - 1) * step() for kind in ("", "_bf16") for n in (50, 35)
+        f"eager{kind}_{n}": functools.partial(loop, n) for kind in ("", "_bf16") for n in (50, 35)
     }
     counts["published_patch_35"] = lambda: flops(calls["published_patch_35"])
 

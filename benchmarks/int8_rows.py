@@ -65,8 +65,11 @@ def layer(form: str, depth: int, width: int) -> ModelProto:
     }
     for operator, given, made, attributes in FORMS[form]:
         own = operator == "MatMulNBits"
-        more = {"domain": "com.microsoft", "K": depth, "N": width} if own else {}
-        nodes.append(helper.make_node(operator, given.split(), made.split(), **attributes, **more))
+        domain = "com.microsoft" if own else None
+        sizes: dict[str, Any] = {"K": depth, "N": width} if own else {}
+        nodes.append(
+            helper.make_node(operator, given.split(), made.split(), domain=domain, **attributes, **sizes)
+        )
     read = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes,

@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 # First: it switches off the telemetry of onnxruntime, before that is imported.
 import flashu_compile  # isort: skip
 
@@ -47,6 +49,8 @@ def measure(bundle: Path, mode: str, threads: int) -> dict[str, float]:
     pipe.latents(PROMPT)
     second = time.perf_counter()
     now, peak = resident()
+    if before is None or now is None or peak is None:
+        raise SystemExit("This system does not tell how much memory a process holds.")
     return {
         "growth_bytes": now - before,
         "peak_growth_bytes": peak - before,
@@ -100,8 +104,7 @@ def compare(bundle: Path, repeats: int, threads: int) -> dict[str, Any]:
 
 def build(geometry: str, output: Path) -> Path:
     """A t2i bundle of the published decisions with random weights."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from geometries import GEOMETRIES, VAE, published_defaults, random_model, tokenizer
+    from benchmarks.geometries import GEOMETRIES, VAE, published_defaults, random_model, tokenizer
 
     config = GEOMETRIES[geometry]
     bundle = flashu_compile.export(

@@ -31,6 +31,7 @@ from benchmarks.geometries import GEOMETRIES, SEED, published_defaults, understa
 from benchmarks.measuring import engine_peak, machine, matmul_peak, parser, report
 from benchmarks.records import markdown_table, number
 from flashu_compile.evaluation.watching import WatchedEngines
+from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.pipeline import Pipeline
@@ -135,11 +136,15 @@ def main() -> None:
     options.add_argument("--bundles", type=Path, help="folder that keeps bundles")
     given = options.parse_args()
     config = GEOMETRIES[given.geometry]
-    makers = {"exact": lambda _: "exact", "flashu": published_defaults, "techniques": understanding_defaults}
+    makers: dict[str, Callable[[Showo2Config], str | Recipe]] = {
+        "exact": lambda _: "exact",
+        "flashu": published_defaults,
+        "techniques": understanding_defaults,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         bundle = given.bundle
         if bundle is None:
-            recipe: str | Recipe = makers[given.recipe](config)
+            recipe = makers[given.recipe](config)
             bundle = Bundles(given.bundles or Path(scratch), config).path(given.task, recipe)
         result = profile(bundle, given.task, given.repeats, given.threads)
     settings = {"bundle": bundle.name, "task": given.task, "threads": given.threads, "repeats": given.repeats}

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flashu_compile
-from benchmarks.engine_profile import WatchedEngines
 from benchmarks.geometries import SEED, published_defaults, tokenizer, understanding_defaults
 from benchmarks.measuring import machine, parser, report, seconds
 from benchmarks.memory import resident
 from flashu_compile.bundle.manifest import REPORT, WEIGHTS
+from flashu_compile.evaluation.watching import WatchedEngines
 from flashu_compile.models.showo2.config import configuration
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.wan_vae import WanVAE
@@ -48,7 +48,9 @@ def write_checkpoint(folder: Path) -> dict[str, Any]:
     import diffusers
 
     config = configuration(CONFIGURATION)
-    model, shard, placed, size, count = folder / "model", {}, {}, 0, 0
+    model, size, count = folder / "model", 0, 0
+    shard: dict[str, torch.Tensor] = {}
+    placed: dict[str, str] = {}
     model.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     with torch.device("meta"):
@@ -74,7 +76,8 @@ def write_checkpoint(folder: Path) -> dict[str, Any]:
     index = {"metadata": {}, "weight_map": placed}
     (model / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (model / "config.json").write_text(json.dumps({"_class_name": "Showo2Qwen2_5"}))
-    WanVAE(diffusers.AutoencoderKLWan(base_dim=8).eval()).save(folder / "vae")
+    vae: Any = diffusers.AutoencoderKLWan(base_dim=8)
+    WanVAE(vae.eval()).save(folder / "vae")
     tokenizer().save(str(folder / "tokenizer.json"))
     recipe = merge(published_defaults(config), understanding_defaults(config), "published")
     recipe.save(folder / "recipe.json")
@@ -96,7 +99,11 @@ def build(folder: Path, threads: int) -> dict[str, Any]:
 
     def progress(stage: str, fraction: float) -> None:
         stages.append((time.perf_counter() - started, stage))
-        print(f"  {stages[-1][0]:6.0f} s {resident()[0] / 1e9:5.1f} GB  {stage}", file=sys.stderr, flush=True)
+        print(
+            f"  {stages[-1][0]:6.0f} s {(resident()[0] or 0) / 1e9:5.1f} GB  {stage}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     bundle = flashu_compile.export(
         folder / "model",

@@ -50,8 +50,10 @@ def chosen_prompts(count: int, seed: int) -> list[PromptSpec]:
     Presets were chosen on those of seed 0. At equal `count`, no two seeds share a meaning.
     """
     taken = {canonical_key(spec) for spec in prompts(200)}
+    found: list[PromptSpec] = []
     for earlier in range(seed + 1):
-        rng, found = np.random.default_rng([71_000, earlier]), []
+        rng = np.random.default_rng([71_000, earlier])
+        found = []
         while len(found) < count:
             spec = sample_spec(rng, _SPLITS[len(found) % 2])
             if canonical_key(spec) not in taken:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from train import TOKENIZER, VAE, shapes_config
 
+from examples.showo2_shapes.train import TOKENIZER, VAE, shapes_config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.saving import save_model
 

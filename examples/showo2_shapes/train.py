@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +99,12 @@ def matmul_attention() -> Iterator[None]:
             weights = scores.softmax(-1)
         return weights @ value
 
-    fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
+    functions: Any = F  # PyTorch declares its parameters positionally
+    fused, functions.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = fused
+        functions.scaled_dot_product_attention = fused
 
 
 def generation_loss(model: Showo2, batch: GenerationBatch) -> Tensor:
@@ -111,6 +113,7 @@ def generation_loss(model: Showo2, batch: GenerationBatch) -> Tensor:
     weight = batch.t[:, None, None, None]
     with torch.autocast("cpu", torch.bfloat16):
         time_features, time_row = model.embed_time(batch.t)
+        assert time_row is not None, "the model embeds time"
         image = model.embed_image(weight * data + (1 - weight) * noise)
         rows = torch.cat([model.embed_text(batch.ids), time_row, image], dim=1)
         count, prefix = rows.shape[1], batch.ids.shape[1]
@@ -128,6 +131,7 @@ def question_loss(model: Showo2, batch: QuestionBatch) -> Tensor:
     image_rows = model.config.span_length
     with torch.autocast("cpu", torch.bfloat16):
         _, time_row = model.embed_time(torch.ones(size))
+        assert time_row is not None, "the model embeds time"
         image = model.embed_image(VAE.encode(batch.pixels))
         rows = torch.cat(
             [model.embed_text(batch.prefix), time_row, image, model.embed_text(batch.ids)], dim=1
@@ -159,7 +163,8 @@ def _packed_mask(config: Showo2Config, batch: QuestionBatch, prefix: int, rows: 
 
 def optimisers(model: Showo2, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the three stacks, Adam for embeddings, norms, modulations and projections."""
-    muon, adam = [], []
+    muon: list[Tensor] = []
+    adam: list[Tensor] = []
     for name, parameter in model.named_parameters():
         stack = name.startswith(("showo.model.layers.", "und_trans.layers.", "diffusion_head_a."))
         matrix = parameter.ndim == 2 and "adaLN" not in name
