@@ -89,10 +89,12 @@ def print_recipe(recipe: Recipe) -> None:
 
 def print_build(summary: Mapping[str, Any]) -> None:
     """Print the summary of a bundle just built: where, what, how big, cost of passes, distance from eager."""
+    from flashu_compile.measure.samples import NEUTRAL
     from flashu_compile.report.work import answers_text
 
     sizes = {name: size(value) for name, value in summary["sizes"].items()}
-    samples = (f"{task} on {row['samples']} samples" for task, row in summary["calibration"].items())
+    of = " of the neutral set" if summary["samples"]["origin"] == NEUTRAL else ""
+    samples = (f"{task} on {row['samples']} samples{of}" for task, row in summary["calibration"].items())
     print_pairs(
         {
             "bundle": summary["path"],

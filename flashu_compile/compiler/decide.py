@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,14 +13,17 @@ from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.tasks import COMPILED_TASKS
 from flashu_compile.compiler.work import calibrating, calibration_work
 from flashu_compile.errors import RecipeError
+from flashu_compile.evaluation.neutral import calibration_prompts, calibration_questions, calibration_texts
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import keep_budget
-from flashu_compile.measure.samples import CalibrationSamples, calibration_samples
+from flashu_compile.measure.samples import MODEL, NEUTRAL, CalibrationSamples, calibration_samples
 from flashu_compile.measure.sensitivity import SAMPLES, report
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import RECORDS
+from flashu_compile.tasks import T2I, TEXT
+
+_logger = logging.getLogger(__name__)
 
 
 def given_samples(
@@ -47,40 +51,53 @@ def given_samples(
 
 def own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
     """Return the calibration samples that come with the model, or None."""
-    return None if loaded.calibration is None else calibration_samples(loaded.calibration)
+    if loaded.calibration is None:
+        return None
+    return dataclasses.replace(calibration_samples(loaded.calibration), origin=MODEL)
+
+
+def neutral_samples(tasks: tuple[str, ...]) -> CalibrationSamples:
+    """Return calibration samples of our own, for models that come with none."""
+    prompts = calibration_texts() if TEXT.name in tasks and T2I.name not in tasks else calibration_prompts()
+    return CalibrationSamples(prompts, calibration_questions(), NEUTRAL)
+
+
+def samples_at_hand(
+    given: CalibrationSamples | None, loaded: LoadedModel, tasks: tuple[str, ...]
+) -> CalibrationSamples:
+    """Return the samples that were given, else the model's own, else neutral ones."""
+    return given or own_samples(loaded) or neutral_samples(tasks)
 
 
 def decide(
     recipe: Recipe,
     source: CapturedModel,
     tasks: tuple[str, ...],
-    given: CalibrationSamples | None,
+    samples: CalibrationSamples,
     count: int,
     seed: int,
     tell: ProgressReporter,
     later: Callable[[Recipe], Mapping[str, float]] = lambda recipe: {},
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Resolve the recipe by the model's sampler settings and take every decision; return it and its figures.
+    """Resolve the recipe by the model's sampler settings and take every decision on at most `count` of `samples`.
 
     `later` counts the work that comes after this, by the recipe with what is open still open.
 
-    The figures are what the decisions rest on, by task, for the report. Raises `RecipeError` if decisions are
-    open and there are no samples.
+    Returns the recipe and the figures that its decisions rest on, by task, for the report. Raises `CalibrationError` if
+    there are no samples of a task with open decisions.
     """
-    loaded = source.loaded
     recipe = source.resolved(recipe)
     undecided = [task for task in tasks if recipe.needs_calibration(task)]
     if not undecided:
         return recipe, {}
-    if given is None and loaded.calibration is None:
-        kinds = ", ".join(f"{record.sample_kind} for {record.name}" for record in RECORDS.values())
-        raise RecipeError(
-            f"Recipe {recipe.name!r} must be calibrated for {', '.join(undecided)}; pass `calibration` "
-            f"({kinds}) or a recipe with its decisions."
+    if samples.origin == NEUTRAL:
+        _logger.warning(
+            "%s comes with no samples, and none were given: what recipe %r leaves open is decided on a neutral set of "
+            "our own. For samples of your use, give calibration.",
+            source.loaded.name,
+            recipe.name,
         )
-    available = given or own_samples(loaded)
-    assert available is not None
-    chosen = available.chosen(count, seed)
+    chosen = samples.chosen(count, seed)
     decisions, figures = dict(recipe.decisions), {}
     counts = {task: len(chosen.of(task)) for task in undecided}
     tell.plan({**calibration_work(source, recipe, counts), **later(recipe)})

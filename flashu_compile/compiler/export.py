@@ -19,7 +19,7 @@ from flashu_compile.compiler.beside_exact import BesideExact
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
 from flashu_compile.compiler.captured import CapturedModel, ModelParts
-from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
+from flashu_compile.compiler.decide import decide, given_samples, measured_precision, samples_at_hand
 from flashu_compile.compiler.inspection import BuildChecks
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
@@ -33,7 +33,7 @@ from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import budgets
-from flashu_compile.measure.samples import DEFAULT_SAMPLES
+from flashu_compile.measure.samples import DEFAULT_SAMPLES, NEUTRAL
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
@@ -107,12 +107,11 @@ def export(
         recipe: the decisions to carry out: a Recipe, its file, or a preset ("exact" changes no output; "flashu",
             "balanced", "conservative" and "aggressive" do).
         calibration: what a recipe's open decisions are measured on: prompts for t2i and text, (image, question) pairs
-            for mmu; see `calibrate`.
+            for mmu; see `calibrate`. If not given, the model's own samples, or a neutral set where it has none.
         samples, seed: how many of them are used, and which; see `calibrate`.
         cost_samples: how many prompts (t2i, text) and questions (mmu) a lossy recipe's cost is measured on, for the
             report: each is run through the exact program in PyTorch too. Samples that calibration does not use come
-            first.
-            0 measures nothing.
+            first. 0 measures nothing, and nor does a model above 2 GiB of weights for which no samples are given.
         benchmark: time a picture and an answer, and compare samples with those of the exact bundle, for the report; it
             takes up to two minutes, and that of the exact bundle where none is kept. Times are never the same, and so
             the bytes of report and manifest are not.
@@ -170,16 +169,20 @@ def export(
     directory = named if output is not None else default_output(loaded.name, tasks)
     ensure_writable(directory, overwrite=overwrite)
 
-    measured = given or own_samples(loaded)
-    counts = {task: min(cost_samples, len(measured.of(task))) for task in tasks} if measured else {}
-    work = BuildWork(source, tasks, needs_copy(proof, loaded), wanted.is_exact, counts)
-    decided, figures = decide(chosen, source, tasks, given, samples, seed, tell, work.by)
+    measured = samples_at_hand(given, loaded, tasks)
+    on_copy, unmeasured = needs_copy(proof, loaded), "the build was told to measure on no samples"
+    if on_copy and measured.origin == NEUTRAL and cost_samples:
+        # Eager pictures of a large model take longer than its build.
+        cost_samples, unmeasured = 0, "the model is large, and no samples were given"
+    counts = {task: min(cost_samples, len(measured.of(task))) for task in tasks}
+    work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
+    decided, figures = decide(chosen, source, tasks, measured, samples, seed, tell, work.by)
     precise, losses = measured_precision(
         wanted,
         source,
         tasks,
         decided,
-        None if measured is None else measured.chosen(samples, seed),
+        measured.chosen(samples, seed),
         budget,
         tell,
     )
@@ -201,7 +204,7 @@ def export(
         folder=None if kept is None else kept.directory / EXACT_BUNDLES,
         work_of_exact=work.of_exact,
         seed=seed,
-        calibrated_on=frozenset(map(canonical, measured.prompts)) if measured else frozenset(),
+        calibrated_on=frozenset(map(canonical, measured.prompts)),
         tell=tell,
     )
     checked = work.check_steps(decided)
@@ -212,6 +215,7 @@ def export(
         samples=measured,
         calibrated_on=samples,
         measured_on=cost_samples,
+        unmeasured=unmeasured,
         seed=seed,
         tell=lambda stage: tell(stage, tell.within(CHECKING, next(checked))),
         exact_precision=precise.is_exact,
@@ -220,7 +224,7 @@ def export(
     )
     tell("writing the bundle", tell.within(CHECKING))
     metadata = bundle_metadata(loaded, tasks, backend, str(precise), decided.name)
-    drawn = {"count": samples, "seed": seed, "own": given is None}
+    drawn = {"count": samples, "seed": seed, "origin": measured.origin}
     told = {"calibration": figures, "samples": drawn, **losses, **validated}
     manifest = _write(directory, built, inspection, metadata, told, overwrite=overwrite)
     tell("done", 1.0)
@@ -280,7 +284,9 @@ def calibrate(
         task: the tasks to decide for.
         recipe: what is to be decided; a decision that is already there stays.
         calibration: a list of prompts (t2i, text), a list of (image, question) pairs (mmu), a mapping with "prompts"
-            and "questions", or the path of a JSON file with these; the model's own samples if it comes with some.
+            and "questions", or the path of a JSON file with these; if not given, the model's own
+            samples, or a neutral set of our own (prompts and pictures of coloured shapes, short texts) where it has
+            none.
         samples: the largest number of samples that are used.
         seed: chooses among more samples than that, and seeds the initial noise of trajectories.
         progress: called with (what is being done, fraction done in [0, 1]).
@@ -295,7 +301,9 @@ def calibrate(
     given = given_samples(chosen, tasks, calibration)
     tell = ProgressReporter(progress)
     source = _captured(model, tasks, tell, parts)
-    decided = decide(chosen, source, tasks, given, samples, seed, tell)[0]
+    decided = decide(
+        chosen, source, tasks, samples_at_hand(given, source.loaded, tasks), samples, seed, tell
+    )[0]
     source.loaded.check_unchanged()
     return decided
 

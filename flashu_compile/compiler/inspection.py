@@ -29,16 +29,17 @@ class BuildChecks:
     """Examines a bundle that has been written, and renders its page.
 
     `samples` are all that there are, of which calibration has (or would have) chosen `calibrated_on` with
-    `seed`; `measured_on` is how many the cost is measured on. `answers`, if given, asks the bundle; `beside_exact`, if
-    given, holds it against the exact one.
+    `seed`; `measured_on` is how many the cost is measured on, and `unmeasured` says why if that is none. `answers`, if
+    given, asks the bundle; `beside_exact`, if given, holds it against the exact one.
     """
 
     source: CapturedModel
     recipe: Recipe
     tasks: tuple[str, ...]
-    samples: CalibrationSamples | None
+    samples: CalibrationSamples
     calibrated_on: int
     measured_on: int
+    unmeasured: str
     seed: int
     tell: Callable[[str], None]
     exact_precision: bool = True
@@ -103,12 +104,10 @@ class BuildChecks:
 
     def _samples(self, task: str) -> tuple[tuple[Any, ...], bool]:
         """Return the samples to measure the cost on, and whether they were held out from calibration."""
-        if self.samples is None:
-            return (), False
         others = self.samples.held_out(self.calibrated_on, self.seed).of(task)
         return (others or self.samples.of(task))[: self.measured_on], bool(others)
 
     def _reason(self, task: str) -> str:
         if self.measured_on == 0:
-            return "the build was told to measure on no samples"
+            return self.unmeasured
         return f"there are no {RECORDS[task].sample_field} to measure it on; pass calibration"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from flashu_compile.evaluation.data import Data, read_data
 
 PROMPTS, PICTURES = 330, 330
+CALIBRATING = 40
 TITLE = "the neutral set"
-_SEED, _SIDE = 0, 256
+_SEED, _CALIBRATION_SEED, _SIDE = 0, 1, 256
 _COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
@@ -25,16 +28,38 @@ _SHAPES = ("circle", "square", "triangle")
 _OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _NUMBERS = ("two", "three", "four")
 _QUESTIONS = ("what color is the largest object?", "how many objects are there?", "what is in this picture?")
+_TEXTS = (
+    "What is the capital of Portugal?",
+    "Name three rivers that flow into the Black Sea.",
+    "How many minutes are there in a day?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about a lighthouse in winter.",
+    "Translate into French: the train leaves at half past seven.",
+    "What is 17 times 23?",
+    "List the ingredients of a simple tomato soup.",
+    "Give me a name for a small bakery, and say why it fits.",
+    "A farmer has 12 sheep and sells a third of them. How many are left?",
+    "Summarise what photosynthesis does for a child of ten.",
+    "Write a Python function that reverses a string.",
+    "What happened first, the printing press or the steam engine?",
+    "Correct the grammar: she have went to the market yesterday.",
+    "Which is heavier, a kilogram of iron or a kilogram of wool?",
+    "Describe the smell of rain on warm stone.",
+    "What does HTTP status 404 mean?",
+    "Plan a walk of one hour through an old town.",
+    "Say politely that a meeting has to be moved to Thursday.",
+    "If all roses are flowers and some flowers fade, do all roses fade?",
+    "Name a prime number between 90 and 100.",
+    "How does a vaccine work?",
+    "Turn into a list: apples, pears and, if there are any, plums.",
+    "Finish the sentence: the old clockmaker opened the drawer and",
+)
 
 
 def neutral_data() -> Data:
     """Return the neutral set: the same prompts and pictures every time. Its questions have no known answers."""
     rng = np.random.default_rng(_SEED)
-    prompts: dict[str, dict[str, str]] = {}
-    for record in _prompts(rng):
-        prompts.setdefault(record["key"], record)
-        if len(prompts) == PROMPTS:
-            break
+    prompts = _different(rng, PROMPTS)
     records: dict[str, Any] = {
         "prompts": list(prompts.values()),
         "questions": [
@@ -45,6 +70,36 @@ def neutral_data() -> Data:
     }
     read = read_data(records)
     return Data(TITLE, read.prompts, read.questions)
+
+
+def calibration_prompts() -> tuple[str, ...]:
+    """Return prompts to calibrate on, none of which means the same as one of `neutral_data`."""
+    judged = _different(np.random.default_rng(_SEED), PROMPTS)
+    drawn = _different(np.random.default_rng(_CALIBRATION_SEED), CALIBRATING, judged)
+    return tuple(record["prompt"] for record in drawn.values())
+
+
+def calibration_questions() -> tuple[tuple[NDArray[np.uint8], str], ...]:
+    """Return pictures with a question each to calibrate on, none of them in `neutral_data`."""
+    rng = np.random.default_rng(_CALIBRATION_SEED)
+    asked = itertools.islice(itertools.cycle(_QUESTIONS), CALIBRATING)
+    return tuple((np.asarray(_picture(rng)), question) for question in asked)
+
+
+def calibration_texts() -> tuple[str, ...]:
+    """Return questions without a picture to calibrate on."""
+    return _TEXTS
+
+
+def _different(rng: np.random.Generator, count: int, taken: Container[str] = ()) -> dict[str, dict[str, str]]:
+    """Draw `count` prompts of different meaning, by key, none of which is in `taken`."""
+    prompts: dict[str, dict[str, str]] = {}
+    for record in _prompts(rng):
+        if record["key"] not in taken:
+            prompts.setdefault(record["key"], record)
+        if len(prompts) == count:
+            break
+    return prompts
 
 
 def _prompts(rng: np.random.Generator) -> Iterator[dict[str, str]]:

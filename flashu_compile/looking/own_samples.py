@@ -64,13 +64,18 @@ def _left(
             f"The recipe of the bundle brought its decisions for {task}, and what they were calibrated on is not "
             "known; give data, or none for the neutral set."
         )
-    if not measured or (drawn is not None and not drawn["own"]):
+    if not measured or (drawn is not None and not _were_own(drawn)):
         return samples.of(task)
     if drawn is None:
         raise EvaluationError(
             "The bundle does not tell its calibration samples; give data, or build it again."
         )
     return samples.held_out(drawn["count"], drawn["seed"]).of(task)
+
+
+def _were_own(drawn: Mapping[str, Any]) -> bool:
+    """Tell whether the samples of a build came with the model."""
+    return drawn["origin"] == OWN if "origin" in drawn else bool(drawn.get("own"))
 
 
 def _records(prompts: Any, questions: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import RECORDS
 
 DEFAULT_SAMPLES = 20
+#: Where samples come from: the caller, the model, or a neutral set of our own.
+GIVEN, MODEL, NEUTRAL = "given", "model", "neutral"
 _WAYS = (
     "a list of prompts (t2i, text), a list of (image, question) pairs (mmu), a mapping with 'prompts' and 'questions', "
     "or the path of a JSON file with these"
@@ -25,10 +27,14 @@ _WAYS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CalibrationSamples:
-    """`prompts` for t2i and text; `questions` for mmu, as (image, question) pairs, with any image that `ask` takes."""
+    """`prompts` for t2i and text; `questions` for mmu, as (image, question) pairs, with any image that `ask` takes.
+
+    `origin` is `GIVEN`, `MODEL` or `NEUTRAL`.
+    """
 
     prompts: tuple[str, ...] = ()
     questions: tuple[tuple[Picture, str], ...] = ()
+    origin: str = GIVEN
 
     def of(self, task: str) -> tuple[Any, ...]:
         """Return the samples of one task."""
@@ -36,15 +42,18 @@ class CalibrationSamples:
 
     def chosen(self, count: int, seed: int) -> CalibrationSamples:
         """Choose at most `count` of each by `seed`, and keep their order."""
-        return CalibrationSamples(
-            tuple(_choose(self.prompts, count, seed)), tuple(_choose(self.questions, count, seed))
+        return dataclasses.replace(
+            self,
+            prompts=tuple(_choose(self.prompts, count, seed)),
+            questions=tuple(_choose(self.questions, count, seed)),
         )
 
     def held_out(self, count: int, seed: int) -> CalibrationSamples:
         """Return the samples that `chosen` leaves out."""
-        return CalibrationSamples(
-            tuple(_choose(self.prompts, count, seed, others=True)),
-            tuple(_choose(self.questions, count, seed, others=True)),
+        return dataclasses.replace(
+            self,
+            prompts=tuple(_choose(self.prompts, count, seed, others=True)),
+            questions=tuple(_choose(self.questions, count, seed, others=True)),
         )
 
 

@@ -40,12 +40,16 @@ class Pass(TypedDict, total=False):
     float64_error: float | None
 
 
-class Samples(TypedDict):
-    """The samples of a build: how many at most of a task `seed` chose, and whether they came with the model."""
+class Samples(TypedDict, total=False):
+    """The samples of a build: how many at most of a task `seed` chose, and where they come from (measure/samples.py).
 
-    count: Count
-    seed: Count
+    Older reports tell of `own` whether that is the model.
+    """
+
+    count: Required[Count]
+    seed: Required[Count]
     own: bool
+    origin: str
 
 
 class Proof(TypedDict):

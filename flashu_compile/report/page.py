@@ -65,6 +65,7 @@ def render(
     return template.render(
         manifest=manifest,
         report=report,
+        neutral=report.get("samples", {}).get("origin") == "neutral",
         tasks={task: RECORDS[task].title for task in manifest.tasks},
         recipe_rows=[dict(zip(COLUMNS, row, strict=True)) for row in recipe_rows(recipe, plan)],
         costs={task: _cost(report.get("cost", {}).get(task)) for task in manifest.tasks},

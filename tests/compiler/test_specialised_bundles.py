@@ -297,14 +297,6 @@ def test_understanding_equals_the_eager_twin(
 
 
 class TestErrors:
-    def test_a_lossy_recipe_without_samples(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="must be calibrated for t2i; pass `calibration`"):
-            flashu_compile.export(
-                cached_oracle("tiny").model, "t2i", recipe="flashu", output=tmp_path / "b",
-                vae=PaddedSpaceToDepth(), tokenizer=tokenizer(),
-            )  # fmt: skip
-        assert not (tmp_path / "b").exists()
-
     def test_samples_without_a_lossy_recipe(self) -> None:
         with pytest.raises(RecipeError, match="leaves nothing to decide"):
             flashu_compile.export(cached_oracle("tiny").model, "t2i", calibration=["a red circle"])

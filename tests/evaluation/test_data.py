@@ -13,7 +13,13 @@ from PIL import Image
 
 from flashu_compile.errors import EvaluationError, FlashuError
 from flashu_compile.evaluation.data import ASKED, read_data
-from flashu_compile.evaluation.neutral import PROMPTS, neutral_data
+from flashu_compile.evaluation.neutral import (
+    CALIBRATING,
+    PROMPTS,
+    calibration_prompts,
+    calibration_questions,
+    neutral_data,
+)
 from flashu_compile.evaluation.splits import ALL, SPLITS, canonical, split_of
 
 
@@ -171,3 +177,13 @@ def test_the_neutral_set_is_the_same_each_time_and_large_enough() -> None:
     assert data.sha256 == neutral_data().sha256
     for task in ("t2i", "mmu"):
         assert len({sample.key for sample in data.chosen(task, "held-out", 0)}) >= 200
+
+
+def test_neutral_samples_to_calibrate_on_are_none_of_those_to_judge_by() -> None:
+    data, prompts, questions = neutral_data(), calibration_prompts(), calibration_questions()
+    assert len(set(map(canonical, prompts))) == len(prompts) == CALIBRATING == len(questions)
+    judged = {canonical(sample.prompt) for sample in data.prompts}
+    assert judged.isdisjoint(map(canonical, prompts))
+    seen = {np.asarray(sample.image).tobytes() for sample in data.questions}
+    assert seen.isdisjoint(image.tobytes() for image, _ in questions)
+    assert prompts == calibration_prompts()

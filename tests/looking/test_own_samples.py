@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flashu_compile.recipe.recipe import Recipe
 from tests.runtime.tiny_bundle import accept_changes, edit_json, write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
 
+MODEL = {"origin": "model"}
 PROMPTS = [f"a shape of {number} corners" for number in range(8)]
 
 
@@ -29,11 +31,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def bundle_calibrated_on(count: int, folder: Path, *, own_ones: bool = True) -> Path:
+def bundle_calibrated_on(count: int, folder: Path, *, origin: Mapping[str, object] = MODEL) -> Path:
     bundle = write_bundle(folder / "bundle", ("t2i",))
     edit_json(bundle / "manifest.json", origins={})
     if count:
-        drawn = {"count": count, "seed": 3, "own": own_ones}
+        drawn = {"count": count, "seed": 3, **origin}
         edit_json(bundle / "report.json", calibration={"t2i": {"samples": count}}, samples=drawn)
         accept_changes(bundle, "report.json")
     return bundle
@@ -43,10 +45,11 @@ def own(bundle: Path, model: Path) -> Any:
     return own_data(bundle, {"model": model}, lambda stage, fraction: None)
 
 
-def test_those_that_calibration_left_out(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("origin", [MODEL, {"own": True}], ids=["", "an older report"])
+def test_those_that_calibration_left_out(origin: dict[str, object], checkpoint: Path, tmp_path: Path) -> None:
     from flashu_compile.measure.samples import CalibrationSamples
 
-    found = own(bundle_calibrated_on(5, tmp_path), checkpoint)
+    found = own(bundle_calibrated_on(5, tmp_path, origin=origin), checkpoint)
     left = CalibrationSamples(tuple(PROMPTS)).held_out(5, 3).prompts
     assert [sample.prompt for sample in found.prompts] == list(left)
     assert len(left) == 3
@@ -57,8 +60,11 @@ def test_all_of_them_where_nothing_was_calibrated(checkpoint: Path, tmp_path: Pa
     assert [sample.prompt for sample in own(bundle_calibrated_on(0, tmp_path), checkpoint).prompts] == PROMPTS
 
 
-def test_all_of_them_where_the_user_s_own_were_used(checkpoint: Path, tmp_path: Path) -> None:
-    bundle = bundle_calibrated_on(5, tmp_path, own_ones=False)
+@pytest.mark.parametrize("origin", [{"origin": "given"}, {"origin": "neutral"}, {"own": False}])
+def test_all_of_them_where_others_were_used(
+    origin: dict[str, object], checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = bundle_calibrated_on(5, tmp_path, origin=origin)
     assert [sample.prompt for sample in own(bundle, checkpoint).prompts] == PROMPTS
 
 
