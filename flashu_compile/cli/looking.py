@@ -20,6 +20,7 @@ from flashu_compile.cli.base import (
     Memory,
     Provider,
     ProviderOption,
+    Resolution,
     Threads,
     Tokenizer,
     Trust,
@@ -85,6 +86,7 @@ def inspect(
     vae: Vae = None,
     tokenizer: Tokenizer = None,
     llm_config: LlmConfig = None,
+    resolution: Resolution = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in a bundle: engines beside the programs they were made from, signatures, FLOPs by component.
@@ -99,10 +101,12 @@ def inspect(
             "--plan and --target are for bundles, --structure for models; give one of them."
         )
     if structure:
-        parts = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config}
+        parts = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config, "resolution": resolution}
         _inspect_model(target, task or (), parts, as_json=as_json)
-    elif task or vae or tokenizer or llm_config:
-        raise typer.BadParameter("--task, --vae, --tokenizer and --llm-config go with --structure.")
+    elif task or vae or tokenizer or llm_config or resolution:
+        raise typer.BadParameter(
+            "--task, --vae, --tokenizer, --llm-config and --resolution go with --structure."
+        )
     elif conversion is not None:
         inspect_target(absolute(target), conversion, as_json=as_json)
     else:

@@ -141,6 +141,7 @@ class TestHelp:
             ["recipe", "diff", "exact"],
             ["recipe", "merge", "exact", "flashu"],
             ["inspect", "DIR", "--task", "t2i"],
+            ["inspect", "DIR", "--resolution", "512"],
             ["inspect", "MODEL", "--structure", "--plan"],
             ["verify", "DIR", "--fix"],
         ],

@@ -309,6 +309,16 @@ class TestStructure:
         assert program["head"]["gives"] == ["velocity"]
         assert [row["what"] for row in program["not_found"]] == ["visual span"]
 
+    def test_at_another_size(self, checkpoint: Path) -> None:
+        def latents(*more: str) -> list[int]:
+            shown = run("inspect", checkpoint, "--structure", "--task", "t2i", "--json", *more).stdout
+            (program,) = json.loads(shown)
+            return next(given["shape"][-2:] for given in program["inputs"] if given["role"] == "latents")
+
+        height, width = latents()
+        pixels = f"{2 * width * VAE.spatial_factor}x{height * VAE.spatial_factor}"
+        assert latents("--resolution", pixels) == [height, 2 * width]
+
     def test_drawn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         empty = ProgramStructure(
             "understand", "mmu", (), (), (), None, None, (NotFound("visual span", "None."),)

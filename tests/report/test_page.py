@@ -129,6 +129,17 @@ def test_what_was_measured_beside_the_exact_bundle_comes_first() -> None:
     assert difference[0, 0].tolist() == [4 * 5, 4 * 5, 255]
 
 
+def test_rows_of_wide_tables_name_their_columns_where_they_are_stacked(page: str) -> None:
+    tables = re.findall(r'<table class="stacked">(.*?)</table>', page, re.DOTALL)
+    assert len(tables) >= 3
+    for table in tables:
+        titles = re.findall(r"<th[^>]*>([^<]*)</th>", table)
+        rows = re.findall(r"<tr[^>]*>(<td.*?)</tr>", table, re.DOTALL)
+        assert rows
+        for row in rows:
+            assert re.findall(r'data-label="([^"]*)"', row) == titles[1:]
+
+
 def test_what_was_not_measured_is_said_with_the_reason() -> None:
     recipe = small_report.recipe()
     left_out = {"left_out": "9 rounds would take 300 seconds here."}
