@@ -143,7 +143,7 @@ class FlashuTwin:
 
     @torch.inference_mode()
     def run(
-        self, text: Int[Tensor, "2 rows"], offsets: Int[Tensor, 2], noise: Float[Tensor, "1 c h w"]
+        self, text: Int[Tensor, "2 rows"], offsets: Int[Tensor, "2"], noise: Float[Tensor, "1 c h w"]
     ) -> TwinTrajectory:
         """Sample from `noise`. Rows of `text`: the prompt, the empty prompt; `offsets`: where their spans start."""
         both = _Sequence(self.model, text, offsets)
