@@ -7,6 +7,7 @@ python docs/generate.py --check     says which are out of date
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -17,7 +18,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flashu_compile
+from flashu_compile.compiler.export import Bundle
+from flashu_compile.evaluation.judging import Part
+from flashu_compile.evaluation.timing import SideCost, TaskTime
+from flashu_compile.looking.benchmark import Benchmark
+from flashu_compile.looking.comparison.compare import LayerComparison
+from flashu_compile.looking.evaluate import Evaluation
 from flashu_compile.recipe.config import CONFIGS
+from flashu_compile.recipe.plan import Step, StepPlan
 
 DOCS = Path(__file__).resolve().parent
 BEGIN, END = "<!-- parameters -->", "<!-- end of parameters -->"
@@ -34,8 +42,10 @@ ORDER = (
     "MMUConfig",
     "TextConfig",
 )
+RESULTS = (Bundle, Benchmark, SideCost, TaskTime, Evaluation, Part, LayerComparison, StepPlan, Step)
+_PROPERTIES = (property, functools.cached_property)
 _SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):\s*$")
-_ENTRY = re.compile(r"^    ([\w, *]+): (.*)$")
+_ENTRY = re.compile(r"^    (?! )([\w, *]+): (.*)$")
 
 
 def api() -> str:
@@ -44,11 +54,15 @@ def api() -> str:
     names = [*ORDER, *(name for name in sorted(public) if name not in ORDER)]
     parts = [
         "# Reference",
-        "What `import flashu_compile` offers. Made from docstrings by `docs/generate.py`.",
+        "What `import flashu_compile` offers, and at the end the types that it gives back. Errors are in "
+        "`flashu_compile.errors`, subclasses of `FlashuError`. Made from docstrings by `docs/generate.py`.",
     ]
-    for name in names:
+    given = {name: getattr(flashu_compile, name) for name in names} | {
+        kind.__name__: kind for kind in RESULTS
+    }
+    for name, value in given.items():
         parts.append(f"## {name}")
-        parts.extend(_described(name, getattr(flashu_compile, name)))
+        parts.extend(_described(name, value))
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,7 +72,13 @@ def _described(name: str, value: Any) -> Iterator[str]:
     yield _markdown(inspect.getdoc(value) or "")
     if inspect.isclass(value):
         for member, function in inspect.getmembers(value):
-            if not member.startswith("_") and inspect.getdoc(function) and member in vars(value):
+            described = inspect.isroutine(function) or isinstance(function, _PROPERTIES)
+            if (
+                described
+                and not member.startswith("_")
+                and inspect.getdoc(function)
+                and member in vars(value)
+            ):
                 yield f"### {name}.{member}"
                 if inspect.isroutine(function):
                     yield f"```python\n{_signature(member, function)}\n```"

@@ -7,9 +7,9 @@
     pipe.generate("a red circle left of a blue square", seed=0).save("out.png")
     pipe.ask("out.png", "what is left of the blue square?")
 
-`export`, `calibrate`, `capture_model` and `compare_layers` need the extra ``compile``; the rest needs the base
-installation only. Each name is imported when it is first used, so `import flashu_compile` is quick and needs no
-framework.
+`export`, `calibrate`, `capture_model`, `compare_layers`, and `benchmark` and `evaluate` against "exact" or "eager" need
+the extra ``compile``, `load` one of ``cpu`` and ``gpu``. Each name is imported when it is first used, so
+`import flashu_compile` is quick and needs no framework.
 """
 
 from __future__ import annotations

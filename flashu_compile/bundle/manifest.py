@@ -234,7 +234,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: Path) -> Manifest:
-        """Parse a manifest. Raises `BundleVersionError` on a newer schema, `BundleError` on anything malformed."""
+        """Parse a manifest. Raises `BundleVersionError` on another schema, `BundleError` on anything malformed."""
         data = reading.parse(text, str(where), BundleError, BUILD_AGAIN)
         schema = data.get("schema") if isinstance(data, dict) else None
         if type(schema) is not int:

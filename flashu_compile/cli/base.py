@@ -212,8 +212,9 @@ def main(
     """Compile a unified multimodal model into a bundle of inference engines, and use the bundle.
 
     A bundle is a folder. [bold]build[/] makes one from a checkpoint and a recipe, which [bold]calibrate[/]
-    completes; these two, [bold]inspect --structure[/] and [bold]verify --against[/] need the extra
-    [bold]flashu-compile\\[compile][/]. Everything else runs without PyTorch.
+    completes. [bold]generate[/], [bold]ask[/], [bold]verify[/], [bold]inspect[/], [bold]diff[/], [bold]recipe[/],
+    and [bold]benchmark[/] and [bold]evaluate[/] against another bundle run without PyTorch; what looks at a model
+    needs the extra [bold]flashu-compile\\[compile][/].
     """
 
 

@@ -58,7 +58,7 @@ Calibration = Annotated[
         metavar="FILE",
         help='What open decisions are measured on: JSON {"prompts": ["…"], "questions": [{"image": "path from '
         'the file", "question": "…"}]}; prompts for t2i and text, questions for mmu.',
-        show_default="the samples that come with the model",
+        show_default="the samples that come with the model, else a neutral set",
     ),
 ]
 Cache = Annotated[
@@ -249,7 +249,8 @@ def build(
 def calibrate(
     model: Model,
     task: Annotated[
-        list[str], typer.Option(help="What to decide for: t2i (text to image), mmu (questions). Repeatable.")
+        list[str],
+        typer.Option(help="What to decide for: t2i (text to image), mmu (questions), text. Repeatable."),
     ],
     output: RecipeOutput,
     recipe: Annotated[

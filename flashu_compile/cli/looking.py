@@ -80,7 +80,7 @@ def inspect(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --structure: the tasks to look at, t2i or mmu. Repeatable.", show_default="both"
+            help="With --structure: the tasks to look at, t2i, mmu or text. Repeatable.", show_default="all"
         ),
     ] = None,
     vae: Vae = None,

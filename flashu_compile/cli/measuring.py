@@ -48,7 +48,9 @@ OfModel = Annotated[
 ]
 OfTask = Annotated[
     list[str] | None,
-    typer.Option(help="Only this task: t2i or mmu. Repeatable.", show_default="all that both sides can do"),
+    typer.Option(
+        help="Only this task: t2i, mmu or text. Repeatable.", show_default="all that both sides can do"
+    ),
 ]
 Steps = Annotated[
     int | None,

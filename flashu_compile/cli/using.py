@@ -153,7 +153,7 @@ def ask(
 ) -> None:
     """Answer QUESTION about PICTURE, or without one. Of several, each stands above its answer, in the order asked.
 
-    What stands first is a question too where it stands alone, or where the bundle answers nothing about pictures.
+    Without a picture give questions alone: one, or any number where the bundle has the task text only.
     """
     pipeline = _load(
         bundle,

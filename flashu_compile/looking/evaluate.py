@@ -97,8 +97,9 @@ def evaluate(
         bundle: a bundle's directory, or a loaded one.
         against: the other side; "exact" is the exact bundle of the same checkpoint, which is built and kept in the
             user's cache (extra `compile`).
-        data: a JSON or JSONL file, a folder of pictures, or a mapping (see `read_data`); "model", the samples that come
-            with the model and that the bundle was not calibrated on (extra `compile`); a neutral set if not given.
+        data: a JSON or JSONL file, a folder of pictures, or a mapping (as in docs/measuring.md); "model", the samples
+            that come with the model and that the bundle was not calibrated on (extra `compile`); a neutral set if not
+            given.
         score: scorers: "agreement" (extra `evaluate`), "answers", "FILE.py:FUNCTION" or an `Evaluator`. If not given,
             "agreement", and "answers" where every question has one.
         task: what is judged, "t2i" or "mmu" or both; all that bundles and data have if not given.

@@ -92,7 +92,7 @@ class Recipe:
         return self.decisions.get(task, Decisions()).under(config)
 
     def plan(self, *, points: int | None = None, guidance_scale: float | None = None) -> StepPlan:
-        """Compile this recipe's step plan for t2i; see `compile_plan`."""
+        """Compile this recipe's step plan for t2i."""
         return compile_plan(self.t2i, self.decided(T2I.name), points=points, guidance_scale=guidance_scale)
 
     def needs_calibration(self, task: str) -> bool:

@@ -70,7 +70,7 @@ def load(
     what they were built for: `openvino` runs bundles built for `onnxruntime`, on its device that `provider` names.
 
     Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle, it is damaged, or not of `digest`,
-    `BundleVersionError` if its schema is newer, `BackendUnavailableError` if backend or provider do not work here,
+    `BundleVersionError` if its schema is another, `BackendUnavailableError` if backend or provider do not work here,
     `ConfigurationError` on an unknown provider, number of threads, memory mode, option or digest, or a need for trust.
     """
     directory = absolute(path)
