@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto
 from torch import Tensor, fx
@@ -28,6 +27,7 @@ from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.onnx import VALUES
 from flashu_compile.operators.int8 import INT8_LINEAR
 from flashu_compile.program.program import Program
+from flashu_compile.program.recording import recorded_values
 from flashu_compile.runtime.sessions import run_once
 from flashu_compile.system.threads import torch_threads
 
@@ -143,30 +143,14 @@ def _cut(graph: GraphProto, layers: list[_Layer]) -> None:
             graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
 
 
-class _Recording(fx.Interpreter):
-    """Runs a program and keeps the values of some nodes."""
-
-    def __init__(self, program: Program, nodes: Iterable[fx.Node]) -> None:
-        super().__init__(program.exported.graph_module)
-        self._wanted = {node.name: node for node in nodes}
-        self.values: dict[fx.Node, NDArray[Any]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._wanted:
-            self.values[self._wanted[n.name]] = value.numpy()
-        return value
-
-
 def _recorded(
     program: Program, inputs: Mapping[str, Tensor], layers: Iterable[_Layer]
 ) -> dict[fx.Node, NDArray[Any]]:
     """Run the program and return what every layer reads, gives and computes with."""
-    nodes = [n for x in layers for n in (x.node, x.source, *x.node.all_input_nodes)]
-    recording = _Recording(program, nodes)
-    with torch.inference_mode(), torch_threads(1):
-        program.run(inputs, recording)
-    return recording.values
+    nodes = {n.name: n for x in layers for n in (x.node, x.source, *x.node.all_input_nodes)}
+    with torch_threads(1):
+        found = recorded_values(program, inputs, nodes)
+    return {nodes[name]: value.numpy() for name, value in found.items()}
 
 
 def _check_integers(

@@ -72,16 +72,6 @@ class GatherTokens(Pass):
                 f"Unknown token scorer {self.scorer!r}; known ones are: {', '.join(SCORERS)}."
             )
 
-    def requires(self, program: Program) -> str | None:
-        """Return which structure of the program is missing for dropping tokens, or None if none is."""
-        if self.ratio == 0:
-            return None
-        try:
-            self._find(program)
-        except PassError as reason:
-            return str(reason)
-        return None
-
     def call(self, program: Program) -> PassResult:
         """Insert scores, top-k and the index of kept rows after the layer, and gather what is read after it."""
         if self.ratio == 0:

@@ -109,10 +109,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe at the output.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the recipe that makes pictures (t2i) as A does, and answers questions (mmu) as B does.
-
-    What they say of the task text is not taken over.
-    """
+    """Write the recipe that makes pictures (t2i) as A does, and answers questions (mmu, text) as B does."""
     from flashu_compile.recipe.recipe import merge as merged
 
     check_output(output, overwrite=overwrite)

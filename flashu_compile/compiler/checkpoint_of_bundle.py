@@ -10,12 +10,10 @@ from typing import Any, Unpack
 
 from flashu_compile.bundle.manifest import LLM_CONFIG, Manifest, Origin
 from flashu_compile.compiler.captured import CapturedModel, ModelParts
-from flashu_compile.compiler.decide import own_samples
 from flashu_compile.compiler.exact_bundles import exact_bundle
 from flashu_compile.compiler.export import export
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError, ConfigurationError
-from flashu_compile.measure.samples import CalibrationSamples
 from flashu_compile.system.paths import EXACT_BUNDLES, cache_folder
 
 _logger = logging.getLogger(__name__)
@@ -72,17 +70,6 @@ def checkpoint(
 
 def _hashes(files: Mapping[str, Any]) -> set[str]:
     return {entry.sha256 for entry in files.values()}
-
-
-def own_samples_of(
-    manifest: Manifest,
-    tell: ProgressReporter,
-    *,
-    model: str | Path | None = None,
-    **parts: Unpack[ModelParts],
-) -> CalibrationSamples | None:
-    """Return the samples that come with the checkpoint of a bundle, or None. Raises as `checkpoint` does."""
-    return own_samples(checkpoint(manifest, model, tell, **parts).loaded)
 
 
 @contextlib.contextmanager

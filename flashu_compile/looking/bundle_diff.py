@@ -18,6 +18,14 @@ from flashu_compile.system.paths import absolute
 _FACTS = ("model", "tasks", "backend", "precision")
 
 
+def bundle_recipe(files: BundleFiles) -> Recipe:
+    """Read the recipe of a bundle. Raises `BundleError` or `RecipeError` if it is damaged."""
+    for name in files.manifest.files:
+        if Path(name).stem == Path(RECIPE).stem:
+            files.path(name)  # its neurons lie in a file of their own
+    return Recipe.load(files.directory / RECIPE)
+
+
 class OpenBundle:
     """The parts of a bundle that describe it. Raises `BundleError` or `RecipeError` if one is damaged."""
 
@@ -25,10 +33,7 @@ class OpenBundle:
         directory = absolute(directory)
         self.manifest: Manifest = read_manifest(directory)
         files = BundleFiles(directory, self.manifest)
-        for name in self.manifest.files:
-            if Path(name).stem == Path(RECIPE).stem:
-                files.path(name)  # its neurons lie in a file of their own
-        self.recipe = Recipe.load(directory / RECIPE)
+        self.recipe = bundle_recipe(files)
         self.report = read_report(files)
         made = self.manifest.generation is not None
         self.plan = StepPlan.from_json(files.text(PLAN)) if made else None

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import RECIPE, read_manifest
+from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation.data import Data, read_data
 from flashu_compile.extras import naming_the_extra
+from flashu_compile.looking.bundle_diff import bundle_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_report
 from flashu_compile.tasks import MMU, T2I
@@ -27,15 +28,17 @@ def own_data(bundle: Path, given: Mapping[str, Any], tell: Any) -> Data:
     `given` says where the checkpoint is. Raises `EvaluationError` if there are none, and as loading a checkpoint does.
     """
     with naming_the_extra(f"Data {OWN!r}"):
-        from flashu_compile.compiler.checkpoint_of_bundle import own_samples_of
+        from flashu_compile.compiler.checkpoint_of_bundle import checkpoint
+        from flashu_compile.compiler.decide import own_samples
         from flashu_compile.compiler.progress import ProgressReporter
     manifest = read_manifest(bundle)
-    samples = own_samples_of(manifest, ProgressReporter(tell, within=True), **given)
+    samples = own_samples(checkpoint(manifest, tell=ProgressReporter(tell, within=True), **given).loaded)
     if samples is None:
         raise EvaluationError(
             f"{manifest.model} comes with no samples; give data, or none for the neutral set."
         )
-    report, recipe = read_report(BundleFiles(bundle, manifest)), Recipe.load(bundle / RECIPE)
+    files = BundleFiles(bundle, manifest)
+    report, recipe = read_report(files), bundle_recipe(files)
     prompts, questions = (
         _left(samples, task, report, recipe) if task in manifest.tasks else ()
         for task in (T2I.name, MMU.name)

@@ -34,7 +34,7 @@ from flashu_compile.recipe.config import (
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import MMU, T2I, TASKS
+from flashu_compile.tasks import MMU, T2I, TASKS, TEXT
 
 SCHEMA = 3
 _BEFORE = 2  # when all plans were as published
@@ -234,11 +234,11 @@ def recipe_path(path: str | os.PathLike[str]) -> Path:
 
 
 def merge(t2i: Recipe, mmu: Recipe, name: str | None = None) -> Recipe:
-    """Combine the t2i part of `t2i` with the mmu part of `mmu`; named after both unless `name` is given."""
+    """Combine the t2i part of `t2i` with the rest of `mmu`, what answers; named after both unless `name` is given."""
     own = t2i.name if t2i.name == mmu.name else f"{t2i.name}+{mmu.name}"
-    sources = {T2I.name: t2i, MMU.name: mmu}
+    sources = {T2I.name: t2i, MMU.name: mmu, TEXT.name: mmu}
     decisions = {task: r.decisions[task] for task, r in sources.items() if task in r.decisions}
-    return Recipe(own if name is None else name, t2i.t2i, mmu.mmu, decisions)
+    return dataclasses.replace(mmu, name=own if name is None else name, t2i=t2i.t2i, decisions=decisions)
 
 
 @dataclasses.dataclass(frozen=True)

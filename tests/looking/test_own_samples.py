@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import flashu_compile
-from flashu_compile.errors import ConfigurationError, EvaluationError
+from flashu_compile.errors import BundleError, ConfigurationError, EvaluationError
 from flashu_compile.looking.own_samples import own_data
 from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.recipe.config import T2IConfig
@@ -73,6 +73,9 @@ def test_decisions_of_unknown_origin_are_refused(checkpoint: Path, tmp_path: Pat
     config = T2IConfig(points=5, guidance_scale=3.0, time_shift=3.0, layer_skipping=0.5)
     recipe = Recipe("theirs", config, decisions={"t2i": Decisions(phases=(Phase(0.0, (1,)),))})
     (bundle / "recipe.json").write_text(recipe.to_json())
+    with pytest.raises(BundleError, match=r"recipe\.json is damaged"):
+        own(bundle, checkpoint)
+    accept_changes(bundle, "recipe.json")
     with pytest.raises(EvaluationError, match="what they were calibrated on is not known"):
         own(bundle, checkpoint)
 

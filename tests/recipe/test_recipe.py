@@ -170,6 +170,7 @@ class TestSwitches:
         assert recipe.decisions == {"t2i": RECIPE.decisions["t2i"]}
         assert merge(RECIPE, RECIPE) == RECIPE
         assert merge(RECIPE, RECIPE, "other").name == "other"
+        assert merge(RECIPE, preset("flashu")).text == preset("flashu").text != RECIPE.text
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import RECIPE
 from flashu_compile.compiler.captured import CapturedModel
-from flashu_compile.compiler.export import capture_model
+from flashu_compile.compiler.checkpoint_of_bundle import checkpoint
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.specialise import neuron_order
 from flashu_compile.compiler.tasks import jobs
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.looking.bundle_diff import bundle_recipe
 from flashu_compile.program.program import Program
-from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system.autocast import without_autocast
+from flashu_compile.system.threads import torch_threads
 
 
+@torch_threads(1)
+@without_autocast()
 def specialised_programs(
     files: BundleFiles,
     tasks: Sequence[str],
@@ -26,18 +29,18 @@ def specialised_programs(
 ) -> dict[str, Program]:
     """Make the programs of some of the bundle's tasks, by the names of the engines.
 
+    `model` and `parts` are as for `export`; a model of None is found by the name that the bundle records.
+
     Raises a `FlashuError` if the model cannot be loaded or does not fit the recipe.
     """
     if not isinstance(model, CapturedModel):
-        drawing = files.manifest.generation
-        size = None if drawing is None else drawing.picture_size
-        model = capture_model(model, tasks, resolution=size, **parts, progress=lambda stage, _: tell(stage))
+        model = checkpoint(files.manifest, model, ProgressReporter(lambda stage, _: tell(stage)), **parts)
     elif any(part is not None for part in parts.values()):
         raise ConfigurationError(
             "A captured model has its VAE, tokenizer and configuration; leave these out."
         )
     # Where neurons lie follows from what all tasks of the bundle keep.
-    order = neuron_order(_recipe(files), files.manifest.tasks, model.ordered_weights)
+    order = neuron_order(bundle_recipe(files), files.manifest.tasks, model.ordered_weights)
     programs: dict[str, Program] = {}
     for captured in model.of(tasks).values():
         (ordered,), _ = order.job(captured.spec).run(captured.program)
@@ -45,10 +48,3 @@ def specialised_programs(
             tell(f"{captured.spec.task}: making the programs of {job.name}")
             programs |= {program.name: program for program in job.run(ordered)[0]}
     return programs
-
-
-def _recipe(files: BundleFiles) -> Recipe:
-    for name in files.manifest.files:
-        if Path(name).stem == Path(RECIPE).stem:
-            files.path(name)  # its neurons lie in a file of their own
-    return Recipe.load(files.directory / RECIPE)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import EngineSpec
 from flashu_compile.bundle.signatures import check_inputs
-from flashu_compile.errors import BundleError, CheckpointError, ConfigurationError, InputError
+from flashu_compile.errors import BundleError, ConfigurationError, InputError
 from flashu_compile.extras import naming_the_extra
 from flashu_compile.looking.comparison.computation import Computation
 from flashu_compile.runtime.backends import DEFAULT, TORCH
@@ -111,16 +111,7 @@ class ModelSide:
     ) -> None:
         with naming_the_extra("Comparing against the model"):
             from flashu_compile.looking.comparison.model_programs import specialised_programs
-        name = files.manifest.model
-        try:
-            self.programs = specialised_programs(files, tasks, name if model is None else model, parts, tell)
-        except CheckpointError as error:
-            if model is not None:
-                raise
-            raise ConfigurationError(
-                f"{files.directory} was made of a model called {name!r}, which is not to be had by that name; say "
-                f"where it is: model=… (--model). {error}"
-            ) from error
+        self.programs = specialised_programs(files, tasks, model, parts, tell)
 
     def of(self, spec: EngineSpec, inputs: Inputs) -> Computation:
         """Return the values of the engine's program. Raises `BundleError` if it is missing or takes other inputs."""

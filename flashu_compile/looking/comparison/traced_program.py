@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from flashu_compile.looking.comparison.computation import Naming, Node
 from flashu_compile.passes.editing import module_path
 from flashu_compile.passes.provenance import passes_of
 from flashu_compile.program.program import Program
+from flashu_compile.program.recording import recorded_values
 
 
 class ProgramValues:
@@ -42,17 +43,15 @@ class ProgramValues:
 
     def compute(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Return the values by name. Raises `InputError` if the program does not run on the inputs."""
-        recorder = _Recorder(self.program.exported.graph_module, {self._places[name] for name in names})
         inputs = {name: torch.from_numpy(value) for name, value in self.inputs.items()}
         try:
-            with torch.inference_mode():
-                self.program.run(inputs, recorder)
+            found = recorded_values(self.program, inputs, {self._places[name] for name in names})
         except (RuntimeError, ValueError) as error:  # what torch raises where sizes do not fit
             raise InputError(
                 f"Program {self.program.name!r} does not run on the inputs that the bundle recorded: {error}; is this "
                 "the model that the bundle was made of?"
             ) from error
-        return {name: _array(recorder.found[self._places[name]]) for name in names}
+        return {name: _array(found[self._places[name]]) for name in names}
 
     def weight(self, name: str) -> NDArray[Any] | None:
         """Return a parameter, buffer or constant, or None if there is none of that name."""
@@ -69,21 +68,6 @@ class ProgramValues:
         inputs = tuple(self._name(source) for source in node.all_input_nodes)
         name = self._name(node)
         return Node(node.name, str(node.target), module_path(node), passes_of(node), inputs, (name,))
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the values of the nodes in `wanted`."""
-
-    def __init__(self, module: fx.GraphModule, wanted: Collection[str]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.found: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted:
-            self.found[n.name] = value
-        return value
 
 
 def _array(value: Any) -> NDArray[Any]:

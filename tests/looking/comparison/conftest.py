@@ -58,7 +58,7 @@ def traced(program: Program) -> CapturedProgram:
 def captured() -> CapturedModel:
     """Two programs in the place of a model's."""
     programs = {program.name: traced(program) for program in step_programs()}
-    return CapturedModel(SimpleNamespace(name="small"), programs)  # type: ignore[arg-type]
+    return CapturedModel(SimpleNamespace(name="small", origins={}), programs)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,7 @@ UP = "network.layers.1.up/Gemm"
 def named(captured: CapturedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model called "small" that can be had by its name."""
     known = {"small": captured}
-    monkeypatch.setattr(
-        "flashu_compile.looking.comparison.model_programs.capture_model", lambda model, *_, **__: known[model]
-    )
+    monkeypatch.setattr(CapturedModel, "load", lambda model, *_, **__: known[model])
 
 
 def test_a_healthy_bundle(bundle: Path) -> None:
