@@ -19,6 +19,7 @@ from benchmarks.geometries import SEED, VAE, random_model, token_pruning, unders
 from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.subject import Subject
+from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.runtime import decoding
@@ -26,7 +27,7 @@ from flashu_compile.runtime.pipeline import Pipeline
 
 TOKENS = 32
 QUESTION = "what is left of the blue square?"
-NEVER = -1  # an end token that no answer has: all answers are of full length
+NEVER: tuple[int, ...] = ()  # no end tokens: all answers are of full length
 
 
 def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
@@ -42,9 +43,8 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     onednn = with_onednn(model)
     codec = pipes["exact"].codec
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
-    side = config.latent_shape[1] * VAE.spatial_factor
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)
-    embeds = {name: _embeds(pipe, pixels) for name, pipe in pipes.items()}
+    pixels = random_pixels(config)
+    embeds = {name: picture_embeds(pipe, pixels) for name, pipe in pipes.items()}
     seen = CachedEager(model, VAE.encode(pixels))
 
     def published(network: Showo2) -> list[int]:
@@ -55,13 +55,10 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
         return CachedEager(network, VAE.encode(pixels)).greedy(prefix, suffix, count, None)
 
     def engines(name: str) -> list[int]:
-        pipe = pipes[name]
-        picture = decoding.Picture(pipe._engines, prefix, _embeds(pipe, pixels))
-        return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
+        return answer(pipes[name], pixels, tokens)
 
     def prefill(name: str) -> np.ndarray:
-        picture = decoding.Picture(pipes[name]._engines, prefix, embeds[name])
-        return picture.answers([suffix]).first()[0]
+        return first_logits(pipes[name], embeds[name])
 
     def check() -> dict[str, float]:
         truth = UnderstandingReference(model, VAE.encode(pixels)).logits(
@@ -108,8 +105,27 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     return Subject(calls, tuple(pairs), check, work, one_row)
 
 
-def _embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:
+def random_pixels(config: Showo2Config) -> torch.Tensor:
+    """A picture float32 [1, 3, height, width], in [-1, 1]."""
+    side = config.latent_shape[1] * VAE.spatial_factor
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)
+
+
+def picture_embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:
     return pipe._engines.engine("vision").run({"pixels": pixels.numpy()})["image_embeds"]
+
+
+def first_logits(pipe: Pipeline, embeds: np.ndarray) -> np.ndarray:
+    """Logits [vocab] of the first token that the engines answer, about a picture they have not seen."""
+    picture = decoding.Picture(pipe._engines, pipe.codec.question_prefix(), embeds)
+    return picture.answers([pipe.codec.question_suffix(QUESTION)]).first()[0]
+
+
+def answer(pipe: Pipeline, pixels: torch.Tensor, tokens: int) -> list[int]:
+    """An answer of so many tokens by the engines, from pixels on."""
+    picture = decoding.Picture(pipe._engines, pipe.codec.question_prefix(), picture_embeds(pipe, pixels))
+    suffix = pipe.codec.question_suffix(QUESTION)
+    return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
 
 
 def _differing(said: list[int], truth: list[int]) -> int:

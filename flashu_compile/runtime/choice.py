@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile import reading
+from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
 from flashu_compile.errors import CacheError, ConfigurationError, FlashuError, InputError
@@ -100,7 +101,7 @@ def choose(
         )
     folder = cache_folder(CHOICES)
     path = None if folder is None else folder / f"{_key(files, threads)}.json"
-    kept = None if path is None else _read(path)
+    kept = None if path is None else _kept(path)
     if kept is not None:
         _log.info("Backend of %s, as measured before: %s.", files.directory, kept)
         return kept
@@ -179,15 +180,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _read(path: Path) -> Choice | None:
-    if not path.exists():
-        return None
+def read_choice(path: Path) -> Choice:
+    """Read a choice that was kept. Raises `CacheError` on anything else."""
+    kept = reading.read_json(path, Choice, CacheError)
+    if kept.backend not in CANDIDATES:
+        raise CacheError(f"{path} names the backend {shown(kept.backend)}, which is none to choose.")
+    return kept
+
+
+def _kept(path: Path) -> Choice | None:
     try:
-        kept = reading.decode(reading.read_bytes(path, CacheError), Choice, str(path), CacheError)
+        return read_choice(path) if path.exists() else None
     except CacheError as error:
-        _log.warning("A kept choice of backend is damaged and measured anew: %s", error)
+        _log.warning("A choice of backend is damaged and made anew: %s", error)
         return None
-    return kept if kept.backend in CANDIDATES else None
 
 
 def _keep(path: Path, choice: Choice) -> None:
