@@ -8,9 +8,9 @@ published acceleration; `eight`, eight pictures, which eager code draws in one b
 `mmu`, an answer of `--tokens` about a picture. Random weights, one prompt with guidance.
 
 A row has the median of `--repeats` seconds behind two calls that do not count, the relative error of its values against
-the same work in float32 (latents, of the first picture; logits of the first token), and the bytes that it took of the
-device, from before it loaded to after it ran. What does not work is a row, too. A later run with the same `--output`
-goes on: rows that failed, or were running when it ended, come last. No row begins after `--minutes`.
+the same work in float32 (latents, of the first picture; logits of the first token), and the bytes of the device that it
+holds after it ran, with what its allocators keep. What does not work is a row, too. A later run with the same
+`--output` goes on: rows that failed, or were running when it ended, come last. No row begins after `--minutes`.
 
 `--bundles DIR` keeps bundles: `--build-only` makes them on any machine, and a run makes those that are missing, all at
 once, before the first row.
@@ -112,6 +112,8 @@ def _built(folder: Path, geometry: str, ask: Ask) -> str | None:
 def build(folder: Path, geometry: str, asked: Iterable[Ask]) -> dict[Ask, str]:
     """Build what is missing, each on one core, as many at once as there are. Gives failures."""
     wanted = list(dict.fromkeys(asked))
+    if not wanted:
+        return {}
     workers = min(len(wanted), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         told = list(pool.map(functools.partial(_built, folder, geometry), wanted))
@@ -137,13 +139,18 @@ class Works:
         self._truths: dict[str, np.ndarray] = {}
 
     def used(self) -> int:
-        """Bytes of the device that are taken; on a CPU, those of this process."""
-        gc.collect()
+        """Bytes of the device that are taken, what allocators keep included; on a CPU, those of this process."""
         if self.device != "cuda":
             return resident()[0] or 0
-        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return total - free
+
+    def forget(self) -> None:
+        """Give back what earlier rows have left."""
+        torch._dynamo.reset()  # which holds compiled code, and its graphs' memory
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def truth(self, work: str) -> np.ndarray:
         """The values of a work in float32."""
@@ -161,7 +168,6 @@ class Works:
         else:
             with self._load(ask, VARIANTS["cuda"][how].options) as pipe:
                 yield self._engines(work, pipe)
-        torch._dynamo.reset()  # which holds compiled code, and its graphs' memory
 
     def _load(self, ask: Ask, options: Any) -> Pipeline:
         if self.device == "cpu":  # which has no CUDA graphs
@@ -239,7 +245,9 @@ def pictures(
 
 def run_row(works: Works, work: str, how: str, repeats: int) -> dict[str, Any]:
     """Time one row, and hold its values against float32."""
-    truth, before, started = works.truth(work), works.used(), time.perf_counter()
+    truth = works.truth(work)
+    works.forget()
+    before, started = works.used(), time.perf_counter()
     with works.doing(work, how) as doing:
         for _ in range(
             2
@@ -294,6 +302,8 @@ def measure(given: argparse.Namespace, folder: Path, output: Path) -> Records:
     records = opened(output, setting)
     todo = order(records.rows)
     failures = build(folder, given.geometry, filter(None, (ask_of(*pair) for pair in todo)))
+    if not todo:
+        return records
     works = Works(given.device, given.geometry, given.points, given.tokens, folder)
     for work, how in todo:
         key, ask = f"{work}/{how}", ask_of(work, how)
@@ -347,6 +357,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     torch.set_num_threads(given.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what the rows are held against
     place_inductor()
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.bundles or Path(scratch)

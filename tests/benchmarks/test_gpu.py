@@ -88,7 +88,7 @@ def test_rows_of_another_setting_are_not_continued(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_of_it_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "gpu.json"
-    command = ["gpu.py", "--dry-run", "--bundles", str(tmp_path), "--output", str(output)]
+    command = ["gpu.py", "--dry-run", "--minutes", "60", "--bundles", str(tmp_path), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", command)
     gpu.main()
     done = json.loads(output.read_text())

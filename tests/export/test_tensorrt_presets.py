@@ -29,6 +29,12 @@ def captured() -> CapturedModel:
     return capture_model(tiny_model(llm=llm), TASKS, vae=VAE, tokenizer=tokenizer())
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines that presets have in common are made once."""
+    return tmp_path_factory.mktemp("engines")
+
+
 def operators(bundle: Path) -> set[str]:
     graphs = (
         onnx.load(bundle / spec.file, load_external_data=False) for spec in read_manifest(bundle).engines
@@ -47,7 +53,7 @@ def questions(folder: Path) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_the_lists_have_no_objection_to_a_preset(
-    captured: CapturedModel, tmp_path: Path, preset: str, precision: str
+    captured: CapturedModel, kept: Path, tmp_path: Path, preset: str, precision: str
 ) -> None:
     samples = {**SAMPLES, "questions": questions(tmp_path)}
     bundle = flashu_compile.export(
@@ -56,8 +62,9 @@ def test_the_lists_have_no_objection_to_a_preset(
         recipe=preset,
         precision=precision,
         calibration=None if preset == "exact" else samples,
+        samples=2,
         cost_samples=0,
-        cache=False,
+        cache=kept,
         output=tmp_path / "bundle",
     )
     conversions = inspect_bundle(bundle.path)
@@ -69,7 +76,7 @@ def test_the_lists_have_no_objection_to_a_preset(
 
 @pytest.mark.parametrize("preset", ["exact", "flashu"])
 def test_the_bundled_model_has_the_same_operators(
-    captured: CapturedModel, tmp_path: Path, preset: str
+    captured: CapturedModel, kept: Path, tmp_path: Path, preset: str
 ) -> None:
     """What the small model's bundles show holds for a real one's."""
     samples = {**SAMPLES, "questions": questions(tmp_path)}
@@ -79,9 +86,9 @@ def test_the_bundled_model_has_the_same_operators(
             TASKS,
             recipe=preset,
             calibration=given,
-            cost_samples=0,
-            cache=False,
             samples=2,
+            cost_samples=0,
+            cache=kept,
             output=tmp_path / name,
         )
         for name, model, given in (
