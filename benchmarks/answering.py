@@ -21,6 +21,7 @@ from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.subject import Count, Subject
 from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.recipe.recipe import Recipe
@@ -29,6 +30,7 @@ from flashu_compile.runtime.pipeline import Pipeline
 
 TOKENS = 32
 QUESTION = "what is left of the blue square?"
+NEVER: tuple[int, ...] = ()  # no end tokens: all answers are of full length
 
 
 def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
@@ -50,8 +52,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     codec = pipe("exact").codec
     assert isinstance(codec, PromptCodec)
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
-    side = config.latent_shape[1] * VAE.spatial_factor
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)
+    pixels = random_pixels(config)
     seen = CachedEager(model, VAE.encode(pixels))
 
     def published(network: Showo2) -> list[int]:
@@ -63,18 +64,16 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
 
     @functools.cache
     def embeds(name: str) -> np.ndarray:
-        return _embeds(pipe(name), pixels)
+        return picture_embeds(pipe(name), pixels)
 
     def engines(name: str) -> list[int]:
-        picture = decoding.Picture(pipe(name)._engines, prefix, _embeds(pipe(name), pixels))
-        return [token for _, token in decoding.tokens(picture, [suffix], (), tokens)]
+        return answer(pipe(name), pixels, tokens)
 
     def prefill(name: str) -> np.ndarray:
-        picture = decoding.Picture(pipe(name)._engines, prefix, embeds(name))
-        return picture.answers([suffix]).first()[0]
+        return first_logits(pipe(name), embeds(name))
 
     @functools.cache
-    def first_logits() -> np.ndarray:
+    def truth() -> np.ndarray:
         loop = UnderstandingReference(model, VAE.encode(pixels))
         return loop.logits(torch.tensor([prefix]), torch.tensor([suffix]))[0, -1].numpy()
 
@@ -84,9 +83,9 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
 
     tokens_differ = "tokens of {} that differ from eager_uncached"
     checks: dict[str, Count] = {
-        "first logits, exact against eager_uncached": lambda: relative(prefill("exact"), first_logits()),
+        "first logits, exact against eager_uncached": lambda: relative(prefill("exact"), truth()),
         "first logits, eager_cached against eager_uncached": lambda: relative(
-            seen.prefill(prefix, suffix)[0].numpy(), first_logits()
+            seen.prefill(prefix, suffix)[0].numpy(), truth()
         ),
         tokens_differ.format("exact"): lambda: _differing(engines("exact"), said()),
         tokens_differ.format("eager_cached"): lambda: _differing(cached(model), said()),
@@ -125,8 +124,27 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     return Subject(calls, tuple(pairs), checks, counts, one_row)
 
 
-def _embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:
+def random_pixels(config: Showo2Config) -> torch.Tensor:
+    """A picture float32 [1, 3, height, width], in [-1, 1]."""
+    side = config.latent_shape[1] * VAE.spatial_factor
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)
+
+
+def picture_embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:
     return pipe._engines.engine("vision").run({"pixels": pixels.numpy()})["image_embeds"]
+
+
+def first_logits(pipe: Pipeline, embeds: np.ndarray) -> np.ndarray:
+    """Logits [vocab] of the first token that the engines answer, about a picture they have not seen."""
+    picture = decoding.Picture(pipe._engines, pipe.codec.question_prefix(), embeds)
+    return picture.answers([pipe.codec.question_suffix(QUESTION)]).first()[0]
+
+
+def answer(pipe: Pipeline, pixels: torch.Tensor, tokens: int) -> list[int]:
+    """An answer of so many tokens by the engines, from pixels on."""
+    picture = decoding.Picture(pipe._engines, pipe.codec.question_prefix(), picture_embeds(pipe, pixels))
+    suffix = pipe.codec.question_suffix(QUESTION)
+    return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
 
 
 def _differing(said: list[int], truth: list[int]) -> int:

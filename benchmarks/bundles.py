@@ -29,11 +29,15 @@ class Bundles:
         self.build_seconds: dict[str, float] = {}  # by recipe; the model is traced before, once
         self._captured: dict[str, CapturedModel] = {}
 
-    def path(self, task: str, recipe: str | Recipe, precision: str = "float32") -> Path:
+    def path(
+        self, task: str, recipe: str | Recipe, precision: str = "float32", backend: str = "onnxruntime"
+    ) -> Path:
         """The bundle's folder, built if it is not there."""
         chosen = find_recipe(recipe)
-        name = digest(self.config.to_dict(), task, recipe_digest(chosen, task), precision, compiler_digest())
-        title = f"{chosen.name}_{precision}" if precision != "float32" else chosen.name
+        built_by = [] if backend == "onnxruntime" else [backend]
+        model = [self.config.to_dict(), task, recipe_digest(chosen, task), precision]
+        name = digest(*model, *built_by, compiler_digest())
+        title = "_".join([chosen.name, *[precision] * (precision != "float32"), *built_by])
         path, note = self.folder / f"{task}-{title}-{name}", self.folder / f"{task}-{title}-{name}.json"
         if not (path / MANIFEST).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +48,15 @@ class Bundles:
                 )
             model = self._captured[task]
             taken, _ = seconds(
-                lambda: export(model, task, recipe=chosen, precision=precision, output=path, cache=False)
+                lambda: export(
+                    model,
+                    task,
+                    recipe=chosen,
+                    precision=precision,
+                    backend=backend,
+                    output=path,
+                    cache=False,
+                )
             )
             write_atomically(note, lambda draft: draft.write_text(json.dumps({"seconds": taken})))
         if note.is_file():

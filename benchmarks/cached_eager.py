@@ -18,12 +18,13 @@ from flashu_compile.models.showo2.modeling import RowTables, Showo2
 
 
 class CachedEager:
-    """Greedy answers to questions about one picture; `latents` [1, c, h, w] are the picture's."""
+    """Greedy answers to questions about one picture; `latents` [1, c, h, w] of it are on the model's device."""
 
     @torch.inference_mode()
     def __init__(self, model: Showo2, latents: Tensor) -> None:
         self.model = model
-        time_row = model.embed_time(torch.ones(1, dtype=model.dtype))[1]
+        self._device = latents.device
+        time_row = model.embed_time(torch.ones(1, dtype=model.dtype, device=self._device))[1]
         image = model.embed_image(latents)
         self._picture = image if time_row is None else torch.cat([time_row, image], dim=1)
         self._first = int(time_row is not None and model.config.understanding_span_start == "image")
@@ -34,9 +35,9 @@ class CachedEager:
     ) -> tuple[Tensor, _Cache]:
         """Logits [vocab] behind `prefix, picture, suffix`, and the cache, with room for `capacity` more rows."""
         model = self.model
-        ids = [torch.tensor([part]) for part in (prefix, suffix)]
+        ids = [torch.tensor([part], device=self._device) for part in (prefix, suffix)]
         rows = torch.cat([model.embed_text(ids[0]), self._picture, model.embed_text(ids[1])], dim=1)
-        start = torch.tensor([len(prefix) + self._first])
+        start = torch.tensor([len(prefix) + self._first], device=self._device)
         count = rows.shape[1]
         tables = model.published_tables(start, model.config.span_length, count + capacity)
         cache = _Cache(model, tables, count + capacity)
@@ -51,7 +52,8 @@ class CachedEager:
             tokens.append(token)
             if len(tokens) == limit:
                 break
-            logits = self._forward(self.model.embed_text(torch.tensor([[token]])), None, cache)
+            row = self.model.embed_text(torch.tensor([[token]], device=self._device))
+            logits = self._forward(row, None, cache)
         return tokens
 
     def _forward(self, rows: Tensor, mask: Tensor | None, cache: _Cache) -> Tensor:
@@ -72,9 +74,9 @@ class _Cache:
         shape = (1, llm.num_key_value_heads, capacity, llm.hidden_size // llm.num_attention_heads)
         self.length = 0
         self._rotary = tables.llm_rotary
+        how: dict[str, Any] = {"dtype": model.dtype, "device": tables.mask.device}
         self._layers = [
-            (torch.empty(shape, dtype=model.dtype), torch.empty(shape, dtype=model.dtype))
-            for _ in range(llm.num_hidden_layers)
+            (torch.empty(shape, **how), torch.empty(shape, **how)) for _ in range(llm.num_hidden_layers)
         ]
 
     def rotary(self, rows: int) -> tuple[Tensor, Tensor]:

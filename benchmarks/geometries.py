@@ -110,13 +110,13 @@ def tokenizer() -> Tokenizer:
     return result
 
 
-def published_defaults(config: Showo2Config) -> Recipe:
-    """The published schedule and ratios, with random neurons kept and random layers skipped."""
+def published_defaults(config: Showo2Config, starts: tuple[int, ...] = (1, 11, 21)) -> Recipe:
+    """The published schedule and ratios, with random neurons kept and random layers skipped, others from each start."""
     random = np.random.default_rng(SEED)
     layers = config.llm.num_hidden_layers
     kept = _kept(random, config)
     lists = {
-        step: sorted(random.choice(layers, int(0.2 * layers), replace=False).tolist()) for step in (1, 11, 21)
+        step: sorted(random.choice(layers, int(0.2 * layers), replace=False).tolist()) for step in starts
     }
     return published_decisions(kept, lists, time_shift=config.time_shift)
 

@@ -26,8 +26,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashu_compile.evaluation.machine import processor
 from flashu_compile.runtime.sessions import create_session
+from flashu_compile.system.processor import processor
 
 Call = Callable[[], Any]
 

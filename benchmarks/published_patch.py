@@ -56,7 +56,7 @@ class PublishedPatch:
                     features = self._features(sequence, hidden, time)
                 assert features is not None
                 model.logits(hidden)
-                conditional, unconditional = model.velocity(features, time)
+                conditional, unconditional = model.velocity(features, time).to(latents)
                 latents = latents + (following - t) * (
                     unconditional + planned.guidance_scale * (conditional - unconditional)
                 )
@@ -72,7 +72,7 @@ class PublishedPatch:
         self, sequence: GenerationReference, latents: Tensor, t: float, skipped: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         model = self.model
-        time, time_row = model.embed_time(torch.full((2,), t, dtype=latents.dtype))
+        time, time_row = model.embed_time(torch.full((2,), t, dtype=latents.dtype, device=latents.device))
         image = model.embed_image(latents.expand(2, -1, -1, -1))
         span = image if time_row is None else torch.cat([time_row, image], dim=1)
         rows = place_span(sequence.text, span, sequence.offsets)
@@ -91,7 +91,7 @@ class PublishedPatch:
 
 def _narrow(mlp: nn.Module, kept: Sequence[int]) -> nn.Module:
     """The FFN with these neurons alone."""
-    neurons = torch.as_tensor(np.asarray(kept))
+    neurons = torch.as_tensor(np.asarray(kept), device=next(mlp.parameters()).device)
     narrow = type(mlp).__new__(type(mlp))
     nn.Module.__init__(narrow)
     narrow.act_fn = mlp.act_fn

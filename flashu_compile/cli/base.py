@@ -126,7 +126,7 @@ ProviderOption = Annotated[
     typer.Option(
         metavar="NAME=VALUE",
         help="An option of the provider, by its name in ONNX Runtime: device_id=1, enable_cuda_graph=true, "
-        "trt_engine_cache_path=engines. Repeatable.",
+        "trt_engine_cache_path=engines, or library=PATH of a plug-in. Repeatable.",
     ),
 ]
 Threads = Annotated[
@@ -139,6 +139,16 @@ Memory = Annotated[
     str,
     typer.Option(
         help="fast: each engine keeps weights as it computes best; low: all engines share one map of them."
+    ),
+]
+RunBackend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="What runs the engines, if not what they were built for: openvino, or auto for the faster one here, which "
+        "is measured once.",
+        show_default="the bundle's",
     ),
 ]
 Trust = Annotated[

@@ -19,11 +19,12 @@ from pathlib import Path
 from flashu_compile import reading
 from flashu_compile.errors import CacheError
 from flashu_compile.system.drafts import PREFIX, draft_folder, remove_dead_drafts
-from flashu_compile.system.paths import EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
+from flashu_compile.system.paths import CHOICES, EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
 
 LIMIT_BYTES = 4 << 30
 LARGEST_ENTRY = 1 << 30
 _SUFFIX = ".engines"
+_OF_LIBRARIES = (*LIBRARIES, CHOICES)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 _log = logging.getLogger(__name__)
@@ -101,21 +102,24 @@ class EngineCache:
             total -= file.bytes
 
     def library_bytes(self) -> int:
-        """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts."""
-        return self._bytes_of(LIBRARIES)
+        """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts.
+
+        Choices of a backend, which libraries are measured for, count among them.
+        """
+        return self._bytes_of(_OF_LIBRARIES)
 
     def bundle_bytes(self) -> int:
         """Return the bytes of exact bundles that others were held against, which have no limit."""
         return self._bytes_of((EXACT_BUNDLES,))
 
     def clear(self) -> int:
-        """Remove every entry, exact bundles and the files of libraries; return the number of bytes freed.
+        """Remove every entry, exact bundles, choices of backends and files of libraries; return the bytes freed.
 
         Drafts of processes that live stay.
         """
         bundles = self.directory / EXACT_BUNDLES
         before = self.library_bytes() + self.bundle_bytes()
-        for folder in (*(self.directory / name for name in LIBRARIES), *_subfolders(bundles)):
+        for folder in (*(self.directory / name for name in _OF_LIBRARIES), *_subfolders(bundles)):
             if not folder.name.startswith(PREFIX):
                 shutil.rmtree(folder, ignore_errors=True)
         remove_dead_drafts(bundles)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flashu_compile.system.processor import processor
 from flashu_compile.system.threads import allowed_processors
 from flashu_compile.version import __version__
 
@@ -24,16 +25,6 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), "flashu_compile": __version__, **_installed()},
     }
-
-
-def processor() -> str:
-    """Return the processor's name, which only /proc tells on Linux."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _installed() -> dict[str, str]:

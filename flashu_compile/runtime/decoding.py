@@ -8,6 +8,7 @@ the last.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flashu_compile import arguments
 from flashu_compile.bundle.finite import Source, is_broken
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.bundle.profiles import BATCH, ROOM
 from flashu_compile.bundle.signatures import state_of
-from flashu_compile.errors import BundleError, NotFiniteError
+from flashu_compile.errors import BundleError, InputError, NotFiniteError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
 from flashu_compile.tasks import COMPLETE, LANGUAGE
 
@@ -178,6 +180,31 @@ def _batch(
         if not live or count == limit:
             return
         logits = answers.after(following)
+
+
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """Questions that are being answered: the ids that each answer follows, those that end one, and its longest."""
+
+    asked: Asked
+    suffixes: list[list[int]]
+    ends: tuple[int, ...]
+    limit: int
+    penalty: float = 1.0
+
+    def tokens(self) -> Iterator[tuple[int, int]]:
+        """Yield the tokens of all answers; see `tokens` of this module."""
+        return tokens(self.asked, self.suffixes, self.ends, self.limit, self.penalty)
+
+
+def longest_answer(
+    suffixes: Sequence[list[int]], template: int, limits: tuple[int, int], max_new_tokens: int | None
+) -> int:
+    """Return the longest answer in tokens; `limits` are those of a question and an answer, which share their sum."""
+    if max_new_tokens is None:
+        return limits[1]
+    longest = max((len(suffix) for suffix in suffixes), default=template) - template
+    return arguments.integer("max_new_tokens", max_new_tokens, 1, sum(limits) - longest, InputError)
 
 
 class _FullForward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -30,6 +29,8 @@ from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.backends import find_run_backend, open_engines
+from flashu_compile.runtime.choice import AUTO, Choice, choose
+from flashu_compile.runtime.decoding import Talk, longest_answer
 from flashu_compile.runtime.engine import Engine, Engines
 from flashu_compile.runtime.lifetime import Closing, OwnedEngines
 from flashu_compile.runtime.parts import read_parts
@@ -59,15 +60,17 @@ def load(
 
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime; loading fails if it does not work.
     `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
-    `enable_cuda_graph` or `trt_engine_cache_path`. `threads` is the number of threads an engine computes with (None:
-    one for each core that the process may use, by its affinity and its container's quota). With `memory="fast"` each
-    engine keeps weights in the form that is fastest to compute with; with `"low"` (ONNX Runtime on the CPU) all engines
-    read one map of the weights, which takes less memory and more time. `verify_hashes=False` skips comparing each file
-    with its SHA-256; `digest` is that of the manifest, as `export` gave it. `trust=True` lets engines be code, or have
-    any operators: give it only for bundles whose builder you know. A prompt or question is plain text, whatever it
-    spells; with `allow_control_tokens=True` the tokenizer's added tokens in it (`<|im_end|>`, `<image>`) are control
-    tokens, as in the published scripts. `options` are the backend's own. `backend` is what runs the engines, if not
-    what they were built for: `openvino` runs bundles built for `onnxruntime`, on its device that `provider` names.
+    `enable_cuda_graph` or `trt_engine_cache_path`; `library` is that of a plug-in, whose code it runs. `threads` is the
+    number of threads an engine computes with (None: one for each core that the process may use, by its affinity and its
+    container's quota). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
+    `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
+    `verify_hashes=False` skips comparing each file with its SHA-256; `digest` is that of the manifest, as `export` gave
+    it. `trust=True` lets engines be code, or have any operators: give it only for bundles whose builder you know. A
+    prompt or question is plain text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens
+    in it (`<|im_end|>`, `<image>`) are control tokens, as in the published scripts. `options` are the backend's own.
+    `backend` is what runs the engines, if not what they were built for: `openvino` runs bundles built for
+    `onnxruntime`, on its device that `provider` names; `auto` takes the faster of the two on the CPU, measured at the
+    first load and kept in the user's cache.
 
     Raises `PathError` if `path` cannot be one, `BundleError` if there is no bundle, it is damaged, or not of `digest`,
     `BundleVersionError` if its schema is another, `BackendUnavailableError` if backend or provider do not work here,
@@ -83,11 +86,25 @@ def load(
         )
     files = BundleFiles(directory, manifest, verify_hashes=verify_hashes)
     parts = read_parts(files, allow_control_tokens=allow_control_tokens)
-    engines = open_engines(
-        files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
-        options=options, backend=backend,
-    )  # fmt: skip
-    return Pipeline(manifest, parts.plan, parts.recipe, parts.codec, engines)
+
+    def opened(name: str | None) -> Pipeline:
+        engines = open_engines(
+            files, provider=provider, provider_options=provider_options, threads=threads, memory=memory, trust=trust,
+            options=options, backend=name,
+        )  # fmt: skip
+        return Pipeline(manifest, parts.plan, parts.recipe, parts.codec, engines, backend=name)
+
+    if backend != AUTO:
+        return opened(backend)
+    if provider != "cpu" or provider_options or options or memory != "fast":
+        raise ConfigurationError(
+            f"backend={AUTO!r} chooses on the CPU, between backends as they are; leave out provider, provider_options, "
+            "options and memory, or name a backend."
+        )
+    choice = choose(files, threads, opened)
+    pipe = opened(choice.backend)
+    pipe.choice = choice
+    return pipe
 
 
 class Pipeline(Closing):
@@ -96,7 +113,8 @@ class Pipeline(Closing):
     `with load(…) as pipe:` closes it at the end. Sessions do not survive a fork and cannot be pickled: what would run
     one in a forked process, or pickle it, raises `PipelineError`; each process loads the bundle itself.
 
-    `manifest` says what the bundle holds, `plan` its trajectory, `recipe` the rules of others (both None without t2i).
+    `manifest` says what the bundle holds, `plan` its trajectory, `recipe` the rules of others (both None without t2i),
+    `backend` what runs its engines, and `choice` by which times it was chosen (None unless it was).
     """
 
     def __init__(
@@ -106,8 +124,12 @@ class Pipeline(Closing):
         recipe: Recipe | None,
         codec: TextCodec,
         engines: Engines,
+        *,
+        backend: str | None = None,
     ) -> None:
         self.manifest = manifest
+        self.backend = backend or manifest.backend
+        self.choice: Choice | None = None
         self.plan = plan
         self.recipe = recipe
         self.codec = codec
@@ -318,21 +340,21 @@ class Pipeline(Closing):
         pieces = decoding.pieces(self._talk(image, question, max_new_tokens).tokens(), self.codec.decode)
         return (piece for _, piece in pieces) if isinstance(question, str) else pieces
 
-    def _talk(self, image: Picture | None, question: str | list[str], max_new_tokens: int | None) -> _Talk:
+    def _talk(self, image: Picture | None, question: str | list[str], max_new_tokens: int | None) -> Talk:
         """Encode every question, and the picture, if there is one. All arguments are checked before that."""
         texts = arguments.texts("question", question)
         if image is None:
             told = self._text()
             limits = told.max_question_tokens, told.max_new_tokens
             empty, *suffixes = (self.codec.in_template(told.template, t, limits[0]) for t in ("", *texts))
-            limit = _limit(suffixes, len(empty), limits, max_new_tokens)
+            limit = longest_answer(suffixes, len(empty), limits, max_new_tokens)
             asked = decoding.Nothing(self._engines)
-            return _Talk(asked, suffixes, told.stop_ids, limit, told.repetition_penalty)
+            return Talk(asked, suffixes, told.stop_ids, limit, told.repetition_penalty)
         settings, codec = self._understanding(), self._templates()
         limits = settings.max_question_tokens, settings.max_new_tokens
         empty, *suffixes = (codec.question_suffix(text, limits[0]) for text in ("", *texts))
-        limit = _limit(suffixes, len(empty), limits, max_new_tokens)
-        return _Talk(self._picture(image), suffixes, (codec.eos,), limit)
+        limit = longest_answer(suffixes, len(empty), limits, max_new_tokens)
+        return Talk(self._picture(image), suffixes, (codec.eos,), limit)
 
     def _picture(self, image: Picture) -> decoding.Picture:
         pixels = engine_pixels(image, self._understanding().picture_size)
@@ -364,28 +386,3 @@ class Pipeline(Closing):
             f"This bundle was built for {', '.join(self.manifest.tasks)} and cannot {task.purpose}: "
             f"build one with task {task.name!r}."
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Talk:
-    """Questions that are being answered: the ids that each answer follows, those that end one, and its longest."""
-
-    asked: decoding.Asked
-    suffixes: list[list[int]]
-    ends: tuple[int, ...]
-    limit: int
-    penalty: float = 1.0
-
-    def tokens(self) -> Iterator[tuple[int, int]]:
-        """Yield the tokens of all answers; see `decoding.tokens`."""
-        return decoding.tokens(self.asked, self.suffixes, self.ends, self.limit, self.penalty)
-
-
-def _limit(
-    suffixes: Sequence[list[int]], template: int, limits: tuple[int, int], max_new_tokens: int | None
-) -> int:
-    """Return the longest answer in tokens; `limits` are those of a question and an answer, which share their sum."""
-    if max_new_tokens is None:
-        return limits[1]
-    longest = max((len(suffix) for suffix in suffixes), default=template) - template
-    return arguments.integer("max_new_tokens", max_new_tokens, 1, sum(limits) - longest, InputError)

@@ -32,6 +32,7 @@ from flashu_compile.runtime.checked_graph import read_graph
 from flashu_compile.runtime.engine import State, Tensors
 from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
 from flashu_compile.runtime.onnx_file import OnnxFile
+from flashu_compile.runtime.plugins import LIBRARY, add_provider, devices, plug_in
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
     TENSORRT,
@@ -47,7 +48,7 @@ from flashu_compile.runtime.providers import (
 )
 from flashu_compile.runtime.saturation import products_saturate
 from flashu_compile.runtime.shared_weights import SharedWeights, check_memory
-from flashu_compile.system.onnxruntime_library import native, ort
+from flashu_compile.system.onnxruntime_library import ERRORS, ort
 from flashu_compile.system.threads import default_threads
 
 # A short name stands for every provider that must be there: TensorRT leaves what it does not support to CUDA.
@@ -87,13 +88,6 @@ _ORT_DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
-
-# ONNX Runtime's exceptions share no base but Exception.
-_ORT_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    ValueError,
-    *(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)),
-)
 
 _NOT_CAPTURED = "cannot use the graph capture feature"
 
@@ -150,7 +144,7 @@ class OnnxRuntimeEngine:
                 values = self._bound.run(inputs)
             else:
                 values = self._session.run(self._outputs, dict(inputs))
-        except _ORT_ERRORS as error:
+        except ERRORS as error:
             raise self._failed(error) from error
         return check_outputs(self.spec, dict(zip(self._outputs, values, strict=True)), sizes)
 
@@ -160,7 +154,7 @@ class OnnxRuntimeEngine:
         sizes = check_inputs(self.spec, {**inputs, **state})
         try:
             outputs = self._stateful.run(inputs, state, sizes)
-        except _ORT_ERRORS as error:
+        except ERRORS as error:
             raise self._failed(error) from error
         return check_outputs(self.spec, outputs, sizes)
 
@@ -171,11 +165,12 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
     """Sessions of a bundle on one execution provider; see `OwnedEngines`.
 
-    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it;
-    `threads` is the number of threads an engine computes with (None: see `default_threads`); `memory` is `fast`, or
-    `low` for engines that share one map of the weights. Without `contrib_operators`, ONNX Runtime keeps to the
-    operators that the graphs have. With `trust`, graphs may have any operators. Raises `ConfigurationError` if one of
-    them makes no sense, `BackendUnavailableError` if the provider does not work here.
+    `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it
+    and the `library` of a plug-in (see `plug_in`); `threads` is the number of threads an engine computes with (None:
+    see `default_threads`); `memory` is `fast`, or `low` for engines that share one map of the weights. Without
+    `contrib_operators`, ONNX Runtime keeps to the operators that the graphs have. With `trust`, graphs may have any
+    operators. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
+    does not work here.
     """
 
     def __init__(
@@ -193,9 +188,10 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
             raise ConfigurationError(
                 f"Option 'contrib_operators' is True or False, not {contrib_operators!r}."
             )
+        given = entered(provider_options)
+        plug_in(PROVIDERS.get(provider, (provider,))[0], given.pop(LIBRARY, None))
         wanted = resolve_provider(provider)
         check_memory(memory, wanted[0])
-        given = entered(provider_options)
         session_request(provider, wanted, given)
         if wanted != PROVIDERS["cpu"]:
             probe_provider(provider)
@@ -248,7 +244,7 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
             session = create_session(
                 path, self.provider, self._threads, options, place, contrib=self._contrib
             )
-        except _ORT_ERRORS as error:
+        except ERRORS as error:
             if CUDA_GRAPH in options and _NOT_CAPTURED in str(error):
                 _log.warning(
                     "Engine %r runs without a CUDA graph: some of its nodes are not on CUDA.", spec.name
@@ -265,7 +261,7 @@ def resolve_provider(provider: str) -> tuple[str, ...]:
     """Return ONNX Runtime's names of the providers asked for. Raises `ConfigurationError` on an unknown name."""
     if provider in PROVIDERS:
         return PROVIDERS[provider]
-    if provider.endswith("ExecutionProvider"):
+    if provider.endswith("ExecutionProvider") or devices(provider):
         return (provider,)
     raise ConfigurationError(
         f"Unknown provider {shown(provider)}: give {', '.join(PROVIDERS)}, or a name of ONNX Runtime's that ends in "
@@ -293,8 +289,9 @@ def create_session(
     wanted = resolve_provider(provider)
     request = session_request(provider, wanted, provider_options or {})
     built_in = ort.get_available_providers()
+    plugged = [] if wanted[0] in built_in else devices(provider)
     for name in wanted:
-        if name not in built_in:
+        if name not in built_in and not plugged:
             raise BackendUnavailableError(
                 f"Provider {provider!r} is not available: {name} is not part of this onnxruntime {ort.__version__} "
                 f"(it has {', '.join(built_in)}). {ADVICE.get(name, '')}".rstrip()
@@ -312,10 +309,12 @@ def create_session(
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever a file's name is
     if place_weights is not None:
         place_weights(options)
+    if plugged:
+        add_provider(options, provider, dict(request.providers)[provider], plugged)
     session = ort.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options,
-        providers=list(request.providers),
+        providers=None if plugged else list(request.providers),
         enable_fallback=0,
     )
     got = session.get_providers()
@@ -325,7 +324,8 @@ def create_session(
             f"Provider {provider!r} was asked for, but ONNX Runtime gave {', '.join(got)}. "
             + " ".join(_shortfall(name) for name in missing)
         )
-    check_options(session, request)
+    if not plugged:  # whose options are not told
+        check_options(session, request)
     return session
 
 
@@ -346,7 +346,7 @@ def probe_provider(provider: str) -> list[str]:
     try:
         session = create_session(_PROBE, provider)
         session.run(None, {"x": np.ones(1, np.float32)})
-    except _ORT_ERRORS as error:
+    except ERRORS as error:
         missing = resolve_provider(provider)[0]
         raise BackendUnavailableError(
             f"Provider {provider!r} does not work here. {_shortfall(missing, str(error))}"

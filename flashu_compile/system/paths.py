@@ -23,6 +23,9 @@ LIBRARIES = ("inductor", "matplotlib", "tensorrt", "torch_tensorrt")
 EXACT_BUNDLES = "exact"
 """The folder of the cache with the exact bundles that others were held against."""
 
+CHOICES = "backends"
+"""The folder of the cache with the backends that were chosen by measurement."""
+
 _NAME = "flashu_compile"
 _SHOWN = 100  # characters of a path that is too long to be told in full
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import shutil
@@ -171,10 +172,21 @@ class TestGenerate:
             "seed": 0,
             "steps": 4,
             "evaluations": 3,
+            "backend": "onnxruntime",
             "guidance_scales": [2.0],
             "width": 8,
             "height": 8,
         }
+
+    @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+    def test_backends(self, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASHU_CACHE", str(tmp_path))
+        for name, expected in (("openvino", {"openvino"}), ("auto", {"onnxruntime", "openvino"})):
+            result = run("generate", bundle, "a", "-o", tmp_path / "a.png", "--backend", name, "--json")
+            assert json.loads(result.stdout)["backend"] in expected
+        assert list(tmp_path.glob("backends/*.json"))
+        assert json.loads(run("cache", "clear", "--json").stdout)["removed_bytes"] > 0
+        assert not list(tmp_path.glob("backends/*.json"))
 
     @pytest.mark.parametrize("name", ["out.gif", "out", "no/out.png"])
     def test_output_that_cannot_be(self, bundle: Path, tmp_path: Path, name: str) -> None:

@@ -50,6 +50,7 @@ from flashu_compile.runtime import load
 from flashu_compile.runtime.backends.torch import read_program
 from flashu_compile.runtime.backends.torch_tensorrt import BuiltFor, Target, built_text, read_built
 from flashu_compile.runtime.checked_graph import read_graph
+from flashu_compile.runtime.choice import Choice, read_choice
 from flashu_compile.runtime.tensorrt_engine import (
     BuildOptions,
     BuiltEngine,
@@ -291,6 +292,15 @@ def _pickles(folder: Path) -> Reader:
     return Reader([folder / "weights.bin"], lambda _: read_weight_file(folder / "weights.bin", None))
 
 
+def _choices(folder: Path) -> Reader:
+    folder.mkdir()
+    choice = Choice(
+        "onnxruntime", {"onnxruntime": {"t2i": 1.5}}, {"openvino": "It does not work here. " * 20}
+    )
+    (folder / "choice.json").write_text(json.dumps(dataclasses.asdict(choice)))
+    return Reader([folder / "choice.json"], lambda _: read_choice(folder / "choice.json"))
+
+
 def _evaluation_data(folder: Path) -> Reader:
     folder.mkdir()
     Image.new("RGB", (4, 4)).save(folder / "a.png")
@@ -319,7 +329,7 @@ def _language_models(folder: Path) -> Reader:
 
 #: Each with the number of its cases among 48.
 READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
-    "load": (8, _loading),
+    "load": (7, _loading),
     "references": (1, _references),
     "reports": (4, _looking),
     "recipes": (6, _recipes),
@@ -329,10 +339,11 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "torch programs": (2, _torch_programs),
     "tensorrt": (4, _tensorrt),
     "kept engines": (2, _kept_engines),
-    "pictures": (4, _pictures),
+    "pictures": (3, _pictures),
     "graphs": (3, _graphs),
     "Wan VAEs": (1, _wan_vaes),
     "pickles": (2, _pickles),
     "evaluation data": (2, _evaluation_data),
+    "choices of a backend": (2, _choices),
     "language models": (2, _language_models),
 }

@@ -9,7 +9,9 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS
 from flashu_compile.errors import BackendUnavailableError
 from flashu_compile.runtime.findings import Finding
+from flashu_compile.runtime.plugins import described, installed, plug_in
 from flashu_compile.runtime.sessions import PROVIDERS, OnnxRuntimeEngines, probe_provider
+from flashu_compile.system.onnxruntime_library import ort
 
 
 class OnnxRuntime:
@@ -31,15 +33,18 @@ class OnnxRuntime:
         return OnnxRuntimeEngines(files, provider=provider, threads=threads, **options)
 
     def examine(self) -> Iterator[Finding]:
-        """Run a tiny model on every provider and yield a finding for each."""
-        for provider in PROVIDERS:
+        """Run a tiny model on every provider and yield a finding for each, and one of all devices."""
+        for provider in [*PROVIDERS, *(name for package in installed() for name in package.providers)]:
             name, purpose = f"onnxruntime: {provider}", f"load(…, provider={provider!r})"
             try:
+                plug_in(PROVIDERS.get(provider, (provider,))[0])
                 got = probe_provider(provider)
             except BackendUnavailableError as error:
                 yield Finding(name, "missing", str(error), purpose)
             else:
                 yield Finding(name, "works", f"a session got {', '.join(got)}", purpose)
+        listed = "; ".join(f"{device.ep_name} on {described(device)}" for device in ort.get_ep_devices())
+        yield Finding("onnxruntime: devices", "found", listed, "load(…, provider=…)")
 
 
 BACKEND = OnnxRuntime()
