@@ -20,6 +20,7 @@ from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
 from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.decide import decide, given_samples, measured_precision, own_samples
+from flashu_compile.compiler.estimate import COST_SAMPLES, check_fits
 from flashu_compile.compiler.inspection import BuildChecks
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
@@ -43,7 +44,6 @@ from flashu_compile.system.paths import EXACT_BUNDLES, absolute
 from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import TaskName
 
-COST_SAMPLES = 3
 #: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.
 _THREADS = 1
 
@@ -93,6 +93,7 @@ def export(
     cache: str | Path | bool = True,
     proof: str = AUTO,
     allow_declined: bool = False,
+    check_resources: bool = True,
     progress: Progress | None = None,
     **parts: Unpack[ModelParts],
 ) -> Bundle:
@@ -139,6 +140,7 @@ def export(
             small "copy" of it with fewer layers and a smaller picture. "auto": a copy above 2 GiB of weights.
         allow_declined: build even if a technique that the recipe asks for does nothing, such as token pruning of less
             than one token; the report then says that it was asked for and not done.
+        check_resources: refuse a build that this machine has too little memory or disk for, by `estimate`.
         progress: called with (what is being done, fraction done in [0, 1]).
 
     An exception leaves nothing behind, and so does a signal that raises one. No handler of signals is set here: SIGTERM
@@ -146,12 +148,14 @@ def export(
 
     Raises:
         DeclinedError: a technique that the recipe asks for does nothing, and `allow_declined` is not given.
+        ResourceError: there is too little memory or disk for this build, unless `check_resources` is False.
         FlashuError: its base, by a subclass that says what is wrong and what to do.
     """
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
     _check_counts(samples, seed, cost_samples)
-    for name, flag in {"overwrite": overwrite, "benchmark": benchmark}.items():
+    flags = {"overwrite": overwrite, "benchmark": benchmark, "check_resources": check_resources}
+    for name, flag in flags.items():
         arguments.flag(name, flag)
     arguments.function("progress", progress)
     check_precision(arguments.name_of("backend", backend), wanted)
@@ -165,6 +169,8 @@ def export(
     named = absolute("." if output is None else output)
     if output is not None:
         ensure_writable(named, overwrite=overwrite)
+    if check_resources:
+        check_fits(model, tasks, output=output, recipe=chosen, precision=precision, proof=proof, **parts)
     source = _captured(model, tasks, tell, parts)
     loaded = source.loaded
     directory = named if output is not None else default_output(loaded.name, tasks)
