@@ -60,7 +60,7 @@ class Estimate:
         bundle_bytes: the weights in the bundle, which are nearly all of it.
         memory_bytes: resident memory at its peak, pages of mapped files included.
         needed_bytes: of this, what cannot be read again from a file: with less, the build cannot run.
-        scratch_bytes: converted and reordered weights, in temporary files.
+        scratch_bytes: converted and reordered weights, in temporary files: an upper bound.
         seconds: of one core, from counted work: a rough figure.
         output: the bundle's folder.
         scratch: the folder of temporary files, $TMPDIR or /var/tmp.
@@ -137,8 +137,12 @@ def estimate(
     converted = min(weight_bytes, max(0, 2 * (weight_bytes - stored_bytes))) if stored_bytes else 0
     pruned = {stack for task in tasks for stack, share in whole.config(task).pruning.items() if share}
     ordered = sum(tensor.nbytes for part, tensor in held if part in pruned)
-    lowered = sum(tensor.nbytes for part, tensor in held if wanted.parts[part] != "float32")
-    needed = _BESIDE + (bundle_bytes if lowered else 0)
+    lowered = dict.fromkeys(_ITEM, 0)
+    for part, tensor in held:
+        lowered[wanted.parts[part]] += _written(part, tensor, wanted)
+    short = lowered["float16"] + lowered["bfloat16"]
+    in_memory = 0 if loaded.adapter.maps_weights or not loaded.sources else weight_bytes
+    needed = _BESIDE + lowered["int8"] + in_memory
     return Estimate(
         model=loaded.name,
         tasks=tasks,
@@ -146,9 +150,9 @@ def estimate(
         stored_bytes=stored_bytes,
         weight_bytes=weight_bytes,
         bundle_bytes=bundle_bytes,
-        memory_bytes=needed + weight_bytes,
+        memory_bytes=needed + short + weight_bytes - in_memory,
         needed_bytes=needed,
-        scratch_bytes=converted + ordered,
+        scratch_bytes=ordered + short + (0 if in_memory else converted),
         seconds=sum(work.by(assumed, decided=True).values()) + 3 * weight_bytes / _BYTES_PER_SECOND,
         output=named,
         scratch=scratch_directory(),

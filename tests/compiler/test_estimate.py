@@ -22,6 +22,7 @@ from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
+from tests.support import tiny_lm
 from tests.support.tiny import VAE, PaddedSpaceToDepth, tiny_model, tokenizer
 
 GB = 1_000_000_000
@@ -115,7 +116,8 @@ def test_precisions(shallow: Path) -> None:
     )
     assert half.bundle_bytes == pytest.approx(full.bundle_bytes / 2, rel=0.01)
     assert whole.bundle_bytes == pytest.approx(full.bundle_bytes / 4, rel=0.02)
-    assert half.needed_bytes > full.needed_bytes
+    assert whole.needed_bytes == full.needed_bytes + whole.bundle_bytes
+    assert half.scratch_bytes == full.scratch_bytes + half.bundle_bytes
 
 
 def test_a_build_that_does_not_fit_is_refused(
@@ -140,6 +142,18 @@ def test_a_small_build_is_not_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(estimating, "available_memory", lambda: 1)
     estimating.check_fits(tmp_path, ("t2i",))
     assert estimating.estimate(tmp_path, "t2i").lacking() is not None
+
+
+def test_a_language_model_of_transformers(tmp_path: Path) -> None:
+    """The library holds its weights in memory."""
+    model = tiny_lm.language_model("qwen2")
+    folder = tiny_lm.save(tmp_path / "qwen", model, tiny_lm.tokenizer(tiny_lm.CHAT))
+    found = flashu_compile.estimate(folder, "text", output=tmp_path / "made")
+    assert found.engines == ("complete",)
+    held = {p.data_ptr(): p.numel() for p in model.parameters()}
+    assert found.weight_bytes == pytest.approx(4 * sum(held.values()), rel=0.01)
+    assert found.needed_bytes > found.weight_bytes
+    assert found.scratch_bytes == 0
 
 
 @pytest.mark.slow
