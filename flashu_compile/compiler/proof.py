@@ -170,7 +170,7 @@ def _answered_by_copy(
     found: dict[str, Any] = {}
 
     # Beside the model, sessions with weights of their own would take more memory than anything else in a build.
-    sparing = {"memory": "low"} if "memory" in find_run_backend(backend).options else {}
+    sparing: Any = {"memory": "low"} if "memory" in find_run_backend(backend).options else {}
 
     def ask(draft: Draft) -> dict[str, Any]:
         found.update(answers.of(functools.partial(draft.open, **sparing)))
