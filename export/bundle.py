@@ -67,9 +67,9 @@ class Draft:
     directory: Path
     provider: str
 
-    def open(self, *, threads: int) -> Pipeline:
+    def open(self, *, threads: int, memory: str = "fast") -> Pipeline:
         """Open it as `flashu_compile.load` does. Raises as that does."""
-        return load(self.directory, provider=self.provider, threads=threads, trust=True)
+        return load(self.directory, provider=self.provider, threads=threads, memory=memory, trust=True)
 
 
 def write_bundle(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
 
 from flashu_compile import arguments
 from flashu_compile.bundle.precision import checked_parts
@@ -12,6 +14,7 @@ from flashu_compile.passes.base import Pass
 from flashu_compile.passes.lower_precision import LowerPrecision
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.quantize_linears import QuantizedWeights, QuantizeLinears
+from flashu_compile.passes.whole_weights import CastWeights
 from flashu_compile.program.program import Program, Role
 
 _FULL, _INT8 = "float32", "int8"
@@ -22,13 +25,14 @@ class Precision:
     """The precision of each of `PARTS`, in `parts`.
 
     `sensitive` names, by task, the weights of linear layers that stay in float32 where their part is int8;
-    `weights` are the int8 forms of weights, which engines share. `validate`: compare the results of the
-    passes with their input, see `PassManager`.
+    `weights` are the int8 forms of weights and `casts` those in 16 bits, which engines share. `validate`: compare the
+    results of the passes with their input, see `PassManager`.
     """
 
     parts: Mapping[str, str]
     sensitive: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     weights: QuantizedWeights = dataclasses.field(default_factory=QuantizedWeights, compare=False, repr=False)
+    casts: CastWeights = dataclasses.field(default_factory=CastWeights, compare=False, repr=False)
     validate: bool = dataclasses.field(default=True, compare=False, repr=False)
 
     @classmethod
@@ -42,6 +46,11 @@ class Precision:
             given = arguments.mapping("precision", given)
         text = given if isinstance(given, str) else ",".join(f"{part}={name}" for part, name in given.items())
         return cls(checked_parts(text))
+
+    def know(self, weights: Sequence[Tensor]) -> None:
+        """Register weights [out, in] of a model, whose other forms engines with parts of them share."""
+        self.weights.know(weights)
+        self.casts.know(weights)
 
     @property
     def names(self) -> frozenset[str]:
@@ -67,7 +76,7 @@ class Precision:
             task: frozenset(new for old in names if (new := name(old)) is not None)
             for task, names in self.sensitive.items()
         }
-        return dataclasses.replace(self, sensitive=sensitive, weights=QuantizedWeights())
+        return dataclasses.replace(self, sensitive=sensitive, weights=QuantizedWeights(), casts=CastWeights())
 
     def fingerprint(self) -> str:
         """Return a text that is equal for precisions that do the same to the same program."""
@@ -89,7 +98,7 @@ class Precision:
                 by_row = any(updated(role) in program.outputs for role in program.input_roles)
                 passes.append(QuantizeLinears(kept, stacks, by_row, self.weights))
             else:
-                passes.append(LowerPrecision(name, keep=(Role.TIMESTEP,), stacks=stacks))
+                passes.append(LowerPrecision(name, keep=(Role.TIMESTEP,), stacks=stacks, weights=self.casts))
         if not passes:
             return program, ()
         (made,), records = PassManager(tuple(passes), self.validate).run(program)

@@ -7,8 +7,8 @@
     pipe.generate("a red circle left of a blue square", seed=0).save("out.png")
     pipe.ask("out.png", "what is left of the blue square?")
 
-`export`, `calibrate`, `capture_model`, `compare_layers`, and `benchmark` and `evaluate` against "exact" or "eager" need
-the extra ``compile``, `load` one of ``cpu`` and ``gpu``. Each name is imported when it is first used, so
+`export`, `estimate`, `calibrate`, `capture_model`, `compare_layers`, and `benchmark` and `evaluate` against "exact" or
+"eager" need the extra ``compile``, `load` one of ``cpu`` and ``gpu``. Each name is imported when it is first used, so
 `import flashu_compile` is quick and needs no framework.
 """
 
@@ -24,6 +24,7 @@ from flashu_compile.version import __version__
 
 if TYPE_CHECKING:
     from flashu_compile.compiler.captured import CapturedModel
+    from flashu_compile.compiler.estimate import Estimate, estimate
     from flashu_compile.compiler.export import calibrate, capture_model, export
     from flashu_compile.looking.benchmark import benchmark
     from flashu_compile.looking.comparison import compare_layers
@@ -36,6 +37,7 @@ switch_telemetry_off()  # before anything imports ONNX Runtime
 
 __all__ = [
     "CapturedModel",
+    "Estimate",
     "FlashuError",
     "MMUConfig",
     "Pipeline",
@@ -47,6 +49,7 @@ __all__ = [
     "calibrate",
     "capture_model",
     "compare_layers",
+    "estimate",
     "evaluate",
     "export",
     "load",
@@ -54,6 +57,7 @@ __all__ = [
 
 _HOMES = {
     "CapturedModel": "flashu_compile.compiler.captured",
+    "Estimate": "flashu_compile.compiler.estimate",
     "MMUConfig": "flashu_compile.recipe.config",
     "Pipeline": "flashu_compile.runtime",
     "Recipe": "flashu_compile.recipe.recipe",
@@ -63,6 +67,7 @@ _HOMES = {
     "calibrate": "flashu_compile.compiler.export",
     "capture_model": "flashu_compile.compiler.export",
     "compare_layers": "flashu_compile.looking.comparison",
+    "estimate": "flashu_compile.compiler.estimate",
     "evaluate": "flashu_compile.looking.evaluate",
     "export": "flashu_compile.compiler.export",
     "load": "flashu_compile.runtime",

@@ -73,6 +73,10 @@ class PathError(FlashuError):
     """A given path cannot be that of a file; the message says why."""
 
 
+class ResourceError(FlashuError):
+    """There is not enough memory or disk for a build; the message gives the numbers."""
+
+
 class CacheError(FlashuError):
     """A directory cannot serve as the cache, or no cache directory is known."""
 

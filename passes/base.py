@@ -59,6 +59,10 @@ class Pass(ABC):
         """Return why this pass cannot run on `program`, in words for the user, or None if it can."""
         return None
 
+    def makes(self, name: str) -> tuple[str, ...]:
+        """Return the names of the programs that this pass makes of a program called `name`, if it does not decline."""
+        return (name,)
+
     @abstractmethod
     def call(self, program: Program) -> PassResult:
         """Transform `program`; the object itself is left unchanged."""

@@ -42,6 +42,10 @@ class HoistPrologue(Pass):
 
     changing: frozenset[str]
 
+    def makes(self, name: str) -> tuple[str, ...]:
+        """Return the names of the prologue and the rest."""
+        return (prologue_of(name), name)
+
     def call(self, program: Program) -> PassResult:
         """Split the program into a prologue that computes the invariant values, and the rest."""
         carried = _carried(program, self.changing)

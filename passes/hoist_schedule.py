@@ -37,6 +37,10 @@ class HoistSchedule(Pass):
 
     point: str
 
+    def makes(self, name: str) -> tuple[str, ...]:
+        """Return the names of the schedule and the rest."""
+        return (schedule_of(name), name)
+
     def call(self, program: Program) -> PassResult:
         """Split the program into a schedule that computes these layers, and the rest."""
         dependence, needed = depends_on(program), needed_beside(program, (self.point,))

@@ -19,6 +19,7 @@ from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, stack_of
+from flashu_compile.passes.whole_weights import CastWeights
 from flashu_compile.program.program import Program
 
 _aten = torch.ops.aten
@@ -52,18 +53,20 @@ class LowerPrecision(Pass):
 
     `keep`: roles of inputs; what depends on these alone stays in float32.
 
-    `stacks`: the stacks to lower, "" for nodes outside of all (None: everything).
+    `stacks`: the stacks to lower, "" for nodes outside of all (None: everything). `weights`: those that are cast
+    already, which programs of one model share.
     """
 
     dtype: str = "bfloat16"
     keep: tuple[str, ...] = ()
     stacks: frozenset[str] | None = None
+    weights: CastWeights = dataclasses.field(default_factory=CastWeights, compare=False, repr=False)
     kind: ClassVar[Kind] = "lossy"
 
     def call(self, program: Program) -> PassResult:
         """Cast the operands of expensive operators to 16 bits, and those of all but light ones back to float32."""
         editor = GraphEditor(program)
-        casts = _Casts(editor, getattr(torch, self.dtype))
+        casts = _Casts(editor, getattr(torch, self.dtype), self.weights)
         kept = _kept(editor, self.keep)
         lowered = left = 0
         for node in list(editor.graph.nodes):
@@ -93,8 +96,8 @@ class LowerPrecision(Pass):
 class _Casts:
     """Casts of an editor's values, each created once."""
 
-    def __init__(self, editor: GraphEditor, dtype: torch.dtype) -> None:
-        self._editor, self._dtype = editor, dtype
+    def __init__(self, editor: GraphEditor, dtype: torch.dtype, weights: CastWeights) -> None:
+        self._editor, self._dtype, self._weights = editor, dtype, weights
         self._known: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def lower(self, reader: fx.Node) -> None:
@@ -121,7 +124,7 @@ class _Casts:
         key = node, self._dtype
         if key not in self._known:
             name = f"{self._editor.name(node)}_{str(self._dtype).removeprefix('torch.')}"
-            short = self._editor.add_constant(name, stored.detach().to(self._dtype), node)
+            short = self._editor.add_constant(name, self._weights.of(stored, self._dtype), node)
             self._known[key] = short
         return self._known[key]
 

@@ -30,6 +30,7 @@ from flashu_compile.passes.neurons import (
     stored_weight,
 )
 from flashu_compile.program.program import Program
+from flashu_compile.system.mapped import PIECE, forget_pages, in_file
 
 Kept = Mapping[int, Neurons]
 
@@ -125,7 +126,10 @@ def ordered_weight(weight: Tensor, order: Tensor, *, by_columns: bool, shared: O
     if key not in shared:
         # The old weight is kept with it: while it lives, nothing else can have its address.
         turned = weight.t() if by_columns else weight
-        ordered = turned.index_select(0, order)
+        rows = max(1, PIECE // max(1, turned[0].nbytes))
+        pieces = (turned.index_select(0, part) for part in order.split(rows))
+        ordered = in_file(pieces, tuple(turned.shape), turned.dtype)
+        forget_pages(weight)
         shared[key] = OrderedWeight(weight, order, by_columns, ordered.t() if by_columns else ordered)
     return shared[key].ordered
 

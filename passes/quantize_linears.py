@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import upstream
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor, stack_of
+from flashu_compile.passes.whole_weights import WholeWeights, place_of
 from flashu_compile.program.program import Program
 
 _LINEAR = torch.ops.aten.linear.default
@@ -31,7 +32,7 @@ _ORDERING = {torch.ops.aten.topk, torch.ops.aten.sort, torch.ops.aten.argsort}
 MIN_WIDTH = 128
 
 
-class QuantizedWeights:
+class QuantizedWeights(WholeWeights):
     """int8 weights, computed once for all programs of a model.
 
     A weight that is a part of a whole one, such as that of the kept neurons of a layer, becomes the same part
@@ -39,46 +40,17 @@ class QuantizedWeights:
     """
 
     def __init__(self) -> None:
-        self._whole: dict[int, dict[tuple[Any, ...], Tensor]] = {}
+        super().__init__()
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
-
-    def know(self, weights: Iterable[Tensor]) -> None:
-        """Register weights [out, in] as whole ones, which others may be parts of."""
-        for weight in weights:
-            place = (weight.storage_offset(), tuple(weight.shape), weight.stride())
-            self._whole.setdefault(weight.untyped_storage().data_ptr(), {})[place] = weight.detach()
 
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the int8 form [out, in] and the scales float32 [out] of a float32 weight [out, in]."""
-        for whole in self._whole.get(weight.untyped_storage().data_ptr(), {}).values():
-            place = _place(weight, whole)
-            if place is not None:
-                rows, columns = place
-                quantized, scale = self._quantized(whole)
-                return quantized[rows, columns], scale[rows]
-        return self._quantized(weight.detach())
-
-    def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a weight, once for each place in memory."""
-        key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
-        if key not in self._made:
+        whole, part = self.part(weight)
+        if (key := place_of(whole)) not in self._made:
             # The weight is kept with it: while it lives, nothing else can have its address.
-            self._made[key] = (weight, *quantized_weight(weight))
-        return self._made[key][1:]
-
-
-def _place(part: Tensor, whole: Tensor) -> tuple[slice, slice] | None:
-    """Return the rows and columns of `whole` that `part`, in the same storage, is; None if it is no block of it."""
-    if part.stride() != whole.stride() or part.dtype != whole.dtype:
-        return None
-    distance = int(part.storage_offset()) - int(whole.storage_offset())
-    by_rows = whole.stride(0) >= whole.stride(1)
-    first, second = divmod(distance, max(whole.stride()))
-    row, column = (first, second) if by_rows else (second, first)
-    inside = row + part.shape[0] <= whole.shape[0] and column + part.shape[1] <= whole.shape[1]
-    if distance < 0 or not inside:
-        return None
-    return slice(row, row + part.shape[0]), slice(column, column + part.shape[1])
+            self._made[key] = (whole, *quantized_weight(whole))
+        _, quantized, scale = self._made[key]
+        return quantized[part], scale[part[:1]]
 
 
 @dataclasses.dataclass(frozen=True)

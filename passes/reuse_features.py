@@ -38,6 +38,10 @@ class ReuseFeatures(Pass):
             return f"no other output of program {program.name!r} depends on '{self.feature}'"
         return None
 
+    def makes(self, name: str) -> tuple[str, ...]:
+        """Return the name of the program itself, and that of the one that reuses its features."""
+        return (name, self.called)
+
     def call(self, program: Program) -> PassResult:
         """Add, behind the program itself, the program that computes the other outputs from the features."""
         outputs = outputs_after(program, self.feature)

@@ -37,6 +37,10 @@ class SplitAtOutput(Pass):
             )
         return None
 
+    def makes(self, name: str) -> tuple[str, ...]:
+        """Return the names of the two parts."""
+        return self.names
+
     def call(self, program: Program) -> PassResult:
         """Split the program into the part before the output and the part after it."""
         before, after = self.names

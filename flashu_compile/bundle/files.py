@@ -45,6 +45,12 @@ class HashedFile:
         before = identity(path)
         return cls(path, file_entry(path), before)
 
+    @classmethod
+    def unread(cls, path: Path) -> HashedFile:
+        """Describe a file by its size alone, with an empty hash."""
+        found = identity(path)
+        return cls(path, FileEntry("", found[2]), found)
+
     def is_unchanged(self) -> bool:
         """Return whether the file has the same content. It is read again only if its identity is another.
 

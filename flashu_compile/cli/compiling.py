@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +30,11 @@ from flashu_compile.cli.base import (
 from flashu_compile.cli.logs import quiet_libraries, speak
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
 from flashu_compile.cli.terminal import say
-from flashu_compile.quantities import seconds
+from flashu_compile.quantities import seconds, size
 from flashu_compile.tasks import RECORDS, T2I
 
 if TYPE_CHECKING:
+    from flashu_compile.compiler.estimate import Estimate
     from flashu_compile.recipe.recipe import Recipe
 
 Model = Annotated[
@@ -181,6 +184,19 @@ def build(
             help="Build even if a technique that the recipe asks for does nothing to the model; the report says so.",
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Build nothing: say which engines it would be, and about how much memory, disk and time.",
+        ),
+    ] = False,
+    no_resource_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-resource-check", help="Build even if there seems to be too little memory or disk."
+        ),
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -204,6 +220,20 @@ def build(
         resolution=resolution,
         overwrite=overwrite,
     )
+    parts: Any = {"vae": vae, "tokenizer": tokenizer, "llm_config": llm_config, "resolution": resolution}
+    if dry_run:
+        found = flashu_compile.estimate(
+            model,
+            task,
+            output=output,
+            recipe=chosen,
+            precision=precision,
+            cost_samples=cost_samples,
+            proof=proof,
+            **parts,
+        )
+        _print_estimate(found, as_json=as_json)
+        return
     with _telling(quiet=quiet, verbose=verbose) as advance:
         bundle = flashu_compile.export(
             model,
@@ -218,14 +248,12 @@ def build(
             backend=backend,
             precision=precision,
             precision_budget=precision_budget,
-            vae=vae,
-            tokenizer=tokenizer,
-            llm_config=llm_config,
-            resolution=resolution,
+            **parts,
             overwrite=overwrite,
             cache=not no_cache if cache is None else cache,
             proof=proof,
             allow_declined=allow_declined,
+            check_resources=not no_resource_check,
             progress=advance,
         )
     summary = {**bundle.summary(), "path": str(bundle.path), "recipe": chosen.name, **_measured(bundle.path)}
@@ -299,6 +327,28 @@ def calibrate(
             progress=advance,
         )
     tell_saved(decided, decided.save(output), as_json=as_json)
+
+
+def _print_estimate(found: Estimate, *, as_json: bool) -> None:
+    """Print what a build would take, and what this machine lacks for it."""
+    told = {**dataclasses.asdict(found), "lacking": found.lacking()}
+    if as_json:
+        display.print_json(told)
+        return
+    engines = [f"{count} × {name}" if count > 1 else name for name, count in Counter(found.engines).items()]
+    display.print_pairs(
+        {
+            "model": found.model,
+            "output": str(found.output),
+            "engines": ", ".join(engines),
+            "weights in float32": size(found.weight_bytes),
+            "memory": f"{size(found.memory_bytes)}, of which {size(found.needed_bytes)} must be free",
+            "disk": f"{size(found.bundle_bytes)} for the bundle",
+            "meanwhile": f"{size(found.scratch_bytes)} in {found.scratch}",
+            "time": f"{max(1, round(found.seconds / 60))} minutes of one core, roughly",
+            "fits": "yes" if told["lacking"] is None else f"no: {told['lacking']}",
+        }
+    )
 
 
 def _print_beside_exact(found: Mapping[str, Any]) -> None:

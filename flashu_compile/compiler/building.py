@@ -92,7 +92,7 @@ class _Source:
 
     def engines(self, job: Job) -> BuiltEngines:
         (program,), _ = self.ordered
-        self.maker.precision.weights.know(t for t in program.stored().values() if t.ndim == 2)
+        self.maker.precision.know([t for t in program.stored().values() if t.ndim == 2])
         eager = self.captured.truth if self.maker.validate else {}
         return _engines(program, eager, job, self.maker)
 

@@ -69,6 +69,18 @@ def samples_at_hand(
     return given or own_samples(loaded) or neutral_samples(tasks)
 
 
+def cost_counts(
+    samples: CalibrationSamples, tasks: tuple[str, ...], count: int, on_copy: bool
+) -> dict[str, int]:
+    """Return on how many samples the cost of each task is measured: at most `count`, and as many as there are.
+
+    It is none for a model so large that it is proved `on_copy` and no samples were given for: its eager pictures take
+    longer than the build.
+    """
+    most = 0 if on_copy and samples.origin == NEUTRAL else count
+    return {task: min(most, len(samples.of(task))) for task in tasks}
+
+
 def decide(
     recipe: Recipe,
     source: CapturedModel,

@@ -19,7 +19,14 @@ from flashu_compile.compiler.beside_exact import BesideExact
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
 from flashu_compile.compiler.captured import CapturedModel, ModelParts
-from flashu_compile.compiler.decide import decide, given_samples, measured_precision, samples_at_hand
+from flashu_compile.compiler.decide import (
+    cost_counts,
+    decide,
+    given_samples,
+    measured_precision,
+    samples_at_hand,
+)
+from flashu_compile.compiler.estimate import COST_SAMPLES, check_fits
 from flashu_compile.compiler.inspection import BuildChecks
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
@@ -33,7 +40,7 @@ from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import budgets
-from flashu_compile.measure.samples import DEFAULT_SAMPLES, NEUTRAL
+from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
@@ -43,7 +50,6 @@ from flashu_compile.system.paths import EXACT_BUNDLES, absolute
 from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import TaskName
 
-COST_SAMPLES = 3
 #: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.
 _THREADS = 1
 
@@ -93,6 +99,7 @@ def export(
     cache: str | Path | bool = True,
     proof: str = AUTO,
     allow_declined: bool = False,
+    check_resources: bool = True,
     progress: Progress | None = None,
     **parts: Unpack[ModelParts],
 ) -> Bundle:
@@ -138,6 +145,7 @@ def export(
             small "copy" of it with fewer layers and a smaller picture. "auto": a copy above 2 GiB of weights.
         allow_declined: build even if a technique that the recipe asks for does nothing, such as token pruning of less
             than one token; the report then says that it was asked for and not done.
+        check_resources: refuse a build that this machine has too little memory or disk for, by `estimate`.
         progress: called with (what is being done, fraction done in [0, 1]).
 
     An exception leaves nothing behind, and so does a signal that raises one. No handler of signals is set here: SIGTERM
@@ -145,12 +153,14 @@ def export(
 
     Raises:
         DeclinedError: a technique that the recipe asks for does nothing, and `allow_declined` is not given.
+        ResourceError: there is too little memory or disk for this build, unless `check_resources` is False.
         FlashuError: its base, by a subclass that says what is wrong and what to do.
     """
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
     _check_counts(samples, seed, cost_samples)
-    for name, flag in {"overwrite": overwrite, "benchmark": benchmark}.items():
+    flags = {"overwrite": overwrite, "benchmark": benchmark, "check_resources": check_resources}
+    for name, flag in flags.items():
         arguments.flag(name, flag)
     arguments.function("progress", progress)
     check_precision(arguments.name_of("backend", backend), wanted)
@@ -164,17 +174,16 @@ def export(
     named = absolute("." if output is None else output)
     if output is not None:
         ensure_writable(named, overwrite=overwrite)
+    if check_resources:
+        check_fits(model, tasks, output=output, recipe=chosen, precision=precision, proof=proof, **parts)
     source = _captured(model, tasks, tell, parts)
     loaded = source.loaded
     directory = named if output is not None else default_output(loaded.name, tasks)
     ensure_writable(directory, overwrite=overwrite)
 
     measured = samples_at_hand(given, loaded, tasks)
-    on_copy, unmeasured = needs_copy(proof, loaded), "the build was told to measure on no samples"
-    if on_copy and measured.origin == NEUTRAL and cost_samples:
-        # Eager pictures of a large model take longer than its build.
-        cost_samples, unmeasured = 0, "the model is large, and no samples were given"
-    counts = {task: min(cost_samples, len(measured.of(task))) for task in tasks}
+    on_copy = needs_copy(proof, loaded)
+    counts = cost_counts(measured, tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
     decided, figures = decide(chosen, source, tasks, measured, samples, seed, tell, work.by)
     precise, losses = measured_precision(
@@ -214,8 +223,8 @@ def export(
         tasks=tasks,
         samples=measured,
         calibrated_on=samples,
-        measured_on=cost_samples,
-        unmeasured=unmeasured,
+        measured_on=counts,
+        told_to_measure=cost_samples > 0,
         seed=seed,
         tell=lambda stage: tell(stage, tell.within(CHECKING, next(checked))),
         exact_precision=precise.is_exact,

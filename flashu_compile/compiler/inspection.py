@@ -29,7 +29,7 @@ class BuildChecks:
     """Examines a bundle that has been written, and renders its page.
 
     `samples` are all that there are, of which calibration has (or would have) chosen `calibrated_on` with
-    `seed`; `measured_on` is how many the cost is measured on, and `unmeasured` says why if that is none. `answers`, if
+    `seed`; `measured_on` is how many the cost of each task is measured on, if it was `told_to_measure`. `answers`, if
     given, asks the bundle; `beside_exact`, if given, holds it against the exact one.
     """
 
@@ -38,8 +38,8 @@ class BuildChecks:
     tasks: tuple[str, ...]
     samples: CalibrationSamples
     calibrated_on: int
-    measured_on: int
-    unmeasured: str
+    measured_on: Mapping[str, int]
+    told_to_measure: bool
     seed: int
     tell: Callable[[str], None]
     exact_precision: bool = True
@@ -105,9 +105,11 @@ class BuildChecks:
     def _samples(self, task: str) -> tuple[tuple[Any, ...], bool]:
         """Return the samples to measure the cost on, and whether they were held out from calibration."""
         others = self.samples.held_out(self.calibrated_on, self.seed).of(task)
-        return (others or self.samples.of(task))[: self.measured_on], bool(others)
+        return (others or self.samples.of(task))[: self.measured_on[task]], bool(others)
 
     def _reason(self, task: str) -> str:
-        if self.measured_on == 0:
-            return self.unmeasured
+        if not self.told_to_measure:
+            return "the build was told to measure on no samples"
+        if self.samples.of(task):
+            return "the model is large, and no samples were given"
         return f"there are no {RECORDS[task].sample_field} to measure it on; pass calibration"

@@ -65,6 +65,13 @@ class Job:
                 raise PassError(f"Program {one.name!r} cannot do without {', '.join(left)}: {declined}.")
         return tuple(programs), records
 
+    def engines(self) -> tuple[str, ...]:
+        """Return the names of the engines that this makes, if no pass declines to split the program of that name."""
+        made = [
+            part for name in _made(self.name, self.passes) for part in _made(name, self.then.get(name, ()))
+        ]
+        return tuple(name for name in made if name in self.only or not self.only)
+
     def fingerprint(self) -> str:
         """Return a hash that is equal for jobs that do the same to the same program."""
         return hashlib.sha256(json.dumps(_as_json(self)).encode()).hexdigest()
@@ -110,6 +117,14 @@ def neuron_order(recipe: Recipe, tasks: Sequence[str], shared: OrderedWeights | 
         for task, decisions in decided.items()
     }
     return NeuronOrder(dataclasses.replace(recipe, decisions=placed), tuple(passes.values()))
+
+
+def _made(name: str, passes: Sequence[Pass]) -> tuple[str, ...]:
+    """Return the names of the programs that passes make of one; those split off it are not split again."""
+    names: tuple[str, ...] = (name,)
+    for step in passes:
+        names = tuple(made for one in names for made in (step.makes(one) if one == name else (one,)))
+    return names
 
 
 def _places(kept: KeptNeurons, passes: Mapping[str, OrderNeurons], task: int) -> KeptNeurons:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashu_compile.compiler.captured import CapturedModel
@@ -132,7 +135,33 @@ def _layers(spec: CaptureSpec) -> int:
 
 def _run(spec: CaptureSpec) -> float:
     """Return the work of one run of a program, by the operations that it takes on the shapes of its sample."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), fake, FlopCounterMode(display=False) as counter:
-        spec.module(*(fake.from_tensor(spec.sample[given.role]) for given in spec.inputs))
+    with FlopCounterMode(display=False) as counter:
+        _run_on_shapes(spec)
     return counter.get_total_flops() / _OPERATIONS + _layers(spec) * _RUNNING
+
+
+def tensors_read(spec: CaptureSpec) -> set[int]:
+    """Return the identities of the tensors that a program's module reads when it runs; it computes nothing."""
+    with _Reads() as reads:
+        _run_on_shapes(spec)
+    return reads.found
+
+
+class _Reads(TorchFunctionMode):
+    """Collects the identities of the tensors that functions are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        self.found |= {id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def _run_on_shapes(spec: CaptureSpec) -> None:
+    """Run a program's module on the shapes of its sample."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), fake:
+        spec.module(*(fake.from_tensor(spec.sample[given.role]) for given in spec.inputs))

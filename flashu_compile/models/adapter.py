@@ -130,13 +130,15 @@ class ModelAdapter(ABC):
     """A family of models.
 
     `name` is what error messages call it, `title` which models these are, `tasks` what they may be compiled for;
-    `options` says of each entry of `export(…, model_options=…)` that the family takes what it is.
+    `options` says of each entry of `export(…, model_options=…)` that the family takes what it is. `maps_weights`: what
+    `load` reads from disk stays in mapped files, as `models/weights.py` reads it, so that it needs no memory.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]
     options: ClassVar[Mapping[str, str]]
+    maps_weights: ClassVar[bool] = False
 
     @abstractmethod
     def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:

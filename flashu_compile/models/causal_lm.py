@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -180,9 +180,27 @@ def _network(source: ModelSource, dtype: torch.dtype | None) -> Any:
     return network.to(dtype or network.dtype).eval()
 
 
+def _shaped(source: ModelSource, dtype: torch.dtype | None) -> Any:
+    """Make the network that a directory describes, with zeros that take no memory. Raises `CheckpointError`."""
+    library: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(
+            str(source.directory), local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            network = library.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    except Exception as error:  # of whatever the library stumbles over
+        raise CheckpointError(f"{source} cannot be read by transformers: {error}") from error
+    network._apply(lambda tensor: torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape))
+    network.tie_weights()
+    return network
+
+
 def _read(source: ModelSource, dtype: torch.dtype | None) -> Any:
     """Read a directory. Raises `CheckpointError` if the library cannot, or a tensor is lacking."""
     library: Any = AutoModelForCausalLM
+    if weights.reads_shapes_alone():
+        return _shaped(source, dtype)
     options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,13 +1,14 @@
 """Weights on disk, read safely: safetensors or pickled tensors, in one file or in shards.
 
 Nothing here runs code from a file. Pickles are read with `weights_only=True` alone, which builds tensors and
-plain containers and refuses the rest. Files are memory-mapped and converted tensor by tensor, so a checkpoint
-costs one copy at most, and none where the stored dtype is the wanted one.
+plain containers and refuses the rest. Files are memory-mapped: a tensor whose stored dtype is the wanted one is a view
+of its file, and one that is converted lies in a file of its own (`system/mapped.py`), so neither fills memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import pickle
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from flashu_compile import reading
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.errors import CheckpointError
+from flashu_compile.system.mapped import PIECE, forget_pages, in_file
 from flashu_compile.system.paths import absolute
 
 StateDict = dict[str, Tensor]
@@ -36,7 +38,26 @@ _SINGLE_FILES = (
 )
 SUFFIXES = (".safetensors", ".bin")
 _NESTED = "state_dict"
+_shapes_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_alone", default=False)
 _WRAPPED = "module."  # what data-parallel training puts before every name
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Read no more of weight files, within this context, than names, shapes, dtypes and the first row of each tensor.
+
+    Tensors that are read have that row in place of all others, which takes no memory; hashes of files are empty.
+    """
+    token = _shapes_alone.set(True)
+    try:
+        yield
+    finally:
+        _shapes_alone.reset(token)
+
+
+def reads_shapes_alone() -> bool:
+    """Tell whether this is within `shapes_alone`."""
+    return _shapes_alone.get()
 
 
 def weight_patterns(suffix: str) -> list[str]:
@@ -97,7 +118,7 @@ def hashed(files: Iterable[Path]) -> tuple[HashedFile, ...]:
     for path in files:
         _check_exists(path)
         try:
-            found.append(HashedFile.of(path))
+            found.append(HashedFile.unread(path) if reads_shapes_alone() else HashedFile.of(path))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}.") from error
     return tuple(found)
@@ -178,10 +199,35 @@ def convert(state: StateDict, dtype: torch.dtype | None) -> StateDict:
         if value.is_floating_point() and value.dtype != dtype and not value.is_meta:
             identity = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
             if identity not in shared:
-                shared[identity] = value.to(dtype)
+                shared[identity] = _converted(value, dtype)
             value = shared[identity]
         converted[name] = value
     return converted
+
+
+def _taken(state: StateDict, dtype: torch.dtype | None) -> StateDict:
+    """Return what is read of tensors that are mapped from a file."""
+    if reads_shapes_alone():
+        return {name: _stand_in(tensor, dtype) for name, tensor in state.items()}
+    return convert(state, dtype)
+
+
+def _stand_in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor of the same shape, in `dtype` if it is floating, that takes the memory of its first row."""
+    row = tensor[:1].clone() if tensor.ndim else tensor
+    return (row.to(dtype) if row.is_floating_point() else row).expand(tensor.shape)
+
+
+def _converted(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `value` in another dtype, with the same layout, in a file if it is large."""
+    if reads_shapes_alone():
+        return _stand_in(value, dtype)
+    if not value.is_contiguous() or value.device.type != "cpu":
+        return value.to(dtype)
+    pieces = (piece.to(dtype) for piece in value.detach().reshape(-1).split(PIECE // dtype.itemsize))
+    made = in_file(pieces, tuple(value.shape), dtype)
+    forget_pages(value)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +268,7 @@ def _read_safetensors(path: Path, dtype: torch.dtype | None) -> StateDict:
     state: StateDict = {}
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            state |= convert({name: file.get_tensor(name)}, dtype)
+            state |= _taken({name: file.get_tensor(name)}, dtype)
     return state
 
 
@@ -243,4 +289,4 @@ def _read_pickle(path: Path, dtype: torch.dtype | None) -> StateDict:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise CheckpointError(f"{path} does not hold a dictionary of tensors by name.")
-    return convert(state, dtype)
+    return _taken(state, dtype)

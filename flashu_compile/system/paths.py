@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import platformdirs
@@ -109,6 +110,13 @@ def cache_directory() -> Path | None:
 def _entered(named: str) -> Path:
     """Resolve the named directory once per process, so that later changes of directory do not move it."""
     return absolute(named)
+
+
+def scratch_directory() -> Path:
+    """Return the folder for large temporary files: $TMPDIR, or /var/tmp, which unlike /tmp is on a disk everywhere."""
+    lasting = Path("/var/tmp")
+    named = os.environ.get("TMPDIR")
+    return Path(named or (lasting if os.access(lasting, os.W_OK) else tempfile.gettempdir())).absolute()
 
 
 def cache_folder(name: str) -> Path | None:

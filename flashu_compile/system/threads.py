@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flashu_compile.system.groups import control_groups, text_of
+
 _lock = threading.Lock()
 
 
@@ -30,45 +32,22 @@ def allowed_processors() -> set[int]:
 def _siblings(system: Path, processor: int) -> str:
     """Return a name of the physical core of a logical processor."""
     topology = system / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
-    return _text(topology) or str(processor)
+    return text_of(topology) or str(processor)
 
 
 def _quotas(system: Path) -> list[float]:
     """Return the quotas, in processors, of the control groups of this process and those above them."""
-    quotas = [math.inf]
-    mounted = system / "sys/fs/cgroup"
-    for line in _text(system / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Seen from inside of a container, its own group may be the root.
-        root = next(
-            (p for p in (mounted / controllers, mounted / "cpu") if controllers and p.is_dir()), mounted
-        )
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            quotas.append(_group_quota(folder))
-            if folder == root:
-                break
-    return quotas
+    return [math.inf, *map(_group_quota, control_groups("cpu", system))]
 
 
 def _group_quota(folder: Path) -> float:
     """Return the quota of one control group, of version 2 or 1; infinity if it has none."""
-    limit, period = (*_text(folder / "cpu.max").split(), "", "")[:2]
+    limit, period = (*text_of(folder / "cpu.max").split(), "", "")[:2]
     if not limit:
-        limit, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        limit, period = text_of(folder / "cpu.cfs_quota_us"), text_of(folder / "cpu.cfs_period_us")
     if not (limit.isdecimal() and period.isdecimal() and int(period)):  # "max", or -1
         return math.inf
     return int(limit) / int(period)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 @contextlib.contextmanager

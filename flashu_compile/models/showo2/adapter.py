@@ -123,6 +123,7 @@ class Showo2Adapter(ModelAdapter):
     name: ClassVar[str] = "showo2"
     title: ClassVar[str] = "Show-o2 with 1.5B or 7B parameters, and models of its architecture"
     tasks: ClassVar[tuple[str, ...]] = (T2I.name, MMU.name)
+    maps_weights: ClassVar[bool] = True
     options: ClassVar[Mapping[str, str]] = {
         "vae": "a LatentCodec, an AutoencoderKLWan, or a Wan VAE's path or hub id, where the checkpoint holds none",
         "tokenizer": "a tokenizers.Tokenizer, a fast tokenizer of transformers, or the path or hub id of one",

@@ -1,0 +1,222 @@
+"""What a build will take, found before it begins: engines, memory, disk and time. No weight is read for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import Tensor, nn
+
+from flashu_compile.bundle.precision import PrecisionName
+from flashu_compile.compiler.captured import CapturedModel, ModelParts
+from flashu_compile.compiler.decide import cost_counts, samples_at_hand
+from flashu_compile.compiler.fingerprints import named_tensors
+from flashu_compile.compiler.metadata import checkpoint_bytes
+from flashu_compile.compiler.progress import ProgressReporter
+from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy
+from flashu_compile.compiler.request import default_output, named_tasks
+from flashu_compile.compiler.tasks import jobs
+from flashu_compile.compiler.work import BuildWork, tensors_read
+from flashu_compile.errors import ResourceError
+from flashu_compile.exporters.precision import Precision
+from flashu_compile.models.weights import shapes_alone
+from flashu_compile.passes.editing import stack_at
+from flashu_compile.passes.quantize_linears import MIN_WIDTH
+from flashu_compile.quantities import size
+from flashu_compile.recipe.decisions import Decisions, Phase
+from flashu_compile.recipe.presets import find_recipe
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system.drafts import nearest_folder
+from flashu_compile.system.memory import available_memory
+from flashu_compile.system.paths import absolute, scratch_directory
+from flashu_compile.tasks import T2I, TaskName
+
+COST_SAMPLES = 3
+"""How many prompts and questions a build measures a lossy recipe's cost on, if it is not told."""
+
+#: Bytes that a build takes beside weights: libraries, graphs, and values of the runs on a copy.
+_BESIDE = 1_500_000_000
+#: A build of so many bytes of weights is not refused.
+_ALWAYS_FITS = 1 << 30
+#: Bytes a second at which weights are hashed, converted, run once and written.
+_BYTES_PER_SECOND = 1.5e8
+_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a build is expected to take.
+
+    Attributes:
+        model, tasks: what is built.
+        engines: the engines of the bundle; of layers that are not decided on yet the name has an ellipsis.
+        stored_bytes: the files that the model is read from.
+        weight_bytes: its weights in float32, in which programs are traced and compared.
+        bundle_bytes: the weights in the bundle, which are nearly all of it.
+        memory_bytes: resident memory at its peak, pages of mapped files included.
+        needed_bytes: of this, what cannot be read again from a file: with less, the build cannot run.
+        scratch_bytes: converted and reordered weights, in temporary files: an upper bound.
+        seconds: of one core, from counted work: a rough figure.
+        output: the bundle's folder.
+        scratch: the folder of temporary files, $TMPDIR or /var/tmp.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    engines: tuple[str, ...]
+    stored_bytes: int
+    weight_bytes: int
+    bundle_bytes: int
+    memory_bytes: int
+    needed_bytes: int
+    scratch_bytes: int
+    seconds: float
+    output: Path
+    scratch: Path
+
+    def lacking(self) -> str | None:
+        """Return, in a sentence, what this machine has too little of, or None if the build fits."""
+        memory = available_memory()
+        if memory is not None and memory < self.needed_bytes:
+            return f"it needs {size(self.needed_bytes)} of memory, and {size(memory)} are available"
+        wanted: dict[int, tuple[Path, int]] = {}
+        for folder, count in ((self.output, self.bundle_bytes), (self.scratch, self.scratch_bytes)):
+            place = nearest_folder(folder)
+            device = place.stat().st_dev
+            wanted[device] = (place, wanted.get(device, (place, 0))[1] + count)
+        for place, count in wanted.values():
+            if (free := shutil.disk_usage(place).free) < count:
+                return f"it needs {size(count)} of disk at {place}, and {size(free)} are free"
+        return None
+
+
+def estimate(
+    model: nn.Module | str | Path | CapturedModel,
+    task: TaskName | str | Sequence[TaskName | str],
+    *,
+    output: str | Path | None = None,
+    recipe: str | Path | Recipe = "exact",
+    precision: PrecisionName | str | Mapping[str, PrecisionName | str] = "float32",
+    cost_samples: int = COST_SAMPLES,
+    proof: str = AUTO,
+    **parts: Unpack[ModelParts],
+) -> Estimate:
+    """Estimate what `export` of the same arguments takes, from configurations and the headers of weight files.
+
+    Bytes are those of ONNX Runtime's bundles. Of each tensor no more than the first row is read.
+
+    Args:
+        model, task, output, recipe, precision, cost_samples, proof: as for `export`.
+        vae, tokenizer, llm_config, resolution, model_options: as for `export`.
+
+    Raises:
+        FlashuError: a subclass that says what is wrong and what to do, as `export` does.
+    """
+    tasks, chosen, wanted = named_tasks(task), find_recipe(recipe), Precision.of(precision)
+    check_proof(proof)
+    with shapes_alone():
+        source = model if isinstance(model, CapturedModel) else _described(model, tasks, parts)
+    loaded = source.loaded
+    named = absolute(output) if output is not None else default_output(loaded.name, tasks)
+    whole = source.resolved(chosen)
+    undecided = {task for task in tasks if whole.needs_calibration(task)}
+    made_up = {task: _assumed(whole, task) for task in undecided}
+    assumed = dataclasses.replace(whole, decisions={**whole.decisions, **made_up})
+    on_copy = needs_copy(proof, loaded)
+    counts = cost_counts(samples_at_hand(None, loaded, tasks), tasks, cost_samples, on_copy)
+    work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
+    held = _weights(source, tasks)
+    weight_bytes = sum(tensor.nbytes for _, tensor in held)
+    bundle_bytes = sum(_written(part, tensor, wanted) for part, tensor in held)
+    stored_bytes = sum(file.entry.bytes for file in loaded.sources)
+    converted = min(weight_bytes, max(0, 2 * (weight_bytes - stored_bytes))) if stored_bytes else 0
+    pruned = {stack for task in tasks for stack, share in whole.config(task).pruning.items() if share}
+    ordered = sum(tensor.nbytes for part, tensor in held if part in pruned)
+    lowered = dict.fromkeys(_ITEM, 0)
+    for part, tensor in held:
+        lowered[wanted.parts[part]] += _written(part, tensor, wanted)
+    short = lowered["float16"] + lowered["bfloat16"]
+    in_memory = 0 if loaded.adapter.maps_weights or not loaded.sources else weight_bytes
+    needed = _BESIDE + lowered["int8"] + in_memory
+    return Estimate(
+        model=loaded.name,
+        tasks=tasks,
+        engines=tuple(_engines(source, tasks, assumed, undecided)),
+        stored_bytes=stored_bytes,
+        weight_bytes=weight_bytes,
+        bundle_bytes=bundle_bytes,
+        memory_bytes=needed + short + weight_bytes - in_memory,
+        needed_bytes=needed,
+        scratch_bytes=ordered + short + (0 if in_memory else converted),
+        seconds=sum(work.by(assumed, decided=True).values()) + 3 * weight_bytes / _BYTES_PER_SECOND,
+        output=named,
+        scratch=scratch_directory(),
+    )
+
+
+def check_fits(model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, ...], **options: Any) -> None:
+    """Raise `ResourceError` if this machine has too little memory or disk for a build; `options` as for `estimate`."""
+    given: Any = {name: value for name, value in options.items() if name in ModelParts.__annotations__}
+    with shapes_alone():
+        source = model if isinstance(model, CapturedModel) else _described(model, tasks, given)
+    if checkpoint_bytes(source.loaded) < _ALWAYS_FITS:
+        return
+    found = estimate(source, tasks, **{name: value for name, value in options.items() if name not in given})
+    if (lacking := found.lacking()) is not None:
+        raise ResourceError(
+            f"This build of {found.model} does not fit: {lacking}. Free some, choose another output or set TMPDIR, or "
+            "build all the same: check_resources=False (--no-resource-check)."
+        )
+
+
+def _described(model: nn.Module | str | Path, tasks: tuple[str, ...], parts: ModelParts) -> CapturedModel:
+    return CapturedModel.load(model, tasks, ProgressReporter(None), **parts)
+
+
+def _assumed(recipe: Recipe, task: str) -> Decisions:
+    """Return decisions of the kind that calibration takes, for as many engines; which layers they skip is made up."""
+    config, decided = recipe.config(task), recipe.decided(task)
+    kept = {stack: {0: 1} for stack, share in config.pruning.items() if share > 0}
+    count = 1
+    if task == T2I.name and recipe.t2i.points is not None:
+        count = math.ceil((recipe.t2i.points - 1) / recipe.t2i.skipping_interval)
+    made = (
+        tuple(Phase(number / count, (number,)) for number in range(count))
+        if config.layer_skipping > 0
+        else ()
+    )
+    return Decisions(decided.kept_neurons, decided.phases or made, {**kept, **decided.kept_widths})
+
+
+def _engines(
+    source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, undecided: Collection[str]
+) -> Iterator[str]:
+    """Yield the engines of a bundle by name; those of `undecided` tasks do not tell which layers they skip."""
+    for name, captured in source.of(tasks).items():
+        task = captured.spec.task
+        for engine in (engine for job in jobs(task, name, recipe) for engine in job.engines()):
+            yield re.sub(r"_skip[\d-]+", "_skip…", engine) if task in undecided else engine
+
+
+def _weights(source: CapturedModel, tasks: tuple[str, ...]) -> list[tuple[str, Tensor]]:
+    """Return each tensor that the programs of these tasks read, once, with the part of the model that it is in."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for captured in source.of(tasks).values():
+        spec = captured.spec
+        read = tensors_read(spec)
+        for name, tensor in named_tensors(spec.module).items():
+            if id(tensor) in read:
+                found.setdefault(id(tensor), (stack_at(name, spec.stacks) or "other", tensor))
+    return list(found.values())
+
+
+def _written(part: str, tensor: Tensor, precision: Precision) -> int:
+    """Return the bytes of a tensor in a bundle of this precision."""
+    name = precision.parts[part]
+    narrow = tensor.ndim < 2 or (name == "int8" and min(tensor.shape) < MIN_WIDTH)
+    return tensor.nbytes if narrow else tensor.numel() * _ITEM[name]
