@@ -20,6 +20,7 @@ from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.subject import Subject
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.pipeline import Pipeline
@@ -40,7 +41,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
     pipes["techniques_int8"] = flashu_compile.load(short, threads=threads)
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     onednn = with_onednn(model)
-    codec = pipes["exact"].codec
+    codec = PromptCodec(pipes["exact"].codec.tokenizer)
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
     side = config.latent_shape[1] * VAE.spatial_factor
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).clamp(-1, 1)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import flashu_compile
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.compiler.metadata import understanding
 from flashu_compile.errors import (
     CalibrationError,

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import Tensor, nn
 
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.compiler.export import calibrate
 from flashu_compile.compiler.metadata import generation, understanding
 from flashu_compile.errors import CalibrationError, RecipeError

@@ -18,7 +18,7 @@ from PIL import Image
 
 from flashu_compile.bundle import files
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.errors import (
     BackendUnavailableError,
     BundleError,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.models.reducing import place_in_copy
 from flashu_compile.models.showo2 import checkpoint
