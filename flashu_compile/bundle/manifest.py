@@ -80,9 +80,9 @@ class EngineSpec:
 class Template:
     """What a model reads of a text: the ids `before`, those of `left`, the text and `right` as one, the ids `after`.
 
-    `strip` says on which sides white space around the text is left out. `picture`: how many of the ids `before` and `after` precede the
-    rows of a picture, None if there is none; `placeholder` is the id that stands for each of these rows where ids are
-    counted. Raises `BundleError` if there are fewer ids.
+    `strip` says on which sides white space around the text is left out. `picture`: how many of the ids `before` and
+    `after` precede the rows of a picture, None if there is none; `placeholder` is the id that stands for each of these
+    rows where ids are counted. Raises `BundleError` if there are fewer ids.
     """
 
     before: tuple[Count, ...] = ()
@@ -136,7 +136,7 @@ class PictureStep:
 
 @dataclasses.dataclass(frozen=True)
 class PictureRules:
-    """How a picture becomes pixels [3, `height`, `width`]: by `steps`, then (level * factor - mean) / std of each colour.
+    """How a picture becomes pixels [3, `height`, `width`]: `steps`, then (level * factor - mean) / std of each colour.
 
     Raises `BundleError` on numbers out of range.
     """
@@ -151,9 +151,10 @@ class PictureRules:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             _check_number(name, getattr(self, name), 1, _LARGEST_SIDE)
-        for name, values, low in (("factor", (self.factor,), 0), ("mean", self.mean, -1e6), ("std", self.std, 0)):
-            for value in values:
-                arguments.number(f"The manifest's {name}", value, low, 1e6, BundleError, above=True)
+        for name, value in (("factor", self.factor), *(("std", value) for value in self.std)):
+            arguments.number(f"The manifest's {name}", value, 0, 1e6, BundleError, above=True)
+        for value in self.mean:
+            arguments.number("The manifest's mean", value, -1e6, 1e6, BundleError)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,9 +48,7 @@ class Asked:
         return answer, rows
 
 
-def about_picture(
-    codec: TextCodec, settings: UnderstandingSettings, image: Picture, question: str
-) -> Asked:
+def about_picture(codec: TextCodec, settings: UnderstandingSettings, image: Picture, question: str) -> Asked:
     """Return a question about a picture. Raises `InputError` as `Pipeline.ask` does."""
     pixels = torch.from_numpy(engine_pixels(image, settings.pictures))
     prefix, suffix = codec.around_picture(settings.template, question, settings.max_question_tokens)

@@ -75,9 +75,9 @@ def text_settings(
     """Return the settings of text for a tokenizer of transformers and the entries of a `generation_config.json`.
 
     `codec` is of the same tokenizer, as a bundle has it. `positions` are the rows of text that the model has positions
-    for; `ends` the ids that end an answer where `generation` names none; `mark` the picture, if there is one. Raises `CheckpointError` on a template that cannot
-    be followed, or that the tokenizer encodes in another way behind control tokens, and `ConfigurationError` on what
-    `generation` asks for and is not carried out.
+    for; `ends` the ids that end an answer where `generation` names none; `mark` the picture, if there is one. Raises
+    `CheckpointError` on a template that cannot be followed, or that the tokenizer encodes in another way behind control
+    tokens, and `ConfigurationError` on what `generation` asks for and is not carried out.
     """
     asked = {name: value for name, value in generation.items() if _says_something(name, value)}
     unknown = sorted(asked.keys() - _SAMPLING - _CARRIED - _SILENT)
@@ -199,9 +199,9 @@ def _of_chat(tokenizer: Any, codec: TextCodec, mark: PictureMark | None) -> Temp
     return template if mark is None else _with_picture(template, codec.tokenizer.token_to_id(mark.token))
 
 
-def _with_picture(template: Template, placeholder: int) -> Template:
+def _with_picture(template: Template, placeholder: int | None) -> Template:
     """Return a template with a picture in place of the id that stands for it."""
-    if template.before.count(placeholder) != 1:
+    if placeholder is None or template.before.count(placeholder) != 1:
         raise CheckpointError("The chat template does not put the picture before the question.")
     place = template.before.index(placeholder)
     ids = (*template.before[:place], *template.before[place + 1 :])
@@ -224,7 +224,7 @@ def _added_ids(tokenizer: Any, codec: TextCodec) -> tuple[tuple[int, ...], tuple
 
 
 def _rendered(tokenizer: Any, question: str, mark: PictureMark | None) -> tuple[str, bool]:
-    """Render the chat template, on a day that is the same for all builds; tell whether the tokenizer adds its ids to it.
+    """Render the chat template, on a day that is the same for all builds; tell if the tokenizer adds its ids to it.
 
     Raises `CheckpointError` if it cannot be rendered, or has no place for one picture.
     """

@@ -11,7 +11,7 @@ from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
 from flashu_compile.models.adapter import ModelSource
 from flashu_compile.models.chat import PictureMark
-from flashu_compile.models.picture_lm import PictureLMAdapter
+from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
 
 _PROCESSOR = "JanusImageProcessorPil"
 _SETTINGS, _TOLD = "processor_config.json", "use_default_system_prompt"
@@ -39,11 +39,13 @@ class JanusAdapter(PictureLMAdapter):
 
         path = None if source.directory is None else source.directory / _SETTINGS
         told = path is not None and path.is_file() and weights.read_config(path).get(_TOLD)
-        around = [getattr(tokenizer, name, None) for name in ("boi_token", "eoi_token")]
-        if not all(isinstance(token, str) for token in around):
-            raise CheckpointError("The tokenizer does not name the tokens around a picture, boi_token and eoi_token.")
-        token = tokenizer.convert_ids_to_tokens(network.config.image_token_id)
-        return PictureMark(token, DEFAULT_SYSTEM_PROMPT if told else "", *around)
+        ahead, behind = (getattr(tokenizer, name, None) for name in ("boi_token", "eoi_token"))
+        if not isinstance(ahead, str) or not isinstance(behind, str):
+            raise CheckpointError(
+                "The tokenizer does not name the tokens around a picture, boi_token and eoi_token."
+            )
+        lead = DEFAULT_SYSTEM_PROMPT if told else ""
+        return PictureMark(picture_token(network, tokenizer), lead, ahead, behind)
 
     def rules(self, processor: Any, side: int) -> PictureRules:
         """Return the rules of Janus's own image processor: the longer side resized, then a square."""

@@ -13,7 +13,7 @@ from flashu_compile.bundle.manifest import PictureRules, PictureStep
 from flashu_compile.models import pictures, reducing
 from flashu_compile.models.adapter import LoadedModel, ModelSource
 from flashu_compile.models.chat import PictureMark
-from flashu_compile.models.picture_lm import PictureLMAdapter
+from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
 from flashu_compile.models.pretrained import layer_list
 from flashu_compile.tasks import LLM
 
@@ -41,7 +41,7 @@ class LlavaAdapter(PictureLMAdapter):
 
     def mark(self, source: ModelSource, network: Any, tokenizer: Any) -> PictureMark:
         """Return the token of the picture, which the processor repeats and puts nothing beside."""
-        return PictureMark(tokenizer.convert_ids_to_tokens(network.config.image_token_id))
+        return PictureMark(picture_token(network, tokenizer))
 
     def rules(self, processor: Any, side: int) -> PictureRules:
         """Return the rules of an image processor; Llava's own may make pictures square before all else."""

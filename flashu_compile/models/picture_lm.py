@@ -70,6 +70,18 @@ class EagerQuestions(EagerAnswers):
         ids = [*ahead, *[self._network.config.image_token_id] * self._reading.rows, *behind]
         return ids, {"pixel_values": pixels}
 
+    @torch.inference_mode()
+    def logits(self, image: Any, question: str, answer: Sequence[int]) -> Tensor:
+        """Return the logits [tokens, vocab] of each token of `answer`, which may hold the picture's id, too."""
+        ids, others = self.given(image, question)
+        rows = self._network.get_input_embeddings()(torch.tensor([[*ids, *answer][:-1]]))
+        start = len(self._reading.settings.prefix)
+        found = self._network.model.get_image_features(
+            others["pixel_values"], return_dict=True
+        ).pooler_output[0]
+        rows[0, start : start + self._reading.rows] = found
+        return self._network(inputs_embeds=rows, use_cache=False).logits[0, len(ids) - 1 :]
+
 
 class PictureLMAdapter(ModelAdapter):
     """A family of such models.
@@ -206,6 +218,15 @@ class PictureLMAdapter(ModelAdapter):
     def image_rows(self, loaded: LoadedModel) -> int:
         """Count a picture's rows, and at most two of a template beside them."""
         return loaded.details.rows + 2
+
+
+def picture_token(network: Any, tokenizer: Any) -> str:
+    """Return the token that stands for a picture. Raises `CheckpointError` if the tokenizer has none."""
+    number = network.config.image_token_id
+    token = tokenizer.convert_ids_to_tokens(number)
+    if not isinstance(token, str):
+        raise CheckpointError(f"The tokenizer has no token {number}, which stands for a picture in the model.")
+    return token
 
 
 def _take_chat_template(tokenizer: Any, source: ModelSource) -> None:

@@ -26,7 +26,7 @@ _TRIED = ((1, 1), (3, 5), (41, 17), (64, 64), (90, 700))
 
 
 def read_processor(given: Any) -> Any:
-    """Return an image processor of transformers that works with Pillow, from a directory, or another object of its kind.
+    """Return an image processor of transformers for Pillow, from a directory or from another object of its kind.
 
     Raises `CheckpointError` if there is none, or none that is known, `ConfigurationError` if `given` is something else,
     `MissingDependencyError` if this transformers has no such classes.

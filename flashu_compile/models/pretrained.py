@@ -149,7 +149,7 @@ def generation_of(network: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept_tokenizer(tokenizer: Any, network: Any) -> Tokenizer:
-    """Return a tokenizer as a bundle will hold it. Raises `CheckpointError` if it cannot, or has ids of no embedding."""
+    """Return a tokenizer as a bundle will hold it. Raises `CheckpointError` if it cannot, or ids have no embedding."""
     kept = tokenizing.check_kept(tokenizer.backend_tokenizer)
     tokenizing.check_size(kept, network.get_input_embeddings().weight.shape[0])
     return kept

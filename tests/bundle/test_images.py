@@ -42,7 +42,9 @@ class TestPixels:
         left, top = round((resized.width - 32) / 2.0), round((resized.height - 32) / 2.0)
         expected = np.asarray(resized)[top : top + 32, left : left + 32]
         np.testing.assert_allclose(
-            engine_pixels(picture, picture_rules(32))[0].transpose(1, 2, 0), (expected / 255 - 0.5) / 0.5, atol=1e-6
+            engine_pixels(picture, picture_rules(32))[0].transpose(1, 2, 0),
+            (expected / 255 - 0.5) / 0.5,
+            atol=1e-6,
         )
 
     def test_pixels_out_are_clamped_and_truncated(self) -> None:

@@ -24,8 +24,17 @@ from flashu_compile.models.picture_lm import QuestionForward
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from tests.support import tiny_picture_lm as tiny
+from tests.support.tiny_picture_lm import (
+    PICTURES,
+    PROMPTS,
+    Family,
+    inputs,
+    picture_of,
+    reference,
+    reference_logits,
+    save,
+)
 from tests.support.token_twin import _stay, value_norms
-from tests.support.tiny_picture_lm import PICTURES, PROMPTS, Family, inputs, picture_of, reference, save
 
 TOKENS = 24
 MAKERS: dict[str, Callable[[], Family]] = {
@@ -130,9 +139,15 @@ class TestRefusals:
         ("chat", "message"),
         [
             (None, "has no chat template"),
-            ("{{ messages[0]['content'][1]['text'] }}", "no one place for a picture: '<image>' is there 0 times"),
+            (
+                "{{ messages[0]['content'][1]['text'] }}",
+                "no one place for a picture: '<image>' is there 0 times",
+            ),
             ("<image><image>{{ messages[0]['content'][1]['text'] }}", "is there 2 times"),
-            ("{{ messages[0]['content'][1]['text'] }}<image>", "does not put the picture before the question"),
+            (
+                "{{ messages[0]['content'][1]['text'] }}<image>",
+                "does not put the picture before the question",
+            ),
         ],
     )
     def test_a_template_without_one_place_for_the_picture(self, chat: str | None, message: str) -> None:
@@ -190,45 +205,49 @@ def test_a_processor_s_system_prompt_is_read(tmp_path: Path) -> None:
     assert len(ids) > 200
 
 
-@pytest.fixture(scope="module")
-def bundles(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of directories, and of an object in memory; all with the library's own classes."""
-    folder = tmp_path_factory.mktemp("bundles")
-    for name in ("clip", "janus"):
-        flashu_compile.export(cases[name].folder, "mmu", output=folder / name, cache=False)
-    model, processor = cases["siglip"].family
-    flashu_compile.export(
-        model, "mmu", output=folder / "siglip", cache=False, tokenizer=processor.tokenizer,
-        model_options={"image_processor": processor.image_processor},
-    )  # fmt: skip
-    return {name: folder / name for name in MAKERS}
+class Built(NamedTuple):
+    """A model, its bundle loaded, and where that is."""
+
+    case: Case
+    pipe: Pipeline
+    path: Path
 
 
-@pytest.fixture(params=list(MAKERS))
+@pytest.fixture(scope="module", params=list(MAKERS))
 def built(
-    request: pytest.FixtureRequest, cases: dict[str, Case], bundles: dict[str, Path]
-) -> tuple[Case, Pipeline]:
-    return cases[request.param], flashu_compile.load(bundles[request.param], threads=1)
+    request: pytest.FixtureRequest, cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    """Of a directory, or of an object in memory; with the library's own classes."""
+    one, path = cases[request.param], tmp_path_factory.mktemp("bundles") / request.param
+    model, processor = one.family
+    parts: dict[str, Any] = {}
+    if request.param == "siglip":
+        parts = {
+            "tokenizer": processor.tokenizer,
+            "model_options": {"image_processor": processor.image_processor},
+        }
+    flashu_compile.export(model if parts else one.folder, "mmu", output=path, cache=False, **parts)
+    return Built(one, flashu_compile.load(path, threads=1), path)
 
 
 @pytest.mark.slow
 class TestBundle:
-    def test_the_engines_are_those_of_answers_about_pictures(self, built: tuple[Case, Pipeline]) -> None:
-        engines = {engine.name: engine for engine in built[1].manifest.engines}
+    def test_the_engines_are_those_of_answers_about_pictures(self, built: Built) -> None:
+        engines = {engine.name: engine for engine in built.pipe.manifest.engines}
         assert list(engines) == ["vision", "language_prologue", "language"]
         assert engines["language"].prologue == "language_prologue"
         given = {tensor.name for tensor in engines["language_prologue"].inputs}
         assert given == {"prefix_ids", "image_embeds"}
 
-    def test_greedy_tokens_are_the_library_s(self, built: tuple[Case, Pipeline]) -> None:
-        one, pipe = built
+    def test_greedy_tokens_are_the_library_s(self, built: Built) -> None:
+        one, pipe, _ = built
         for number, (prompt, answer) in enumerate(zip(PROMPTS, one.answers, strict=True)):
             said, _ = pipe.logits(picture_of(number), prompt, tokens=TOKENS)
             assert said[: len(answer)] == answer
             assert pipe.ask(picture_of(number), prompt, max_new_tokens=TOKENS) == one.text(answer)
 
-    def test_a_batch_gives_what_each_gives_alone(self, built: tuple[Case, Pipeline]) -> None:
-        one, pipe = built
+    def test_a_batch_gives_what_each_gives_alone(self, built: Built) -> None:
+        one, pipe, _ = built
         for picture in PICTURES[:2]:
             answers = [reference(one.family, picture, prompt, TOKENS) for prompt in PROMPTS]
             expected = [one.text(answer) for answer in answers]
@@ -237,21 +256,17 @@ class TestBundle:
             joined = ["".join(piece for n, piece in pieces if n == number) for number in range(len(PROMPTS))]
             assert joined == expected
 
-    def test_logits_are_the_library_s_at_each_position(self, built: tuple[Case, Pipeline]) -> None:
-        one, pipe = built
+    def test_logits_are_the_library_s_at_each_position(self, built: Built) -> None:
+        one, pipe, _ = built
         for number, (prompt, answer) in enumerate(zip(PROMPTS, one.answers, strict=True)):
-            given = inputs(one.family, picture_of(number), prompt)
-            ids = given.pop("input_ids")
-            given.pop("attention_mask")
-            with torch.inference_mode():
-                whole = torch.cat([ids, torch.tensor([answer], dtype=torch.int64)], dim=1)
-                truth = one.family.model(whole, **given).logits[0, ids.shape[1] - 1 :].numpy()
+            truth = reference_logits(one.family, picture_of(number), prompt, TOKENS)
+            assert len(truth) >= len(answer)
             _, logits = pipe.logits(picture_of(number), prompt, tokens=len(truth), answer=answer)
             assert max(relative_error(a, b) for a, b in zip(logits, truth, strict=True)) <= 1e-4
 
-    def test_a_penalty_on_repetition_is_the_library_s(self, built: tuple[Case, Pipeline]) -> None:
+    def test_a_penalty_on_repetition_is_the_library_s(self, built: Built) -> None:
         """It counts the ids ahead of the picture, and the one that stands for the picture."""
-        one, pipe = built
+        one, pipe, _ = built
         assert pipe.manifest.understanding is not None
         settings = dataclasses.replace(pipe.manifest.understanding, repetition_penalty=1.3)
         manifest = dataclasses.replace(pipe.manifest, understanding=settings)
@@ -261,11 +276,10 @@ class TestBundle:
         expected = [one.text(answer) for answer in answers]
         assert penalised.ask(PICTURES[0], PROMPTS, max_new_tokens=TOKENS) == expected
 
-    def test_the_command_asks(self, built: tuple[Case, Pipeline], tmp_path: Path) -> None:
-        one, pipe = built
+    def test_the_command_asks(self, built: Built, tmp_path: Path) -> None:
+        one, _, bundle = built
         path = tmp_path / "picture.png"
         picture_of(3).save(path)
-        bundle = pipe.engines.files.directory  # type: ignore[attr-defined]
         limit = ("--max-new-tokens", str(TOKENS), "--json")
         done = CliRunner().invoke(cli.app, ["ask", str(bundle), str(path), PROMPTS[3], *limit])
         assert json.loads(done.stdout) == [{"question": PROMPTS[3], "answer": one.text(one.answers[3])}]
@@ -304,7 +318,10 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(name: str, cases: dict[str, C
     for number, (prompt, answer) in enumerate(zip(PROMPTS[:6], one.answers[:6], strict=True)):
         given = inputs(one.family, picture_of(number), prompt)
         truth = np.stack(
-            [_by_hand(one.family.model, given, answer[:n], kept, skipped, 1, 0.5) for n in range(len(answer) + 1)]
+            [
+                _by_hand(one.family.model, given, answer[:n], kept, skipped, 1, 0.5)
+                for n in range(len(answer) + 1)
+            ]
         )
         _, logits = pipe.logits(picture_of(number), prompt, tokens=len(truth), answer=answer)
         assert relative_error(logits, truth) <= 1e-4
@@ -326,8 +343,8 @@ def _by_hand(
     ids = torch.cat([given["input_ids"], torch.tensor([answer], dtype=torch.int64)], dim=1)
     language = model.model.language_model
     rows = language.embed_tokens(ids)
-    places = (ids[0] == tiny.IMAGE).nonzero()[:, 0]
-    features = model.get_image_features(given["pixel_values"], return_dict=True).pooler_output
+    places = (given["input_ids"][0] == tiny.IMAGE).nonzero()[:, 0]
+    features = model.model.get_image_features(given["pixel_values"], return_dict=True).pooler_output
     rows[0, places] = features[0]
     first, count = int(places[0]), len(places)
     cos, sin = language.rotary_emb(rows, torch.arange(rows.shape[1])[None])

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import flashu_compile
-from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
 from flashu_compile.errors import InputError
 from flashu_compile.models.loading import BUNDLED
+from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
 from flashu_compile.models.showo2.vocabulary import extend
 from tests.runtime.tiny_bundle import byte_tokenizer
 

@@ -30,7 +30,16 @@ from flashu_compile.bundle.manifest import (
     UnderstandingSettings,
     file_entry,
 )
-from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec, picture_rules
+from flashu_compile.models.showo2.prompts import (
+    BOI,
+    BOS,
+    EOI,
+    EOS,
+    IMAGE_PAD,
+    PAD,
+    PromptCodec,
+    picture_rules,
+)
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.recipe import Recipe
 from tests.support.plans import uniform_plan

@@ -1,4 +1,4 @@
-"""Tiny models of transformers' own classes that read a picture, as `save_pretrained` leaves them, whose answers differ."""
+"""Tiny models of transformers' own classes that read a picture, as `save_pretrained` leaves them."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def llava_clip(seed: int = 0, **changes: Any) -> Family:
     config = LlavaConfig(
         vision_config=vision, text_config=_text(LlamaConfig), image_token_index=IMAGE, **options
     )
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    )
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     fast = tokenizer(WORDS_CHAT, adds=True)
     processor = LlavaProcessor(
         pictures,
@@ -222,14 +220,25 @@ def inputs(family: Family, picture: Image.Image, prompt: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def reference(
-    family: Family, picture: Image.Image, prompt: str, tokens: int, **options: Any
-) -> list[int]:
+def reference(family: Family, picture: Image.Image, prompt: str, tokens: int, **options: Any) -> list[int]:
     """The ids that the library's own loop says, without the one that ends the answer."""
     given = inputs(family, picture, prompt)
     said = family.model.generate(**given, do_sample=False, max_new_tokens=tokens, **options)
     answer = said[0, given["input_ids"].shape[1] :].tolist()
     return answer[:-1] if answer[-1] in ENDS else answer
+
+
+@torch.inference_mode()
+def reference_logits(family: Family, picture: Image.Image, prompt: str, tokens: int) -> np.ndarray:
+    """The logits [tokens, vocab] of each token of the library's answer, its end included."""
+    said = family.model.generate(
+        **inputs(family, picture, prompt),
+        do_sample=False,
+        max_new_tokens=tokens,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.cat(said.logits).numpy()
 
 
 def save(folder: Path, family: Family, *, apart: bool = False) -> Path:

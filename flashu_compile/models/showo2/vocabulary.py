@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer
 
-from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.errors import CheckpointError
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.tokenizing import check_kept, written_and_read
 
 _PAD = "[PAD]"
