@@ -225,7 +225,9 @@ def picture_token(network: Any, tokenizer: Any) -> str:
     number = network.config.image_token_id
     token = tokenizer.convert_ids_to_tokens(number)
     if not isinstance(token, str):
-        raise CheckpointError(f"The tokenizer has no token {number}, which stands for a picture in the model.")
+        raise CheckpointError(
+            f"The tokenizer has no token {number}, which stands for a picture in the model."
+        )
     return token
 
 
