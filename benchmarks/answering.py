@@ -20,9 +20,9 @@ from benchmarks.geometries import SEED, VAE, random_model, token_pruning, unders
 from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.subject import Count, Subject
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import decoding
@@ -49,8 +49,7 @@ def answering(bundles: Bundles, threads: int, tokens: int = TOKENS) -> Subject:
 
     model, half = random_model(config), random_model(config).to(torch.bfloat16)
     onednn = with_onednn(model)
-    codec = pipe("exact").codec
-    assert isinstance(codec, PromptCodec)
+    codec = PromptCodec(pipe("exact").codec.tokenizer)
     prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
     pixels = random_pixels(config)
     seen = CachedEager(model, VAE.encode(pixels))
@@ -136,14 +135,16 @@ def picture_embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:
 
 def first_logits(pipe: Pipeline, embeds: np.ndarray) -> np.ndarray:
     """Logits [vocab] of the first token that the engines answer, about a picture they have not seen."""
-    picture = decoding.Picture(pipe._engines, pipe.codec.question_prefix(), embeds)
-    return picture.answers([pipe.codec.question_suffix(QUESTION)]).first()[0]
+    codec = PromptCodec(pipe.codec.tokenizer)
+    picture = decoding.Picture(pipe._engines, codec.question_prefix(), embeds)
+    return picture.answers([codec.question_suffix(QUESTION)]).first()[0]
 
 
 def answer(pipe: Pipeline, pixels: torch.Tensor, tokens: int) -> list[int]:
     """An answer of so many tokens by the engines, from pixels on."""
-    picture = decoding.Picture(pipe._engines, pipe.codec.question_prefix(), picture_embeds(pipe, pixels))
-    suffix = pipe.codec.question_suffix(QUESTION)
+    codec = PromptCodec(pipe.codec.tokenizer)
+    picture = decoding.Picture(pipe._engines, codec.question_prefix(), picture_embeds(pipe, pixels))
+    suffix = codec.question_suffix(QUESTION)
     return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
 
 

@@ -35,8 +35,8 @@ class Bundles:
         """The bundle's folder, built if it is not there."""
         chosen = find_recipe(recipe)
         built_by = [] if backend == "onnxruntime" else [backend]
-        model = [self.config.to_dict(), task, recipe_digest(chosen, task), precision]
-        name = digest(*model, *built_by, compiler_digest())
+        made_of = [self.config.to_dict(), task, recipe_digest(chosen, task), precision]
+        name = digest(*made_of, *built_by, compiler_digest())
         title = "_".join([chosen.name, *[precision] * (precision != "float32"), *built_by])
         path, note = self.folder / f"{task}-{title}-{name}", self.folder / f"{task}-{title}-{name}.json"
         if not (path / MANIFEST).is_file():

@@ -18,9 +18,9 @@ from benchmarks.measuring import flops, relative
 from benchmarks.onednn import with_onednn
 from benchmarks.published_patch import PublishedPatch
 from benchmarks.subject import Count, Subject
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.showo2.reference import GenerationReference, generate
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
@@ -39,9 +39,8 @@ class PaddedPrompt:
     """One prompt of `tokens` and the empty prompt, in the published layout and in the engines'."""
 
     def __init__(self, pipe: Pipeline, config: Showo2Config, tokens: int = PROMPT_TOKENS) -> None:
-        codec, facts = pipe.codec, pipe.manifest.generation
+        codec, facts = PromptCodec(pipe.codec.tokenizer), pipe.manifest.generation
         assert facts is not None
-        assert isinstance(codec, PromptCodec)
         self.prompt = "x" * (tokens - len(codec.generation_prefix("", facts.max_prompt_tokens)))
         self.text = prompt_pair(codec, facts, self.prompt)
         rows = []

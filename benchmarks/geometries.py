@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.models.showo2.config import (
     HeadConfig,
     LLMConfig,
@@ -17,6 +16,7 @@ from flashu_compile.models.showo2.config import (
     configuration,
 )
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.models.vae import SpaceToDepth
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions, Phase

@@ -50,6 +50,7 @@ from benchmarks.records import Records, ratio
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.evaluation.machine import resident
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.showo2.reference import GenerationReference, time_grid
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
@@ -190,7 +191,9 @@ class Works:
             embeds = picture_embeds(pipe, pixels)
             return Doing(lambda: answer(pipe, pixels, self.tokens), lambda: first_logits(pipe, embeds)[None])
         prompt, count = PaddedPrompt(pipe, self.config).prompt, PICTURES[work]
-        chosen = {} if work == "flashu" else {"steps": self.points, "guidance_scale": GUIDANCE}
+        chosen: dict[str, Any] = (
+            {} if work == "flashu" else {"steps": self.points, "guidance_scale": GUIDANCE}
+        )
 
         def draw() -> np.ndarray:
             return pipe.latents([prompt] * count, seed=list(range(count)), **chosen)
@@ -219,7 +222,8 @@ class Works:
         return Doing(lambda: draw().cpu(), lambda: draw()[:1].float().cpu().numpy())
 
     def _eager_answer(self, model: Showo2, pipe: Pipeline) -> Doing:
-        prefix, suffix = pipe.codec.question_prefix(), pipe.codec.question_suffix(QUESTION)
+        codec = PromptCodec(pipe.codec.tokenizer)
+        prefix, suffix = codec.question_prefix(), codec.question_suffix(QUESTION)
         pixels = random_pixels(self.config)
 
         def begun() -> CachedEager:

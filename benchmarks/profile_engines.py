@@ -97,7 +97,7 @@ def _picture(pipe: Pipeline, engines: Engines) -> None:
 
 def _answer(pipe: Pipeline, engines: Engines) -> None:
     assert pipe.manifest.understanding is not None
-    side = pipe.manifest.understanding.picture_size
+    side = pipe.manifest.understanding.pictures.height
     pixels = np.random.default_rng(SEED).integers(0, 256, (side, side, 3), dtype=np.uint8)
     _on(pipe, engines).ask(pixels, QUESTION, max_new_tokens=MAX_NEW_TOKENS)
 

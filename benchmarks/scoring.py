@@ -26,7 +26,7 @@ from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
 from flashu_compile.bundle.manifest import RECIPE, REPORT, TOKENIZER, EngineSpec, read_manifest
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline
@@ -78,9 +78,9 @@ def batched_input(spec: EngineSpec) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(bundle: Path, threads: int) -> tuple[BundleFiles, PromptCodec, OnnxRuntimeEngines]:
+def _open(bundle: Path, threads: int) -> tuple[BundleFiles, TextCodec, OnnxRuntimeEngines]:
     files = BundleFiles(bundle, read_manifest(bundle))
-    codec = PromptCodec.from_file(files.path(TOKENIZER))
+    codec = TextCodec.from_file(files.path(TOKENIZER))
     return files, codec, OnnxRuntimeEngines(files, threads=threads)
 
 

@@ -81,7 +81,7 @@ def decode() -> tuple[Pass, ...]:
     They split off a prologue over the picture's rows, and make the part itself update buffers of keys and
     values.
     """
-    # The token that ends the image belongs to it: the published mask lets the image see it.
+    # The token that ends an image belongs to it where the mask lets the image see it.
     return (SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS), *_token_by_token())
 
 

@@ -1,8 +1,8 @@
 """Give the first of a sequence of ids an input of its own. Exact by composition.
 
-For sequences whose first id belongs with the rows before them, such as the token that ends an image. The
-embedding of the whole becomes the concatenated embeddings of both parts, so that their rows are separate
-values from the start.
+For sequences whose first id belongs with the rows before them, since these see it, such as the token that ends an
+image. Where masks let no row see a later one, nothing changes. The embedding of the whole becomes the concatenated
+embeddings of both parts, so that their rows are separate values from the start.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import dataclasses
 import torch
 from torch import fx
 
+from flashu_compile.errors import StructureError
+from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.base import Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.rows.visible import sees_later
+from flashu_compile.passes.split_rows import row_segments
 from flashu_compile.program.program import Input, Program
 
 _aten = torch.ops.aten
@@ -36,6 +40,8 @@ class SeparateFirst(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Replace the input by its two parts, and make its users read these."""
+        if not self._seen(program):
+            return PassResult.unchanged(program)
         editor = GraphEditor(program)
         whole = editor.user_inputs()[self.role]
         value = whole.meta["val"]
@@ -53,6 +59,14 @@ class SeparateFirst(Pass):
         return PassResult(
             (editor.finish(inputs=inputs, sample=sample),), (f"{self.first} is an input of its own",)
         )
+
+    def _seen(self, program: Program) -> bool:
+        """Tell whether rows before those of the input may see them."""
+        sizes = Sizes(program)
+        try:
+            return sees_later(program, row_segments(program, frozenset({self.role}), sizes), sizes)
+        except StructureError:  # no rows to tell apart
+            return True
 
 
 def _read_parts(editor: GraphEditor, user: fx.Node, whole: fx.Node, parts: list[fx.Node]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.showo2_shapes.world.language import caption, questions
 from examples.showo2_shapes.world.render import render
 from examples.showo2_shapes.world.scenes import sample_free_scene, sample_scene, sample_spec
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.models.showo2.prompts import PromptCodec
 
 IGNORE = -100
 

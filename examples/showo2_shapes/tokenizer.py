@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.showo2_shapes.world.language import corpus
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 
 VOCABULARY = 512
 TEMPLATE_LINES = ["system\nYou are a helpful assistant.", "\nuser\n", "\nassistant\n"]

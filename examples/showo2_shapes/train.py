@@ -29,11 +29,11 @@ from examples.showo2_shapes.data import (
     generation_batch,
     question_batch,
 )
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig, Showo2Config
 from flashu_compile.models.showo2.layout import attention_mask, row_positions
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.vae import SpaceToDepth
 
 HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""Pictures in and out: a file, a PIL image or an array -> engine pixels in [-1, 1], and back."""
+"""Pictures in and out: a file, a PIL image or an array -> an engine's pixels, and back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flashu_compile.bundle.finite import Source
+from flashu_compile.bundle.manifest import PictureRules, PictureStep
 from flashu_compile.errors import InputError
 from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import absolute
@@ -106,24 +107,53 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise InputError(f"{name} cannot be read: {error}.") from error
 
 
-def engine_pixels(source: Picture, size: int) -> NDArray[np.float32]:
-    """Preprocess a picture for the vision engine: float32 [1, 3, size, size], (x / 255 - 0.5) / 0.5.
+def engine_pixels(source: Picture, rules: PictureRules) -> NDArray[np.float32]:
+    """Prepare a picture for the vision engine: float32 [1, 3, height, width], by `rules`.
 
-    The shorter side is resized to `size` (bicubic), then the centre is cropped, with the rounding of the published
-    preprocessing. Raises `InputError` as `read_picture` does, and for a picture too elongated to be resized so.
+    Raises `InputError` as `read_picture` does, and for a picture too elongated to be prepared so.
     """
     image = read_picture(source)
+    given = image.size
+    for step in rules.steps:
+        image = _prepared(image, step, given)
+    if image.size != (rules.width, rules.height):
+        raise InputError(
+            "A picture of {} × {} becomes one of {} × {}, not".format(*given, *image.size)
+            + f" of {rules.width} × {rules.height}."
+        )
+    levels = (np.asarray(image).astype(np.float64) * rules.factor).astype(np.float32)
+    values = (levels - np.array(rules.mean, np.float32)) / np.array(rules.std, np.float32)
+    return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
+
+
+def _prepared(image: Image.Image, step: PictureStep, given: tuple[int, int]) -> Image.Image:
+    """Carry out one step on a picture that was `given` in this size."""
     width, height = image.size
     shorter, longer = min(width, height), max(width, height)
-    long_side = int(size * longer / shorter)
-    if size * long_side > MAX_PIXELS:
-        raise InputError(f"The picture is {width} × {height}: too elongated to be cropped to a square.")
-    target = (size, long_side) if width <= height else (long_side, size)
-    image = image.resize(target, Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in target)
-    image = image.crop((left, top, left + size, top + size))
-    values = (np.asarray(image, dtype=np.float32) / 255 - 0.5) / 0.5
-    return np.ascontiguousarray(values.transpose(2, 0, 1)[None], dtype=np.float32)
+    if step.kind == "crop":
+        beyond = width - step.width, height - step.height
+        left, top = (round(b / 2) if step.rounded else b // 2 for b in beyond)
+        return image.crop((left, top, left + step.width, top + step.height))
+    if step.kind == "shorter":
+        target = step.height * width // shorter, step.height * height // shorter
+    elif step.kind == "longer":
+        scale = step.height / longer
+        target = max(round(width * scale), step.least), max(round(height * scale), step.least)
+    else:
+        target = (longer, longer) if step.kind == "square" else (step.width, step.height)
+    if target[0] * target[1] > MAX_PIXELS:
+        raise InputError("The picture is {} × {}: too elongated to be prepared.".format(*given))
+    if step.kind == "square":
+        canvas = Image.new("RGB", target, step.colour)
+        canvas.paste(image, ((longer - width) // 2, (longer - height) // 2))
+        return canvas
+    return image.resize(target, Image.Resampling(step.resample))
+
+
+def shown(pixels: NDArray[np.float32], rules: PictureRules) -> Image.Image:
+    """Convert an engine's pixels [3, height, width] back to the picture that they were prepared from."""
+    levels = (pixels.transpose(1, 2, 0) * np.array(rules.std) + np.array(rules.mean)) / rules.factor
+    return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
 
 
 def to_picture(pixels: NDArray[np.float32], source: Source) -> Image.Image:

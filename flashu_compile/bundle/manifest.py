@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from flashu_compile import arguments, reading
 from flashu_compile.bundle.dimensions import parsed
@@ -25,7 +26,7 @@ _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
 _LONGEST_NAME = 255  # bytes, as in most file systems
 _ENGINE_NAME = "[A-Za-z0-9_-]{1,200}"
 
-SCHEMA = 4
+SCHEMA = 5
 BUILD_AGAIN = "build the bundle again"  # what to do about a damaged one
 MANIFEST = "manifest.json"
 PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
@@ -76,10 +77,92 @@ class EngineSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Template:
+    """What a model reads of a text: the ids `before`, those of `left`, the text and `right` as one, the ids `after`.
+
+    `strip` says on which sides white space around the text is left out. `picture`: how many of the ids `before` and
+    `after` precede the rows of a picture, None if there is none; `placeholder` is the id that stands for each of these
+    rows where ids are counted. Raises `BundleError` if there are fewer ids.
+    """
+
+    before: tuple[Count, ...] = ()
+    left: str = ""
+    right: str = ""
+    after: tuple[Count, ...] = ()
+    strip: Literal["", "left", "right", "both"] = ""
+    picture: Count | None = None
+    placeholder: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.picture is not None and self.picture > self.length:
+            raise BundleError(
+                f"The manifest puts a picture behind {self.picture} ids of a template that has {self.length}."
+            )
+
+    @property
+    def length(self) -> int:
+        """The number of ids around the text."""
+        return len(self.before) + len(self.after)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureStep:
+    """A step in preparing a picture. Raises `BundleError` on sizes or colours out of range.
+
+    Attributes:
+        kind: `shorter` resizes so that the shorter side has `height` pixels, the other in proportion, rounded down;
+            `longer` resizes so that the longer side has `height`, the other in proportion, rounded, at least `least`;
+            `exact` resizes to `height` × `width`; `crop` cuts `height` × `width` from the centre, with black where the
+            picture is smaller; `square` lays the picture on the centre of a square of `colour`.
+        resample: Pillow's number of the filter that resizes.
+        rounded: The distance of a crop from the left and the top is rounded to the nearest, not down.
+    """
+
+    kind: Literal["shorter", "longer", "exact", "crop", "square"]
+    height: Count = 1
+    width: Count = 1
+    least: Count = 1
+    resample: Count = 3
+    rounded: bool = False
+    colour: tuple[Count, Count, Count] = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "least"):
+            _check_number(name, getattr(self, name), 1, _LARGEST_SIDE)
+        _check_number("resample", self.resample, 0, 5)
+        for level in self.colour:
+            _check_number("colour", level, 0, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRules:
+    """How a picture becomes pixels [3, `height`, `width`]: `steps`, then (level * factor - mean) / std of each colour.
+
+    Raises `BundleError` on numbers out of range.
+    """
+
+    height: Count
+    width: Count
+    steps: tuple[PictureStep, ...]
+    factor: float = 1 / 255
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            _check_number(name, getattr(self, name), 1, _LARGEST_SIDE)
+        for name, value in (("factor", self.factor), *(("std", value) for value in self.std)):
+            arguments.number(f"The manifest's {name}", value, 0, 1e6, BundleError, above=True)
+        for value in self.mean:
+            arguments.number("The manifest's mean", value, -1e6, 1e6, BundleError)
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerationSettings:
     """What the t2i pipeline must know of the model. Sizes in pixels (width, height), tokens or rows.
 
-    Raises `BundleError` on sizes of the wrong type, out of range, or that do not go together.
+    `pad_id` fills sequences up. Raises `BundleError` on sizes of the wrong type, out of range, or that do not go
+    together, and on a template without a picture.
     """
 
     latent_shape: tuple[int, int, int]
@@ -87,6 +170,8 @@ class GenerationSettings:
     span_length: int
     max_prompt_tokens: int
     picture_size: tuple[int, int]
+    template: Template
+    pad_id: Count
 
     def __post_init__(self) -> None:
         for name in ("latent_shape", "picture_size"):
@@ -96,8 +181,9 @@ class GenerationSettings:
         _check_settings(
             self, {"span_length": self.sequence_length, "max_prompt_tokens": self.sequence_length}
         )
-        # Two tokens stand before the picture beside the prompt, and two behind it.
-        if self.max_prompt_tokens + self.span_length + 4 > self.sequence_length:
+        if self.template.picture is None:
+            raise BundleError("The manifest's template of t2i has no place for a picture.")
+        if self.max_prompt_tokens + self.span_length + self.template.length > self.sequence_length:
             raise BundleError(
                 f"The manifest's sequence_length {self.sequence_length} cannot hold a span of {self.span_length} and "
                 f"prompts of {self.max_prompt_tokens} tokens."
@@ -105,35 +191,8 @@ class GenerationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class UnderstandingSettings:
-    """What the mmu pipeline must know of the model. Raises `BundleError` on sizes of the wrong type or out of range."""
-
-    picture_size: int
-    max_question_tokens: int
-    max_new_tokens: int
-
-    def __post_init__(self) -> None:
-        _check_settings(self, {"picture_size": _LARGEST_SIDE})
-        _check_settings(self, dict.fromkeys(("max_question_tokens", "max_new_tokens"), _LARGEST_LENGTH))
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """What a model reads of a text: the ids `before`, those of `left`, the text and `right` as one, the ids `after`.
-
-    `strip`: white space around the text is left out.
-    """
-
-    before: tuple[Count, ...] = ()
-    left: str = ""
-    right: str = ""
-    after: tuple[Count, ...] = ()
-    strip: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class TextSettings:
-    """What the text pipeline must know of the model. Raises `BundleError` on sizes of the wrong type or out of range.
+    """What a pipeline that answers must know of the model. Raises `BundleError` on sizes of the wrong type or range.
 
     `stop_ids` end an answer. `repetition_penalty` divides positive logits of tokens that were there before, and
     multiplies negative ones. `not_used` are settings of the checkpoint that decoding, which is greedy, does not follow.
@@ -153,11 +212,33 @@ class TextSettings:
         )
 
 
-def _check_settings(
-    settings: GenerationSettings | UnderstandingSettings | TextSettings, largest: Mapping[str, int]
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class UnderstandingSettings(TextSettings):
+    """The same of answers about a picture, which `pictures` prepares.
+
+    Raises `BundleError`, too, on a template that has no picture before its text.
+    """
+
+    pictures: PictureRules = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template.picture is None or self.template.picture > len(self.template.before):
+            raise BundleError("The manifest's template of mmu has no picture before the question.")
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids ahead of the picture's rows."""
+        return self.template.before[: self.template.picture]
+
+
+def _check_settings(settings: GenerationSettings | TextSettings, largest: Mapping[str, int]) -> None:
     for name, high in largest.items():
-        arguments.integer(f"The manifest's {name}", getattr(settings, name), 1, high, BundleError)
+        _check_number(name, getattr(settings, name), 1, high)
+
+
+def _check_number(name: str, value: object, low: int, high: int) -> None:
+    arguments.integer(f"The manifest's {name}", value, low, high, BundleError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +305,7 @@ class Manifest:
         known = ", ".join(e.name for e in self.engines)
         raise BundleError(f"The bundle has no engine {name!r}; it has: {known}.")
 
-    def answering(self, task: str) -> UnderstandingSettings | TextSettings | None:
+    def answering(self, task: str) -> TextSettings | None:
         """Return the settings of a task that answers questions; None if the bundle lacks it, or it answers none."""
         return {MMU.name: self.understanding, TEXT.name: self.text}.get(task)
 

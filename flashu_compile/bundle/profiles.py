@@ -94,7 +94,7 @@ def known_ranges(
         cached = _MAX_PREFIX + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
-        known[CAPACITY] = Range(image_rows + 2, image_rows + min(64, cached), image_rows + cached + ROOM)
+        known[CAPACITY] = Range(image_rows, image_rows + min(64, cached), image_rows + cached + ROOM)
     if text is not None:
         rows = _MAX_PREFIX + text.max_question_tokens + text.max_new_tokens
         for name, usual, most in (("suffix", 1, rows), (CAPACITY, min(64, rows), rows + ROOM)):

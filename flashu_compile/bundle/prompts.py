@@ -12,14 +12,6 @@ from flashu_compile import reading
 from flashu_compile.bundle.manifest import Template
 from flashu_compile.errors import BundleError, FlashuError, InputError
 
-BOS, EOS = "<|im_start|>", "<|im_end|>"
-BOI, EOI, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
-PAD = "[PAD]"
-
-_SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
-_USER = "\n<|im_start|>user\n"
-_ASSISTANT = "\n<|im_start|>assistant\n"
-
 
 def read_tokenizer(path: Path, error: type[FlashuError]) -> Tokenizer:
     """Read a file in the tokenizers format. Raises `error` if it is absent or damaged."""
@@ -72,67 +64,37 @@ class TextCodec:
         """Decode the ids of an answer to text."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def in_template(self, template: Template, text: str, limit: int | None = None) -> list[int]:
-        """Return the ids of a template with `text` in it.
+    def in_template(
+        self, template: Template, text: str, limit: int | None = None, what: str = "question"
+    ) -> list[int]:
+        """Return the ids of a template with `text`, a prompt or question, in it, without the rows of a picture.
 
-        Raises `InputError` if the text has more than `limit` tokens.
+        Raises `InputError` if the text has more than `limit` tokens; `what` names it.
         """
-        text = text.strip() if template.strip else text
+        text = _stripped(text, template.strip)
         ids = self.encode(template.left + text + template.right)
         around = 0 if limit is None else len(self.encode(template.left + template.right))
         if limit is not None and len(ids) - around > limit:
             raise InputError(
-                f"The question has {len(ids) - around} tokens but this bundle takes at most {limit}; shorten it."
+                f"The {what} has {len(ids) - around} tokens but this bundle takes at most {limit}; shorten it: "
+                f"{_start(text)}"
             )
         return [*template.before, *ids, *template.after]
 
+    def around_picture(
+        self, template: Template, text: str, limit: int | None = None, what: str = "question"
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of a template that has a picture, ahead of its rows and behind them; see `in_template`."""
+        assert template.picture is not None, "the template has a picture"
+        ids, place = self.in_template(template, text, limit, what), template.picture
+        if place > len(template.before):
+            place = len(ids) - (template.length - place)
+        return ids[:place], ids[place:]
 
-class PromptCodec(TextCodec):
-    """Builds the token sequences of t2i and mmu. Each piece is tokenised on its own, as published."""
 
-    def __init__(self, tokenizer: Tokenizer, *, allow_control_tokens: bool = False) -> None:
-        super().__init__(tokenizer, allow_control_tokens=allow_control_tokens)
-        self.bos, self.eos = self._special(BOS), self._special(EOS)
-        self.boi, self.eoi = self._special(BOI), self._special(EOI)
-        self.image_pad, self.pad = self._special(IMAGE_PAD), self._special(PAD)
-
-    def _special(self, token: str) -> int:
-        identifier = self.tokenizer.token_to_id(token)
-        if identifier is None:
-            raise BundleError(f"The tokenizer has no {token!r} token, which the templates of pictures need.")
-        return identifier
-
-    def _template(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def generation_prefix(self, prompt: str, limit: int) -> list[int]:
-        """Return the ids `bos, prompt, boi`. Raises `InputError` if the prompt has more than `limit` tokens."""
-        ids = self.encode(prompt)
-        if len(ids) > limit:
-            raise InputError(
-                f"The prompt has {len(ids)} tokens but this model reads at most {limit}; shorten it: {_start(prompt)}"
-            )
-        return [self.bos, *ids, self.boi]
-
-    def generation_tail(self, length: int) -> list[int]:
-        """Return the `length` ids `eoi, eos, pad…` that follow the image in the padded sequence."""
-        return ([self.eoi, self.eos] + [self.pad] * length)[:length]
-
-    def question_prefix(self) -> list[int]:
-        """Return the ids before the image in an understanding sequence, up to boi."""
-        return [self.bos, *self._template(_SYSTEM), *self._template(_USER), self.boi]
-
-    def question_suffix(self, question: str, limit: int | None = None) -> list[int]:
-        """Return the ids after the image: eoi, the question, and the start of the assistant's turn.
-
-        Raises `InputError` if the question has more than `limit` tokens.
-        """
-        ids = self.encode(question)
-        if limit is not None and len(ids) > limit:
-            raise InputError(
-                f"The question has {len(ids)} tokens but this bundle takes at most {limit}; shorten it."
-            )
-        return [self.eoi, *ids, *self._template(_ASSISTANT)]
+def _stripped(text: str, sides: str) -> str:
+    text = text.lstrip() if sides in ("left", "both") else text
+    return text.rstrip() if sides in ("right", "both") else text
 
 
 def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:

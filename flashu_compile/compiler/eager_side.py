@@ -21,7 +21,7 @@ class EagerSubject:
         parts = {name: settings.get(name) for name in ("vae", "tokenizer", "resolution")}
         loaded = load_model(settings["model"], **parts)
         self._sampler, self._model = loaded.adapter.sampler(loaded), loaded.adapter.eager(loaded)
-        self._side = understanding(loaded).picture_size if MMU.name in loaded.adapter.tasks else 0
+        self._rules = understanding(loaded).pictures if MMU.name in loaded.adapter.tasks else None
         self._steps, self._tokens = settings["steps"], settings["tokens"]
 
     @property
@@ -40,7 +40,8 @@ class EagerSubject:
         elif task == TEXT.name:
             self._model.answer(None, QUESTION, self._tokens)
         else:
-            self._model.answer(picture(self._side), QUESTION, self._tokens)
+            assert self._rules is not None, "it has the task mmu"
+            self._model.answer(picture(self._rules), QUESTION, self._tokens)
         return {}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
-from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.specialise import Job
@@ -117,9 +117,9 @@ class TextToImage:
             found.append(Job(DENOISE, pipelines.reuse(), then={REUSE: pipelines.reused()}, only=only))
         return tuple(found)
 
-    def _parts(self, source: CapturedModel) -> tuple[Program, PromptCodec, GenerationSettings]:
+    def _parts(self, source: CapturedModel) -> tuple[Program, TextCodec, GenerationSettings]:
         loaded = source.loaded
-        return source.programs[DENOISE].program, PromptCodec(loaded.tokenizer), metadata.generation(loaded)
+        return source.programs[DENOISE].program, TextCodec(loaded.tokenizer), metadata.generation(loaded)
 
     def calibrate(
         self,
@@ -177,11 +177,11 @@ class Understanding:
         passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
         return (Job(UNDERSTAND, passes, then={LANGUAGE: pipelines.decode()}),)
 
-    def _parts(self, source: CapturedModel) -> tuple[Program, PromptCodec, UnderstandingSettings]:
+    def _parts(self, source: CapturedModel) -> tuple[Program, TextCodec, UnderstandingSettings]:
         loaded = source.loaded
         return (
             source.programs[UNDERSTAND].program,
-            PromptCodec(loaded.tokenizer),
+            TextCodec(loaded.tokenizer),
             metadata.understanding(loaded),
         )
 

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from flashu_compile.bundle.images import Picture
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation import gate
 from flashu_compile.evaluation.evaluators import Evaluator
@@ -77,14 +76,13 @@ class Side:
     def answer_ids(self, image: Picture, question: str, limit: int) -> list[int]:
         """Return the ids of the answer with its end token, at most `limit`."""
         self._tell(f"{self.title}: answering", None)
-        codec, ids = self._pipeline.codec, list[int]()
-        assert isinstance(codec, PromptCodec), "it answers about pictures"
-        end = codec.eos
+        settings, ids = self._pipeline.manifest.understanding, list[int]()
+        assert settings is not None, "it answers about pictures"
         # Most answers are short, and decoding does not stop at their end.
         for tokens in (min(_SHORT, limit), limit):
             ids, _ = self._pipeline.logits(image, question, tokens=tokens)
-            if end in ids:
-                return ids[: ids.index(end) + 1]
+            if ends := [place for place, token in enumerate(ids) if token in settings.stop_ids]:
+                return ids[: ends[0] + 1]
         return ids
 
 

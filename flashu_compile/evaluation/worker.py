@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile import reading
-from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.bundle.manifest import PictureRules, read_manifest
 from flashu_compile.errors import EvaluationError, FlashuError
 from flashu_compile.evaluation.machine import forget_peak, resident
 from flashu_compile.evaluation.watching import WatchedEngines
@@ -80,14 +80,14 @@ class BundleSubject:
             self._pipe.logits(None, QUESTION, tokens=self._tokens)
         else:
             assert self._pipe.manifest.understanding is not None
-            side = self._pipe.manifest.understanding.picture_size
-            self._pipe.logits(picture(side), QUESTION, tokens=self._tokens)
+            asked_about = picture(self._pipe.manifest.understanding.pictures)
+            self._pipe.logits(asked_about, QUESTION, tokens=self._tokens)
         return self._watched.seconds
 
 
-def picture(side: int) -> NDArray[np.uint8]:
+def picture(rules: PictureRules) -> NDArray[np.uint8]:
     """Return the picture that is asked about; what it shows does not matter to the time."""
-    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (rules.height, rules.width, 3), dtype=np.uint8)
 
 
 class _Served:

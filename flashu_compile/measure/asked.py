@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashu_compile.bundle.images import Picture, engine_pixels
 from flashu_compile.bundle.manifest import TextSettings, UnderstandingSettings
-from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.measure.recorder import captured_source
 from flashu_compile.program.program import Program, Role
 
@@ -48,14 +48,12 @@ class Asked:
         return answer, rows
 
 
-def about_picture(
-    codec: PromptCodec, settings: UnderstandingSettings, image: Picture, question: str
-) -> Asked:
+def about_picture(codec: TextCodec, settings: UnderstandingSettings, image: Picture, question: str) -> Asked:
     """Return a question about a picture. Raises `InputError` as `Pipeline.ask` does."""
-    pixels = torch.from_numpy(engine_pixels(image, settings.picture_size))
-    given: dict[str, Tensor] = {Role.PIXELS: pixels, Role.PREFIX_IDS: torch.tensor([codec.question_prefix()])}
-    suffix = codec.question_suffix(question, settings.max_question_tokens)
-    return Asked(question, given, suffix, (codec.eos,))
+    pixels = torch.from_numpy(engine_pixels(image, settings.pictures))
+    prefix, suffix = codec.around_picture(settings.template, question, settings.max_question_tokens)
+    ids = torch.tensor([prefix], dtype=torch.int64)
+    return Asked(question, {Role.PIXELS: pixels, Role.PREFIX_IDS: ids}, suffix, settings.stop_ids)
 
 
 def about_nothing(codec: TextCodec, settings: TextSettings, question: str) -> Asked:

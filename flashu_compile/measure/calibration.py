@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from flashu_compile.bundle.images import Picture
 from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CalibrationError, FlashuError, RecipeError
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap
@@ -175,7 +175,7 @@ class Statistics:
 
 def calibrate_t2i(
     program: Program,
-    codec: PromptCodec,
+    codec: TextCodec,
     settings: GenerationSettings,
     config: T2IConfig,
     prompts: Sequence[str],
@@ -282,7 +282,7 @@ def _live_rows(inputs: Mapping[str, Tensor]) -> Rows:
 
 def calibrate_mmu(
     program: Program,
-    codec: PromptCodec,
+    codec: TextCodec,
     settings: UnderstandingSettings,
     config: MMUConfig,
     questions: Sequence[tuple[Picture, str]],

@@ -23,10 +23,10 @@ from PIL import Image
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture as Given
-from flashu_compile.bundle.images import to_picture
+from flashu_compile.bundle.images import shown, to_picture
 from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
 from flashu_compile.measure.recorder import captured_source
@@ -58,7 +58,7 @@ def picture_cost(
     program: Program,
     decoder: Program,
     engines: Engines,
-    codec: PromptCodec,
+    codec: TextCodec,
     settings: GenerationSettings,
     recipe: Recipe,
     points: int,
@@ -136,7 +136,7 @@ def _picture(decoder: Program, latents: NDArray[np.float32]) -> Image.Image:
 def answer_cost(
     program: Program,
     engines: Engines,
-    codec: PromptCodec,
+    codec: TextCodec,
     settings: UnderstandingSettings,
     recipe: Recipe,
     questions: Sequence[tuple[Given, str]],
@@ -152,9 +152,7 @@ def answer_cost(
     whole = _emulator(program, recipe, MMU.name)
     comparisons = []
     for question, row in zip(asked, rows, strict=True):
-        picture = to_picture(
-            question.given[Role.PIXELS][0].numpy(), Source("The picture asked about", "float32")
-        )
+        picture = shown(question.given[Role.PIXELS][0].numpy(), settings.pictures)
         kept = _kept_tokens(whole, question, row.answer)
         comparisons.append(Comparison(question.text, (picture,), kept))
     return Cost(_answer_figures(rows, techniques), tuple(comparisons))

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from flashu_compile.bundle.images import Picture
 from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
 from flashu_compile.operators.int8 import QUANTIZE, quantized_weight
@@ -70,7 +70,7 @@ class Probe:
 
 
 def generation_probe(
-    program: Program, codec: PromptCodec, settings: GenerationSettings, recipe: Recipe, prompts: Sequence[str]
+    program: Program, codec: TextCodec, settings: GenerationSettings, recipe: Recipe, prompts: Sequence[str]
 ) -> Probe:
     """Probe final latents of the captured generation step, or its velocity on its own sample if there are no prompts.
 
@@ -92,7 +92,7 @@ def generation_probe(
 
 def understanding_probe(
     program: Program,
-    codec: PromptCodec,
+    codec: TextCodec,
     settings: UnderstandingSettings,
     questions: Sequence[tuple[Picture, str]],
 ) -> Probe:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flashu_compile import arguments
 from flashu_compile.bundle.manifest import Template, TextSettings
@@ -13,6 +14,13 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError, ConfigurationError
 
 _MARK = "flashuquestion"
+#: What is left of the mark between spaces, by the sides on which a template strips it.
+_STRIPPED: Mapping[Literal["", "left", "right", "both"], str] = {
+    "": f" {_MARK} ",
+    "left": f"{_MARK} ",
+    "right": f" {_MARK}",
+    "both": _MARK,
+}
 _PROBES = ("What is this?", "a b", " two  spaces ", "1 + 1 = é\n")
 #: The day that chat templates are told, which is what published ones have where no other is known.
 _DAY = datetime.date(2024, 7, 26)
@@ -57,14 +65,19 @@ _FACTORS = frozenset(
 
 
 def text_settings(
-    tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any], positions: int, ends: Any = None
+    tokenizer: Any,
+    codec: TextCodec,
+    generation: Mapping[str, Any],
+    positions: int,
+    ends: Any = None,
+    mark: PictureMark | None = None,
 ) -> TextSettings:
     """Return the settings of text for a tokenizer of transformers and the entries of a `generation_config.json`.
 
-    `codec` is of the same tokenizer, as a bundle has it. `positions` are the rows that the model has positions for;
-    `ends` the ids that end an answer where `generation` names none. Raises `CheckpointError` on a template that cannot
-    be followed, or that the tokenizer encodes in another way behind control tokens, and `ConfigurationError` on what
-    `generation` asks for and is not carried out.
+    `codec` is of the same tokenizer, as a bundle has it. `positions` are the rows of text that the model has positions
+    for; `ends` the ids that end an answer where `generation` names none; `mark` the picture, if there is one. Raises
+    `CheckpointError` on a template that cannot be followed, or that the tokenizer encodes in another way behind control
+    tokens, and `ConfigurationError` on what `generation` asks for and is not carried out.
     """
     asked = {name: value for name, value in generation.items() if _says_something(name, value)}
     unknown = sorted(asked.keys() - _SAMPLING - _CARRIED - _SILENT)
@@ -74,15 +87,15 @@ def text_settings(
             f"The generation_config asks for {name} = {asked[name]!r}, which is not carried out; if answers "
             f"without it will do, pass model_options={{'generation': {{'{name}': None}}}}."
         )
-    template = template_of(tokenizer, codec)
+    template = template_of(tokenizer, codec, mark)
     ends = asked.get("eos_token_id", ends)
-    around = len(template.before) + len(template.after) + len(template.left) + len(template.right)
+    around = template.length + len(template.left) + len(template.right)
     answer = min(_integer("max_new_tokens", asked.get("max_new_tokens", _MAX_NEW_TOKENS), 1), positions // 2)
     penalty = asked.get("repetition_penalty", 1.0)
     question = positions - answer - around
     if question < 1:
         raise CheckpointError(
-            f"The model has {positions} positions, which its template and an answer take up."
+            f"The model has {positions} positions for text, which its template and an answer take up."
         )
     return TextSettings(
         template=template,
@@ -122,15 +135,34 @@ def _says_something(name: str, value: Any) -> bool:
     return name.endswith("_token_id") or not (value == 0 or (value == 1 and name in _FACTORS))
 
 
-def template_of(tokenizer: Any, codec: TextCodec) -> Template:
+@dataclasses.dataclass(frozen=True)
+class PictureMark:
+    """A picture in a chat: the `token` at its place in a rendered template, and what the library's processor adds.
+
+    That is `lead` before the whole, and `ahead` and `behind` around the picture's rows.
+    """
+
+    token: str
+    lead: str = ""
+    ahead: str = ""
+    behind: str = ""
+
+
+def template_of(tokenizer: Any, codec: TextCodec, mark: PictureMark | None = None) -> Template:
     """Return what a tokenizer of transformers puts around a question: its chat template, or the ids it adds itself.
 
-    Raises `CheckpointError` as `text_settings` does.
+    With a `mark`, the question is about a picture, which stands before it. Raises `CheckpointError` as `text_settings`
+    does.
     """
-    template = _of_chat(tokenizer, codec) if tokenizer.chat_template else _of_plain_text(tokenizer, codec)
+    if mark is not None and not tokenizer.chat_template:
+        raise CheckpointError(
+            "The tokenizer has no chat template, which says where a picture stands; pass one that has, as tokenizer."
+        )
+    plain = not tokenizer.chat_template
+    template = _of_plain_text(tokenizer, codec) if plain else _of_chat(tokenizer, codec, mark)
     for probe in _PROBES:
         try:
-            expected = _as_transformers_does(tokenizer, probe)
+            expected = _as_transformers_does(tokenizer, probe, mark)
         except Exception as error:  # whatever the library makes of odd settings
             raise CheckpointError(
                 f"transformers cannot encode {probe!r} with the tokenizer: {error}"
@@ -142,12 +174,13 @@ def template_of(tokenizer: Any, codec: TextCodec) -> Template:
     return template
 
 
-def _of_chat(tokenizer: Any, codec: TextCodec) -> Template:
-    text = _rendered(tokenizer, _MARK)
-    before, mark, after = text.partition(_MARK)
-    spaced = _rendered(tokenizer, f" {_MARK} ")
-    strip = spaced == text
-    if not mark or _MARK in after or not (strip or spaced == f"{before} {_MARK} {after}"):
+def _of_chat(tokenizer: Any, codec: TextCodec, mark: PictureMark | None) -> Template:
+    text, adds = _rendered(tokenizer, _MARK, mark)
+    before, found_mark, after = text.partition(_MARK)
+    spaced, _ = _rendered(tokenizer, f" {_MARK} ", mark)
+    stripped = (sides for sides, around in _STRIPPED.items() if spaced == before + around + after)
+    strip = next(stripped, None)
+    if not found_mark or _MARK in after or strip is None:
         raise CheckpointError("The chat template does not hold the question once, as it is.")
     tokens = sorted((t.content for t in codec.tokenizer.get_added_tokens_decoder().values()), key=len)
     control = re.compile("|".join(map(re.escape, reversed(tokens)))) if tokens else re.compile("(?!)")
@@ -155,37 +188,72 @@ def _of_chat(tokenizer: Any, codec: TextCodec) -> Template:
     first = control.search(after)
     stop = len(after) if first is None else first.start()
     encode = codec.tokenizer.encode
-    return Template(
-        tuple(encode(before[:start], add_special_tokens=False).ids),
+    head, tail = _added_ids(tokenizer, codec) if adds else ((), ())
+    template = Template(
+        (*head, *encode(before[:start], add_special_tokens=False).ids),
         before[start:],
         after[:stop],
-        tuple(encode(after[stop:], add_special_tokens=False).ids),
+        (*encode(after[stop:], add_special_tokens=False).ids, *tail),
         strip,
     )
+    return template if mark is None else _with_picture(template, codec.tokenizer.token_to_id(mark.token))
+
+
+def _with_picture(template: Template, placeholder: int | None) -> Template:
+    """Return a template with a picture in place of the id that stands for it."""
+    if placeholder is None or template.before.count(placeholder) != 1:
+        raise CheckpointError("The chat template does not put the picture before the question.")
+    place = template.before.index(placeholder)
+    ids = (*template.before[:place], *template.before[place + 1 :])
+    return dataclasses.replace(template, before=ids, picture=place, placeholder=placeholder)
 
 
 def _of_plain_text(tokenizer: Any, codec: TextCodec) -> Template:
     """Return the ids that the tokenizer puts around any text."""
+    head, tail = _added_ids(tokenizer, codec)
+    return Template(head, after=tail)
+
+
+def _added_ids(tokenizer: Any, codec: TextCodec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a tokenizer adds ahead of a text and behind it."""
     whole, own = tokenizer(_MARK).input_ids, codec.encode(_MARK)
     for start in range(len(whole) - len(own) + 1):
         if whole[start : start + len(own)] == own:
-            return Template(tuple(whole[:start]), after=tuple(whole[start + len(own) :]))
+            return tuple(whole[:start]), tuple(whole[start + len(own) :])
     raise CheckpointError("The tokenizer adds ids to a text in a way that cannot be followed.")
 
 
-def _rendered(tokenizer: Any, question: str) -> str:
-    """Render the chat template, on a day that is the same for all builds. Raises `CheckpointError` if it cannot be."""
-    messages = [{"role": "user", "content": question}]
+def _rendered(tokenizer: Any, question: str, mark: PictureMark | None) -> tuple[str, bool]:
+    """Render the chat template, on a day that is the same for all builds; tell if the tokenizer adds its ids to it.
+
+    Raises `CheckpointError` if it cannot be rendered, or has no place for one picture.
+    """
+    about = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": question if mark is None else about}]
     chat = _ASKED_DAY.sub(lambda asked: repr(_DAY.strftime(asked[2])), tokenizer.get_chat_template())
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, chat_template=chat, tokenize=False, add_generation_prompt=True
         )
     except Exception as error:  # whatever a template raises
         raise CheckpointError(f"The chat template cannot be rendered: {error}") from error
+    if mark is None:
+        return text, False
+    if text.count(mark.token) != 1:
+        raise CheckpointError(
+            f"The chat template has no one place for a picture: {mark.token!r} is there {text.count(mark.token)} times."
+        )
+    # As the library's processors do, which add ids to a text unless it begins with one of them.
+    adds = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    return mark.lead + text.replace(mark.token, mark.ahead + mark.token + mark.behind), adds
 
 
-def _as_transformers_does(tokenizer: Any, question: str) -> list[int]:
+def _as_transformers_does(tokenizer: Any, question: str, mark: PictureMark | None) -> list[int]:
+    """Return the ids of a question as the library makes them, without those of a picture's rows."""
     if not tokenizer.chat_template:
         return list(tokenizer(question).input_ids)
-    return list(tokenizer(_rendered(tokenizer, question), add_special_tokens=False).input_ids)
+    text, adds = _rendered(tokenizer, question, mark)
+    ids = list(tokenizer(text, add_special_tokens=adds).input_ids)
+    if mark is not None:
+        ids.remove(tokenizer.convert_tokens_to_ids(mark.token))
+    return ids

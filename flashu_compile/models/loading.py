@@ -31,6 +31,7 @@ _RESOLUTION = "resolution"
 _BESIDE = (
     *(CONFIG, CARD, CALIBRATION, tokenizing.FILE),
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "chat_template.json"),
 )
 
 

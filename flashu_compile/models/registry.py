@@ -17,6 +17,8 @@ from flashu_compile.models.adapter import ModelAdapter, ModelSource
 GROUP = "flashu_compile.models"
 _OWN = {
     "causal-lm": "flashu_compile.models.causal_lm:CausalLMAdapter",
+    "janus": "flashu_compile.models.janus:JanusAdapter",
+    "llava": "flashu_compile.models.llava:LlavaAdapter",
     "showo2": "flashu_compile.models.showo2.adapter:Showo2Adapter",
 }
 

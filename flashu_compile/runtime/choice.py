@@ -138,7 +138,8 @@ def samples(pipe: Timed) -> dict[str, Callable[[], object]]:
             points = None
         found[T2I.name] = lambda: pipe.latents("a", steps=points)
     if (settings := pipe.manifest.understanding) is not None:
-        picture = np.zeros((settings.picture_size, settings.picture_size, 3), np.uint8)
+        rules = settings.pictures
+        picture = np.zeros((rules.height, rules.width, 3), np.uint8)
         found[MMU.name] = lambda: pipe.logits(picture, "a", tokens=min(_TOKENS, settings.max_new_tokens))
     if (told := pipe.manifest.text) is not None:
         found[TEXT.name] = lambda: pipe.logits(None, "a", tokens=min(_TOKENS, told.max_new_tokens))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from flashu_compile import arguments
 from flashu_compile.bundle.finite import Source, is_broken
-from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, TextSettings
 from flashu_compile.bundle.profiles import BATCH, ROOM
 from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError, InputError, NotFiniteError
@@ -83,21 +83,24 @@ def _no_rows(cache: TensorSpec) -> NDArray[Any]:
 class Picture:
     """A picture that questions are asked about: whatever its answers share is computed once."""
 
-    def __init__(self, engines: Engines, prefix: list[int], embeds: NDArray[np.float32]) -> None:
+    def __init__(self, engines: Engines, prefix: Sequence[int], embeds: NDArray[np.float32]) -> None:
         self._engines, self._engine = engines, engines.engine(LANGUAGE)
         self._inputs: Tensors = {"prefix_ids": np.array([prefix], dtype=np.int64), "image_embeds": embeds}
         self._context: Mapping[str, Any] | None = None
 
     def answers(self, suffixes: Sequence[list[int]]) -> Answers:
-        """Begin answers to questions; each suffix holds the ids behind the image, and all suffixes begin alike."""
+        """Begin answers to questions; each suffix holds the ids behind the image.
+
+        All begin alike where the picture's rows see the first id, which is part of the context then.
+        """
         if self._engine.spec.prologue is None:
             return _FullForward(self._engine, self._inputs, suffixes)
+        prologue = self._engines.engine(self._engine.spec.prologue)
+        count = int(takes_image_end(prologue.spec))
         if self._context is None:
-            ids = np.array([suffixes[0][:1]], dtype=np.int64)
-            prologue = self._engines.engine(self._engine.spec.prologue)
-            self._context = keep(prologue, {**self._inputs, IMAGE_END_IDS: ids})
-        # The first id is part of the context.
-        return _CachedForward(self._engine, self._context, [suffix[1:] for suffix in suffixes])
+            given = {IMAGE_END_IDS: np.array([suffixes[0][:1]], dtype=np.int64)} if count else {}
+            self._context = keep(prologue, {**self._inputs, **given})
+        return _CachedForward(self._engine, self._context, [suffix[count:] for suffix in suffixes])
 
     def greedy(self, logits: NDArray[np.float32]) -> list[int]:
         """Choose the next token of every answer; see `Source.greedy`.
@@ -114,15 +117,25 @@ class Picture:
             raise source.error("gave keys or values that are no numbers") from None
 
 
+def takes_image_end(spec: EngineSpec) -> bool:
+    """Tell whether an engine takes the first id behind a picture by itself, as one that the picture's rows see."""
+    return IMAGE_END_IDS in {tensor.name for tensor in spec.inputs}
+
+
 def tokens(
-    asked: Asked, suffixes: Sequence[list[int]], ends: Collection[int], limit: int, penalty: float = 1.0
+    asked: Asked,
+    suffixes: Sequence[list[int]],
+    ends: Collection[int],
+    limit: int,
+    penalty: float = 1.0,
+    before: Collection[int] = (),
 ) -> Iterator[tuple[int, int]]:
     """Yield greedy tokens, each with the index of its suffix: up to `limit` per answer, before one of `ends`.
 
-    `penalty` is that on tokens which were there before; 1 is none.
+    `penalty` is that on tokens which were there before, in an answer, its suffix or `before`; 1 is none.
     """
     for start in range(0, len(suffixes), BATCH):
-        for number, token in _batch(asked, suffixes[start : start + BATCH], ends, limit, penalty):
+        for number, token in _batch(asked, suffixes[start : start + BATCH], ends, limit, penalty, before):
             yield start + number, token
 
 
@@ -161,11 +174,16 @@ def pieces(
 
 
 def _batch(
-    asked: Asked, suffixes: Sequence[list[int]], ends: Collection[int], limit: int, penalty: float
+    asked: Asked,
+    suffixes: Sequence[list[int]],
+    ends: Collection[int],
+    limit: int,
+    penalty: float,
+    before: Collection[int],
 ) -> Iterator[tuple[int, int]]:
     answers = asked.answers(suffixes)
     logits = answers.first()
-    seen = [set(suffix) for suffix in suffixes]
+    seen = [{*before, *suffix} for suffix in suffixes]
     live = list(range(len(logits)))  # numbers of the answers, by place
     for count in range(1, limit + 1):
         following = asked.greedy(penalised(logits, [seen[number] for number in live], penalty))
@@ -184,17 +202,18 @@ def _batch(
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """Questions that are being answered: the ids that each answer follows, those that end one, and its longest."""
+    """Questions that are being answered: the ids that each answer follows, its longest, and ids `before` them all."""
 
     asked: Asked
     suffixes: list[list[int]]
-    ends: tuple[int, ...]
+    settings: TextSettings
     limit: int
-    penalty: float = 1.0
+    before: Sequence[int]
 
     def tokens(self) -> Iterator[tuple[int, int]]:
         """Yield the tokens of all answers; see `tokens` of this module."""
-        return tokens(self.asked, self.suffixes, self.ends, self.limit, self.penalty)
+        ends, penalty = self.settings.stop_ids, self.settings.repetition_penalty
+        return tokens(self.asked, self.suffixes, ends, self.limit, penalty, self.before)
 
 
 def longest_answer(
@@ -213,7 +232,7 @@ class _FullForward:
     def __init__(self, engine: Engine, inputs: Tensors, suffixes: Sequence[list[int]]) -> None:
         self._engine, self._inputs = engine, inputs
         self._suffixes = [list(suffix) for suffix in suffixes]
-        self._takes_end = IMAGE_END_IDS in {tensor.name for tensor in engine.spec.inputs}
+        self._takes_end = takes_image_end(engine.spec)
 
     def first(self) -> NDArray[np.float32]:
         return np.concatenate([self._logits(suffix) for suffix in self._suffixes])

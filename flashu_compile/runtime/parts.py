@@ -7,10 +7,11 @@ import dataclasses
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import PLAN, RECIPE, TOKENIZER, EngineSpec, Manifest
-from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime.decoding import takes_image_end
 from flashu_compile.tasks import COMPLETE, LANGUAGE, VAE_DECODE, VISION
 
 Shape = tuple[int | None, ...]
@@ -30,12 +31,8 @@ def read_parts(files: BundleFiles, *, allow_control_tokens: bool = False) -> Par
 
     Raises `BundleError` if one is absent or damaged, or the manifest lacks an engine or an output that they need.
     """
-    manifest = files.manifest
-    pictures = manifest.generation is not None or manifest.understanding is not None
     with files.held(TOKENIZER) as (tokenizer,):
-        codec = (PromptCodec if pictures else TextCodec).from_file(
-            tokenizer, allow_control_tokens=allow_control_tokens
-        )
+        codec = TextCodec.from_file(tokenizer, allow_control_tokens=allow_control_tokens)
     plan, recipe = None, None
     if files.manifest.generation is not None:
         plan = StepPlan.from_json(files.text(PLAN))
@@ -72,6 +69,13 @@ def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
     for engine in manifest.engines:
         for before in filter(None, (engine.prologue, engine.schedule)):
             manifest.engine(before)
+    asked = manifest.understanding
+    if asked is not None and asked.prefix == asked.template.before:
+        if any(takes_image_end(engine) for engine in manifest.engines):
+            raise BundleError(
+                "The template of mmu has no id of its own behind the picture, which an engine takes; build the bundle "
+                "again."
+            )
     for name, output, shape in dict.fromkeys(needed):
         _check_output(manifest.engine(name), output, shape)
 

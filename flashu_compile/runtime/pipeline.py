@@ -23,7 +23,7 @@ from flashu_compile.bundle.manifest import (
     read_manifest,
 )
 from flashu_compile.bundle.noise import check_seed, initial_noise
-from flashu_compile.bundle.prompts import PromptCodec, TextCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import ConfigurationError, InputError, UnknownTaskError
 from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.recipe import Recipe
@@ -259,7 +259,7 @@ class Pipeline(Closing):
             )
         seeds = [check_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(prompts))]
         arguments.function("progress", progress, InputError)
-        texts = [prompt_pair(self._templates(), settings, text) for text in prompts]
+        texts = [prompt_pair(self.codec, settings, text) for text in prompts]
         total, done = len(texts) * len(plan.steps), 0
 
         def evaluated() -> None:
@@ -343,28 +343,25 @@ class Pipeline(Closing):
     def _talk(self, image: Picture | None, question: str | list[str], max_new_tokens: int | None) -> Talk:
         """Encode every question, and the picture, if there is one. All arguments are checked before that."""
         texts = arguments.texts("question", question)
-        if image is None:
-            told = self._text()
-            limits = told.max_question_tokens, told.max_new_tokens
-            empty, *suffixes = (self.codec.in_template(told.template, t, limits[0]) for t in ("", *texts))
-            limit = longest_answer(suffixes, len(empty), limits, max_new_tokens)
-            asked = decoding.Nothing(self._engines)
-            return Talk(asked, suffixes, told.stop_ids, limit, told.repetition_penalty)
-        settings, codec = self._understanding(), self._templates()
+        settings = self._text() if image is None else self._understanding()
+        template = settings.template
         limits = settings.max_question_tokens, settings.max_new_tokens
-        empty, *suffixes = (codec.question_suffix(text, limits[0]) for text in ("", *texts))
-        limit = longest_answer(suffixes, len(empty), limits, max_new_tokens)
-        return Talk(self._picture(image), suffixes, (codec.eos,), limit)
+        empty, *whole = (self.codec.in_template(template, text, limits[0]) for text in ("", *texts))
+        limit = longest_answer(whole, len(empty), limits, max_new_tokens)
+        ahead = template.picture or 0
+        suffixes = [ids[ahead:] for ids in whole]
+        if not all(suffixes):
+            raise InputError("A question is empty, and so is what the model reads of it; ask something.")
+        asked = decoding.Nothing(self._engines) if image is None else self._picture(image)
+        before = [*template.before[:ahead], *([] if template.placeholder is None else [template.placeholder])]
+        return Talk(asked, suffixes, settings, limit, before)
 
     def _picture(self, image: Picture) -> decoding.Picture:
-        pixels = engine_pixels(image, self._understanding().picture_size)
+        settings = self._understanding()
+        pixels = engine_pixels(image, settings.pictures)
         embeds = self._engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
         Source.engine(self._engines, VISION).check("image_embeds", embeds)
-        return decoding.Picture(self._engines, self._templates().question_prefix(), embeds)
-
-    def _templates(self) -> PromptCodec:
-        assert isinstance(self.codec, PromptCodec), "read with the settings of pictures, in `load`"
-        return self.codec
+        return decoding.Picture(self._engines, settings.prefix, embeds)
 
     def _generation(self) -> GenerationSettings:
         if self.manifest.generation is None:

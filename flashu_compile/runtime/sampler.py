@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flashu_compile.bundle.finite import Source, is_broken
 from flashu_compile.bundle.manifest import GenerationSettings
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BundleError, FlashuError, InputError
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.runtime.engine import Engine, Engines, Tensors, keep
@@ -24,18 +24,21 @@ _POINTS_KEPT = 256  # of 0.4 MB each for the largest published model
 Schedules = Callable[[str, float], Mapping[str, Any]]
 
 
-def prompt_pair(codec: PromptCodec, settings: GenerationSettings, prompt: str) -> Tensors:
+def prompt_pair(codec: TextCodec, settings: GenerationSettings, prompt: str) -> Tensors:
     """Encode the text of both guidance branches: row 0 the prompt, row 1 the empty prompt.
 
     Both are padded on the left to the same length, so that their image spans stand in the same rows:
     `prompt_ids` int64 [2, prompt], `prompt_mask` bool [2, prompt] (false on padding), `tail_ids` int64 [2, tail],
     where prompt + span + tail = `settings.sequence_length`. Raises `InputError` if the prompt is too long.
     """
-    rows = [codec.generation_prefix(text, settings.max_prompt_tokens) for text in (prompt, "")]
+    template, limit, pad = settings.template, settings.max_prompt_tokens, settings.pad_id
+    parts = [codec.around_picture(template, text, limit, "prompt") for text in (prompt, "")]
+    rows, (behind, _) = zip(*parts, strict=True)
     length = max(map(len, rows))
-    tail = codec.generation_tail(settings.sequence_length - settings.span_length - length)
+    count = settings.sequence_length - settings.span_length - length
+    tail = [*behind, *[pad] * count][:count]
     return {
-        "prompt_ids": np.array([[codec.pad] * (length - len(row)) + row for row in rows], dtype=np.int64),
+        "prompt_ids": np.array([[pad] * (length - len(row)) + row for row in rows], dtype=np.int64),
         "prompt_mask": np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows]),
         "tail_ids": np.array([tail, tail], dtype=np.int64),
     }

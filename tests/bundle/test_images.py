@@ -13,6 +13,7 @@ from flashu_compile.bundle import images
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import engine_pixels, read_picture, save_picture, to_picture
 from flashu_compile.errors import InputError, NotFiniteError, PathError
+from flashu_compile.models.showo2.prompts import picture_rules
 
 SOURCE = Source("The decoder", "float16")
 
@@ -24,7 +25,7 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 class TestPixels:
     def test_picture_of_the_right_size_is_only_scaled(self) -> None:
         array = noise(8, 8)
-        pixels = engine_pixels(array, 8)
+        pixels = engine_pixels(array, picture_rules(8))
         assert pixels.shape == (1, 3, 8, 8)
         assert pixels.dtype == np.float32
         assert pixels.flags.c_contiguous
@@ -41,7 +42,9 @@ class TestPixels:
         left, top = round((resized.width - 32) / 2.0), round((resized.height - 32) / 2.0)
         expected = np.asarray(resized)[top : top + 32, left : left + 32]
         np.testing.assert_allclose(
-            engine_pixels(picture, 32)[0].transpose(1, 2, 0), (expected / 255 - 0.5) / 0.5, atol=1e-6
+            engine_pixels(picture, picture_rules(32))[0].transpose(1, 2, 0),
+            (expected / 255 - 0.5) / 0.5,
+            atol=1e-6,
         )
 
     def test_pixels_out_are_clamped_and_truncated(self) -> None:
@@ -61,7 +64,7 @@ class TestPixels:
 
     def test_pictures_survive_the_way_out_and_in(self) -> None:
         array = noise(8, 8)
-        back = np.asarray(to_picture(engine_pixels(array, 8)[0], SOURCE)).astype(int)
+        back = np.asarray(to_picture(engine_pixels(array, picture_rules(8))[0], SOURCE)).astype(int)
         assert np.abs(back - array).max() <= 1
 
     @pytest.mark.parametrize("path", ["x" * 5000, "a/" * 2500, "nul\0.png", "\ud800.png", b"x.png", 5, None])
@@ -71,7 +74,7 @@ class TestPixels:
 
     def test_far_too_elongated(self) -> None:
         with pytest.raises(InputError, match="too elongated"):
-            engine_pixels(np.zeros((1, 400_000, 3), np.uint8), 32)
+            engine_pixels(np.zeros((1, 400_000, 3), np.uint8), picture_rules(32))
 
 
 class TestModes:

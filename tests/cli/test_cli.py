@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import flashu_compile
 from flashu_compile import cli
-from flashu_compile.bundle.prompts import PromptCodec
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.compiler.cache import EngineCache
 from flashu_compile.errors import CheckpointError
 from flashu_compile.recipe.presets import preset
@@ -232,7 +232,7 @@ class TestAsk:
         self, bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         said = "two:\n\n  1. \x1b[2Ja\n"
-        monkeypatch.setattr(PromptCodec, "decode", lambda *_: said)
+        monkeypatch.setattr(TextCodec, "decode", lambda *_: said)
         assert run("ask", bundle, photo, "which?").stdout == "two:\n\n  1. \\x1b[2Ja\n\n"
         (row,) = json.loads(run("ask", bundle, photo, "which?", "--json").stdout)
         assert row["answer"] == said

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import flashu_compile
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.compiler.metadata import understanding
 from flashu_compile.errors import (
     CalibrationError,
@@ -26,6 +25,7 @@ from flashu_compile.measure.cost import answer_cost
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.program.trace import capture_program
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.recipe import Recipe

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flashu_compile.bundle.manifest import Template, TextSettings, UnderstandingSettings
+from flashu_compile.bundle.manifest import PictureRules, Template, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.compiler.specialise import Job, neuron_order
 from flashu_compile.errors import BundleError, PassError, RecipeError
@@ -53,7 +53,8 @@ def test_dimensions_of_text_have_ranges() -> None:
     assert alone["suffix"] == Range(1, 1, 214)
     assert (alone["capacity"].min, alone["capacity"].opt) == (1, 64)
     assert alone["capacity"].max >= 214, "a buffer may be larger than it is full"
-    both = known_ranges(None, UnderstandingSettings(32, 10, 10), TEXT, 66)
+    asked = UnderstandingSettings(Template(picture=0), (), 10, 10, pictures=PictureRules(32, 32, ()))
+    both = known_ranges(None, asked, TEXT, 66)
     assert both["suffix"] == Range(1, 1, 214)
     assert both["capacity"].min == 1
     assert both["capacity"].max >= 214

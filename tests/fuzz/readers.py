@@ -60,7 +60,7 @@ from flashu_compile.runtime.tensorrt_engine import (
 )
 from flashu_compile.runtime.verify import verify
 from tests.runtime.tiny_bundle import write_bundle, write_manifest
-from tests.support import tiny_lm
+from tests.support import tiny_lm, tiny_picture_lm
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
 Read = Callable[[Random], object]
@@ -327,12 +327,19 @@ def _language_models(folder: Path) -> Reader:
     return Reader(paths, lambda _: load_model(folder))
 
 
+def _picture_models(folder: Path) -> Reader:
+    tiny_picture_lm.save(folder, tiny_picture_lm.janus(), apart=True)
+    names = ("preprocessor_config.json", "preprocessor_config.json", "config.json", "tokenizer_config.json")
+    paths = [folder / name for name in (*names, "chat_template.jinja")]
+    return Reader(paths, lambda _: load_model(folder))
+
+
 #: Each with the number of its cases among 48.
 READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "load": (7, _loading),
     "references": (1, _references),
     "reports": (4, _looking),
-    "recipes": (6, _recipes),
+    "recipes": (5, _recipes),
     "models of ours": (2, _own_models),
     "published models": (2, _published_models),
     "samples": (3, _samples),
@@ -346,4 +353,5 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "evaluation data": (2, _evaluation_data),
     "choices of a backend": (2, _choices),
     "language models": (2, _language_models),
+    "models that read pictures": (1, _picture_models),
 }

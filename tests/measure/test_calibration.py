@@ -15,7 +15,6 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import Tensor, nn
 
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.compiler.export import calibrate
 from flashu_compile.compiler.metadata import generation, understanding
 from flashu_compile.errors import CalibrationError, RecipeError
@@ -32,6 +31,7 @@ from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.showo2.reference import UnderstandingReference
 from flashu_compile.program.program import Program, Role
 from flashu_compile.program.trace import capture_program

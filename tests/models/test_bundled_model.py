@@ -8,9 +8,9 @@ import pytest
 from examples.showo2_shapes.world.language import corpus, questions
 from examples.showo2_shapes.world.render import render
 from examples.showo2_shapes.world.scenes import sample_free_scene
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.models.loading import BUNDLED, LoadedModel, load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
+from flashu_compile.models.showo2.prompts import PromptCodec
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from flashu_compile import cli
-from flashu_compile.bundle.manifest import GenerationSettings
+from flashu_compile.bundle.manifest import GenerationSettings, Template
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import ConfigurationError, UnknownTaskError, UnsupportedModelError
@@ -150,7 +150,7 @@ def test_a_family_of_one_size_is_given_no_other(install: Install, monkeypatch: p
     ):
         load_model(Trunk(), resolution=8)
     family = type(load_model(Trunk()).adapter)
-    sizes = GenerationSettings((1, 2, 4), 16, 8, 1, picture_size=(16, 8))
+    sizes = GenerationSettings((1, 2, 4), 16, 8, 1, (16, 8), Template(picture=0), 0)
     monkeypatch.setattr(family, "tasks", ("t2i",))
     monkeypatch.setattr(family, "settings", lambda *_: sizes)
     assert load_model(Trunk(), resolution="16x8").adapter.name == "invented"

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flashu_compile.bundle.manifest import EngineSpec, GenerationSettings, Manifest, UnderstandingSettings
+from flashu_compile.bundle.manifest import (
+    EngineSpec,
+    GenerationSettings,
+    Manifest,
+    PictureRules,
+    Template,
+    UnderstandingSettings,
+)
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
@@ -70,8 +77,8 @@ def manifest(of: Recipe) -> Manifest:
         precision="float32",
         recipe=of.name,
         engines=tuple(engines),
-        generation=GenerationSettings((3, 4, 4), 96, 18, 60, (8, 8)),
-        understanding=UnderstandingSettings(8, 96, 30),
+        generation=GenerationSettings((3, 4, 4), 96, 18, 60, (8, 8), Template(picture=0), 0),
+        understanding=UnderstandingSettings(Template(picture=0), (), 96, 30, pictures=PictureRules(8, 8, ())),
         versions={"flashu-compile": "0.1.0", "torch": "2.13.0"},
         files={},
     )

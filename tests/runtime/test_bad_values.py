@@ -232,7 +232,13 @@ def test_any_value_of_a_recipe(name: str, value: Any) -> None:
         ("generation", {"max_prompt_tokens": 40}),
         ("generation", {"picture_size": [0, 8]}),
         ("generation", {"picture_size": 8}),
-        ("understanding", {"picture_size": 10**9}),
+        ("generation", {"template": {"before": [1, 2]}}),
+        ("generation", {"template": {"before": [1, 2], "picture": 3}}),
+        ("understanding", {"template": {"before": [1], "after": [2], "picture": 2}}),
+        ("understanding", {"pictures": {"height": 10**9, "width": 8, "steps": []}}),
+        ("understanding", {"pictures": {"height": 8, "width": 8, "steps": [{"kind": "turn"}]}}),
+        ("understanding", {"pictures": {"height": 8, "width": 8, "steps": [{"kind": "crop", "height": 0}]}}),
+        ("understanding", {"pictures": {"height": 8, "width": 8, "steps": [], "std": [1, 0, 1]}}),
         ("understanding", {"max_new_tokens": 10**30}),
         ("understanding", {"max_question_tokens": "9"}),
     ],
@@ -241,7 +247,7 @@ def test_facts_out_of_range(own_bundle: Path, part: str, changes: dict[str, Any]
     facts = json.loads((own_bundle / "manifest.json").read_text())[part]
     edit_json(own_bundle / "manifest.json", **{part: {**facts, **changes}})
     with pytest.raises(
-        BundleError, match=r"manifest\.json is not valid: .*(he manifest's|generation|understanding|bits)"
+        BundleError, match=r"manifest\.json is not valid: .*(he manifest|generation|understanding|bits)"
     ):
         load(own_bundle)
 

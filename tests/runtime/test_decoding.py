@@ -114,7 +114,9 @@ def _spec() -> EngineSpec:
 
 
 class _Prologue:
-    spec = EngineSpec("language_prologue", "mmu", "", (), (), "")
+    spec = EngineSpec(
+        "language_prologue", "mmu", "", (TensorSpec("image_end_ids", "int64", ("batch", 1)),), (), ""
+    )
 
     def __init__(self) -> None:
         self.runs = 0

@@ -18,7 +18,6 @@ from PIL import Image
 
 from flashu_compile.bundle import files
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import (
     BackendUnavailableError,
     BundleError,
@@ -28,6 +27,7 @@ from flashu_compile.errors import (
     UnknownTaskError,
 )
 from flashu_compile.extras import COMPILE_MODULES
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
@@ -338,7 +338,7 @@ class TestLoading:
     def test_older_schema(self, own_bundle: Path) -> None:
         edit_json(own_bundle / "manifest.json", schema=3)
         with pytest.raises(
-            BundleVersionError, match=r"schema 3; this version reads 4: build the bundle again"
+            BundleVersionError, match=r"schema 3; this version reads 5: build the bundle again"
         ):
             load(own_bundle)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import flashu_compile
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
+from flashu_compile.bundle.manifest import Template
 from flashu_compile.errors import InputError
 from flashu_compile.models.loading import BUNDLED
+from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec
 from flashu_compile.models.showo2.vocabulary import extend
 from tests.runtime.tiny_bundle import byte_tokenizer
 
@@ -126,6 +128,22 @@ def test_templates_are_the_published_ones(name: str, allowed: bool) -> None:
     assert codec.question_suffix(question) == [eoi, *ids(question), *ids(f"\n{BOS}assistant\n")]
     assert codec.generation_prefix("a red circle", 99) == [bos, *ids("a red circle"), boi]
     assert codec.generation_tail(4) == [eoi, eos, pad, pad]
+
+
+@pytest.mark.parametrize("picture", [0, 2, 3, 4])
+def test_a_picture_stands_where_its_template_says(picture: int) -> None:
+    codec = CODECS["bundled"]
+    template = Template(before=(1, 2), left="a ", right=" b", after=(3, 4), picture=picture)
+    ahead, behind = codec.around_picture(template, "red")
+    ids = codec.encode("a red b")
+    assert [*ahead, *behind] == [1, 2, *ids, 3, 4]
+    assert ahead == ([1, 2][:picture] if picture <= 2 else [1, 2, *ids, *[3, 4][: picture - 2]])
+
+
+@pytest.mark.parametrize(("sides", "kept"), [("", "  a "), ("left", "a "), ("right", "  a"), ("both", "a")])
+def test_white_space_is_left_out_on_the_sides_that_a_template_says(sides: Any, kept: str) -> None:
+    codec = CODECS["bundled"]
+    assert codec.in_template(Template(strip=sides), "  a ") == codec.encode(kept)
 
 
 def word_tokenizer(*words: str) -> Tokenizer:

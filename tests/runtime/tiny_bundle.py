@@ -30,7 +30,16 @@ from flashu_compile.bundle.manifest import (
     UnderstandingSettings,
     file_entry,
 )
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
+from flashu_compile.models.showo2.prompts import (
+    BOI,
+    BOS,
+    EOI,
+    EOS,
+    IMAGE_PAD,
+    PAD,
+    PromptCodec,
+    picture_rules,
+)
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.recipe import Recipe
 from tests.support.plans import uniform_plan
@@ -38,13 +47,6 @@ from tests.support.plans import uniform_plan
 SLOPE, TEXT, TIME = -0.5, 1e-3, 0.25
 LATENT_SHAPE = (12, 4, 4)
 PICTURE = 8
-FACTS = GenerationSettings(
-    latent_shape=LATENT_SHAPE,
-    sequence_length=60,
-    span_length=17,
-    max_prompt_tokens=39,
-    picture_size=(PICTURE, PICTURE),
-)
 POINTS, GUIDANCE, SHIFT = 6, 3.0, 3.0
 RECIPE = Recipe("exact", T2IConfig(POINTS, GUIDANCE, SHIFT))
 MAX_NEW_TOKENS = 12
@@ -63,6 +65,25 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
+
+
+CODEC = PromptCodec(byte_tokenizer())
+FACTS = GenerationSettings(
+    latent_shape=LATENT_SHAPE,
+    sequence_length=60,
+    span_length=17,
+    max_prompt_tokens=39,
+    picture_size=(PICTURE, PICTURE),
+    template=CODEC.generation,
+    pad_id=CODEC.pad,
+)
+QUESTIONS = UnderstandingSettings(
+    CODEC.understanding,
+    (CODEC.eos,),
+    MAX_QUESTION_TOKENS,
+    MAX_NEW_TOKENS,
+    pictures=picture_rules(PICTURE),
+)
 
 
 def _value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
@@ -288,9 +309,7 @@ def write_manifest(directory: Path, specs: tuple[EngineSpec, ...], tasks: tuple[
         recipe="exact",
         engines=specs,
         generation=FACTS if "t2i" in tasks else None,
-        understanding=UnderstandingSettings(PICTURE, MAX_QUESTION_TOKENS, MAX_NEW_TOKENS)
-        if "mmu" in tasks
-        else None,
+        understanding=QUESTIONS if "mmu" in tasks else None,
         versions={"flashu-compile": "0"},
         files={p.relative_to(directory).as_posix(): file_entry(p) for p in files},
         origins={"model": ORIGIN, "vae": Origin(None)},

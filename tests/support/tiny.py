@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig, Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.models.vae import SpaceToDepth
 
 VAE = SpaceToDepth(factor=2, mean=0.1, std=0.5)

@@ -23,6 +23,7 @@ from flashu_compile.models.showo2 import checkpoint, loading
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.layout import row_positions
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec, picture_rules
 from flashu_compile.models.showo2.reduced import GRID, STACKS, of_few_words, reduced
 from flashu_compile.models.showo2.saving import FORMAT
 from flashu_compile.models.vae import LatentCodec
@@ -150,12 +151,14 @@ class Showo2Adapter(ModelAdapter):
         """Return what the loops of t2i and mmu must know of the model."""
         config = loaded.network.config
         assert loaded.vae is not None
-        factor = loaded.vae.spatial_factor
+        factor, codec = loaded.vae.spatial_factor, PromptCodec(loaded.tokenizer)
         if task == MMU.name:
             return UnderstandingSettings(
-                picture_size=config.understanding_side * factor,
+                template=codec.understanding,
+                stop_ids=(codec.eos,),
                 max_question_tokens=config.sequence_length,
                 max_new_tokens=_MAX_NEW_TOKENS,
+                pictures=picture_rules(config.understanding_side * factor),
             )
         _, height, width = config.latent_shape
         return GenerationSettings(
@@ -164,6 +167,8 @@ class Showo2Adapter(ModelAdapter):
             span_length=config.span_length,
             max_prompt_tokens=config.max_prompt_tokens,
             picture_size=(width * factor, height * factor),
+            template=codec.generation,
+            pad_id=codec.pad,
         )
 
     def stacks(self, loaded: LoadedModel) -> Mapping[str, str]:

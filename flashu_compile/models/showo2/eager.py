@@ -16,10 +16,10 @@ from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_POINTS
 from flashu_compile.bundle.images import engine_pixels, to_picture
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.prompts import PromptCodec
 from flashu_compile.errors import CheckpointError, InputError
 from flashu_compile.models.adapter import LoadedModel, Picture
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import PromptCodec, picture_rules
 from flashu_compile.models.showo2.reference import (
     Trajectory,
     UnderstandingReference,
@@ -112,4 +112,4 @@ class EagerPipeline:
     def latents(self, image: Picture) -> Float[Tensor, "1 c h w"]:
         """Encode a picture, preprocessed as the runtime does, to normalised latents."""
         size = self.network.config.understanding_side * self.vae.spatial_factor
-        return self.vae.encode(torch.from_numpy(engine_pixels(image, size)))
+        return self.vae.encode(torch.from_numpy(engine_pixels(image, picture_rules(size))))

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from flashu_compile.bundle.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.models.reducing import place_in_copy
 from flashu_compile.models.showo2 import checkpoint
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
 from flashu_compile.tasks import HEAD, LLM, SEMANTIC
 
 #: Where the layers of each stack are in a state dict.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer
 
-from flashu_compile.bundle.prompts import PromptCodec
-from flashu_compile.errors import BundleError, CheckpointError
+from flashu_compile.errors import CheckpointError
+from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.tokenizing import check_kept, written_and_read
 
 _PAD = "[PAD]"
@@ -33,7 +33,7 @@ def check_usable(tokenizer: Tokenizer) -> None:
     try:
         codec = PromptCodec(read_back)
         codec.decode([*codec.question_prefix(), *codec.question_suffix(_PROBE)])
-    except BundleError as error:
-        raise CheckpointError(str(error)) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"The tokenizer cannot encode the text {_PROBE!r}: {error}.") from error

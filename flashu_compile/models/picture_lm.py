@@ -1,0 +1,248 @@
+"""Language models of transformers that read a picture as rows among those of text: what their families share.
+
+The picture's rows stand where the chat template has its placeholder; the language model's forward and masks are the
+library's own. A family says how pixels become rows, and what its processor does to pictures and texts.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForImageTextToText
+
+from flashu_compile.bundle.images import engine_pixels
+from flashu_compile.bundle.manifest import PictureRules, UnderstandingSettings
+from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.errors import CheckpointError
+from flashu_compile.models import pictures, pretrained, weights
+from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
+from flashu_compile.models.chat import PictureMark, text_settings
+from flashu_compile.models.pretrained import EagerAnswers
+from flashu_compile.program.program import BATCH, Input, Role
+from flashu_compile.program.trace import CaptureSpec
+from flashu_compile.tasks import LLM, MMU, SEMANTIC, UNDERSTAND
+
+#: Of a network and pixels [b, 3, height, width], the picture's rows [b, rows, width].
+Features = Callable[[Any, Tensor], Tensor]
+
+
+class QuestionForward(nn.Module):
+    """The whole forward, from pixels and the ids around the picture to the logits of the last row."""
+
+    def __init__(self, model: Any, features: Features) -> None:
+        super().__init__()
+        self.model, self.features = model, features
+
+    def forward(self, pixels: Tensor, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits of the last row, and the picture's rows."""
+        embed, image = self.model.get_input_embeddings(), self.features(self.model, pixels)
+        rows = torch.cat([embed(prefix_ids), image, embed(suffix_ids)], dim=1)
+        return pretrained.last_logits(self.model, rows), image
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a model reads: its settings, and the number of rows that a picture has."""
+
+    settings: UnderstandingSettings
+    rows: int
+
+
+class EagerQuestions(EagerAnswers):
+    """A model in eager PyTorch, asked about a picture by the library's own forward."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded.network)
+        self._reading, self._codec = loaded.details, TextCodec(loaded.tokenizer)
+
+    def given(self, image: Any, question: str) -> tuple[list[int], dict[str, Tensor]]:
+        """Return the ids of the question with placeholders for the picture's rows, and the pixels."""
+        settings = self._reading.settings
+        ahead, behind = self._codec.around_picture(settings.template, question)
+        pixels = torch.from_numpy(engine_pixels(image, settings.pictures)).to(self._network.dtype)
+        ids = [*ahead, *[self._network.config.image_token_id] * self._reading.rows, *behind]
+        return ids, {"pixel_values": pixels}
+
+    @torch.inference_mode()
+    def logits(self, image: Any, question: str, answer: Sequence[int]) -> Tensor:
+        """Return the logits [tokens, vocab] of each token of `answer`, which may hold the picture's id, too."""
+        ids, others = self.given(image, question)
+        rows = self._network.get_input_embeddings()(torch.tensor([[*ids, *answer][:-1]]))
+        start = len(self._reading.settings.prefix)
+        found = self._network.model.get_image_features(
+            others["pixel_values"], return_dict=True
+        ).pooler_output[0]
+        rows[0, start : start + self._reading.rows] = found
+        return self._network(inputs_embeds=rows, use_cache=False).logits[0, len(ids) - 1 :]
+
+
+class PictureLMAdapter(ModelAdapter):
+    """A family of such models.
+
+    `model_type` and `architecture` are the library's names of it, `vision` is the module path of its vision tower, and
+    `unused` are settings of generation that its text does not follow.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    vision: ClassVar[str]
+    unused: ClassVar[frozenset[str]] = frozenset()
+
+    tasks: ClassVar[tuple[str, ...]] = (MMU.name,)
+    options: ClassVar[Mapping[str, str]] = {
+        **pretrained.OPTIONS,
+        "image_processor": "an image processor of transformers, or the directory of one; needed with a model in memory",
+    }
+
+    @staticmethod
+    @abstractmethod
+    def features(network: Any, pixels: Tensor) -> Tensor:
+        """Compute a picture's rows [b, rows, width] from its pixels."""
+
+    @abstractmethod
+    def mark(self, source: ModelSource, network: Any, tokenizer: Any) -> PictureMark:
+        """Return how the processor puts a picture into a text."""
+
+    def rules(self, processor: Any, side: int) -> PictureRules:
+        """Return the rules by which an image processor makes pixels of `side` × `side`."""
+        return pictures.picture_rules(processor, side)
+
+    def prepared(self, network: Any) -> Any:
+        """Return the network without layers that no row depends on."""
+        return network
+
+    def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """Recognise a model by the class that its configuration names, or in memory by its type and its head."""
+        named = config.get("architectures")
+        if named:
+            return list(named) == [self.architecture]
+        return config.get("model_type") == self.model_type and "lm_head.weight" in names
+
+    def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:
+        """Load a model, its tokenizer and its way with pictures.
+
+        Raises `UnsupportedModelError` on layers that do not see all rows before.
+        """
+        tokenizer = pretrained.read_tokenizer(options.get("tokenizer", source.directory))
+        if "tokenizer" not in options:
+            _take_chat_template(tokenizer, source)
+        processor = pictures.read_processor(options.get("image_processor", source.directory))
+        files = pretrained.weight_files(source)
+        network = self.prepared(pretrained.read_network(source, AutoModelForImageTextToText, dtype))
+        config = network.config.get_text_config()
+        kept = pretrained.kept_tokenizer(tokenizer, network)
+        rules = self.rules(processor, _side(source, network.config.vision_config))
+        rows = self._rows(network, rules)
+        positions = pretrained.check_decoder(source, config) - rows
+        generation = pretrained.generation_of(network, options)
+        told = text_settings(
+            tokenizer,
+            TextCodec(kept),
+            {name: value for name, value in generation.items() if name not in self.unused},
+            positions,
+            getattr(config, "eos_token_id", None),
+            self.mark(source, network, tokenizer),
+        )
+        details = Reading(UnderstandingSettings(**vars(told), pictures=rules), rows)
+        model = LoadedModel(source.name, network, None, kept, details=details, adapter=self)
+        return pretrained.with_origin(model, source, files)
+
+    def _rows(self, network: Any, rules: PictureRules) -> int:
+        """Count the rows of a picture, on tensors without values."""
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.no_grad(), fake:
+            pixels = torch.empty(1, 3, rules.height, rules.width, dtype=network.dtype)
+            return int(self.features(network, pixels).shape[1])
+
+    def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
+        """Return the forward of a question about a picture."""
+        generator, rules = torch.Generator().manual_seed(0), loaded.details.settings.pictures
+        words = loaded.network.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(words, (2, 20), generator=generator)
+        size = (2, 3, rules.height, rules.width)
+        return (
+            CaptureSpec(
+                name=UNDERSTAND,
+                task=MMU.name,
+                module=QuestionForward(loaded.network, self.features),
+                inputs=(
+                    Input(Role.PIXELS, (BATCH, None, None, None)),
+                    Input(Role.PREFIX_IDS, (BATCH, "prefix")),
+                    Input(Role.SUFFIX_IDS, (BATCH, "suffix")),
+                ),
+                outputs=(Role.LOGITS, Role.IMAGE_EMBEDS),
+                stacks={stack: f"model.{root}" for stack, root in self.stacks(loaded).items()},
+                sample={
+                    Role.PIXELS: torch.rand(*size, generator=generator, dtype=loaded.network.dtype) * 2 - 1,
+                    Role.PREFIX_IDS: ids[:, :8].contiguous(),
+                    Role.SUFFIX_IDS: ids[:, 8:].contiguous(),
+                },
+            ),
+        )
+
+    def settings(self, loaded: LoadedModel, task: str) -> UnderstandingSettings:
+        """Return the template, the ends of answers, their limits, and the rules for pictures."""
+        return loaded.details.settings
+
+    def stacks(self, loaded: LoadedModel) -> Mapping[str, str]:
+        """Return the roots of the language model's layers and of the vision tower's."""
+        roots = {LLM: "model.language_model", SEMANTIC: self.vision}
+        return {stack: pretrained.layer_list(loaded.network, root) for stack, root in roots.items()}
+
+    def reduced(
+        self, loaded: LoadedModel, layers: Mapping[str, Sequence[int]], token_pruning: float
+    ) -> LoadedModel:
+        """Return a small copy, whose vision tower knows how many layers it has."""
+        small = super().reduced(loaded, layers, token_pruning)
+        if SEMANTIC in layers:
+            self.count_layers(small.network, len(layers[SEMANTIC]))
+        return small
+
+    def count_layers(self, network: Any, count: int) -> None:
+        """Tell the vision tower of a copy of a network, in a configuration of its own, how many layers it has."""
+        tower = network.get_submodule(self.vision)
+        tower.config = copy.copy(tower.config)
+        tower.config.num_hidden_layers = count
+
+    def eager(self, loaded: LoadedModel) -> EagerQuestions:
+        """Return the model with the library's own loop."""
+        return EagerQuestions(loaded)
+
+    def image_rows(self, loaded: LoadedModel) -> int:
+        """Count a picture's rows, and at most two of a template beside them."""
+        return loaded.details.rows + 2
+
+
+def picture_token(network: Any, tokenizer: Any) -> str:
+    """Return the token that stands for a picture. Raises `CheckpointError` if the tokenizer has none."""
+    number = network.config.image_token_id
+    token = tokenizer.convert_ids_to_tokens(number)
+    if not isinstance(token, str):
+        raise CheckpointError(
+            f"The tokenizer has no token {number}, which stands for a picture in the model."
+        )
+    return token
+
+
+def _take_chat_template(tokenizer: Any, source: ModelSource) -> None:
+    """Give a directory's tokenizer the chat template that an older processor left in a file of its own."""
+    path = None if source.directory is None else source.directory / "chat_template.json"
+    if path is not None and path.is_file():
+        tokenizer.chat_template = weights.read_config(path).get("chat_template", tokenizer.chat_template)
+
+
+def _side(source: ModelSource, vision: Any) -> int:
+    """Return the side of pictures in pixels. Raises `CheckpointError` if the configuration names no square."""
+    side = vision.image_size
+    if isinstance(side, list | tuple) and len(set(side)) == 1:
+        side = side[0]
+    if not isinstance(side, int):
+        raise CheckpointError(f"{source} reads pictures of {side} pixels, which is no square.")
+    return side
