@@ -30,7 +30,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ RANKED = (
     ("mmu", COMPILED_GRAPH),
 )
 #: Of each work some, that need four bundles.
-DRY = "^exact|^flashu/(published|onnx)|^eight/(eager_bf16|onnx)|^mmu/(eager|torch_graph)"
+DRY = "^exact|^flashu/(published|onnx)|^eight/(eager_bf16|onnx)|^mmu/(eager|onnx)"
 PICTURES = {"exact": 1, "flashu": 1, "eight": 8}
 PEERS = {"flashu": PATCH}  # what ratios are over; eager code elsewhere
 CUT_SHORT = "The run ended while this row ran."
@@ -90,6 +90,12 @@ def ask_of(work: str, how: str) -> Ask | None:
     variant = VARIANTS["cuda"][how]
     task, recipe = ("mmu" if work == "mmu" else "t2i"), ("flashu" if work == "flashu" else "exact")
     return Ask(task, recipe, variant.precision, variant.backend)
+
+
+def needed(rows: Iterable[tuple[str, str]]) -> list[Ask]:
+    """The bundles of rows, each once; eager code has prompts, and a plan, from that for ONNX Runtime."""
+    asked = (ask_of(work, how) or ask_of(work, ONNX) for work, how in rows)
+    return list(dict.fromkeys(filter(None, asked)))
 
 
 @functools.cache
@@ -119,9 +125,8 @@ def _built(folder: Path, geometry: str, ask: Ask) -> str | None:
     return None
 
 
-def build(folder: Path, geometry: str, asked: Iterable[Ask]) -> dict[Ask, str]:
+def build(folder: Path, geometry: str, wanted: Sequence[Ask]) -> dict[Ask, str]:
     """Build what is missing, each on one core, as many at once as there are. Gives failures."""
-    wanted = list(dict.fromkeys(asked))
     if not wanted:
         return {}
     workers = min(len(wanted), os.cpu_count() or 1)
@@ -315,7 +320,7 @@ def measure(given: argparse.Namespace, folder: Path, output: Path) -> Records:
     }
     records = opened(output, setting)
     todo = order(records.rows, given.only)
-    failures = build(folder, given.geometry, filter(None, (ask_of(*pair) for pair in todo)))
+    failures = build(folder, given.geometry, needed(todo))
     if not todo:
         return records
     works = Works(given.device, given.geometry, given.points, given.tokens, folder)
@@ -378,8 +383,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.bundles or Path(scratch)
         if given.build_only:
-            asked = (ask_of(*pair) for pair in order({}, given.only))
-            failures = build(folder, given.geometry, filter(None, asked))
+            failures = build(folder, given.geometry, needed(order({}, given.only)))
             raise SystemExit(f"Not built: {failures}" if failures else 0)
         measure(given, folder, given.output)
 

@@ -22,6 +22,7 @@ from benchmarks.gpu import (
     PATCH,
     RANKED,
     ask_of,
+    needed,
     opened,
     order,
     pictures,
@@ -72,6 +73,8 @@ def test_rows_name_the_bundles_that_they_run() -> None:
     asked = ask_of("eight", ONNX)
     assert asked is not None
     assert asked == ask_of("exact", ONNX), "eight pictures are of the same bundle"
+    assert needed([("eight", ONNX), ("exact", EAGER)]) == [asked], "prompts of eager code are of it, too"
+    assert len(needed(order({}, DRY))) == 4
     assert (asked.task, asked.recipe, asked.precision, asked.backend) == (
         "t2i",
         "exact",
