@@ -50,8 +50,9 @@ def questions(folder: Path) -> list[tuple[str, str]]:
     return [(str(path), "what colour is it?"), (str(path), "how many are there?")]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("preset", "precision"), [*((name, "float32") for name in PRESETS), ("flashu", "float16")]
+)
 def test_the_lists_have_no_objection_to_a_preset(
     captured: CapturedModel, kept: Path, tmp_path: Path, preset: str, precision: str
 ) -> None:
@@ -74,9 +75,8 @@ def test_the_lists_have_no_objection_to_a_preset(
     assert [objection for conversion in conversions for objection in conversion.objections] == []
 
 
-@pytest.mark.parametrize("preset", ["exact", "flashu"])
 def test_the_bundled_model_has_the_same_operators(
-    captured: CapturedModel, kept: Path, tmp_path: Path, preset: str
+    captured: CapturedModel, kept: Path, tmp_path: Path
 ) -> None:
     """What the small model's bundles show holds for a real one's."""
     samples = {**SAMPLES, "questions": questions(tmp_path)}
@@ -84,7 +84,7 @@ def test_the_bundled_model_has_the_same_operators(
         flashu_compile.export(
             model,
             TASKS,
-            recipe=preset,
+            recipe="flashu",
             calibration=given,
             samples=2,
             cost_samples=0,
@@ -92,7 +92,7 @@ def test_the_bundled_model_has_the_same_operators(
             output=tmp_path / name,
         )
         for name, model, given in (
-            ("small", captured, None if preset == "exact" else samples),
+            ("small", captured, samples),
             ("real", "showo2-shapes", None),
         )
     )
