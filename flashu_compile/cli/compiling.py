@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +25,14 @@ from flashu_compile.cli.base import (
     app,
     examples,
 )
+from flashu_compile.cli.estimates import print_estimate
 from flashu_compile.cli.logs import quiet_libraries, speak
 from flashu_compile.cli.recipes import RecipeOutput, check_output, tell_saved
 from flashu_compile.cli.terminal import say
-from flashu_compile.quantities import seconds, size
+from flashu_compile.quantities import seconds
 from flashu_compile.tasks import RECORDS, T2I
 
 if TYPE_CHECKING:
-    from flashu_compile.compiler.estimate import Estimate
     from flashu_compile.recipe.recipe import Recipe
 
 Model = Annotated[
@@ -232,7 +230,7 @@ def build(
             proof=proof,
             **parts,
         )
-        _print_estimate(found, as_json=as_json)
+        print_estimate(found, as_json=as_json)
         return
     with _telling(quiet=quiet, verbose=verbose) as advance:
         bundle = flashu_compile.export(
@@ -327,28 +325,6 @@ def calibrate(
             progress=advance,
         )
     tell_saved(decided, decided.save(output), as_json=as_json)
-
-
-def _print_estimate(found: Estimate, *, as_json: bool) -> None:
-    """Print what a build would take, and what this machine lacks for it."""
-    told = {**dataclasses.asdict(found), "lacking": found.lacking()}
-    if as_json:
-        display.print_json(told)
-        return
-    engines = [f"{count} × {name}" if count > 1 else name for name, count in Counter(found.engines).items()]
-    display.print_pairs(
-        {
-            "model": found.model,
-            "output": str(found.output),
-            "engines": ", ".join(engines),
-            "weights in float32": size(found.weight_bytes),
-            "memory": f"{size(found.memory_bytes)}, of which {size(found.needed_bytes)} must be free",
-            "disk": f"{size(found.bundle_bytes)} for the bundle",
-            "meanwhile": f"{size(found.scratch_bytes)} in {found.scratch}",
-            "time": f"{max(1, round(found.seconds / 60))} minutes of one core, roughly",
-            "fits": "yes" if told["lacking"] is None else f"no: {told['lacking']}",
-        }
-    )
 
 
 def _print_beside_exact(found: Mapping[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -160,9 +162,14 @@ def estimate(
 
 
 def check_fits(model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, ...], **options: Any) -> None:
-    """Raise `ResourceError` if this machine has too little memory or disk for a build; `options` as for `estimate`."""
+    """Raise `ResourceError` if this machine has too little memory or disk for a build; `options` as for `estimate`.
+
+    A model in memory is not checked. What is worth a warning in the model is left to the build itself to say.
+    """
+    if isinstance(model, nn.Module):
+        return
     given: Any = {name: value for name, value in options.items() if name in ModelParts.__annotations__}
-    with shapes_alone():
+    with shapes_alone(), _unheard():
         source = model if isinstance(model, CapturedModel) else _described(model, tasks, given)
     if checkpoint_bytes(source.loaded) < _ALWAYS_FITS:
         return
@@ -172,6 +179,18 @@ def check_fits(model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, 
             f"This build of {found.model} does not fit: {lacking}. Free some, choose another output or set TMPDIR, or "
             "build all the same: check_resources=False (--no-resource-check)."
         )
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep the package's warnings from being logged."""
+    log = logging.getLogger("flashu_compile")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _described(model: nn.Module | str | Path, tasks: tuple[str, ...], parts: ModelParts) -> CapturedModel:

@@ -145,7 +145,8 @@ def export(
             small "copy" of it with fewer layers and a smaller picture. "auto": a copy above 2 GiB of weights.
         allow_declined: build even if a technique that the recipe asks for does nothing, such as token pruning of less
             than one token; the report then says that it was asked for and not done.
-        check_resources: refuse a build that this machine has too little memory or disk for, by `estimate`.
+        check_resources: refuse a build that this machine has too little memory or disk for, by `estimate`; that of a
+            model in memory, or of less than 1 GiB, is not refused.
         progress: called with (what is being done, fraction done in [0, 1]).
 
     An exception leaves nothing behind, and so does a signal that raises one. No handler of signals is set here: SIGTERM

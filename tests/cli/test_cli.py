@@ -441,6 +441,7 @@ class TestBuild:
                 "cache": True,
                 "proof": "copy",
                 "allow_declined": False,
+                "check_resources": True,
             }
         ]
 

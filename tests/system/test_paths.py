@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.recipe.presets import find_recipe, preset
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.verify import verify
-from flashu_compile.system.paths import absolute, cache_directory, cache_folder
+from flashu_compile.system.paths import absolute, cache_directory, cache_folder, scratch_directory
 from tests.runtime.tiny_bundle import write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
 from tests.test_packaging import ROOT, python_files
@@ -283,3 +284,14 @@ def test_one_module_knows_of_homes_and_current_directories() -> None:
     known = ("flashu_compile/system/paths.py:", "flashu_compile/system/libraries.py:")
     assert [line for line in asked if not line.startswith(known)] == []
     assert {line.split()[-1] for line in asked if line.startswith(known[0])} == {"absolute", "expanduser"}
+
+
+def test_large_temporary_files_go_where_tmpdir_says_or_to_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert scratch_directory() == tmp_path
+    monkeypatch.delenv("TMPDIR")
+    assert scratch_directory() == Path(
+        "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
+    )
