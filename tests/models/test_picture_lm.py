@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import flashu_compile
 from flashu_compile import cli
 from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.compiler.tasks import jobs, undone
 from flashu_compile.errors import CheckpointError, UnsupportedModelError
 from flashu_compile.looking.structure import model_structure
 from flashu_compile.models.loading import load_model
@@ -302,7 +304,12 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(name: str, cases: dict[str, C
     one = cases[name]
     source = flashu_compile.capture_model(one.folder, "mmu")
     config = flashu_compile.MMUConfig(
-        ffn_pruning=0.25, width_multiple=8, layer_skipping=0.25, token_pruning=0.5, token_layer=1
+        ffn_pruning=0.25,
+        semantic_pruning=0.25,
+        width_multiple=8,
+        layer_skipping=0.25,
+        token_pruning=0.5,
+        token_layer=1,
     )
     samples = [(np.asarray(picture_of(n)), prompt) for n, prompt in enumerate(PROMPTS[:6])]
     wanted = dataclasses.replace(Recipe("cut"), mmu=config)
@@ -314,19 +321,30 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(name: str, cases: dict[str, C
     (skipped,) = decided.phases[0].skipped
     kept = {block: torch.from_numpy(ids.copy()) for block, ids in decided.kept_neurons["llm"].items()}
     assert {len(ids) for ids in kept.values()} == {96}
+    cut = _with_cut_tower(one.family.model, decided.kept_neurons["semantic"])
     pipe = flashu_compile.load(bundle.path, threads=1)
     for number, (prompt, answer) in enumerate(zip(PROMPTS[:6], one.answers[:6], strict=True)):
         given = inputs(one.family, picture_of(number), prompt)
         truth = np.stack(
-            [
-                _by_hand(one.family.model, given, answer[:n], kept, skipped, 1, 0.5)
-                for n in range(len(answer) + 1)
-            ]
+            [_by_hand(cut, given, answer[:n], kept, skipped, 1, 0.5) for n in range(len(answer) + 1)]
         )
         _, logits = pipe.logits(picture_of(number), prompt, tokens=len(truth), answer=answer)
         assert relative_error(logits, truth) <= 1e-4
     report = (bundle.path / "report.json").read_text()
     assert all(f'"{told}"' in report for told in ("FFN pruning", "layer skipping", "token pruning"))
+
+
+def _with_cut_tower(model: Any, kept: Mapping[int, np.ndarray]) -> Any:
+    """A copy of a model whose vision tower has the kept neurons alone; layers that nothing reads stay whole."""
+    cut = copy.deepcopy(model)
+    tower = getattr(cut.model, "vision_tower", None) or cut.model.vision_model
+    for block, neurons in kept.items():
+        mlp, ids = tower.encoder.layers[block].mlp, torch.from_numpy(neurons.copy())
+        assert len(ids) == 48
+        for name, value in (("weight", mlp.fc1.weight[ids]), ("bias", mlp.fc1.bias[ids])):
+            setattr(mlp.fc1, name, nn.Parameter(value.detach()))
+        mlp.fc2.weight = nn.Parameter(mlp.fc2.weight[:, ids].detach())
+    return cut
 
 
 @torch.inference_mode()
@@ -370,6 +388,18 @@ def _cut_ffn(mlp: nn.Module, x: torch.Tensor, kept: torch.Tensor) -> torch.Tenso
     gate, up, down = (getattr(mlp, f"{name}_proj").weight for name in ("gate", "up", "down"))
     hidden = nn.functional.silu(x @ gate[kept].T) * (x @ up[kept].T)
     return hidden @ down[:, kept].T
+
+
+def test_a_tower_of_which_several_layers_are_read_is_not_pruned() -> None:
+    """Small copies of it keep all its layers, so it is no stack; a build that asks for it is told."""
+    family = tiny.llava_clip(vision_feature_layer=[-2, 2])
+    parts = {"tokenizer": family.processor.tokenizer, "model_options": {"image_processor": family.processor}}
+    source = flashu_compile.capture_model(family.model, "mmu", **parts)  # type: ignore[arg-type]
+    wanted = dataclasses.replace(Recipe("cut"), mmu=flashu_compile.MMUConfig(semantic_pruning=0.25))
+    samples = [(np.asarray(PICTURES[0]), PROMPTS[0])]
+    recipe = flashu_compile.calibrate(source, "mmu", recipe=wanted, calibration=samples)
+    (record,) = undone("mmu", "understand", recipe, jobs("mmu", "understand", recipe))
+    assert record.declined == ("no engine that runs has fewer neurons in stack semantic",)
 
 
 class TestLooking:

@@ -53,7 +53,7 @@ class _Unmasked(nn.Module):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_no_mask_forbids_may_be_seen(causal: bool) -> None:
-    ids = torch.arange(8)[None]
+    ids = torch.arange(8).repeat(2, 1)
     inputs = Input(Role.PREFIX_IDS, ("batch", "prefix")), Input(Role.SUFFIX_IDS, ("batch", "suffix"))
     sample = {Role.PREFIX_IDS: ids[:, :3].clone(), Role.SUFFIX_IDS: ids[:, 3:].clone()}
     spec = CaptureSpec("a", "mmu", _Unmasked(causal), inputs, (Role.LOGITS,), {}, sample)
