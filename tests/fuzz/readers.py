@@ -326,7 +326,7 @@ def _picture_models(folder: Path) -> Reader:
 
 #: Each with the number of its cases among 48.
 READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
-    "load": (8, _loading),
+    "load": (7, _loading),
     "references": (1, _references),
     "reports": (4, _looking),
     "recipes": (5, _recipes),
@@ -342,5 +342,5 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "pickles": (2, _pickles),
     "evaluation data": (2, _evaluation_data),
     "language models": (2, _language_models),
-    "models that read pictures": (1, _picture_models),
+    "models that read pictures": (2, _picture_models),
 }
