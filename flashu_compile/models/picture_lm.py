@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from flashu_compile.bundle.images import engine_pixels
 from flashu_compile.bundle.manifest import PictureRules, UnderstandingSettings
 from flashu_compile.bundle.prompts import TextCodec
-from flashu_compile.errors import CheckpointError
+from flashu_compile.errors import BundleError, CheckpointError
 from flashu_compile.models import pictures, pretrained, weights
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
 from flashu_compile.models.chat import PictureMark, text_settings
@@ -138,7 +138,13 @@ class PictureLMAdapter(ModelAdapter):
         network = self.prepared(pretrained.read_network(source, AutoModelForImageTextToText, dtype))
         config = network.config.get_text_config()
         kept = pretrained.kept_tokenizer(tokenizer, network)
-        rules = self.rules(processor, _side(source, network.config.vision_config))
+        side = _side(source, network.config.vision_config)
+        try:
+            rules = self.rules(processor, side)
+        except (BundleError, TypeError, ValueError, AttributeError) as error:  # of odd settings
+            raise CheckpointError(
+                f"Pictures of {source} cannot be prepared as its settings say: {error}"
+            ) from error
         rows = self._rows(network, rules)
         positions = pretrained.check_decoder(source, config) - rows
         generation = pretrained.generation_of(network, options)

@@ -196,7 +196,7 @@ class TestGenerate:
 
     def test_failure_leaves_nothing(self, bundle: Path, tmp_path: Path) -> None:
         line = failed(run("generate", bundle, "x" * 100, "--output", tmp_path / "out.png"))
-        assert "100 tokens but this model reads at most 39" in line
+        assert "100 tokens but this bundle takes at most 39" in line
         assert list(tmp_path.iterdir()) == []
 
     def test_no_bundle(self, tmp_path: Path) -> None:

@@ -353,5 +353,5 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "evaluation data": (2, _evaluation_data),
     "choices of a backend": (2, _choices),
     "language models": (2, _language_models),
-    "models that read pictures": (1, _picture_models),
+    "models that read pictures": (2, _picture_models),
 }
