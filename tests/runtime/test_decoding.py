@@ -155,7 +155,7 @@ class _Tensors:
         return outputs
 
 
-class _Engines:
+class FakeEngines:
     precision = "float32"
 
     def __init__(self, language: Any, prologue: _Prologue | None = None) -> None:
@@ -171,10 +171,10 @@ def language() -> OnnxRuntimeEngine:
 
 
 @pytest.fixture(params=["in place", "copying", "tensors"])
-def engines(request: pytest.FixtureRequest, language: OnnxRuntimeEngine) -> _Engines:
+def engines(request: pytest.FixtureRequest, language: OnnxRuntimeEngine) -> FakeEngines:
     if request.param == "tensors":
-        return _Engines(_Tensors(language), _KeepingPrologue())
-    return _Engines(language if request.param == "in place" else _Copying(language))
+        return FakeEngines(_Tensors(language), _KeepingPrologue())
+    return FakeEngines(language if request.param == "in place" else _Copying(language))
 
 
 def expected(suffix: list[int], limit: int) -> list[int]:
@@ -189,7 +189,7 @@ def expected(suffix: list[int], limit: int) -> list[int]:
     return said
 
 
-def answers(engines: _Engines, suffixes: list[list[int]], limit: int) -> list[list[int]]:
+def answers(engines: FakeEngines, suffixes: list[list[int]], limit: int) -> list[list[int]]:
     picture = Picture(engines, PREFIX, np.zeros((1, 1, 1), np.float32))
     said: list[list[int]] = [[] for _ in suffixes]
     for number, token in tokens(picture, suffixes, (END,), limit):
@@ -204,7 +204,7 @@ def questions(count: int, seed: int = 0) -> list[list[int]]:
     ]
 
 
-def test_a_batch_gives_what_each_gives_alone(engines: _Engines) -> None:
+def test_a_batch_gives_what_each_gives_alone(engines: FakeEngines) -> None:
     suffixes = questions(2 * decoding.BATCH + 3)
     together = answers(engines, suffixes, 30)
     assert together == [expected(suffix, 30) for suffix in suffixes]
@@ -214,7 +214,7 @@ def test_a_batch_gives_what_each_gives_alone(engines: _Engines) -> None:
     assert max(lengths) == 30  # they end at different times, some never
 
 
-def test_suffixes_of_one_length_take_one_run(engines: _Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suffixes_of_one_length_take_one_run(engines: FakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, ...]] = []
 
     def counted(engine: Any, inputs: Any, state: Any) -> Any:
@@ -228,12 +228,12 @@ def test_suffixes_of_one_length_take_one_run(engines: _Engines, monkeypatch: pyt
     assert sizes[1:] == [(2, 2), (2, 1)]
 
 
-def test_the_picture_s_rows_are_computed_once(engines: _Engines) -> None:
+def test_the_picture_s_rows_are_computed_once(engines: FakeEngines) -> None:
     answers(engines, questions(20), 3)
     assert engines.known["language_prologue"].runs == 1
 
 
-def test_an_answer_outgrows_its_cache(engines: _Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_outgrows_its_cache(engines: FakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
     capacities: list[int] = []
     state = Caches.state
 
@@ -250,7 +250,7 @@ def test_an_answer_outgrows_its_cache(engines: _Engines, monkeypatch: pytest.Mon
     assert max(capacities) <= len(PREFIX) + len(longest) + 5 * ROOM
 
 
-def test_threads_do_not_share_caches(engines: _Engines) -> None:
+def test_threads_do_not_share_caches(engines: FakeEngines) -> None:
     picture = Picture(engines, PREFIX, np.zeros((1, 1, 1), np.float32))
     suffixes = questions(24, seed=1)
 
@@ -280,7 +280,7 @@ class _Whole:
 @pytest.mark.parametrize("takes_end", [False, True])
 def test_without_caches_an_engine_is_given_the_whole_sequence(*, takes_end: bool) -> None:
     suffixes = [suffix for suffix in questions(9, seed=2) if len(suffix) > 1]
-    found = answers(_Engines(_Whole(takes_end=takes_end)), suffixes, 12)
+    found = answers(FakeEngines(_Whole(takes_end=takes_end)), suffixes, 12)
     for suffix, answer in zip(suffixes, found, strict=True):
         ids = [*PREFIX, *suffix]
         for token in answer:
@@ -290,7 +290,7 @@ def test_without_caches_an_engine_is_given_the_whole_sequence(*, takes_end: bool
     assert len({len(answer) for answer in found}) > 1
 
 
-def test_no_questions(engines: _Engines) -> None:
+def test_no_questions(engines: FakeEngines) -> None:
     assert answers(engines, [], 5) == []
 
 
@@ -375,104 +375,6 @@ def test_engines_that_do_not_update_are_refused() -> None:
     assert state_of(old) == []
     with pytest.raises(BundleError, match="does not update its caches; build the bundle again"):
         Caches(old, {"seen": np.zeros((1, 1, 3, 1), np.float32)}, 1)
-
-
-def _whole() -> OnnxRuntimeEngine:
-    """An engine without a prologue: it reads prefix, picture and suffix at each call, and says (their sum) next."""
-    nodes = [
-        ("Concat", ["prefix_ids", "suffix_ids"], ["ids"], {"axis": 1}),
-        ("Cast", ["ids"], ["numbers"], {"to": TensorProto.FLOAT}),
-        ("ReduceSum", ["numbers", "one"], ["text"], {"keepdims": 0}),
-        ("ReduceSum", ["image_embeds", "one_two"], ["picture"], {"keepdims": 0}),
-        ("Add", ["text", "picture"], ["sum"], {}),
-        ("Mod", ["sum", "size"], ["next"], {"fmod": 1}),
-        ("Cast", ["next"], ["next_id"], {"to": TensorProto.INT64}),
-        ("OneHot", ["next_id", "depth", "off_on"], ["logits"], {}),
-    ]
-    constants = {
-        "one": np.array([1]), "one_two": np.array([1, 2]), "size": np.float32(SIZE), "depth": np.array(SIZE),
-        "off_on": np.array([0, 1], np.float32),
-    }  # fmt: skip
-    inputs = (
-        TensorSpec("prefix_ids", "int64", ("batch", "prefix")),
-        TensorSpec("image_embeds", "float32", ("batch", "tokens", 1)),
-        TensorSpec("suffix_ids", "int64", ("batch", "suffix")),
-    )
-    outputs = (TensorSpec("logits", "float32", ("batch", SIZE)),)
-    kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
-    described = [
-        [helper.make_tensor_value_info(t.name, kinds[t.dtype], list(t.shape)) for t in tensors]
-        for tensors in (inputs, outputs)
-    ]
-    graph = helper.make_graph(
-        [helper.make_node(op, takes, gives, **attributes) for op, takes, gives, attributes in nodes],
-        "language",
-        *described,
-        [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
-    spec = EngineSpec("language", "mmu", "language.onnx", inputs, outputs, "references/language.safetensors")
-    return OnnxRuntimeEngine(spec, create_session(model.SerializeToString(), "cpu", 1))
-
-
-@pytest.fixture(scope="module")
-def engine() -> OnnxRuntimeEngine:
-    return _whole()
-
-
-class TestFullForward:
-    """Answers of an engine that is given the whole sequence for every token."""
-
-    EMBEDS = np.array([[[2.0], [4.0]]], np.float32)
-
-    def going(self, engine: OnnxRuntimeEngine, suffixes: list[list[int]]) -> decoding.Answers:
-        return Picture(_Engines(engine), PREFIX, self.EMBEDS).answers(suffixes)
-
-    def following(self, *ids: int) -> int:
-        return (sum(PREFIX) + 6 + sum(ids)) % SIZE
-
-    def test_every_token_follows_from_the_whole_sequence(self, engine: OnnxRuntimeEngine) -> None:
-        going = self.going(engine, [[BEGIN, 1], [BEGIN, 9, 8, 2]])
-        assert isinstance(going, decoding._FullForward)
-        first = going.first()
-        assert first.shape == (2, SIZE)
-        assert first.argmax(1).tolist() == [self.following(BEGIN, 1), self.following(BEGIN, 9, 8, 2)]
-        assert going.after([5, 7]).argmax(1).tolist() == [
-            self.following(BEGIN, 1, 5),
-            self.following(BEGIN, 9, 8, 2, 7),
-        ]
-        assert going.after([1, 1]).argmax(1).tolist() == [
-            self.following(BEGIN, 1, 5, 1),
-            self.following(BEGIN, 9, 8, 2, 7, 1),
-        ]
-
-    def test_the_last_takes_the_place_of_one_that_is_dropped(self, engine: OnnxRuntimeEngine) -> None:
-        going = self.going(engine, [[BEGIN, 1], [BEGIN, 2], [BEGIN, 3, 3]])
-        going.drop(0)
-        assert going.after([0, 7]).argmax(1).tolist() == [
-            self.following(BEGIN, 3, 3),
-            self.following(BEGIN, 2, 7),
-        ]
-        going.drop(1)
-        assert going.first().argmax(1).tolist() == [self.following(BEGIN, 3, 3)]
-
-    def test_what_is_given_stays_what_it_is(self, engine: OnnxRuntimeEngine) -> None:
-        suffixes = [[BEGIN, 1]]
-        self.going(engine, suffixes).after([3])
-        assert suffixes == [[BEGIN, 1]]
-
-    def test_a_list_of_questions_gives_what_each_gives_alone(self, engine: OnnxRuntimeEngine) -> None:
-        suffixes, limit = questions(decoding.BATCH + 3), 12
-        said: list[list[int]] = [[] for _ in suffixes]
-        for number, token in tokens(Picture(_Engines(engine), PREFIX, self.EMBEDS), suffixes, (END,), limit):
-            said[number].append(token)
-        for suffix, answer in zip(suffixes, said, strict=True):
-            ids = list(suffix)
-            for token in answer:
-                assert token == self.following(*ids) != END
-                ids.append(token)
-            assert len(answer) == limit or self.following(*ids) == END
-        assert min(map(len, said)) < limit
 
 
 def test_a_penalty_is_that_of_the_library() -> None:
