@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import re
 import subprocess
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flashu_compile
 from benchmarks.geometries import GEOMETRIES, SEED, VAE, published_defaults, tokenizer, understanding_defaults
 from benchmarks.measuring import machine, parser, report
-from flashu_compile.bundle.manifest import REPORT, WEIGHTS
+from flashu_compile.bundle.manifest import REPORT
 from flashu_compile.models import loading, vae, weights  # noqa: F401 (imported before anything is counted)
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
@@ -154,7 +153,6 @@ def build(folder: Path, threads: int, backend: str, precision: str) -> dict[str,
         "peaks": peaks,
         "peaks_over_largest": {kind: count / largest for kind, count in peaks.items()},
         "by_stage": watch.stages,
-        "weights": hashlib.sha256((bundle.path / WEIGHTS).read_bytes()).hexdigest(),
         "digest": bundle.digest,
     }
 
@@ -171,6 +169,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    given.folder = given.folder / given.stored
     if given.build:
         figures = build(given.folder, given.threads, given.backend, given.precision)
         report({"machine": machine(), "stored": given.stored, **figures}, given.output)

@@ -23,6 +23,8 @@ from flashu_compile.exporters.weights import weight_store
 from flashu_compile.program.program import Program
 from flashu_compile.tasks import RECORDS
 
+_CONVERTED = frozenset({ir.DataType.INT8, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
 
 class OnnxRuntime:
     """The ONNX Runtime backend: an ONNX graph for each engine."""
@@ -41,9 +43,9 @@ class OnnxRuntime:
         return Emitted(model, graph_statistics(program, model), records, held_against)
 
     def pack(self, model: ir.Model) -> Packed | None:
-        """Pack the model, unless it has int8 weights: engines share the bytes of those only within one build."""
+        """Pack the model, unless it has converted weights: engines share the bytes of those only within one build."""
         initializers = model.graph.initializers.values()
-        shared = any(value.dtype == ir.DataType.INT8 for value in initializers)
+        shared = any(value.dtype in _CONVERTED for value in initializers)
         return None if shared else pack_model(model)
 
     def unpack(self, packed: Packed) -> ir.Model:

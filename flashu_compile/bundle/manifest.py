@@ -152,7 +152,7 @@ class PictureRules:
         for name in ("height", "width"):
             _check_number(name, getattr(self, name), 1, _LARGEST_SIDE)
         for name, value in (("factor", self.factor), *(("std", value) for value in self.std)):
-            arguments.number(f"The manifest's {name}", value, 0, 1e6, BundleError, above=True)
+            arguments.number(f"The manifest's {name}", value, 1e-9, 1e6, BundleError)
         for value in self.mean:
             arguments.number("The manifest's mean", value, -1e6, 1e6, BundleError)
 
@@ -181,8 +181,8 @@ class GenerationSettings:
         _check_settings(
             self, {"span_length": self.sequence_length, "max_prompt_tokens": self.sequence_length}
         )
-        if self.template.picture is None:
-            raise BundleError("The manifest's template of t2i has no place for a picture.")
+        if self.template.picture is None or self.template.picture <= len(self.template.before):
+            raise BundleError("The manifest's template of t2i has no place for a picture behind the prompt.")
         if self.max_prompt_tokens + self.span_length + self.template.length > self.sequence_length:
             raise BundleError(
                 f"The manifest's sequence_length {self.sequence_length} cannot hold a span of {self.span_length} and "
@@ -289,6 +289,8 @@ class Manifest:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
+        if self.text is not None and self.text.template.picture is not None:
+            raise BundleError("The manifest's template of text has a place for a picture.")
         for name in self.files:
             inside(name)
         for engine in self.engines:

@@ -91,15 +91,21 @@ def known_ranges(
         known |= {"prompt": Range(2, min(32, rows), rows), "tail": Range(2, min(32, rows), rows)}
     if understanding is not None:
         question, answer = understanding.max_question_tokens, understanding.max_new_tokens
-        cached = _MAX_PREFIX + question + answer
+        cached = _around(understanding) + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
         known[CAPACITY] = Range(image_rows, image_rows + min(64, cached), image_rows + cached + ROOM)
     if text is not None:
-        rows = _MAX_PREFIX + text.max_question_tokens + text.max_new_tokens
+        rows = _around(text) + text.max_question_tokens + text.max_new_tokens
         for name, usual, most in (("suffix", 1, rows), (CAPACITY, min(64, rows), rows + ROOM)):
             known[name] = _joined(known.get(name, Range(1, usual, most)), Range(1, usual, most))
     return known
+
+
+def _around(settings: TextSettings) -> int:
+    """Return how many rows a template takes beside its text, at most: letters are no fewer than their tokens."""
+    template = settings.template
+    return max(_MAX_PREFIX, template.length + len(template.left.encode()) + len(template.right.encode()))
 
 
 def _joined(one: Range, other: Range) -> Range:

@@ -228,6 +228,7 @@ def build(
             precision=precision,
             cost_samples=cost_samples,
             proof=proof,
+            backend=backend,
             **parts,
         )
         print_estimate(found, as_json=as_json)

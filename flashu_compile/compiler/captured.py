@@ -19,6 +19,8 @@ from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.models.loading import load_model
 from flashu_compile.passes.manager import PassRecord
 from flashu_compile.passes.order_neurons import OrderedWeights
+from flashu_compile.passes.quantize_linears import QuantizedWeights
+from flashu_compile.passes.whole_weights import CastWeights
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
 from flashu_compile.recipe.recipe import Recipe
@@ -77,13 +79,14 @@ class CapturedModel:
     """A model with its programs. `export` and `calibrate` take it in place of a model.
 
     Engines built for one recipe are kept in memory and reused for the next recipe that asks for the same; so
-    are weights with reordered neurons.
+    are weights with reordered neurons or in other forms, so that engines share them whenever they were built.
     """
 
     def __init__(self, loaded: LoadedModel, programs: Mapping[str, CapturedProgram]) -> None:
         self.loaded, self.programs = loaded, programs
         self.built: dict[str, BuiltEngines] = {}
         self.ordered_weights: OrderedWeights = {}
+        self.int8_weights, self.casts = QuantizedWeights(), CastWeights()
 
     @classmethod
     def load(

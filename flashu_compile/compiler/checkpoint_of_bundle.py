@@ -28,7 +28,7 @@ def model_of(manifest: Manifest) -> str:
 
 
 def checkpoint(
-    manifest: Manifest, model: str | Path | None, tell: ProgressReporter, **parts: Unpack[ModelParts]
+    manifest: Manifest, model: Any, tell: ProgressReporter, **parts: Unpack[ModelParts]
 ) -> CapturedModel:
     """Load the checkpoint of a bundle; `model` says where it is, if not by the name that the bundle records.
 
@@ -36,6 +36,7 @@ def checkpoint(
     have no hashes, that is a warning.
     """
     name = model_of(manifest) if model is None else model
+    called = name if isinstance(name, str | Path) else type(name).__name__
     if manifest.generation is not None:
         parts.setdefault("resolution", manifest.generation.picture_size)
     try:
@@ -53,17 +54,17 @@ def checkpoint(
         files = found.files
         if origin.files is not None and part == LLM_CONFIG and files is None:
             raise ConfigurationError(
-                f"The bundle was made of {name} with an llm_config, which is not known here; build its exact bundle "
+                f"The bundle was made of {called} with an llm_config, which is not known here; build its exact bundle "
                 "with that, and give its directory."
             )
         if origin.files is None or files is None:
             _logger.warning(
-                "Whether %s holds the bundle's own weights (%s) is not known: no hash of them.", name, part
+                "Whether %s holds the bundle's own weights (%s) is not known: no hash of them.", called, part
             )
         elif _hashes(files) != _hashes(origin.files):
             raise ConfigurationError(
-                f"{name} holds other weights or settings ({part}) than those that the bundle was made of; name its own "
-                "with model=… (--model)."
+                f"{called} holds other weights or settings ({part}) than those that the bundle was made of; name its "
+                "own with model=… (--model)."
             )
     return source
 
@@ -87,6 +88,7 @@ def exact_bundle_of(
             manifest.tasks,
             output=path,
             cost_samples=0,
+            check_resources=False,
             backend=manifest.backend,
             progress=lambda stage, fraction: tell(f"building the exact bundle: {stage}", fraction),
         )

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import shutil
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from flashu_compile import arguments
 from flashu_compile.bundle.precision import PrecisionName
 from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.decide import cost_counts, samples_at_hand
@@ -24,7 +26,8 @@ from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy
 from flashu_compile.compiler.request import default_output, named_tasks
 from flashu_compile.compiler.tasks import jobs
 from flashu_compile.compiler.work import BuildWork, tensors_read
-from flashu_compile.errors import ResourceError
+from flashu_compile.errors import ConfigurationError, ResourceError
+from flashu_compile.exporters.backends import check_precision
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.weights import shapes_alone
 from flashu_compile.passes.editing import stack_at
@@ -87,13 +90,17 @@ class Estimate:
         if memory is not None and memory < self.needed_bytes:
             return f"it needs {size(self.needed_bytes)} of memory, and {size(memory)} are available"
         wanted: dict[int, tuple[Path, int]] = {}
-        for folder, count in ((self.output, self.bundle_bytes), (self.scratch, self.scratch_bytes)):
-            place = nearest_folder(folder)
-            device = place.stat().st_dev
-            wanted[device] = (place, wanted.get(device, (place, 0))[1] + count)
-        for place, count in wanted.values():
-            if (free := shutil.disk_usage(place).free) < count:
-                return f"it needs {size(count)} of disk at {place}, and {size(free)} are free"
+        place = self.output
+        try:
+            for folder, count in ((self.output, self.bundle_bytes), (self.scratch, self.scratch_bytes)):
+                place = nearest_folder(folder)
+                device = place.stat().st_dev
+                wanted[device] = (place, wanted.get(device, (place, 0))[1] + count)
+            for place, count in wanted.values():
+                if (free := shutil.disk_usage(place).free) < count:
+                    return f"it needs {size(count)} of disk at {place}, and {size(free)} are free"
+        except OSError as error:
+            return f"what is free at {place} cannot be found out ({error})"
         return None
 
 
@@ -106,6 +113,7 @@ def estimate(
     precision: PrecisionName | str | Mapping[str, PrecisionName | str] = "float32",
     cost_samples: int = COST_SAMPLES,
     proof: str = AUTO,
+    backend: str = "onnxruntime",
     **parts: Unpack[ModelParts],
 ) -> Estimate:
     """Estimate what `export` of the same arguments takes, from configurations and the headers of weight files.
@@ -113,7 +121,7 @@ def estimate(
     Bytes are those of ONNX Runtime's bundles. Of each tensor no more than the first row is read.
 
     Args:
-        model, task, output, recipe, precision, cost_samples, proof: as for `export`.
+        model, task, output, recipe, precision, cost_samples, proof, backend: as for `export`.
         vae, tokenizer, llm_config, resolution, model_options: as for `export`.
 
     Raises:
@@ -121,6 +129,11 @@ def estimate(
     """
     tasks, chosen, wanted = named_tasks(task), find_recipe(recipe), Precision.of(precision)
     check_proof(proof)
+    check_precision(arguments.name_of("backend", backend), wanted)
+    if isinstance(model, CapturedModel) and any(part is not None for part in parts.values()):
+        raise ConfigurationError(
+            "A captured model has its VAE, tokenizer, configuration and resolution; leave these out."
+        )
     with shapes_alone():
         source = model if isinstance(model, CapturedModel) else _described(model, tasks, parts)
     loaded = source.loaded
@@ -136,15 +149,19 @@ def estimate(
     weight_bytes = sum(tensor.nbytes for _, tensor in held)
     bundle_bytes = sum(_written(part, tensor, wanted) for part, tensor in held)
     stored_bytes = sum(file.entry.bytes for file in loaded.sources)
-    converted = min(weight_bytes, max(0, 2 * (weight_bytes - stored_bytes))) if stored_bytes else 0
+    # Whatever the tasks read, the whole checkpoint is converted.
+    all_bytes = max(weight_bytes, checkpoint_bytes(loaded))
+    converted = min(all_bytes, max(0, 2 * (all_bytes - stored_bytes))) if stored_bytes else 0
     pruned = {stack for task in tasks for stack, share in whole.config(task).pruning.items() if share}
     ordered = sum(tensor.nbytes for part, tensor in held if part in pruned)
     lowered = dict.fromkeys(_ITEM, 0)
     for part, tensor in held:
         lowered[wanted.parts[part]] += _written(part, tensor, wanted)
     short = lowered["float16"] + lowered["bfloat16"]
-    in_memory = 0 if loaded.adapter.maps_weights or not loaded.sources else weight_bytes
-    needed = _BESIDE + lowered["int8"] + in_memory
+    held_already = isinstance(model, CapturedModel)
+    in_memory = 0 if held_already or loaded.adapter.maps_weights or not loaded.sources else weight_bytes
+    # While layers are tried in int8, what they stand for is held in float32.
+    needed = _BESIDE + 5 * lowered["int8"] + in_memory + (0 if on_copy else bundle_bytes)
     return Estimate(
         model=loaded.name,
         tasks=tasks,
@@ -154,14 +171,19 @@ def estimate(
         bundle_bytes=bundle_bytes,
         memory_bytes=needed + short + weight_bytes - in_memory,
         needed_bytes=needed,
-        scratch_bytes=ordered + short + (0 if in_memory else converted),
+        scratch_bytes=ordered + short + (0 if in_memory or held_already else converted),
         seconds=sum(work.by(assumed, decided=True).values()) + 3 * weight_bytes / _BYTES_PER_SECOND,
         output=named,
         scratch=scratch_directory(),
     )
 
 
-def check_fits(model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, ...], **options: Any) -> None:
+def check_fits(
+    model: nn.Module | str | Path | CapturedModel,
+    tasks: tuple[str, ...],
+    tell: ProgressReporter,
+    **options: Any,
+) -> None:
     """Raise `ResourceError` if this machine has too little memory or disk for a build; `options` as for `estimate`.
 
     A model in memory is not checked. What is worth a warning in the model is left to the build itself to say.
@@ -170,8 +192,8 @@ def check_fits(model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, 
         return
     given: Any = {name: value for name, value in options.items() if name in ModelParts.__annotations__}
     with shapes_alone(), _unheard():
-        source = model if isinstance(model, CapturedModel) else _described(model, tasks, given)
-    if checkpoint_bytes(source.loaded) < _ALWAYS_FITS:
+        source = model if isinstance(model, CapturedModel) else _described(model, tasks, given, tell)
+    if not source.loaded.sources or checkpoint_bytes(source.loaded) < _ALWAYS_FITS:
         return
     found = estimate(source, tasks, **{name: value for name, value in options.items() if name not in given})
     if (lacking := found.lacking()) is not None:
@@ -181,20 +203,35 @@ def check_fits(model: nn.Module | str | Path | CapturedModel, tasks: tuple[str, 
         )
 
 
+_unheard_lock = threading.Lock()
+_before: list[int] = []
+
+
 @contextmanager
 def _unheard() -> Iterator[None]:
     """Keep the package's warnings from being logged."""
     log = logging.getLogger("flashu_compile")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    with _unheard_lock:
+        _before.append(log.level)
+        log.setLevel(max(logging.ERROR, log.level))
     try:
         yield
     finally:
-        log.setLevel(before)
+        with _unheard_lock:
+            # Threads may leave in any order; the level is that before all of them.
+            level = _before[0]
+            _before.pop()
+            if not _before:
+                log.setLevel(level)
 
 
-def _described(model: nn.Module | str | Path, tasks: tuple[str, ...], parts: ModelParts) -> CapturedModel:
-    return CapturedModel.load(model, tasks, ProgressReporter(None), **parts)
+def _described(
+    model: nn.Module | str | Path,
+    tasks: tuple[str, ...],
+    parts: ModelParts,
+    tell: ProgressReporter | None = None,
+) -> CapturedModel:
+    return CapturedModel.load(model, tasks, tell or ProgressReporter(None), **parts)
 
 
 def _assumed(recipe: Recipe, task: str) -> Decisions:

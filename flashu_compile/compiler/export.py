@@ -40,7 +40,7 @@ from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import budgets
-from flashu_compile.measure.samples import DEFAULT_SAMPLES
+from flashu_compile.measure.samples import DEFAULT_SAMPLES, NEUTRAL
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
@@ -118,7 +118,7 @@ def export(
         samples, seed: how many of them are used, and which; see `calibrate`.
         cost_samples: how many prompts (t2i, text) and questions (mmu) a lossy recipe's cost is measured on, for the
             report: each is run through the exact program in PyTorch too. Samples that calibration does not use come
-            first. 0 measures nothing, and nor does a model above 2 GiB of weights for which no samples are given.
+            first. Nothing is measured if it is 0, and of a model that is proved on a copy and comes without samples.
         benchmark: time a picture and an answer, and compare samples with those of the exact bundle, for the report; it
             takes up to two minutes, and that of the exact bundle where none is kept. Times are never the same, and so
             the bytes of report and manifest are not.
@@ -130,8 +130,9 @@ def export(
             float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
             and said in the report.
         precision_budget: where a part is int8, the largest relative L2 error that its layers may cause in what a task
-            gives (final latents, logits of the next token; without samples the outputs for random inputs), 0.05 if
-            not given; or one by task, such as {"mmu": 0.02}. More layers stay in float32 until it is kept.
+            gives (final latents, logits of the next token; of a model that is proved on a copy and comes without
+            samples, the outputs for the inputs that it was captured with), 0.05 if not given; or one by task, such as
+            {"mmu": 0.02}. More layers stay in float32 until it is kept.
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
@@ -176,7 +177,9 @@ def export(
     if output is not None:
         ensure_writable(named, overwrite=overwrite)
     if check_resources:
-        check_fits(model, tasks, output=output, recipe=chosen, precision=precision, proof=proof, **parts)
+        check_fits(
+            model, tasks, tell, output=output, recipe=chosen, precision=precision, proof=proof, **parts
+        )
     source = _captured(model, tasks, tell, parts)
     loaded = source.loaded
     directory = named if output is not None else default_output(loaded.name, tasks)
@@ -187,12 +190,14 @@ def export(
     counts = cost_counts(measured, tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
     decided, figures = decide(chosen, source, tasks, measured, samples, seed, tell, work.by)
+    # Eager trajectories of a large model take hours: without samples of the caller's or its own it is run once.
+    probed = None if on_copy and measured.origin == NEUTRAL else measured.chosen(samples, seed)
     precise, losses = measured_precision(
-        wanted,
+        dataclasses.replace(wanted, weights=source.int8_weights, casts=source.casts),
         source,
         tasks,
         decided,
-        measured.chosen(samples, seed),
+        probed,
         budget,
         tell,
     )
@@ -209,7 +214,14 @@ def export(
         large=work.on_copy,
         exact=precise.is_exact and not any(decided.config(task).is_lossy(source.points) for task in tasks),
         build=lambda path: export(
-            source, tasks, output=path, cost_samples=0, backend=backend, cache=cache, proof=proof
+            source,
+            tasks,
+            output=path,
+            cost_samples=0,
+            backend=backend,
+            cache=cache,
+            proof=proof,
+            check_resources=False,
         ),
         folder=None if kept is None else kept.directory / EXACT_BUNDLES,
         work_of_exact=work.of_exact,

@@ -70,7 +70,8 @@ class BuildChecks:
 
     def _costs(self, draft: Draft) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
-            open_once = functools.cache(lambda: stack.enter_context(draft.open(threads=1)))
+            memory = "low" if self.answers is None else "fast"  # of a large model
+            open_once = functools.cache(lambda: stack.enter_context(draft.open(threads=1, memory=memory)))
             return self._costs_by(open_once)
 
     def _costs_by(self, open_once: Callable[[], Pipeline]) -> dict[str, Any]:
@@ -111,5 +112,5 @@ class BuildChecks:
         if not self.told_to_measure:
             return "the build was told to measure on no samples"
         if self.samples.of(task):
-            return "the model is large, and no samples were given"
+            return "the model is proved on a copy, and no samples were given"
         return f"there are no {RECORDS[task].sample_field} to measure it on; pass calibration"

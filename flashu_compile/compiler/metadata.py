@@ -54,7 +54,7 @@ def text(loaded: LoadedModel) -> TextSettings:
 def _settings(loaded: LoadedModel, task: str, kind: type[_Kind]) -> _Kind:
     """Return a task's settings, which are of the kind that its loop takes. Raises `ConfigurationError` if not."""
     found = loaded.adapter.settings(loaded, task)
-    if not isinstance(found, kind):
+    if type(found) is not kind:
         raise ConfigurationError(
             f"The adapter {loaded.adapter.name} gives {type(found).__name__} for {task}, whose loop takes "
             f"{kind.__name__}."

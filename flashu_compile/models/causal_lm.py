@@ -63,7 +63,8 @@ class CausalLMAdapter(ModelAdapter):
     def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """Recognise a model by the class that its configuration names; some that read pictures too are listed there."""
         known = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type"))))
-        named = config.get("architectures") or [known]
+        named = config.get("architectures")
+        named = named if isinstance(named, list) and named else [known]
         return known in named and known.endswith(("ForCausalLM", "LMHeadModel"))
 
     def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:

@@ -230,8 +230,8 @@ def _rendered(tokenizer: Any, question: str, mark: PictureMark | None) -> tuple[
     """
     about = [{"type": "image"}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": question if mark is None else about}]
-    chat = _ASKED_DAY.sub(lambda asked: repr(_DAY.strftime(asked[2])), tokenizer.get_chat_template())
     try:
+        chat = _ASKED_DAY.sub(lambda asked: repr(_DAY.strftime(asked[2])), tokenizer.get_chat_template())
         text = tokenizer.apply_chat_template(
             messages, chat_template=chat, tokenize=False, add_generation_prompt=True
         )

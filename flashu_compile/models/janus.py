@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from flashu_compile import arguments
 from flashu_compile.bundle.manifest import PictureRules, PictureStep
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
 from flashu_compile.models.adapter import ModelSource
 from flashu_compile.models.chat import PictureMark
 from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
+from flashu_compile.system.paths import absolute
 
 _PROCESSOR = "JanusImageProcessorPil"
 _SETTINGS, _TOLD = "processor_config.json", "use_default_system_prompt"
@@ -33,12 +36,11 @@ class JanusAdapter(PictureLMAdapter):
         """Compute a picture's rows by the library's own method."""
         return network.model.get_image_features(pixels, return_dict=True).pooler_output
 
-    def mark(self, source: ModelSource, network: Any, tokenizer: Any) -> PictureMark:
+    def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
         """Return the token of the picture, those that the processor puts around it, and its system prompt, if asked."""
         from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
-        path = None if source.directory is None else source.directory / _SETTINGS
-        told = path is not None and path.is_file() and weights.read_config(path).get(_TOLD)
+        told = _asked_for(source.directory if processor is None else processor)
         ahead, behind = (getattr(tokenizer, name, None) for name in ("boi_token", "eoi_token"))
         if not isinstance(ahead, str) or not isinstance(behind, str):
             raise CheckpointError(
@@ -59,3 +61,16 @@ class JanusAdapter(PictureLMAdapter):
             red, green, blue = processor.background_color
             steps.append(PictureStep("square", colour=(red, green, blue)))
         return pictures.picture_rules(processor, side, tuple(steps))
+
+
+def _asked_for(processor: Any) -> bool:
+    """Tell whether a processor, or that of a directory, puts its system prompt before a text.
+
+    Raises `CheckpointError` if its settings say neither.
+    """
+    if processor is None or isinstance(processor, str | Path):
+        path = None if processor is None else absolute(processor) / _SETTINGS
+        told = weights.read_config(path).get(_TOLD) if path is not None and path.is_file() else None
+    else:
+        told = getattr(processor, _TOLD, None)
+    return False if told is None else arguments.flag(_TOLD, told, CheckpointError)

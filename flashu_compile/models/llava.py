@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashu_compile.bundle.manifest import PictureRules, PictureStep
+from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, reducing
 from flashu_compile.models.adapter import LoadedModel, ModelSource
 from flashu_compile.models.chat import PictureMark
@@ -39,7 +40,7 @@ class LlavaAdapter(PictureLMAdapter):
         first = int(config.vision_feature_select_strategy == "default")
         return model.multi_modal_projector(torch.cat([states[n][:, first:] for n in layers], dim=-1))
 
-    def mark(self, source: ModelSource, network: Any, tokenizer: Any) -> PictureMark:
+    def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
         """Return the token of the picture, which the processor repeats and puts nothing beside."""
         return PictureMark(picture_token(network, tokenizer))
 
@@ -60,6 +61,10 @@ class LlavaAdapter(PictureLMAdapter):
         if not isinstance(layer, int) or layer == -1:
             return network
         count = layer if layer >= 0 else depth + 1 + layer
+        if not 0 < count <= depth:
+            raise CheckpointError(
+                f"The model reads layer {layer} of a vision tower of {depth} layers, which is not carried out."
+            )
         made: Any = reducing.with_layers(network, {"vision": root}, {"vision": range(count)})
         self.count_layers(made, count)
         made.config = made.model.config = copy.copy(network.config)

@@ -107,8 +107,8 @@ class PictureLMAdapter(ModelAdapter):
         """Compute a picture's rows [b, rows, width] from its pixels."""
 
     @abstractmethod
-    def mark(self, source: ModelSource, network: Any, tokenizer: Any) -> PictureMark:
-        """Return how the processor puts a picture into a text."""
+    def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
+        """Return how the processor, which may be given, puts a picture into a text."""
 
     def rules(self, processor: Any, side: int) -> PictureRules:
         """Return the rules by which an image processor makes pixels of `side` × `side`."""
@@ -121,8 +121,8 @@ class PictureLMAdapter(ModelAdapter):
     def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """Recognise a model by the class that its configuration names, or in memory by its type and its head."""
         named = config.get("architectures")
-        if named:
-            return list(named) == [self.architecture]
+        if isinstance(named, list) and named:
+            return named == [self.architecture]
         return config.get("model_type") == self.model_type and "lm_head.weight" in names
 
     def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:
@@ -147,14 +147,14 @@ class PictureLMAdapter(ModelAdapter):
             ) from error
         rows = self._rows(network, rules)
         positions = pretrained.check_decoder(source, config) - rows
-        generation = pretrained.generation_of(network, options)
+        generation = pretrained.generation_of(network, options, self.unused)
         told = text_settings(
             tokenizer,
             TextCodec(kept),
-            {name: value for name, value in generation.items() if name not in self.unused},
+            generation,
             positions,
             getattr(config, "eos_token_id", None),
-            self.mark(source, network, tokenizer),
+            self.mark(source, network, tokenizer, options.get("image_processor")),
         )
         details = Reading(UnderstandingSettings(**vars(told), pictures=rules), rows)
         model = LoadedModel(source.name, network, None, kept, details=details, adapter=self)
@@ -163,9 +163,12 @@ class PictureLMAdapter(ModelAdapter):
     def _rows(self, network: Any, rules: PictureRules) -> int:
         """Count the rows of a picture, on tensors without values."""
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.no_grad(), fake:
-            pixels = torch.empty(1, 3, rules.height, rules.width, dtype=network.dtype)
-            return int(self.features(network, pixels).shape[1])
+        try:
+            with torch.no_grad(), fake:
+                pixels = torch.empty(1, 3, rules.height, rules.width, dtype=network.dtype)
+                return int(self.features(network, pixels).shape[1])
+        except Exception as error:  # whatever the library's code makes of odd settings
+            raise CheckpointError(f"The model makes no rows of a picture by its settings: {error}") from error
 
     def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
         """Return the forward of a question about a picture."""
@@ -229,7 +232,8 @@ class PictureLMAdapter(ModelAdapter):
 def picture_token(network: Any, tokenizer: Any) -> str:
     """Return the token that stands for a picture. Raises `CheckpointError` if the tokenizer has none."""
     number = network.config.image_token_id
-    token = tokenizer.convert_ids_to_tokens(number)
+    known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(tokenizer)
+    token = tokenizer.convert_ids_to_tokens(number) if known else None
     if not isinstance(token, str):
         raise CheckpointError(
             f"The tokenizer has no token {number}, which stands for a picture in the model."
@@ -241,12 +245,15 @@ def _take_chat_template(tokenizer: Any, source: ModelSource) -> None:
     """Give a directory's tokenizer the chat template that an older processor left in a file of its own."""
     path = None if source.directory is None else source.directory / "chat_template.json"
     if path is not None and path.is_file():
-        tokenizer.chat_template = weights.read_config(path).get("chat_template", tokenizer.chat_template)
+        found = weights.read_config(path).get("chat_template", tokenizer.chat_template)
+        if not isinstance(found, str):
+            raise CheckpointError(f"{path} has no chat template that is a text.")
+        tokenizer.chat_template = found
 
 
 def _side(source: ModelSource, vision: Any) -> int:
     """Return the side of pictures in pixels. Raises `CheckpointError` if the configuration names no square."""
-    side = vision.image_size
+    side = getattr(vision, "image_size", None)
     if isinstance(side, list | tuple) and len(set(side)) == 1:
         side = side[0]
     if not isinstance(side, int):

@@ -18,8 +18,8 @@ from flashu_compile.errors import CheckpointError, ConfigurationError, FlashuErr
 from flashu_compile.models import weights
 from flashu_compile.system.paths import absolute
 
-#: Where a directory has the settings, and under which entry.
-_PLACES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+#: Where a directory has the settings, and under which entry; the first holds, as in the library.
+_PLACES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
 _METHODS = ("_preprocess", "resize", "center_crop", "rescale", "normalize", "convert_to_rgb", "process_image")
 #: Heights and widths of pictures that rules are tried on.
 _TRIED = ((1, 1), (3, 5), (41, 17), (64, 64), (90, 700))
@@ -65,7 +65,10 @@ def _settings(given: Any) -> Mapping[str, Any]:
             found = config if entry is None else config.get(entry)
             if isinstance(found, Mapping):
                 return found
-    raise CheckpointError(f"{given} does not say how pictures are prepared: {_PLACES[0][0]} is not there.")
+    raise CheckpointError(
+        f"{given} does not say how pictures are prepared: there is no {_PLACES[1][0]}, and no "
+        f"{_PLACES[0][1]} in a {_PLACES[0][0]}."
+    )
 
 
 def picture_rules(processor: Any, side: int, steps: tuple[PictureStep, ...] | None = None) -> PictureRules:
@@ -83,7 +86,8 @@ def picture_rules(processor: Any, side: int, steps: tuple[PictureStep, ...] | No
             _colours(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
         )
         for height, width in _TRIED:
-            engine_pixels(np.zeros((height, width, 3), np.uint8), rules)
+            if not np.isfinite(engine_pixels(np.zeros((height, width, 3), np.uint8), rules)).all():
+                raise CheckpointError("its numbers give pixels that are none")
     except (FlashuError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"Its {type(processor).__name__} does not prepare pictures for the model: {error}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,10 @@ def _shaped(source: ModelSource, library: Any, dtype: torch.dtype | None) -> Any
         )
         with torch.device("meta"):
             network = make(config, attn_implementation="sdpa", dtype=dtype)
+        network._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+        network.tie_weights()
     except Exception as error:  # of whatever the library stumbles over
         raise CheckpointError(f"{source} cannot be read by transformers: {error}") from error
-    network._apply(lambda tensor: torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape))
-    network.tie_weights()
     return network
 
 
@@ -160,10 +160,11 @@ def check_decoder(source: ModelSource, config: Any) -> int:
     return positions
 
 
-def generation_of(network: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of generation of a model, those that a user gave instead among them."""
+def generation_of(network: Any, options: Mapping[str, Any], unused: Collection[str] = ()) -> dict[str, Any]:
+    """Return the settings of generation of a model but those `unused`, and those that a user gave instead."""
     replaced = arguments.mapping("generation", options.get("generation"))
-    return {**network.generation_config.to_diff_dict(), **replaced}
+    own = network.generation_config.to_diff_dict()
+    return {**{name: value for name, value in own.items() if name not in unused}, **replaced}
 
 
 def kept_tokenizer(tokenizer: Any, network: Any) -> Tokenizer:
@@ -174,8 +175,18 @@ def kept_tokenizer(tokenizer: Any, network: Any) -> Tokenizer:
 
 
 def weight_files(source: ModelSource) -> tuple[HashedFile, ...]:
-    """Hash the files of weights of a directory, before they are read; an object has none."""
-    return () if source.directory is None else weights.hashed(weights.weight_files(source.directory))
+    """Hash the files of weights of a directory, before they are read; an object has none.
+
+    Raises `ConfigurationError` if one file is named that is not all that the library would read.
+    """
+    if source.directory is None:
+        return ()
+    files = weights.weight_files(source.directory)
+    if source.file is not None and [source.file] != list(files):
+        raise ConfigurationError(
+            f"{source.file} cannot be read by itself; give a directory in which it is the model's one file of weights."
+        )
+    return weights.hashed(files)
 
 
 def with_origin(model: LoadedModel, source: ModelSource, files: tuple[HashedFile, ...]) -> LoadedModel:

@@ -65,7 +65,7 @@ def render(
     return template.render(
         manifest=manifest,
         report=report,
-        neutral=report.get("samples", {}).get("origin") == "neutral",
+        neutral=_neutral(report),
         tasks={task: RECORDS[task].title for task in manifest.tasks},
         recipe_rows=[dict(zip(COLUMNS, row, strict=True)) for row in recipe_rows(recipe, plan)],
         costs={task: _cost(report.get("cost", {}).get(task)) for task in manifest.tasks},
@@ -89,6 +89,15 @@ def render(
         plots=_plots(report, recipe, plan),
         token_rule=_token_rule(recipe),
     )
+
+
+def _neutral(report: Mapping[str, Any]) -> str:
+    """Say what rests on neutral samples: decisions, costs, both, or nothing (an empty text)."""
+    if report.get("samples", {}).get("origin") != "neutral":
+        return ""
+    measured = any("not_measured" not in figures for figures in report.get("cost", {}).values())
+    resting = {"decisions": bool(report.get("calibration")), "costs": measured}
+    return " and ".join(name for name, rests in resting.items() if rests)
 
 
 def _cost(figures: Mapping[str, Any] | None) -> dict[str, Any] | None:

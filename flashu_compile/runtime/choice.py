@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -22,11 +23,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flashu_compile import reading
-from flashu_compile.arguments import shown
+from flashu_compile import arguments, reading
+from flashu_compile.arguments import LARGEST_THREADS, shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
-from flashu_compile.errors import CacheError, ConfigurationError, FlashuError, InputError
+from flashu_compile.errors import (
+    BackendUnavailableError,
+    CacheError,
+    ConfigurationError,
+    FlashuError,
+    InputError,
+    MissingDependencyError,
+)
 from flashu_compile.runtime.backends import DEFAULT
 from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import CHOICES, cache_folder
@@ -42,6 +50,7 @@ _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 _REPEATS, _POINTS, _TOKENS = 3, 3, 8
 
 _log = logging.getLogger(__name__)
+_measuring = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +102,8 @@ def choose(
     `opened` loads the bundle on a backend. Raises `ConfigurationError` if the bundle was built for a backend that has
     no other, and what the default backend raises if none works.
     """
+    if threads is not None:
+        threads = arguments.integer("threads", threads, 1, LARGEST_THREADS)
     built_for = files.manifest.backend
     if built_for != DEFAULT:
         raise ConfigurationError(
@@ -105,15 +116,19 @@ def choose(
     if kept is not None:
         _log.info("Backend of %s, as measured before: %s.", files.directory, kept)
         return kept
-    made = measured(opened)
+    with _measuring:  # two at a time would time each other
+        made, lasting = measured(opened)
     _log.info("Backend of %s, as measured now: %s.", files.directory, made)
-    if path is not None and made.seconds:
+    if path is not None and made.seconds and lasting:
         _keep(path, made)
     return made
 
 
-def measured(opened: Callable[[str], AbstractContextManager[Timed]]) -> Choice:
-    """Time every candidate, one after the other, and choose. Raises as `choose` does."""
+def measured(opened: Callable[[str], AbstractContextManager[Timed]]) -> tuple[Choice, bool]:
+    """Time every candidate, one after the other, and choose; tell if that holds for as long as what is installed.
+
+    Raises as `choose` does.
+    """
     failures: dict[str, FlashuError] = {}
     seconds: dict[str, dict[str, float]] = {}
     for name in CANDIDATES:
@@ -124,7 +139,9 @@ def measured(opened: Callable[[str], AbstractContextManager[Timed]]) -> Choice:
             failures[name] = error
     if not seconds:
         raise failures[DEFAULT]
-    return Choice(fastest(seconds), seconds, {name: str(error) for name, error in failures.items()})
+    lasting = all(isinstance(e, MissingDependencyError | BackendUnavailableError) for e in failures.values())
+    told = {name: str(error) for name, error in failures.items()}
+    return Choice(fastest(seconds), seconds, told), lasting
 
 
 def samples(pipe: Timed) -> dict[str, Callable[[], object]]:
@@ -192,8 +209,8 @@ def read_choice(path: Path) -> Choice:
 def _kept(path: Path) -> Choice | None:
     try:
         return read_choice(path) if path.exists() else None
-    except CacheError as error:
-        _log.warning("A choice of backend is damaged and made anew: %s", error)
+    except (CacheError, OSError) as error:
+        _log.warning("A choice of backend cannot be read and is made anew: %s", error)
         return None
 
 

@@ -147,7 +147,7 @@ def penalised(
         return logits
     lowered = logits.copy()
     for row, ids in zip(lowered, seen, strict=True):
-        places = list(ids)
+        places = [place for place in ids if place < len(row)]  # a picture's id may have no logit
         row[places] = np.where(row[places] < 0, row[places] * penalty, row[places] / penalty)
     return lowered
 

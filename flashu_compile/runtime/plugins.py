@@ -79,13 +79,13 @@ def plug_in(provider: str, library: object = None) -> None:
         found = next((package.library for package in installed() if provider in package.providers), None)
         if found is None:
             return
-        path = found
+        path = found.resolve()
     else:
         if built_in:
             raise ConfigurationError(
                 f"Option {LIBRARY!r} is for providers that are plug-ins; {provider} is built in."
             )
-        path = absolute(library)  # type: ignore[arg-type]  # which says what is no path
+        path = absolute(library).resolve()  # type: ignore[arg-type]  # which says what is no path
     with _lock:
         if _loaded.get(provider) != path:
             _load(provider, path)
@@ -112,7 +112,7 @@ def _load(provider: str, path: Path) -> None:
         raise BackendUnavailableError(
             f"{path} has no device here for provider {provider} (it has some for: {', '.join(others) or 'none'})."
         )
-    _loaded[provider] = path
+    _loaded.update(dict.fromkeys({device.ep_name for device in ort.get_ep_devices()} - before, path))
 
 
 def add_provider(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashu_compile.errors import ResourceError
-from flashu_compile.system.groups import text_of
 from flashu_compile.system.paths import scratch_directory
 
 if TYPE_CHECKING:
@@ -40,8 +39,9 @@ def in_file(pieces: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype
     size = torch.Size(shape).numel() * dtype.itemsize
     if size < SMALLEST or os.name != "posix":
         return torch.cat([piece.reshape(-1) for piece in pieces]).view(shape)
-    folder = scratch_directory()
+    folder: Path | str = "any folder"
     try:
+        folder = scratch_directory()
         with tempfile.TemporaryFile(dir=folder) as file:
             for piece in pieces:
                 file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -49,8 +49,8 @@ def in_file(pieces: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype
             storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", shared=False, nbytes=size)
     except (OSError, RuntimeError) as error:
         raise ResourceError(
-            f"Weights of {size} bytes could not be written to a temporary file in {folder}: {error}. Free space there, "
-            "or set TMPDIR to a folder on a disk with more."
+            f"Weights of {size} bytes could not be written to a temporary file in {folder}: {error}. Free space "
+            "there, or set TMPDIR to a folder on a disk with more."
         ) from error
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
@@ -70,7 +70,11 @@ def forget_pages(tensor: Tensor) -> None:
 def is_mapped(tensor: Tensor) -> bool:
     """Tell whether the memory of a tensor is pages of a file, where the system tells (Linux)."""
     place = tensor.data_ptr()
-    for line in text_of(Path("/proc/self/maps")).splitlines():
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
         span, _, _, _, inode, *_ = line.split()
         start, _, end = span.partition("-")
         if int(start, 16) <= place < int(end, 16):

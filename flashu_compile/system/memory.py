@@ -26,9 +26,10 @@ def _left(group: Path) -> int | None:
     for limit, usage in _FILES:
         allowed, used = text_of(group / limit), text_of(group / usage)
         if allowed.isdecimal() and used.isdecimal():
-            # Pages of files that nobody has used lately are given up for others.
-            cached = re.search(
-                r"^(?:total_)?inactive_file (\d+)$", text_of(group / "memory.stat"), re.MULTILINE
-            )
-            return max(1, int(allowed) - int(used) + (int(cached[1]) if cached else 0))
+            lines = (line.split() for line in text_of(group / "memory.stat").splitlines())
+            told = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdecimal()}
+            # Pages of files can be read again; version 1 tells those of groups below in a total.
+            names = ("inactive_file", "active_file")
+            cached = sum(told.get(f"total_{name}", told.get(name, 0)) for name in names)
+            return max(1, int(allowed) - int(used) + cached)
     return None

@@ -150,7 +150,7 @@ def test_a_family_of_one_size_is_given_no_other(install: Install, monkeypatch: p
     ):
         load_model(Trunk(), resolution=8)
     family = type(load_model(Trunk()).adapter)
-    sizes = GenerationSettings((1, 2, 4), 16, 8, 1, (16, 8), Template(picture=0), 0)
+    sizes = GenerationSettings((1, 2, 4), 16, 8, 1, (16, 8), Template(after=(1,), picture=1), 0)
     monkeypatch.setattr(family, "tasks", ("t2i",))
     monkeypatch.setattr(family, "settings", lambda *_: sizes)
     assert load_model(Trunk(), resolution="16x8").adapter.name == "invented"

@@ -29,7 +29,8 @@ def test_a_part_is_the_same_part_of_the_cast(whole: Tensor, part: tuple[slice, s
 
 def test_each_dtype_and_each_memory_is_cast_once() -> None:
     weights, bias = CastWeights(), torch.randn(9)
-    assert weights.of(bias, torch.float16) is not weights.of(bias.clone(), torch.float16)
+    one, other = weights.of(bias, torch.float16), weights.of(bias.clone(), torch.float16)
+    assert one.data_ptr() != other.data_ptr()
     again = weights.of(bias, torch.float16)
     assert again.data_ptr() == weights.of(bias, torch.float16).data_ptr()
     assert weights.of(bias, torch.bfloat16).dtype == torch.bfloat16

@@ -77,7 +77,7 @@ def manifest(of: Recipe) -> Manifest:
         precision="float32",
         recipe=of.name,
         engines=tuple(engines),
-        generation=GenerationSettings((3, 4, 4), 96, 18, 60, (8, 8), Template(picture=0), 0),
+        generation=GenerationSettings((3, 4, 4), 96, 18, 60, (8, 8), Template(after=(1,), picture=1), 0),
         understanding=UnderstandingSettings(Template(picture=0), (), 96, 30, pictures=PictureRules(8, 8, ())),
         versions={"flashu-compile": "0.1.0", "torch": "2.13.0"},
         files={},

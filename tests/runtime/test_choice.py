@@ -36,10 +36,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = choice.measured
 
-    def noting(opened: object) -> Choice:
-        made = real(opened)
+    def noting(opened: object) -> tuple[Choice, bool]:
+        made, lasting = real(opened)
         names.extend(made.seconds)
-        return made
+        return made, lasting
 
     monkeypatch.setattr(choice, "measured", noting)
     return names

@@ -29,7 +29,7 @@ def test_a_group_of_version_2_and_one_above(tmp_path: Path) -> None:
     assert available_memory(tmp_path) == 8 * GB
     write(tmp_path, {f"{group}/memory.max": f"{4 * GB}", f"{group}/memory.current": f"{3 * GB}"})
     assert available_memory(tmp_path) == GB
-    write(tmp_path, {f"{group}/memory.stat": f"anon 5\ninactive_file {GB // 2}\nactive_file 7"})
+    write(tmp_path, {f"{group}/memory.stat": f"anon 5\ninactive_file {GB // 2 - 7}\nactive_file 7"})
     assert available_memory(tmp_path) == GB + GB // 2
 
 
