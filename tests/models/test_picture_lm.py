@@ -19,7 +19,7 @@ import flashu_compile
 from flashu_compile import cli
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.compiler.tasks import jobs, undone
-from flashu_compile.errors import CheckpointError, UnsupportedModelError
+from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from flashu_compile.looking.structure import model_structure
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.picture_lm import QuestionForward
@@ -205,6 +205,28 @@ def test_a_processor_s_system_prompt_is_read(tmp_path: Path) -> None:
     ids, _ = loaded.adapter.eager(loaded).given(PICTURES[0], "what?")  # type: ignore[attr-defined]
     assert ids == inputs(family, PICTURES[0], "what?")["input_ids"][0].tolist()
     assert len(ids) > 200
+    model, processor = family
+    given = {"image_processor": processor}
+    again = load_model(model, tokenizer=processor.tokenizer, model_options=given)
+    assert again.adapter.eager(again).given(PICTURES[0], "what?")[0] == ids  # type: ignore[attr-defined]
+    processor.use_default_system_prompt = "false"
+    with pytest.raises(CheckpointError, match="use_default_system_prompt must be true or false"):
+        load_model(model, tokenizer=processor.tokenizer, model_options=given)
+
+
+@pytest.mark.parametrize("layer", [0, 7, -7])
+def test_a_layer_that_the_tower_lacks(layer: int) -> None:
+    model, processor = tiny.llava_clip()
+    model.config.vision_feature_layer = layer
+    with pytest.raises(CheckpointError, match=f"reads layer {layer} of a vision tower of"):
+        load_model(model, tokenizer=processor.tokenizer, model_options={"image_processor": processor})
+
+
+def test_a_file_of_weights_by_itself(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", tiny.janus())
+    (folder / "tuned.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ConfigurationError, match=r"tuned\.safetensors cannot be read by itself"):
+        load_model(folder / "tuned.safetensors")
 
 
 class Built(NamedTuple):

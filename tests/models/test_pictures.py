@@ -71,6 +71,15 @@ def test_pixels_are_those_of_the_library(name: str, apart: bool, tmp_path: Path)
         np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_of_two_files_that_of_the_processor_holds_as_in_the_library(tmp_path: Path) -> None:
+    old = CLIPImageProcessorPil(**CROPPED, image_mean=[0.1] * 3)
+    new = CLIPImageProcessorPil(**CROPPED, image_mean=[0.5] * 3)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old.to_dict()))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": new.to_dict()}))
+    assert read_processor(tmp_path).image_mean == CLIPImageProcessorPil.from_pretrained(tmp_path).image_mean
+    assert list(read_processor(tmp_path).image_mean) == [0.5] * 3
+
+
 def test_pixels_become_the_picture_again() -> None:
     rules = rules_of(*PROCESSORS["clip"])
     assert shown(engine_pixels(picture(28, 28), rules)[0], rules) == picture(28, 28)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from flashu_compile.bundle.manifest import (
+    GenerationSettings,
+    Template,
+    TextSettings,
+    read_manifest,
+)
 from flashu_compile.errors import BundleError, ConfigurationError, FlashuError, InputError
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
@@ -293,3 +300,15 @@ def test_verify_tells_what_load_refuses(own_bundle: Path, name: str) -> None:
     with pytest.raises(BundleError) as caught:
         load(own_bundle)
     assert result.refused == str(caught.value)
+
+
+@pytest.mark.parametrize("template", [Template(before=(1,)), Template((1, 2), after=(3,), picture=2)])
+def test_a_template_of_pictures_without_a_place_behind_the_prompt(template: Template) -> None:
+    with pytest.raises(BundleError, match="no place for a picture behind the prompt"):
+        GenerationSettings((1, 2, 4), 64, 8, 1, (16, 8), template, 0)
+
+
+def test_a_template_of_text_with_a_picture(bundle: Path) -> None:
+    told = TextSettings(Template((1, 2), picture=1), (3,), max_question_tokens=9, max_new_tokens=9)
+    with pytest.raises(BundleError, match="template of text has a place for a picture"):
+        dataclasses.replace(read_manifest(bundle), text=told)

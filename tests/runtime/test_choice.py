@@ -140,3 +140,9 @@ def test_times_of_tasks_count_as_multiples_of_the_shortest() -> None:
     slow_pictures = {"a": {"t2i": 10.0, "mmu": 0.1}, "b": {"t2i": 11.0, "mmu": 0.01}}
     assert fastest(slow_pictures) == "b", "a tenth longer for pictures, a tenth of the time for answers"
     assert fastest({"a": {"t2i": 2.0}, "b": {"t2i": 1.0}}) == "b"
+
+
+def test_a_number_of_threads_of_another_type(bundle: Path) -> None:
+    assert load(bundle, backend="auto", threads=np.int64(1)).backend in CANDIDATES  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="threads"):
+        load(bundle, backend="auto", threads="two")  # type: ignore[arg-type]

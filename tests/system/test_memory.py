@@ -41,6 +41,9 @@ def test_a_group_of_version_1(tmp_path: Path) -> None:
     assert available_memory(tmp_path) == 8 * GB
     write(tmp_path, {f"{group}/memory.limit_in_bytes": f"{3 * GB}"})
     assert available_memory(tmp_path) == 2 * GB
+    own = f"inactive_file 1\nactive_file 2\ntotal_inactive_file {GB // 4}\ntotal_active_file {GB // 4}"
+    write(tmp_path, {f"{group}/memory.stat": own})
+    assert available_memory(tmp_path) == 2 * GB + GB // 2
 
 
 def test_more_than_is_allowed_is_used(tmp_path: Path) -> None:
