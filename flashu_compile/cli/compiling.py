@@ -383,7 +383,7 @@ def _measured(bundle: Path) -> dict[str, Any]:
     from flashu_compile.report.contents import read_new_report
 
     report = read_new_report(bundle)
-    told = ("calibration", "samples", "passes", "cost", "answered")
+    told = ("calibration", "passes", "cost", "answered")
     return {name: report[name] for name in told} | {
-        name: report.get(name) for name in ("proof", "beside_exact")
+        name: report.get(name) for name in ("proof", "beside_exact", "samples")
     }

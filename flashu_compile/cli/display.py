@@ -93,7 +93,8 @@ def print_build(summary: Mapping[str, Any]) -> None:
     from flashu_compile.report.work import answers_text
 
     sizes = {name: size(value) for name, value in summary["sizes"].items()}
-    of = " of the neutral set" if summary["samples"]["origin"] == NEUTRAL else ""
+    drawn = summary["samples"] or {}
+    of = " of the neutral set" if drawn.get("origin") == NEUTRAL else ""
     samples = (f"{task} on {row['samples']} samples{of}" for task, row in summary["calibration"].items())
     print_pairs(
         {
