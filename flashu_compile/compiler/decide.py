@@ -8,11 +8,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flashu_compile.bundle.manifest import Template
+from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.tasks import COMPILED_TASKS
 from flashu_compile.compiler.work import calibrating, calibration_work
-from flashu_compile.errors import RecipeError
+from flashu_compile.errors import InputError, RecipeError
 from flashu_compile.evaluation.neutral import calibration_prompts, calibration_questions, calibration_texts
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import keep_budget
@@ -21,7 +24,7 @@ from flashu_compile.measure.sensitivity import SAMPLES, report
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import T2I, TEXT
+from flashu_compile.tasks import MMU, T2I, TEXT
 
 _logger = logging.getLogger(__name__)
 
@@ -56,17 +59,35 @@ def own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
     return dataclasses.replace(calibration_samples(loaded.calibration), origin=MODEL)
 
 
-def neutral_samples(tasks: tuple[str, ...]) -> CalibrationSamples:
-    """Return calibration samples of our own, for models that come with none."""
+def neutral_samples(loaded: LoadedModel, tasks: tuple[str, ...]) -> CalibrationSamples:
+    """Return those calibration samples of our own that the model can take, for models that come with none."""
     prompts = calibration_texts() if TEXT.name in tasks and T2I.name not in tasks else calibration_prompts()
+    for task in tasks:
+        if task == MMU.name:
+            continue
+        limit, template = metadata.prompt_limit(loaded, task)
+        prompts = tuple(text for text in prompts if _fits(TextCodec(loaded.tokenizer), template, text, limit))
     return CalibrationSamples(prompts, calibration_questions(), NEUTRAL)
 
 
+def _fits(codec: TextCodec, template: Template, text: str, limit: int) -> bool:
+    try:
+        codec.in_template(template, text, limit)
+    except InputError:
+        return False
+    return True
+
+
 def samples_at_hand(
-    given: CalibrationSamples | None, loaded: LoadedModel, tasks: tuple[str, ...]
+    given: CalibrationSamples | None, source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe
 ) -> CalibrationSamples:
-    """Return the samples that were given, else the model's own, else neutral ones."""
-    return given or own_samples(loaded) or neutral_samples(tasks)
+    """Return the samples that were given, else the model's own, else neutral ones if `recipe` leaves something open."""
+    known = given or own_samples(source.loaded)
+    if known is not None:
+        return known
+    whole = source.resolved(recipe)
+    undecided = any(whole.needs_calibration(task) for task in tasks)
+    return neutral_samples(source.loaded, tasks) if undecided else CalibrationSamples()
 
 
 def cost_counts(

@@ -143,7 +143,7 @@ def estimate(
     made_up = {task: _assumed(whole, task) for task in undecided}
     assumed = dataclasses.replace(whole, decisions={**whole.decisions, **made_up})
     on_copy = needs_copy(proof, loaded)
-    counts = cost_counts(samples_at_hand(None, loaded, tasks), tasks, cost_samples, on_copy)
+    counts = cost_counts(samples_at_hand(None, source, tasks, chosen), tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
     held = _weights(source, tasks)
     weight_bytes = sum(tensor.nbytes for _, tensor in held)

@@ -118,7 +118,8 @@ def export(
         samples, seed: how many of them are used, and which; see `calibrate`.
         cost_samples: how many prompts (t2i, text) and questions (mmu) a lossy recipe's cost is measured on, for the
             report: each is run through the exact program in PyTorch too. Samples that calibration does not use come
-            first. Nothing is measured if it is 0, and of a model that is proved on a copy and comes without samples.
+            first. Nothing is measured if it is 0 or there are no samples; neutral ones serve where decisions were taken
+            on them, unless the model is proved on a copy.
         benchmark: time a picture and an answer, and compare samples with those of the exact bundle, for the report; it
             takes up to two minutes, and that of the exact bundle where none is kept. Times are never the same, and so
             the bytes of report and manifest are not.
@@ -130,9 +131,9 @@ def export(
             float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
             and said in the report.
         precision_budget: where a part is int8, the largest relative L2 error that its layers may cause in what a task
-            gives (final latents, logits of the next token; of a model that is proved on a copy and comes without
-            samples, the outputs for the inputs that it was captured with), 0.05 if not given; or one by task, such as
-            {"mmu": 0.02}. More layers stay in float32 until it is kept.
+            gives (final latents, logits of the next token; without samples, the outputs for the inputs that it was
+            captured with), 0.05 if not given; or one by task, such as {"mmu": 0.02}. More layers stay in float32 until
+            it is kept.
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
@@ -185,7 +186,7 @@ def export(
     directory = named if output is not None else default_output(loaded.name, tasks)
     ensure_writable(directory, overwrite=overwrite)
 
-    measured = samples_at_hand(given, loaded, tasks)
+    measured = samples_at_hand(given, source, tasks, chosen)
     on_copy = needs_copy(proof, loaded)
     counts = cost_counts(measured, tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
@@ -324,7 +325,7 @@ def calibrate(
     tell = ProgressReporter(progress)
     source = _captured(model, tasks, tell, parts)
     decided = decide(
-        chosen, source, tasks, samples_at_hand(given, source.loaded, tasks), samples, seed, tell
+        chosen, source, tasks, samples_at_hand(given, source, tasks, chosen), samples, seed, tell
     )[0]
     source.loaded.check_unchanged()
     return decided

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TypeVar
 
-from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
+from flashu_compile.bundle.manifest import GenerationSettings, Template, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import BundleMetadata
@@ -49,6 +49,15 @@ def understanding(loaded: LoadedModel) -> UnderstandingSettings:
 def text(loaded: LoadedModel) -> TextSettings:
     """Return the model's settings that the text pipeline needs."""
     return _settings(loaded, TEXT.name, TextSettings)
+
+
+def prompt_limit(loaded: LoadedModel, task: str) -> tuple[int, Template]:
+    """Return how many tokens a prompt of t2i or text may have, and the template that it stands in."""
+    if task == T2I.name:
+        drawing = generation(loaded)
+        return drawing.max_prompt_tokens, drawing.template
+    told = text(loaded)
+    return told.max_question_tokens, told.template
 
 
 def _settings(loaded: LoadedModel, task: str, kind: type[_Kind]) -> _Kind:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.decide import neutral_samples, samples_at_hand
 from flashu_compile.compiler.export import calibrate, capture_model
 from flashu_compile.errors import CalibrationError
-from flashu_compile.evaluation.neutral import calibration_prompts, calibration_questions, calibration_texts
+from flashu_compile.evaluation.neutral import calibration_prompts, calibration_questions
 from flashu_compile.measure.samples import GIVEN, NEUTRAL, CalibrationSamples
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.recipe import Recipe
@@ -35,15 +37,28 @@ def test_decisions_are_those_of_the_neutral_prompts(
 
 def test_samples_that_are_given_come_first(source: CapturedModel) -> None:
     given = CalibrationSamples(("a red circle",))
-    assert samples_at_hand(given, source.loaded, ("t2i",)) is given
+    assert samples_at_hand(given, source, ("t2i",), OPEN) is given
     assert given.origin == GIVEN
-    assert samples_at_hand(None, source.loaded, ("t2i",)).origin == NEUTRAL
+    assert samples_at_hand(None, source, ("t2i",), OPEN).origin == NEUTRAL
 
 
-def test_neutral_samples_are_for_the_task() -> None:
-    assert neutral_samples(("t2i", "text")).prompts == calibration_prompts()
-    assert neutral_samples(("text",)).prompts == calibration_texts()
-    assert neutral_samples(("text",)).chosen(3, 0).origin == NEUTRAL
+def test_neutral_samples_are_for_what_is_open(source: CapturedModel) -> None:
+    nothing = samples_at_hand(None, source, ("t2i",), Recipe("exact"))
+    assert (nothing.prompts, nothing.questions) == ((), ())
+    assert neutral_samples(source.loaded, ("t2i",)).chosen(3, 0).origin == NEUTRAL
+
+
+def test_neutral_samples_are_those_that_the_model_can_take(
+    source: CapturedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, template = metadata.prompt_limit(source.loaded, "t2i")
+    codec = TextCodec(source.loaded.tokenizer)
+    shortest = min(len(codec.in_template(template, text)) - template.length for text in calibration_prompts())
+    assert len(neutral_samples(source.loaded, ("t2i",)).prompts) == len(calibration_prompts())
+    monkeypatch.setattr(metadata, "prompt_limit", lambda *_: (shortest, template))
+    kept = neutral_samples(source.loaded, ("t2i",)).prompts
+    assert 0 < len(kept) < len(calibration_prompts())
+    assert all(len(codec.in_template(template, text)) - template.length <= shortest < limit for text in kept)
 
 
 def test_questions_for_a_task_that_takes_prompts(source: CapturedModel) -> None:
