@@ -42,6 +42,14 @@ class ModelParts(TypedDict, total=False):
     model_options: Mapping[str, Any] | None
 
 
+def check_no_parts(parts: Mapping[str, object]) -> None:
+    """Raise `ConfigurationError` if a part is given besides a captured model, which has its own."""
+    if any(part is not None for part in parts.values()):
+        raise ConfigurationError(
+            "A captured model has its VAE, tokenizer, configuration and resolution; leave these out."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class CapturedProgram:
     """A program of a model, traced on first use: a build that finds all its engines never traces it.

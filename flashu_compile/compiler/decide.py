@@ -62,11 +62,12 @@ def own_samples(loaded: LoadedModel) -> CalibrationSamples | None:
 def neutral_samples(loaded: LoadedModel, tasks: tuple[str, ...]) -> CalibrationSamples:
     """Return those calibration samples of our own that the model can take, for models that come with none."""
     prompts = calibration_texts() if TEXT.name in tasks and T2I.name not in tasks else calibration_prompts()
+    codec = TextCodec(loaded.tokenizer)
     for task in tasks:
         if task == MMU.name:
             continue
         limit, template = metadata.prompt_limit(loaded, task)
-        prompts = tuple(text for text in prompts if _fits(TextCodec(loaded.tokenizer), template, text, limit))
+        prompts = tuple(text for text in prompts if _fits(codec, template, text, limit))
     return CalibrationSamples(prompts, calibration_questions(), NEUTRAL)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flashu_compile import arguments
 from flashu_compile.bundle.precision import PrecisionName
-from flashu_compile.compiler.captured import CapturedModel, ModelParts
+from flashu_compile.compiler.captured import CapturedModel, ModelParts, check_no_parts
 from flashu_compile.compiler.decide import cost_counts, samples_at_hand
 from flashu_compile.compiler.fingerprints import named_tensors
 from flashu_compile.compiler.metadata import checkpoint_bytes
@@ -26,7 +26,7 @@ from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy
 from flashu_compile.compiler.request import default_output, named_tasks
 from flashu_compile.compiler.tasks import jobs
 from flashu_compile.compiler.work import BuildWork, tensors_read
-from flashu_compile.errors import ConfigurationError, ResourceError
+from flashu_compile.errors import ResourceError
 from flashu_compile.exporters.backends import check_precision
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.weights import shapes_alone
@@ -130,10 +130,8 @@ def estimate(
     tasks, chosen, wanted = named_tasks(task), find_recipe(recipe), Precision.of(precision)
     check_proof(proof)
     check_precision(arguments.name_of("backend", backend), wanted)
-    if isinstance(model, CapturedModel) and any(part is not None for part in parts.values()):
-        raise ConfigurationError(
-            "A captured model has its VAE, tokenizer, configuration and resolution; leave these out."
-        )
+    if isinstance(model, CapturedModel):
+        check_no_parts(parts)
     with shapes_alone():
         source = model if isinstance(model, CapturedModel) else _described(model, tasks, parts)
     loaded = source.loaded

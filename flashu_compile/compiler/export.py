@@ -18,7 +18,7 @@ from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.beside_exact import BesideExact
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.cache import open_cache
-from flashu_compile.compiler.captured import CapturedModel, ModelParts
+from flashu_compile.compiler.captured import CapturedModel, ModelParts, check_no_parts
 from flashu_compile.compiler.decide import (
     cost_counts,
     decide,
@@ -346,10 +346,7 @@ def _captured(
     """Load `model` unless it is captured. Raises `ConfigurationError` if a captured model lacks a task."""
     if not isinstance(model, CapturedModel):
         return CapturedModel.load(model, tasks, tell, **parts)
-    if any(part is not None for part in parts.values()):
-        raise ConfigurationError(
-            "A captured model has its VAE, tokenizer, configuration and resolution; leave these out."
-        )
+    check_no_parts(parts)
     model.of(tasks)
     return model
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.captured import CapturedModel, check_no_parts
 from flashu_compile.compiler.checkpoint_of_bundle import checkpoint
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.specialise import neuron_order
 from flashu_compile.compiler.tasks import jobs
-from flashu_compile.errors import ConfigurationError
 from flashu_compile.looking.bundle_diff import bundle_recipe
 from flashu_compile.program.program import Program
 from flashu_compile.system.autocast import without_autocast
@@ -35,10 +34,8 @@ def specialised_programs(
     """
     if not isinstance(model, CapturedModel):
         model = checkpoint(files.manifest, model, ProgressReporter(lambda stage, _: tell(stage)), **parts)
-    elif any(part is not None for part in parts.values()):
-        raise ConfigurationError(
-            "A captured model has its VAE, tokenizer and configuration; leave these out."
-        )
+    else:
+        check_no_parts(parts)
     # Where neurons lie follows from what all tasks of the bundle keep.
     order = neuron_order(bundle_recipe(files), files.manifest.tasks, model.ordered_weights)
     programs: dict[str, Program] = {}
