@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from flashu_compile.errors import CaptureError
+from flashu_compile.program.decompose import decomposed
 from flashu_compile.program.program import BATCH, Input, Program
 
 #: Bounds of dynamic dimensions. One row of text or more; upper bounds only keep symbols finite.
@@ -33,8 +34,7 @@ class CaptureSpec:
 def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Tensor]) -> ExportedProgram:
     """Export `module` with the dynamic dimensions of `inputs`, in the form that analyses and passes read.
 
-    Decomposing with an empty table inlines what export wraps (autograd guards) and keeps `linear` and
-    `scaled_dot_product_attention` whole.
+    `linear` and `scaled_dot_product_attention` stay whole.
     """
     dims: dict[str, Dim] = {}
     for axis in {axis for i in inputs for axis in i.axes if axis is not None}:
@@ -53,7 +53,7 @@ def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Ten
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        return exported.run_decompositions({})
+        return decomposed(exported)
 
 
 def capture_program(spec: CaptureSpec) -> Program:

@@ -1,0 +1,148 @@
+"""Taking composite operators of an exported program apart, those that analyses and passes do not read as they are."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputSpec, TensorArgument
+from torch.fx import traceback
+from torch.utils import _pytree as pytree
+
+from flashu_compile.errors import StructureError
+from flashu_compile.program.graph_tracer import GraphTracer
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_aten = torch.ops.aten
+_METADATA = _aten._assert_tensor_metadata.default
+#: Regions that a module's own use of autograd or autocast is exported as.
+_NO_GRAD, _AUTOCAST = (
+    torch.ops.higher_order.wrap_with_set_grad_enabled,
+    torch.ops.higher_order.wrap_with_autocast,
+)
+
+
+def decomposed(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program as `ExportedProgram.run_decompositions({})` does, where possible without tracing it again.
+
+    Composite operators whose results may share memory with their operands (reshape, chunk, to) are taken apart;
+    functional ones (linear, scaled_dot_product_attention) stay whole. Regions without gradients or without autocast
+    become part of the graph. Assertions of dtypes, which tracing has settled, are left out. A program that changes
+    tensors in place or has regions of other kinds is left to `run_decompositions`.
+    """
+    graph = copy.deepcopy(exported.graph)
+    try:
+        for node in list(graph.nodes):
+            if node.op == "get_attr":
+                _inline_region(exported.graph_module, node)
+        _take_apart(graph)
+    except StructureError:
+        return exported.run_decompositions({})
+    graph.lint()
+    return _with_graph(exported, graph)
+
+
+def _inline_region(owner: fx.GraphModule, region: fx.Node) -> None:
+    """Replace the call of a region, a graph of its own, by its nodes.
+
+    Raises `StructureError` if it is of another kind.
+    """
+    body = getattr(owner, str(region.target), None)
+    calls = list(region.users)
+    if not isinstance(body, fx.GraphModule) or len(calls) != 1:
+        raise StructureError(f"{region.target} is no region that is called once")
+    (call,) = calls
+    place = call.args.index(region)
+    autocast = call.target is _AUTOCAST and bool(call.args[2])
+    if call.target not in (_NO_GRAD, _AUTOCAST) or autocast:
+        raise StructureError(f"{call.name} runs a region that changes what is in it")
+    given = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[place + 1 :], strict=True))
+    copies: dict[fx.Node, Any] = given
+    with region.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op == "get_attr":
+                raise StructureError(f"{call.name} holds a region in a region")
+            if node.op == "call_function":
+                copies[node] = region.graph.node_copy(node, copies.__getitem__)
+    results = cast("Sequence[fx.Node]", body.graph.output_node().args[0])
+    for user in list(call.users):
+        user.replace_all_uses_with(copies[results[cast("int", user.args[1])]])
+        region.graph.erase_node(user)
+    region.graph.erase_node(call)
+    region.graph.erase_node(region)
+
+
+def _take_apart(graph: fx.Graph) -> None:
+    """Replace the composite operators of `graph` by what they consist of.
+
+    Raises `StructureError` at an operator that changes a tensor in place, and at a region.
+    """
+    tracer = GraphTracer(graph)
+    for node in list(graph.nodes):
+        if node.target is _METADATA:
+            graph.erase_node(node)
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise StructureError(f"{node.name} runs a region")
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            raise StructureError(f"{node.name} changes a tensor in place")
+        if isinstance(node.target, OpOverload) and _is_shared_composite(node.target):
+            _expand(tracer, node)
+        else:
+            tracer.know(node)
+
+
+def _is_shared_composite(target: OpOverload) -> bool:
+    """Tell whether `target` is composite and its result may share memory with an operand."""
+    shares = any(argument.alias_info is not None for argument in target._schema.arguments)
+    shares = (
+        shares or torch.Tag.maybe_aliasing_or_mutating in target.tags
+    )  # dropout gives its operand, or a copy
+    return shares and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
+
+
+def _expand(tracer: GraphTracer, node: fx.Node) -> None:
+    """Insert what `node` consists of before it, and give its users the results."""
+    call: Any = node.target
+    arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    for operand in node.all_input_nodes:
+        tracer.know(operand)
+    with (
+        tracer.graph.inserting_before(node),
+        traceback.preserve_node_meta(),
+        traceback.set_current_meta(node),
+        tracer.decomposed(),
+    ):
+        result = call(*arguments, **keywords)
+    if isinstance(result, Tensor):
+        node.replace_all_uses_with(tracer.node(result))
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(tracer.node(result[user.args[1]]))
+            tracer.graph.erase_node(user)
+    tracer.graph.erase_node(node)
+
+
+def _with_graph(exported: ExportedProgram, graph: fx.Graph) -> ExportedProgram:
+    """Return the program with another graph of the same inputs, and results in the same order."""
+    results = pytree.tree_leaves(graph.output_node().args[0])
+    outputs = [
+        OutputSpec(spec.kind, TensorArgument(node.name), spec.target)
+        for spec, node in zip(exported.graph_signature.output_specs, results, strict=True)
+    ]
+    return ExportedProgram(
+        root=fx.GraphModule({}, graph),
+        graph=graph,
+        graph_signature=dataclasses.replace(exported.graph_signature, output_specs=outputs),
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+    )
