@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.published_decisions import published_decisions
 from flashu_compile.models.showo2.config import (
     HeadConfig,
     LLMConfig,
@@ -20,7 +21,6 @@ from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, 
 from flashu_compile.models.vae import SpaceToDepth
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
-from flashu_compile.recipe.importing import published_decisions
 from flashu_compile.recipe.recipe import Recipe
 
 SEED = 0

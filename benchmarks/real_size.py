@@ -29,6 +29,7 @@ import flashu_compile
 from benchmarks.geometries import SEED, published_defaults, tokenizer, understanding_defaults
 from benchmarks.measuring import machine, parser, report, seconds
 from benchmarks.memory import resident
+from examples.showo2_shapes.saving import save_wan
 from flashu_compile.bundle.manifest import REPORT, WEIGHTS
 from flashu_compile.evaluation.watching import WatchedEngines
 from flashu_compile.models.showo2.config import configuration
@@ -77,7 +78,7 @@ def write_checkpoint(folder: Path) -> dict[str, Any]:
     (model / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (model / "config.json").write_text(json.dumps({"_class_name": "Showo2Qwen2_5"}))
     vae: Any = diffusers.AutoencoderKLWan(base_dim=8)
-    WanVAE(vae.eval()).save(folder / "vae")
+    save_wan(folder / "vae", WanVAE(vae.eval()))
     tokenizer().save(str(folder / "tokenizer.json"))
     recipe = merge(published_defaults(config), understanding_defaults(config), "published")
     recipe.save(folder / "recipe.json")

@@ -21,22 +21,13 @@ from flashu_compile.exporters.rotary_onnx import fuse_rotary
 _FOLD_LIMIT = 1 << 16  # elements; a larger folded constant must replace at least as much
 _LAYOUT_OPERATORS = frozenset({"Transpose", "Expand", "Tile"})
 
-#: The general rewrites that find something in graphs of this kind, or may in another model's.
+#: The general rewrites that find something in a program of some model family.
 _CLEAN_UP = (
     rules.mul_by_1_rule,
     rules.add_0_rule,
-    rules.sub_0_rule,
-    rules.div_by_1_rule,
-    rules.dropout_inference_rule,
-    rules.no_op_cast_rule,
-    rules.no_op_expand_rule,
-    rules.no_op_transpose_rule,
-    rules.cast_cast_rule,
-    rules.collapse_slice_rule,
     rules.materialize_reshape_shape_rule,
     rules.reshape_reshape_rule,
     rules.squeeze_reshape_1d_rule,
-    rules.transpose_transpose_rule,
     rules.unsqueeze_unsqueeze_rule,
 )
 

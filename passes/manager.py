@@ -210,9 +210,13 @@ def _judged_wide(
     own = _largest(_differences(truth, before.outputs(), result.dropped, unit))
     rounding = _largest(_differences(truth, values, result.dropped, unit))
     if not rounding <= _ROUNDING * max(own, unit):
+        # One run may round less than it might, by luck.
+        noisy = run_wide(before.program, before.program.sample, unit)
+        own = max(own, _largest(_differences(truth, noisy, result.dropped, unit)))
+    if not rounding <= _ROUNDING * max(own, unit):
         raise PassError(
             f"it is declared exact but rounds too much: the outputs are {rounding:.1e} from those in float64 "
-            f"(relative L2), and were {own:.1e} from them"
+            f"(relative L2), and were, or may have been by rounding, {own:.1e} from them"
         )
     return _largest(wide)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from examples.showo2_shapes.saving import save_model
 from examples.showo2_shapes.train import TOKENIZER, VAE, shapes_config
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.showo2.saving import save_model
 
 
 def main() -> None:

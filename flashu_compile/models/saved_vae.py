@@ -11,24 +11,11 @@ import torch
 from flashu_compile import reading
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import HashedFile
-from flashu_compile.errors import CheckpointError, ConfigurationError
+from flashu_compile.errors import CheckpointError
 from flashu_compile.models import weights
 from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.reading import Few, Positive
-
-WAN_FOLDER = "vae"
-
-
-def describe(vae: LatentCodec | None) -> dict[str, Any] | None:
-    """Describe a VAE as JSON values. Raises `ConfigurationError` if it is of a kind that cannot be saved."""
-    if vae is None:
-        return None
-    if isinstance(vae, SpaceToDepth):
-        return {"kind": "space_to_depth", "factor": vae.spatial_factor, "mean": vae.mean, "std": vae.std}
-    if isinstance(vae, WanVAE):
-        return {"kind": "wan", "folder": WAN_FOLDER}
-    raise ConfigurationError(f"A {type(vae).__name__} cannot be saved with a model; save it yourself.")
 
 
 @dataclasses.dataclass(frozen=True)

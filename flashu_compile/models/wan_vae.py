@@ -7,8 +7,6 @@ the causal convolutions see zeros before it either way, so plain calls give the 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,17 +14,15 @@ from typing import Annotated, Any
 import msgspec
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashu_compile import reading
 from flashu_compile.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from flashu_compile.models import weights
 from flashu_compile.reading import Few
-from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import absolute
 
-_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +104,8 @@ class WanVAE(nn.Module):
         """
         path = absolute(path)
         if path.is_dir():
-            settings: Mapping[str, Any] = weights.read_config(path / _CONFIG)
-            reading.convert(settings, _Settings, str(path / _CONFIG), CheckpointError, foreign=True)
+            settings: Mapping[str, Any] = weights.read_config(path / CONFIG)
+            reading.convert(settings, _Settings, str(path / CONFIG), CheckpointError, foreign=True)
             if settings.get("_class_name") != "AutoencoderKLWan":
                 raise CheckpointError(f"{path} is a {settings.get('_class_name')}, not an AutoencoderKLWan.")
             state = weights.read_weights(path, dtype)
@@ -117,17 +113,6 @@ class WanVAE(nn.Module):
             settings = config or {}
             state = _diffusers_names(weights.read_weight_file(path, dtype))
         return cls(_build(settings, state, path))
-
-    def save(self, directory: Path) -> None:
-        """Write a diffusers folder: `config.json` and safetensors, the same bytes for the same VAE."""
-        settings = {"_class_name": "AutoencoderKLWan", **dict(sorted(self.settings.items()))}
-        state = {name: value.to("cpu").contiguous() for name, value in self.state_dict().items()}
-        with draft_folder(directory) as draft:
-            save_file(state, draft / _WEIGHTS, metadata={"format": "pt"})
-            (draft / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            directory.mkdir(parents=True, exist_ok=True)
-            for name in (_WEIGHTS, _CONFIG):
-                os.replace(draft / name, directory / name)
 
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Encode pixels in [-1, 1] to normalised latents, height and width divided by `spatial_factor`."""

@@ -131,15 +131,24 @@ def _expand(tracer: GraphTracer, node: fx.Node) -> None:
 
 def _with_graph(exported: ExportedProgram, graph: fx.Graph) -> ExportedProgram:
     """Return the program with another graph of the same inputs, and results in the same order."""
+    old = exported.graph_signature
     results = pytree.tree_leaves(graph.output_node().args[0])
-    outputs = [
-        OutputSpec(spec.kind, TensorArgument(node.name), spec.target)
-        for spec, node in zip(exported.graph_signature.output_specs, results, strict=True)
-    ]
+    placeholders = graph.find_nodes(op="placeholder")  # a copied graph names some of them anew
+    signature = dataclasses.replace(
+        old,
+        input_specs=[
+            dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name))
+            for spec, node in zip(old.input_specs, placeholders, strict=True)
+        ],
+        output_specs=[
+            OutputSpec(spec.kind, TensorArgument(node.name), spec.target)
+            for spec, node in zip(old.output_specs, results, strict=True)
+        ],
+    )
     return ExportedProgram(
         root=fx.GraphModule({}, graph),
         graph=graph,
-        graph_signature=dataclasses.replace(exported.graph_signature, output_specs=outputs),
+        graph_signature=signature,
         state_dict=exported.state_dict,
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,

@@ -45,17 +45,21 @@ class GraphTracer:
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # a tensor lives as long as its id is looked up
         self._sizes: dict[sympy.Expr, fx.Node] = {}
         self._dimensions: dict[sympy.Expr, tuple[fx.Node, int]] = {}
+        self._others: dict[sympy.Expr, tuple[fx.Node, int]] = {}
 
     def know(self, node: fx.Node) -> None:
         """Make the value of a node one that recorded operators may read. Sizes are read where they are needed."""
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
             self._sizes.setdefault(value.node.expr, node)
-        for tensor in [value] if isinstance(value, Tensor) else []:
-            self._nodes[id(tensor)] = tensor, node
-            for dim, size in enumerate(tensor.shape):
-                if isinstance(size, torch.SymInt):
-                    self._dimensions.setdefault(size.node.expr, (node, dim))
+        if not isinstance(value, Tensor):
+            return
+        self._nodes[id(value)] = value, node
+        # From inputs first: a pass may give another value other sizes.
+        found = self._dimensions if node.op == "placeholder" else self._others
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                found.setdefault(size.node.expr, (node, dim))
 
     def node(self, value: Any) -> Any:
         """Return the node of a tensor or a symbolic size; any other value is returned as it is.
@@ -113,10 +117,13 @@ class GraphTracer:
         known = self._sizes.get(expression)
         if known is not None:
             return known
-        if expression in self._dimensions:
-            source, dim = self._dimensions[expression]
-            return self._add(_sym_size, (source, dim), {}, source.meta["val"].shape[dim])
         combine = _COMBINED.get(expression.func)
+        found = self._dimensions.get(expression)
+        if found is None and combine is None:
+            found = self._others.get(expression)
+        if found is not None:
+            source, dim = found
+            return self._add(_sym_size, found, {}, source.meta["val"].shape[dim])
         if combine is None:
             raise StructureError(f"no value in the graph has the size {expression}")
         return functools.reduce(
@@ -159,5 +166,17 @@ class _Whole(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.parts.paused = False
-        self.tracer.record(func, args, kwargs, result)
+        self.tracer.record(func, *_by_place(func, args, kwargs), result)
         return result
+
+
+def _by_place(
+    target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put arguments in places where the operator takes them so, as dispatch does and readers of graphs expect."""
+    places = [argument for argument in target._schema.arguments if not argument.kwarg_only][len(args) :]
+    while places and places[-1].name not in kwargs:
+        places.pop()
+    moved = [kwargs.get(argument.name, argument.default_value) for argument in places]
+    named = {argument.name for argument in places}
+    return (*args, *moved), {name: value for name, value in kwargs.items() if name not in named}

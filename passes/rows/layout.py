@@ -56,15 +56,6 @@ def unsqueeze(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     return _moved(value, {d: d + (d >= dim) for d in value.spaces}, lambda t: _aten.unsqueeze.default(t, dim))
 
 
-def squeeze(it: RowInterpreter, node: fx.Node) -> Segmented | None:
-    """Remove a dimension of size one from each part."""
-    value = it.value(node.args[0])
-    dim = cast("int", node.args[1]) % value.sample.ndim
-    if dim in value.spaces or it.shape(cast("fx.Node", node.args[0]))[dim] != 1:
-        return None
-    return _moved(value, {d: d - (d > dim) for d in value.spaces}, lambda t: _aten.squeeze.dim(t, dim))
-
-
 def transpose(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     """Swap two dimensions of each part."""
     value = it.value(node.args[0])

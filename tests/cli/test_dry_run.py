@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from examples.showo2_shapes.saving import save_model
 from flashu_compile import cli
 from flashu_compile.compiler import estimate
-from flashu_compile.models.showo2.saving import save_model
 from tests.support.tiny import VAE, tiny_model, tokenizer
 
 

@@ -43,7 +43,7 @@ def decided(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as a directory."""
-    from flashu_compile.models.showo2.saving import save_model
+    from examples.showo2_shapes.saving import save_model
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_model(directory, tiny_model(), tokenizer(), VAE)

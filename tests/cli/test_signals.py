@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flashu_compile.models.showo2.saving import save_model
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.system.drafts import PREFIX
 from tests.support.tiny import VAE, tiny_model, tokenizer
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from examples.showo2_shapes.saving import save_model
 from flashu_compile import cli
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.cli import display
 from flashu_compile.cli.streams import accept_any_text, encodable
 from flashu_compile.cli.terminal import say, visible
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.recipe.presets import preset
 from tests.runtime.tiny_bundle import flip_byte, write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer

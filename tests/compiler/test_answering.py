@@ -158,40 +158,68 @@ def test_a_sound_bundle_tells_its_error(captured: CapturedModel, crooked: Any, t
     assert "3 tokens, within " in (path / REPORT_PAGE).read_text()
 
 
-def amplifying_model() -> Showo2:
-    """A model whose latents are off by 1e-4 through rounding in float32 alone: its attention is all but hard."""
-    model = tiny_model()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weight.mul_(10)
-    return model
+def drawn_latents(eager: EagerPipeline) -> np.ndarray:
+    return eager.trajectory("a red circle", steps=3, guidance_scale=5.0).latents.numpy()
 
 
-def test_what_rounding_does_is_told_from_a_fault_by_float64() -> None:
-    loaded = load_model(amplifying_model(), vae=VAE, tokenizer=tokenizer())
-
-    def latents(eager: EagerPipeline) -> np.ndarray:
-        return eager.trajectory("a red circle", steps=3, guidance_scale=5.0).latents.numpy()
-
+def in_both(loaded: LoadedModel) -> tuple[np.ndarray, np.ndarray]:
+    """Latents in float32, and in float64."""
     in_float64 = dataclasses.replace(loaded, network=copy.deepcopy(loaded.network).double())
-    truth, wide = latents(EagerPipeline(loaded)), latents(EagerPipeline(in_float64))
+    return drawn_latents(EagerPipeline(loaded)), drawn_latents(EagerPipeline(in_float64))
+
+
+@pytest.fixture(scope="module")
+def amplifying() -> LoadedModel:
+    """A model whose latents are off by 1e-4 through rounding in float32 alone: its attention is all but hard.
+
+    How much rounding does is a matter of the processor, and of luck; so the first of many that does as much.
+    """
+    for times in range(10, 60):
+        model = tiny_model()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                    weight.mul_(times)
+        loaded = load_model(model, vae=VAE, tokenizer=tokenizer())
+        if 1.2e-4 < relative_error(*in_both(loaded)) < 1e-3:
+            return loaded
+    raise AssertionError("no such model")
+
+
+def test_what_rounding_does_is_told_from_a_fault_by_float64(amplifying: LoadedModel) -> None:
+    loaded, latents = amplifying, drawn_latents
+    truth, wide = in_both(loaded)
     rounding = relative_error(truth, wide)
-    assert rounding > 1e-4
     for times in (3, 9):
         told = held_to_eager(loaded, "latents", wide + times * (truth - wide), latents)
         assert told == pytest.approx({"error": times * rounding, "rounding": rounding}, rel=0.01)
     with pytest.raises(
         BundleError, match=r"latents differ from the eager model's by .*own rounding in float32"
     ):
-        held_to_eager(loaded, "latents", wide + 11 * (truth - wide), latents)
+        held_to_eager(loaded, "latents", 1.5 * wide, latents)
+
+
+def test_rounding_that_was_small_by_luck_is_drawn_again(amplifying: LoadedModel) -> None:
+    """Of a model that gives its float64 answers to the last digit while its weights are what they are."""
+    truth, wide = in_both(amplifying)
+    first = amplifying.network.state_dict()
+    own = {name: value.clone() for name, value in first.items()}
+
+    def lucky(eager: EagerPipeline) -> np.ndarray:
+        now = eager.network.state_dict()
+        untouched = all(torch.equal(value.float(), own[name]) for name, value in now.items())
+        return wide * (1 + 1e-7) if untouched else drawn_latents(eager)
+
+    told = held_to_eager(amplifying, "latents", truth, lucky)
+    assert told["error"] == pytest.approx(relative_error(truth, wide), rel=0.01)
+    assert told["rounding"] > told["error"] / 10
 
 
 @pytest.mark.slow
-def test_a_model_that_amplifies_rounding_is_built(tmp_path: Path) -> None:
+def test_a_model_that_amplifies_rounding_is_built(amplifying: LoadedModel, tmp_path: Path) -> None:
     recipe = Recipe("exact", T2IConfig(guidance_scale=5.0))  # rounding depends on the trajectory
     path = flashu_compile.export(
-        amplifying_model(),
+        amplifying.network,
         "t2i",
         recipe=recipe,
         vae=VAE,
@@ -200,7 +228,7 @@ def test_a_model_that_amplifies_rounding_is_built(tmp_path: Path) -> None:
         cache=False,
     ).path
     told = json.loads((path / REPORT).read_text())["answered"]["t2i"]
-    assert told["error"] < 10 * told["rounding"] < 1e-2
+    assert told["error"] < 10 * told["rounding"] < 1e-1
     assert "whose float32 run is within" in (path / REPORT_PAGE).read_text()
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import flashu_compile
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.recipe.presets import preset
 from tests.support.tiny import VAE, tiny_model, tokenizer
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import flashu_compile
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.compiler import estimate as estimating
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import ResourceError
 from flashu_compile.evaluation.machine import forget_peak, resident
 from flashu_compile.models.showo2.config import Showo2Config, configuration
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe

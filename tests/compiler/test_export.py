@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import flashu_compile
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import Origin, read_manifest
 from flashu_compile.bundle.precision import TOLERANCES
@@ -33,7 +34,6 @@ from flashu_compile.errors import (
 )
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.runtime.checked_graph import OPERATORS, read_graph
 from flashu_compile.runtime.decoding import Picture
 from flashu_compile.runtime.sampler import sample

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._export.serde.serialize import serialize
 
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.images import read_picture
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, read_manifest
@@ -39,7 +40,6 @@ from flashu_compile.measure.samples import calibration_samples
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import Showo2Adapter
 from flashu_compile.models.showo2.config import SemanticConfig
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.models.weights import read_weight_file
 from flashu_compile.passes.manager import PassRecord

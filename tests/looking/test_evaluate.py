@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import flashu_compile
+from examples.showo2_shapes.saving import save_model
 from flashu_compile import cli
 from flashu_compile.errors import (
     ConfigurationError,
@@ -19,7 +20,6 @@ from flashu_compile.errors import (
     PipelineError,
     UnknownTaskError,
 )
-from flashu_compile.models.showo2.saving import save_model
 from tests.runtime.tiny_bundle import write_bundle
 from tests.support.tiny import VAE, tiny_model, tokenizer
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import flashu_compile
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.errors import BundleError, ConfigurationError, EvaluationError
 from flashu_compile.looking.own_samples import own_data
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import flashu_compile
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from flashu_compile.models import hub, loading
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2 import vocabulary
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.models.vae import SpaceToDepth
 from tests.support.checkpoints import (
     QWEN_SPECIAL,

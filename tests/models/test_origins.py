@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.bundle.manifest import Origin, file_entry
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import origins, weights
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2 import vocabulary
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.models.vae import SpaceToDepth
 from tests.support.checkpoints import LAYOUTS, base_tokenizer, network_of, publish, small_config
 

@@ -139,9 +139,14 @@ def test_faults_ten_times_below_rounding_are_refused(
 ) -> None:
     program = draw(captured, 0, scale)
     truth = velocity(program)
-    rounding = relative_error(program.run(program.sample)[Role.VELOCITY], truth)
-    (spoilt,) = Spoil(fault, 1e-3).call(program).programs
-    size = 1e-3 * rounding / 10 / relative_error(velocity(spoilt), truth)
+    # As much as it may be: in one run it may be small by luck.
+    noisy = run_wide(program, program.sample, torch.finfo(torch.float32).eps)[Role.VELOCITY]
+    own = program.run(program.sample)[Role.VELOCITY]
+    rounding = max(relative_error(own, truth), relative_error(noisy, truth))
+    size = 1e-3
+    for _ in range(3):  # a large fault is not as many times larger as its effect
+        (spoilt,) = Spoil(fault, size).call(program).programs
+        size *= rounding / 10 / relative_error(velocity(spoilt), truth)
     (spoilt,) = Spoil(fault, size).call(program).programs
     assert 0.02 * rounding < relative_error(velocity(spoilt), truth) < 0.2 * rounding
     with pytest.raises(PassError, match=r"Spoil.*declared exact but changed the outputs .*in float64"):

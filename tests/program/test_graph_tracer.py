@@ -96,3 +96,13 @@ def test_new_nodes_take_over_where_they_come_from(traced: Traced) -> None:
         "nn_module_stack": {"a": ("a", "A")},
         "custom": {"k": 1},
     }
+
+
+def test_arguments_are_in_their_places_whatever_way_they_were_given(traced: Traced) -> None:
+    x, _ = traced.values
+    with traced.tracer.operators():
+        query = _aten.view.default(x, [1, 1, -1, 4])
+        _aten.scaled_dot_product_attention.default(query, query, query, is_causal=True, scale=2.0)
+    node = traced.graph.find_nodes(op="call_function", target=_aten.scaled_dot_product_attention.default)[0]
+    assert node.args[3:] == (None, 0.0, True)
+    assert node.kwargs == {"scale": 2.0}

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from flashu_compile.recipe.importing import published_decisions
+from benchmarks.published_decisions import published_decisions
 from flashu_compile.recipe.recipe import Recipe
 
 _DATA = Path(__file__).parents[1] / "data" / "oracle"

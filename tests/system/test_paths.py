@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import flashu_compile
+from examples.showo2_shapes.saving import save_model
 from flashu_compile.bundle.images import read_picture
 from flashu_compile.compiler.cache import open_cache
 from flashu_compile.errors import CacheError, FlashuError, PathError
@@ -27,7 +28,6 @@ from flashu_compile.looking.bundle_diff import diff
 from flashu_compile.measure.samples import calibration_samples
 from flashu_compile.models import tokenizing
 from flashu_compile.models.loading import load_model
-from flashu_compile.models.showo2.saving import save_model
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.recipe.presets import find_recipe, preset
 from flashu_compile.recipe.recipe import Recipe

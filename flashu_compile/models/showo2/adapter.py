@@ -25,7 +25,6 @@ from flashu_compile.models.showo2.layout import row_positions
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.prompts import PromptCodec, picture_rules
 from flashu_compile.models.showo2.reduced import GRID, STACKS, of_few_words, reduced
-from flashu_compile.models.showo2.saving import FORMAT
 from flashu_compile.models.vae import LatentCodec
 from flashu_compile.program.program import Input, Role
 from flashu_compile.program.trace import CaptureSpec
@@ -135,7 +134,7 @@ class Showo2Adapter(ModelAdapter):
     def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """Recognise a model by its layout's own entries of the configuration, or by its state dict."""
         published = str(config.get("_class_name", "")).startswith("Showo2") or "llm_model_path" in config
-        return config.get("format") == FORMAT or published or not checkpoint.missing_signature(names)
+        return config.get("format") == loading.FORMAT or published or not checkpoint.missing_signature(names)
 
     def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:
         """Load a model; see `loading.load`."""

@@ -30,10 +30,12 @@ from flashu_compile.models.showo2 import checkpoint, vocabulary
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.resolution import at_resolution, warn_of_size
-from flashu_compile.models.showo2.saving import FORMAT, WEIGHTS
 from flashu_compile.models.vae import LatentCodec
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.system.paths import absolute
+
+#: The `format` of `config.json`, and the file of weights, in this project's own layout.
+FORMAT, WEIGHTS = "flashu_compile.showo2", "model.safetensors"
 
 
 def load(

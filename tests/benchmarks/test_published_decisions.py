@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.published_decisions import published_decisions
 from flashu_compile.errors import FlashuError
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Phase
-from flashu_compile.recipe.importing import published_decisions
 from flashu_compile.recipe.presets import preset
 from tests.support.published import published_recipe
 

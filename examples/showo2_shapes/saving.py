@@ -1,4 +1,4 @@
-"""Show-o2 models in this project's own layout, written."""
+"""Write Show-o2 models in this project's own layout, which `load_model` reads."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.models import saved_vae, tokenizing
+from flashu_compile.models import tokenizing, wan_vae
 from flashu_compile.models.origins import CONFIG
 from flashu_compile.models.showo2 import checkpoint
+from flashu_compile.models.showo2.loading import FORMAT, WEIGHTS
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.vae import LatentCodec
+from flashu_compile.models.vae import LatentCodec, SpaceToDepth
 from flashu_compile.models.wan_vae import WanVAE
 from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import absolute
 
-FORMAT, WEIGHTS = "flashu_compile.showo2", "model.safetensors"
+WAN_FOLDER = "vae"
 
 
 def save_model(
@@ -44,10 +46,10 @@ def save_model(
         raise ConfigurationError(f"{bad[0]} is not finite in {dtype}; save in a wider dtype.")
     if network.config.llm.tie_word_embeddings:
         del state[checkpoint.LM_HEAD]
-    settings = {"format": FORMAT, "config": network.config.to_dict(), "vae": saved_vae.describe(vae)}
+    settings = {"format": FORMAT, "config": network.config.to_dict(), "vae": describe(vae)}
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(vae, WanVAE):
-        vae.save(directory / saved_vae.WAN_FOLDER)
+        save_wan(directory / WAN_FOLDER, vae)
     _replace(directory / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     _replace(directory / tokenizing.FILE, lambda path: tokenizer.save(str(path)))
     text = json.dumps(settings, indent=2) + "\n"
@@ -58,3 +60,24 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     with draft_folder(path.parent) as draft:
         write(draft / path.name)
         os.replace(draft / path.name, path)
+
+
+def describe(vae: LatentCodec | None) -> dict[str, Any] | None:
+    """Describe a VAE as JSON values. Raises `ConfigurationError` if it is of a kind that cannot be saved."""
+    if vae is None:
+        return None
+    if isinstance(vae, SpaceToDepth):
+        return {"kind": "space_to_depth", "factor": vae.spatial_factor, "mean": vae.mean, "std": vae.std}
+    if isinstance(vae, WanVAE):
+        return {"kind": "wan", "folder": WAN_FOLDER}
+    raise ConfigurationError(f"A {type(vae).__name__} cannot be saved with a model; save it yourself.")
+
+
+def save_wan(directory: Path, vae: WanVAE) -> None:
+    """Write a diffusers folder: `config.json` and safetensors, the same bytes for the same VAE."""
+    settings = {"_class_name": "AutoencoderKLWan", **dict(sorted(vae.settings.items()))}
+    state = {name: value.to("cpu").contiguous() for name, value in vae.state_dict().items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / wan_vae.WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    text = json.dumps(settings, indent=2) + "\n"
+    _replace(directory / wan_vae.CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
