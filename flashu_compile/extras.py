@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 from flashu_compile.errors import MissingDependencyError
@@ -33,13 +33,23 @@ _EXTRAS = {"compile": (COMPILE_MODULES, "compiling"), "evaluate": (EVALUATE_MODU
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-directml", "onnxruntime-openvino")
 
 
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the version of each of `packages` that is installed, by its name."""
+    found = {name: installed_version(name) for name in packages}
+    return {name: version for name, version in found.items() if version is not None}
+
+
 def installed_runtimes() -> dict[str, str]:
     """Return the version of each installed package that brings ONNX Runtime, by its name."""
-    found = {}
-    for name in _RUNTIMES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return installed_versions(_RUNTIMES)
 
 
 def onnxruntime_trouble(error: Exception | None = None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashu_compile.extras import installed_version
 from flashu_compile.program.trace import CaptureSpec
 
 _VERSIONED = (
@@ -37,7 +37,7 @@ class UnknownCodeError(Exception):
 def environment() -> str:
     """Return a hash of everything that is the same for every engine of a process."""
     parts = {
-        "versions": {name: _version(name) for name in _VERSIONED},
+        "versions": {name: installed_version(name) for name in _VERSIONED},
         "source": _source(Path(__file__).parents[1]),
         "python": platform.python_version(),
         # The last bits of what eager PyTorch computes depend on it.
@@ -137,13 +137,6 @@ def _code(thing: Any) -> str:
     if name is None or (module or "").partition(".")[0] not in _KNOWN or "<" in name:
         raise UnknownCodeError(f"{module}.{name}")
     return f"{module}.{name}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _source(package: Path) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import TypeVar
 
 from flashu_compile.bundle.manifest import GenerationSettings, Template, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import BundleMetadata
+from flashu_compile.extras import installed_versions
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.tasks import MMU, T2I, TEXT
 from flashu_compile.version import __version__
@@ -80,14 +80,7 @@ def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]
 
 
 def _versions() -> dict[str, str]:
-    installed = {
-        d.name: d.version for d in importlib.metadata.distributions(name=None) if d.name in _RUNTIMES
-    }
-    return {
-        "flashu-compile": __version__,
-        **installed,
-        **{n: importlib.metadata.version(n) for n in _VERSIONED},
-    }
+    return {"flashu-compile": __version__, **installed_versions((*_RUNTIMES, *_VERSIONED))}
 
 
 def checkpoint_bytes(loaded: LoadedModel) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flashu_compile.extras import installed_versions
 from flashu_compile.system.processor import processor
 from flashu_compile.system.threads import allowed_processors
 from flashu_compile.version import __version__
@@ -23,18 +23,12 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": len(allowed_processors()),
         "system": f"{platform.system()} {platform.release()}",
-        "versions": {"python": platform.python_version(), "flashu_compile": __version__, **_installed()},
+        "versions": {
+            "python": platform.python_version(),
+            "flashu_compile": __version__,
+            **installed_versions(_LIBRARIES),
+        },
     }
-
-
-def _installed() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def forget_peak() -> None:

@@ -14,9 +14,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +34,7 @@ from flashu_compile.errors import (
     InputError,
     MissingDependencyError,
 )
+from flashu_compile.extras import installed_version
 from flashu_compile.runtime.backends import DEFAULT
 from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import CHOICES, cache_folder
@@ -61,11 +61,13 @@ class Choice:
         backend: the one whose times, each as a multiple of the shortest for its task, have the smallest sum.
         seconds: of each backend, by task; empty if there was only one to choose.
         failures: what the others said that do not work here.
+        bundle: the folder of the bundle, when it was measured.
     """
 
     backend: str
     seconds: dict[str, dict[str, float]]
     failures: dict[str, str]
+    bundle: str = ""
 
     def __str__(self) -> str:
         told = [
@@ -118,6 +120,7 @@ def choose(
         return kept
     with _measuring:  # two at a time would time each other
         made, lasting = measured(opened)
+    made = dataclasses.replace(made, bundle=str(files.directory))
     _log.info("Backend of %s, as measured now: %s.", files.directory, made)
     if path is not None and made.seconds and lasting:
         _keep(path, made)
@@ -186,16 +189,17 @@ def _key(files: BundleFiles, threads: int | None) -> str:
         "bundle": file_entry(files.directory / MANIFEST).sha256,
         "processor": processor(),
         "threads": default_threads() if threads is None else threads,
-        "versions": {"flashu-compile": __version__, **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"flashu-compile": __version__, **{name: installed_version(name) for name in _PACKAGES}},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def kept_choices() -> Iterator[Choice]:
+    """Yield the choices that are kept on this machine and can be read."""
+    folder = cache_folder(CHOICES)
+    for path in sorted(folder.glob("*.json")) if folder is not None else ():
+        with suppress(CacheError, OSError):
+            yield read_choice(path)
 
 
 def read_choice(path: Path) -> Choice:

@@ -10,11 +10,11 @@ import ctypes
 import importlib.util
 import platform
 from collections.abc import Iterator
-from importlib import metadata
 
 from flashu_compile.errors import MissingDependencyError
-from flashu_compile.extras import installed_runtimes, onnxruntime_trouble
+from flashu_compile.extras import installed_runtimes, installed_version, onnxruntime_trouble
 from flashu_compile.runtime.backends import backend_names, find_run_backend
+from flashu_compile.runtime.choice import AUTO, kept_choices
 from flashu_compile.runtime.findings import Finding
 
 #: What runs the engines of those backends that take seconds to try, and the extras that bring it.
@@ -28,7 +28,7 @@ _SLOW = {
 
 def examine(*, deep: bool = False) -> list[Finding]:
     """Examine every backend, those in PyTorch only if `deep`, which takes half a minute. Raises nothing."""
-    return [*_backends(deep=deep), *_onnxruntime(), *_libraries()]
+    return [*_backends(deep=deep), *_choices(), *_onnxruntime(), *_libraries()]
 
 
 def _backends(*, deep: bool) -> Iterator[Finding]:
@@ -41,6 +41,12 @@ def _backends(*, deep: bool) -> Iterator[Finding]:
             yield from find_run_backend(name).examine()
         except MissingDependencyError as error:
             yield Finding(name, "missing", str(error), purpose)
+
+
+def _choices() -> Iterator[Finding]:
+    """Tell what `auto` chose, for every bundle that it was measured for here."""
+    for choice in kept_choices():
+        yield Finding(AUTO, "found", str(choice), f"{choice.bundle} with backend={AUTO!r}")
 
 
 def _untried(name: str, purpose: str) -> Finding:
@@ -109,11 +115,4 @@ def _installed(module: str, distribution: str) -> str | None:
             return None
     except (ImportError, ValueError):  # a broken or half-removed installation
         return None
-    return _version(distribution) or "of unknown version"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    return installed_version(distribution) or "of unknown version"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import random
@@ -31,21 +30,13 @@ from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.drafts import PREFIX
 from tests.runtime.tiny_bundle import flip_byte
-from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
+from tests.support.tiny import VAE, shallow_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
 KEPT = {"llm": {0: np.arange(0, 64, 2)}}
 PRUNED = Recipe(
     "pruned", T2IConfig(points=4, ffn_pruning=0.5, full_ffn=0.5), decisions={"t2i": Decisions(KEPT)}
 )
-
-
-def small_model() -> Showo2:
-    """One layer of each kind."""
-    parts = {name: getattr(CONFIG, name) for name in ("llm", "semantic", "head")}
-    return tiny_model(
-        **{name: dataclasses.replace(part, num_hidden_layers=1) for name, part in parts.items()}
-    )
 
 
 class Told(list[str]):
@@ -94,7 +85,7 @@ def forgetful(captured: CapturedModel) -> CapturedModel:
 
 @pytest.fixture(scope="module")
 def captured() -> CapturedModel:
-    return capture_model(small_model(), "t2i", vae=VAE, tokenizer=tokenizer())
+    return capture_model(shallow_model(), "t2i", vae=VAE, tokenizer=tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +103,7 @@ def fresh(captured: CapturedModel, cache: Path, tmp_path_factory: pytest.TempPat
 
 
 def test_nothing_is_made_twice_not_even_traced(fresh: Path, cache: Path, tmp_path: Path) -> None:
-    told = build(small_model(), tmp_path / "again", cache)
+    told = build(shallow_model(), tmp_path / "again", cache)
     assert (told.built(), told.captured()) == ([], [])
     assert contents(tmp_path / "again") == contents(fresh)
 
@@ -145,7 +136,7 @@ def pruned(
 
 
 def test_ordered_weights_are_found_again(pruned: Path, cache: Path, tmp_path: Path) -> None:
-    told = build(small_model(), tmp_path / "again", cache, recipe=PRUNED)
+    told = build(shallow_model(), tmp_path / "again", cache, recipe=PRUNED)
     assert (told.built(), told.captured()) == ([], [])
     assert contents(tmp_path / "again") == contents(pruned)
 
@@ -194,7 +185,8 @@ def test_another_backend_or_precision_has_engines_of_its_own(captured: CapturedM
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.compiler.test_rebuild import build, small_model
+from tests.compiler.test_rebuild import build
+from tests.support.tiny import shallow_model
 from flashu_compile.compiler.captured import ProgressReporter, CapturedModel
 from tests.support.tiny import VAE, tokenizer
 
@@ -203,7 +195,7 @@ class Killer:
         if stage.endswith("capturing denoise"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-model = CapturedModel.load(small_model(), ["t2i"], ProgressReporter(Killer()), vae=VAE, tokenizer=tokenizer())
+model = CapturedModel.load(shallow_model(), ["t2i"], ProgressReporter(Killer()), vae=VAE, tokenizer=tokenizer())
 build(CapturedModel(model.loaded, dict(reversed(model.programs.items()))), Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -228,8 +220,9 @@ def test_a_killed_build_is_resumed(captured: CapturedModel, fresh: Path, tmp_pat
 _AT_ONCE = """
 import sys
 from pathlib import Path
-from tests.compiler.test_rebuild import build, small_model
-build(small_model(), Path(sys.argv[1]), Path(sys.argv[2]))
+from tests.compiler.test_rebuild import build
+from tests.support.tiny import shallow_model
+build(shallow_model(), Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -239,7 +232,7 @@ def test_two_builds_at_once(fresh: Path, tmp_path: Path) -> None:
     assert [each.wait(timeout=600) for each in builds] == [0, 0]
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(fresh)
     assert not list((tmp_path / "cache").glob(f"{PREFIX}*"))
-    assert build(small_model(), tmp_path / "three", tmp_path / "cache").built() == []
+    assert build(shallow_model(), tmp_path / "three", tmp_path / "cache").built() == []
 
 
 def killed_build(folder: Path, call: int) -> subprocess.CompletedProcess[str]:
@@ -265,7 +258,7 @@ def test_killed_at_any_point_a_build_leaves_a_whole_bundle_or_none(
         if (tmp_path / "bundle").exists():
             assert contents(tmp_path / "bundle") == contents(fresh)
         left += sum(path.name.startswith(PREFIX) for path in tmp_path.rglob("*"))
-        build(small_model(), tmp_path / "bundle", tmp_path / "cache", overwrite=True)
+        build(shallow_model(), tmp_path / "bundle", tmp_path / "cache", overwrite=True)
         assert contents(tmp_path / "bundle") == contents(fresh)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "cache"]
     assert left > 0

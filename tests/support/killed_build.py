@@ -12,7 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.compiler.test_rebuild import build, small_model
+from tests.compiler.test_rebuild import build
+from tests.support.tiny import shallow_model
 
 #: By Python's names of them; what libraries write lies between two.
 EVENTS = {"open", "os.chmod", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir"}
@@ -20,7 +21,7 @@ EVENTS = {"open", "os.chmod", "os.listdir", "os.mkdir", "os.remove", "os.rename"
 
 def main(folder: Path, last: int) -> None:
     """Build, and be killed at call `last`."""
-    model, calls = small_model(), 0
+    model, calls = shallow_model(), 0
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal calls

@@ -51,6 +51,14 @@ def tiny_model(dtype: torch.dtype = torch.float32, **changes: object) -> Showo2:
     return model.to(dtype)
 
 
+def shallow_model() -> Showo2:
+    """A tiny model with one layer of each kind, for what takes long for each layer."""
+    parts = {name: getattr(CONFIG, name) for name in ("llm", "semantic", "head")}
+    return tiny_model(
+        **{name: dataclasses.replace(part, num_hidden_layers=1) for name, part in parts.items()}
+    )
+
+
 class PaddedSpaceToDepth(SpaceToDepth):
     """Space-to-depth with empty channels added, for models that read 16."""
 

@@ -29,7 +29,7 @@ from flashu_compile.runtime.engine import keep
 from flashu_compile.runtime.verify import verify
 from tests.export.conftest import sample
 from tests.runtime.tiny_bundle import flip_byte
-from tests.support.tiny import VAE, tiny_model, tokenizer
+from tests.support.tiny import VAE, shallow_model, tokenizer
 
 pytestmark = pytest.mark.slow  # two bundles
 
@@ -62,7 +62,7 @@ def write(backend: str, precision: str, programs: tuple[Program, ...], directory
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, tasks = tmp_path_factory.mktemp("torch"), ["t2i", "mmu"]
-    captured = flashu_compile.capture_model(tiny_model(), tasks, vae=VAE, tokenizer=tokenizer())
+    captured = flashu_compile.capture_model(shallow_model(), tasks, vae=VAE, tokenizer=tokenizer())
     return {
         precision: flashu_compile.export(
             captured, tasks, output=folder / precision, backend="torch", precision=precision
@@ -73,7 +73,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def eager() -> EagerPipeline:
-    return EagerPipeline(load_model(tiny_model(), vae=VAE, tokenizer=tokenizer()))
+    return EagerPipeline(load_model(shallow_model(), vae=VAE, tokenizer=tokenizer()))
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
@@ -163,7 +163,7 @@ def test_a_device_that_is_not_there_is_an_error(bundles: dict[str, Path], tmp_pa
         flashu_compile.load(bundles["float32"], trust=True, provider="cuda")
     with pytest.raises(BackendUnavailableError, match="'aot_inductor_cuda' compiles for the GPU it finds"):
         flashu_compile.export(
-            tiny_model(),
+            shallow_model(),
             "t2i",
             output=tmp_path / "b",
             vae=VAE,
@@ -277,7 +277,7 @@ def test_aot_inductor_for_a_gpu(step: Program, tmp_path: Path, precision: str) -
 
 def test_aot_inductor_runs_both_tasks_as_the_eager_loop_does(eager: EagerPipeline, tmp_path: Path) -> None:
     bundle = flashu_compile.export(
-        tiny_model(),
+        shallow_model(),
         ["t2i", "mmu"],
         output=tmp_path / "bundle",
         vae=VAE,
@@ -298,6 +298,11 @@ def test_aot_inductor_without_a_compiler(tmp_path: Path) -> None:
     changed = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
     with changed, pytest.raises(BackendUnavailableError, match="install g\\+\\+"):
         flashu_compile.export(
-            tiny_model(), "t2i", output=tmp_path / "b", vae=VAE, tokenizer=tokenizer(), backend="aot_inductor"
+            shallow_model(),
+            "t2i",
+            output=tmp_path / "b",
+            vae=VAE,
+            tokenizer=tokenizer(),
+            backend="aot_inductor",
         )
     assert list(tmp_path.iterdir()) == []

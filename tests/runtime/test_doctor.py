@@ -1,0 +1,38 @@
+"""What `doctor` finds out: choices of a backend that are kept on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from flashu_compile.runtime.choice import Choice, kept_choices
+from flashu_compile.runtime.doctor import examine
+from flashu_compile.system.paths import CHOICES
+
+CHOICE = Choice("openvino", {"onnxruntime": {"t2i": 2.0}, "openvino": {"t2i": 1.25}}, {}, "/bundles/one")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLASHU_CACHE", str(tmp_path / "cache"))
+    made = tmp_path / "cache" / CHOICES
+    made.mkdir(parents=True)
+    return made
+
+
+def test_choices_of_auto_are_told_with_their_times(folder: Path) -> None:
+    (folder / "a.json").write_text(json.dumps(dataclasses.asdict(CHOICE)))
+    (folder / "b.json").write_text("{")
+    assert list(kept_choices()) == [CHOICE]
+    (found,) = [finding for finding in examine() if finding.name == "auto"]
+    assert found.needed_for == "/bundles/one with backend='auto'"
+    assert found.detail == "openvino (onnxruntime takes 2 s for t2i; openvino takes 1.25 s for t2i)"
+
+
+@pytest.mark.parametrize("cache", ["off", "empty"])
+def test_without_choices_nothing_is_told(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHU_CACHE", "off" if cache == "off" else str(tmp_path / cache))
+    assert [finding for finding in examine() if finding.name == "auto"] == []
