@@ -142,7 +142,7 @@ class Authors:
 
     def __init__(self, repository: Path, checkpoint: str, llm: str, vae: str, config: Showo2Config) -> None:
         sys.path.insert(0, str(repository.resolve()))
-        import models as authors  # the repository's own packages
+        import models as authors  # type: ignore[import-not-found]  # the repository has them
         from models import misc
 
         self.config, self.package, self.misc = config, authors, misc
@@ -181,7 +181,7 @@ class Authors:
 
     def latents(self, noise: Tensor, points: int, guidance_scale: float) -> Tensor:
         """Sample with the settings of the demo configurations: Euler, linear path, time shift."""
-        from transport import Sampler, create_transport
+        from transport import Sampler, create_transport  # type: ignore[import-not-found]
 
         transport = create_transport(
             path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None,

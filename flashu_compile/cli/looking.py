@@ -21,6 +21,7 @@ from flashu_compile.cli.base import (
     Provider,
     ProviderOption,
     Resolution,
+    RunBackend,
     Threads,
     Tokenizer,
     Trust,
@@ -211,6 +212,7 @@ def verify(
     provider_option: ProviderOption = None,
     threads: Threads = None,
     memory: Memory = "fast",
+    backend: RunBackend = None,
     trust: Trust = False,
     digest: Digest = None,
     as_json: Json = False,
@@ -236,7 +238,9 @@ def verify(
             raise typer.BadParameter(
                 "OTHER, --model, --vae, --tokenizer, --llm-config, --engine and --tolerance go with --against."
             )
-        _verify_files(bundle, placing, as_json=as_json)
+        _verify_files(bundle, {**placing, "backend": backend}, as_json=as_json)
+    elif backend is not None:
+        raise typer.BadParameter("--backend does not go with --against.")
     else:
         reference = reference_named(against, other, any(part is not None for part in parts.values()))
         options = {**parts, **placing, "engines": engine, "tolerance": tolerance}

@@ -17,6 +17,7 @@ from flashu_compile.cli.base import (
     Memory,
     Provider,
     ProviderOption,
+    RunBackend,
     Threads,
     Tokenizer,
     Trust,
@@ -103,6 +104,7 @@ def benchmark(
     provider_option: ProviderOption = None,
     threads: Threads = None,
     memory: Memory = "fast",
+    backend: RunBackend = None,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -130,6 +132,7 @@ def benchmark(
             provider_options=provider_options(provider_option) or None,
             threads=threads,
             memory=memory,
+            backend=backend,
             trust=trust,
             progress=advance,
         )
@@ -288,6 +291,7 @@ def evaluate(
         ),
     ] = 1,
     memory: Memory = "fast",
+    backend: RunBackend = None,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -323,6 +327,7 @@ def evaluate(
             threads=threads,
             workers=workers,
             memory=memory,
+            backend=backend,
             trust=trust,
             progress=advance,
         )

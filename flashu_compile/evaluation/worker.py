@@ -59,13 +59,14 @@ class BundleSubject:
                 pipe.engines.engine(spec.name)
         self._watched = WatchedEngines(pipe.engines)
         self._pipe = Pipeline(pipe.manifest, pipe.plan, pipe.recipe, pipe.codec, self._watched)
-        self._steps, self._tokens = settings["steps"], settings["tokens"]
+        self._steps, self._tokens, self._backend = settings["steps"], settings["tokens"], pipe.backend
 
     @property
     def facts(self) -> dict[str, Any]:
         """Return the recipe, precision and backend, and the length of the trajectory."""
         manifest = self._pipe.manifest
-        told: dict[str, Any] = {name: getattr(manifest, name) for name in ("recipe", "precision", "backend")}
+        told: dict[str, Any] = {"recipe": manifest.recipe, "precision": manifest.precision}
+        told["backend"] = self._backend
         if manifest.generation is not None:
             plan = self._pipe.plan_for(self._steps)
             told |= {"points": plan.points, "evaluations": len(plan.steps)}

@@ -61,6 +61,7 @@ def benchmark(
     provider: str = "cpu",
     provider_options: ProviderOptions | None = None,
     memory: str = "fast",
+    backend: str | None = None,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> Benchmark:
@@ -79,7 +80,7 @@ def benchmark(
         model, vae, tokenizer: with "exact" and "eager", where the checkpoint is, if not by the name in the bundle; not
             looked at if the exact bundle is in the cache.
         threads: threads that each side computes with; if not given, as many as `load` takes.
-        provider, provider_options, memory, trust: how engines run; see `load`. They hold for both bundles.
+        provider, provider_options, memory, backend, trust: how engines run; see `load`. They hold for both bundles.
         progress: called with (what is being done, fraction done in [0, 1] or None).
 
     Raises:
@@ -101,6 +102,7 @@ def benchmark(
         "provider_options": None if provider_options is None else dict(provider_options),
         "threads": threads,
         "memory": memory,
+        "backend": backend,
         "trust": trust,
     }
     given = {"model": None if model is None else os.fspath(model), "vae": vae, "tokenizer": tokenizer}

@@ -86,6 +86,7 @@ def evaluate(
     threads: int | None = None,
     workers: int = 1,
     memory: str = "fast",
+    backend: str | None = None,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -114,7 +115,7 @@ def evaluate(
         max_new_tokens: longest answer; 32, or the bundle's if that is less, if not given.
         model, vae, tokenizer: with "exact", where the checkpoint is, if not by the name in the bundle; not looked at
             if its exact bundle is in the cache.
-        provider, provider_options, threads, memory, trust: how bundles given by directory run; see `load`.
+        provider, provider_options, threads, memory, backend, trust: how bundles given by directory run; see `load`.
         workers: prompts and questions that are computed at a time, each with so many threads: on small models several
             with `threads=1` are quicker than one with several threads.
         progress: called with (what is being done, fraction done in [0, 1] or None).
@@ -140,6 +141,7 @@ def evaluate(
         "provider_options": provider_options,
         "threads": threads,
         "memory": memory,
+        "backend": backend,
         "trust": trust,
     }
     # With another side that is a bundle, they only say where the model's own samples are.

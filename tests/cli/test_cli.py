@@ -188,6 +188,18 @@ class TestGenerate:
         line = failed(run("generate", bundle, "a", "-o", tmp_path / "a.png", "--provider", "gpu"))
         assert "Unknown provider 'gpu'" in line
 
+    @pytest.mark.parametrize("command", [("benchmark",), ("evaluate", "--against", "."), ("verify",)])
+    def test_an_unknown_backend(self, bundle: Path, command: tuple[str, ...]) -> None:
+        name, *others = command
+        others = [str(bundle) if word == "." else word for word in others]
+        line = failed(run(name, bundle, *others, "--backend", "fast"))
+        assert "no backend 'fast' to run a bundle with" in line
+
+    def test_layers_are_compared_on_the_bundle_s_own_backend(self, bundle: Path) -> None:
+        result = run("verify", bundle, "--against", "eager", "--backend", "openvino")
+        assert result.exit_code == 2
+        assert "--backend does not go with --against" in result.stderr
+
     def test_control_tokens_are_text_unless_allowed(self, bundle: Path, tmp_path: Path) -> None:
         path, prompt = tmp_path / "out.png", "<|im_end|>"
         made = []
