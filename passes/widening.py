@@ -24,25 +24,25 @@ _WIDER = {
 }
 
 
-def run_wide(program: Program, inputs: Mapping[str, Tensor], noise: float = 0.0) -> dict[str, Tensor]:
+def run_wide(program: Program, inputs: Mapping[str, Tensor], *, noisy: bool = False) -> dict[str, Tensor]:
     """Run the program as `Program.run` does, with every floating-point value in float64.
 
     What follows from stored tensors and constants alone is computed in its own type and widened where it meets the
-    inputs: a pass may compute it ahead of time, and stores it rounded to that type. With `noise`, every value that is
-    computed is off by a random part of up to that share of itself: with a type's unit in the last place, results are
-    off by as much as rounding to that type may do (Monte Carlo arithmetic: Parker, 1997).
+    inputs: a pass may compute it ahead of time, and stores it rounded to that type. If `noisy`, values are rounded to
+    their own types after all, up or down at random by up to a unit in the last place, so that results are off by as
+    much as rounding may do (Monte Carlo arithmetic: Parker, 1997).
     """
     given = {role: _wide(inputs[role]) for role in program.input_roles}
     with torch.no_grad():
-        return program.run(given, _Wide(program, noise))
+        return program.run(given, _Wide(program, noisy))
 
 
 class _Wide(fx.Interpreter):
     """Interprets a graph in float64, but for the nodes that no input reaches."""
 
-    def __init__(self, program: Program, noise: float) -> None:
+    def __init__(self, program: Program, noisy: bool) -> None:
         super().__init__(program.exported.graph_module)
-        self._noise, self._generator = noise, torch.Generator().manual_seed(0)
+        self._noisy, self._generator = noisy, torch.Generator().manual_seed(0)
         stored = program.stored()
         self._reached: set[fx.Node] = set()
         for node in program.exported.graph.nodes:
@@ -55,16 +55,18 @@ class _Wide(fx.Interpreter):
             return pytree.tree_map(_wide, super().run_node(n))
         if n.op == "call_function" and n in self._reached:
             arguments, keywords = pytree.tree_map(_wide, self.fetch_args_kwargs_from_env(n))
-            return pytree.tree_map(self._computed, self.call_function(n.target, arguments, keywords))
+            result = pytree.tree_map(_wide, self.call_function(n.target, arguments, keywords))
+            return pytree.tree_map(self._rounded, result, n.meta["val"]) if self._noisy else result
         return super().run_node(n)
 
-    def _computed(self, value: Any) -> Any:
-        """Return a result in its wider type, with noise if there is to be any."""
-        value = _wide(value)
-        if not self._noise or not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+    def _rounded(self, value: Any, declared: Any) -> Any:
+        """Round the elements of `value` that the type of `declared` cannot hold to another near them."""
+        if not isinstance(declared, Tensor) or not declared.dtype.is_floating_point:
             return value
-        drawn = torch.rand(value.shape, generator=self._generator, dtype=torch.float64)
-        return value * (1 + self._noise * (2 * drawn - 1))
+        drawn = 2 * torch.rand(value.shape, generator=self._generator, dtype=torch.float64) - 1
+        near = value * (1 + torch.finfo(declared.dtype).eps * drawn)
+        held = value.to(declared.dtype).double() == value
+        return torch.where(held, value, near.to(declared.dtype).double())
 
 
 def _wide(value: Any) -> Any:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputSpec, TensorArgument
 from torch.fx import traceback
-from torch.utils import _pytree as pytree
 
 from flashu_compile.errors import StructureError
 from flashu_compile.program.graph_tracer import GraphTracer
@@ -85,6 +83,8 @@ def _take_apart(graph: fx.Graph) -> None:
     """
     tracer = GraphTracer(graph)
     for node in list(graph.nodes):
+        if node._erased:  # with the operator whose part it was
+            continue
         if node.target is _METADATA:
             graph.erase_node(node)
             continue
@@ -132,18 +132,12 @@ def _expand(tracer: GraphTracer, node: fx.Node) -> None:
 def _with_graph(exported: ExportedProgram, graph: fx.Graph) -> ExportedProgram:
     """Return the program with another graph of the same inputs, and results in the same order."""
     old = exported.graph_signature
-    results = pytree.tree_leaves(graph.output_node().args[0])
+    results = cast("Sequence[Any]", graph.output_node().args[0])
     placeholders = graph.find_nodes(op="placeholder")  # a copied graph names some of them anew
     signature = dataclasses.replace(
         old,
-        input_specs=[
-            dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name))
-            for spec, node in zip(old.input_specs, placeholders, strict=True)
-        ],
-        output_specs=[
-            OutputSpec(spec.kind, TensorArgument(node.name), spec.target)
-            for spec, node in zip(old.output_specs, results, strict=True)
-        ],
+        input_specs=[_of(spec, node) for spec, node in zip(old.input_specs, placeholders, strict=True)],
+        output_specs=[_of(spec, node) for spec, node in zip(old.output_specs, results, strict=True)],
     )
     return ExportedProgram(
         root=fx.GraphModule({}, graph),
@@ -155,3 +149,9 @@ def _with_graph(exported: ExportedProgram, graph: fx.Graph) -> ExportedProgram:
         example_inputs=exported.example_inputs,
         constants=exported.constants,
     )
+
+
+def _of(spec: Any, value: Any) -> Any:
+    """Return a specification with the name of a node; a value that is none is a constant, and stays what it is."""
+    named = isinstance(value, fx.Node)
+    return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=value.name)) if named else spec

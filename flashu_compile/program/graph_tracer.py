@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from flashu_compile.errors import StructureError
 
@@ -33,6 +34,10 @@ _COMBINED: dict[Any, Callable[[Any, Any], Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
     FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
 }
 _sym_size = torch.ops.aten.sym_size.int
 
@@ -42,6 +47,7 @@ class GraphTracer:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self._mode: FakeTensorMode | None = None
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # a tensor lives as long as its id is looked up
         self._sizes: dict[sympy.Expr, fx.Node] = {}
         self._dimensions: dict[sympy.Expr, tuple[fx.Node, int]] = {}
@@ -55,6 +61,8 @@ class GraphTracer:
         if not isinstance(value, Tensor):
             return
         self._nodes[id(value)] = value, node
+        if self._mode is None:
+            self._mode = torch._guards.detect_fake_mode([value])
         # From inputs first: a pass may give another value other sizes.
         found = self._dimensions if node.op == "placeholder" else self._others
         for dim, size in enumerate(value.shape):
@@ -64,11 +72,16 @@ class GraphTracer:
     def node(self, value: Any) -> Any:
         """Return the node of a tensor or a symbolic size; any other value is returned as it is.
 
-        Raises `StructureError` for a size that is no sum, product or quotient of sizes of known values.
+        Raises `StructureError` for a tensor that is no value of the graph, for a size that cannot be computed from
+        those of its values, and for a number or truth value that follows from sizes.
         """
+        if isinstance(value, torch.SymFloat | torch.SymBool):
+            raise StructureError(f"a value depends on {value.node.expr}, computed from sizes")
         if isinstance(value, Tensor):
+            if id(value) not in self._nodes:
+                raise StructureError("a tensor is read that is no value of the graph")
             return self._nodes[id(value)][1]
-        return self._size(value) if isinstance(value, torch.SymInt) else value
+        return self._size(value.node.expr) if isinstance(value, torch.SymInt) else value
 
     @contextmanager
     def operators(self) -> Iterator[None]:
@@ -80,9 +93,8 @@ class GraphTracer:
     @contextmanager
     def decomposed(self, parts: _Parts | None = None) -> Iterator[None]:
         """Record the operators that composite ones consist of."""
-        mode = torch._guards.detect_fake_mode([tensor for tensor, _ in self._nodes.values()])
-        assert mode is not None, "the values of a graph are fake"
-        with mode, torch.no_grad(), enable_python_dispatcher(), parts or _Parts(self):
+        assert self._mode is not None, "the values of a graph are fake"
+        with self._mode, torch.no_grad(), enable_python_dispatcher(), parts or _Parts(self):
             yield
 
     def record(
@@ -107,17 +119,14 @@ class GraphTracer:
         self.know(node)
         return node
 
-    def _size(self, size: torch.SymInt) -> fx.Node | int:
+    def _size(self, expression: sympy.Expr) -> fx.Node | int:
         """Return the node of a symbolic size, made of the sizes of known values where there is none."""
-        return self._computed(size.node.expr)
-
-    def _computed(self, expression: sympy.Expr) -> fx.Node | int:
         if expression.is_Integer:
             return int(expression)
         known = self._sizes.get(expression)
         if known is not None:
             return known
-        combine = _COMBINED.get(expression.func)
+        combine, operands = _taken_apart(expression)
         found = self._dimensions.get(expression)
         if found is None and combine is None:
             found = self._others.get(expression)
@@ -126,14 +135,19 @@ class GraphTracer:
             return self._add(_sym_size, found, {}, source.meta["val"].shape[dim])
         if combine is None:
             raise StructureError(f"no value in the graph has the size {expression}")
-        return functools.reduce(
-            lambda a, b: self._combined(combine, a, b), map(self._computed, expression.args)
-        )
+        return functools.reduce(lambda a, b: self._combined(combine, a, b), map(self._size, operands))
 
     def _combined(self, combine: Callable[[Any, Any], Any], *operands: fx.Node | int) -> fx.Node | int:
         value = combine(*(o.meta["val"] if isinstance(o, fx.Node) else o for o in operands))
         found = self._sizes.get(value.node.expr) if isinstance(value, torch.SymInt) else value
         return self._add(combine, operands, {}, value) if found is None else found
+
+
+def _taken_apart(expression: sympy.Expr) -> tuple[Callable[[Any, Any], Any] | None, Sequence[sympy.Expr]]:
+    """Return what a size is computed by, and of which sizes; None if it is not known."""
+    if expression.is_Pow and expression.exp.is_Integer and expression.exp.is_positive:
+        return operator.mul, [expression.base] * int(expression.exp)
+    return _COMBINED.get(expression.func), expression.args
 
 
 class _Parts(TorchDispatchMode):

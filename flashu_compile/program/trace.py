@@ -45,7 +45,7 @@ def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Ten
     )
     arguments = tuple(sample[i.role] for i in inputs)
     # Guards on strides of grouped heads cannot be decided for a dynamic batch; deferring them keeps it dynamic.
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         exported = torch.export.export(
             module,
             arguments,

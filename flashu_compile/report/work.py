@@ -201,7 +201,7 @@ def _answer_text(told: Mapping[str, Any]) -> str:
     of_copy = " of a small copy" if told["bundle"] == "copy" else ""
     held = f"within {told['error']:.1e} of eager" if "error" in told else "finite, of the right shape"
     if "rounding" in told:
-        held += f" in float64, whose float32 run is within {told['rounding']:.1e} of it"
+        held += f" in float64, from which rounding to float32 may differ by {told['rounding']:.1e}"
     return f"{asked}{of_copy}, {held}"
 
 

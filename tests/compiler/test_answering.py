@@ -229,7 +229,7 @@ def test_a_model_that_amplifies_rounding_is_built(amplifying: LoadedModel, tmp_p
     ).path
     told = json.loads((path / REPORT).read_text())["answered"]["t2i"]
     assert told["error"] < 10 * told["rounding"] < 1e-1
-    assert "whose float32 run is within" in (path / REPORT_PAGE).read_text()
+    assert "from which rounding to float32 may differ by" in (path / REPORT_PAGE).read_text()
 
 
 class SeesAll(Showo2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -70,10 +71,42 @@ def test_sizes_are_those_of_values(traced: Traced) -> None:
     assert traced.run(result, torch.zeros(3, 4), torch.zeros(9, 4)).shape == (12, 7)
 
 
-def test_a_size_that_no_value_has(traced: Traced) -> None:
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [
+        (lambda n, m: n // 2, 3),
+        (lambda n, m: n % 4, 2),
+        (lambda n, m: n * n, 36),
+        (torch.sym_max, 9),
+        (lambda n, m: torch.sym_min(n, m) + 1, 7),
+    ],
+)
+def test_sizes_are_computed(traced: Traced, size: Callable[[int, int], int], rows: int) -> None:
+    x, y = traced.values
+    with traced.tracer.operators():
+        result = _aten.full.default([size(x.shape[0], y.shape[0])], 1.0)
+    assert len(traced.run(result, torch.zeros(6, 4), torch.zeros(9, 4))) == rows
+
+
+def test_a_size_that_cannot_be_computed(traced: Traced) -> None:
     x, _ = traced.values
     with traced.tracer.operators(), pytest.raises(StructureError, match="no value in the graph has the size"):
-        _aten.full.default([x.shape[0] % 3], 1.0)
+        _aten.full.default([torch.sym_int(x.shape[0] / 3)], 1.0)
+
+
+@pytest.mark.parametrize("number", [lambda n: 1.0 / n, torch.sym_sqrt, lambda n: n > 3])
+def test_numbers_that_follow_from_sizes_are_refused(traced: Traced, number: Callable[[int], float]) -> None:
+    """They would go into the graph as what they are for the sizes of the trace."""
+    x, _ = traced.values
+    with traced.tracer.operators(), pytest.raises(StructureError, match="computed from sizes"):
+        _aten.full.default([1], number(x.shape[0]))
+
+
+def test_a_tensor_from_elsewhere_is_refused(traced: Traced) -> None:
+    x, _ = traced.values
+    other = x.clone()
+    with traced.tracer.operators(), pytest.raises(StructureError, match="no value of the graph"):
+        _aten.add.Tensor(x, other)
 
 
 def test_what_changes_a_tensor_in_place_is_refused(traced: Traced) -> None:
