@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples import showo2_stages
-from examples.showo2_stages import TIME, Authors, Inputs, Row, compare, differing, show
+from examples.showo2_authors import INPUTS, RECORDED, SETTINGS, Authors
+from examples.showo2_shapes.saving import save_model
+from examples.showo2_stages import Row, compare_answer, compare_drawing, differing, settings_of, show
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import Showo2
-from flashu_compile.models.showo2.reference import GenerationReference
+from flashu_compile.models.showo2.reference import GenerationReference, UnderstandingReference, generate
 from tests.support.oracle import ORACLES, Oracle, load_oracle, relative_error
-from tests.support.tiny import VAE
+from tests.support.tiny import VAE, tiny_model, tokenizer
 
 EOS = 1 << 20  # no token ends an answer of the oracles
 
@@ -51,79 +55,86 @@ class Codec:
         return self.oracle.suffix[0].tolist()
 
 
-class Recorded:
-    """The published code's own results."""
-
-    def __init__(self, oracle: Oracle) -> None:
-        self.oracle, self.tensors = oracle, oracle.tensors
-
-    def prompt_ids(self, prompt: str) -> tuple[Tensor, Tensor]:
-        return self.oracle.text, self.oracle.offsets
-
-    def velocity(self, noise: Tensor, t: float) -> Tensor:
-        assert t == TIME
-        return self.tensors["velocity_t0.3"]
-
-    def latents(self, noise: Tensor, points: int, guidance_scale: float) -> Tensor:
-        return self.tensors["baseline_final"]
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        return VAE.decode(latents)
-
-    def image_embeddings(self, latents: Tensor) -> Tensor:
-        return self.tensors["image_embeds"]
-
-    def question_ids(self, question: str) -> tuple[list[int], list[int]]:
-        return self.oracle.prefix[0].tolist(), self.oracle.suffix[0].tolist()
-
-    def tokens(self, latents: Tensor, question: str, limit: int) -> list[int]:
-        return self.tensors["mmu_greedy_tokens"][0].tolist()[:limit]
-
-
 @pytest.fixture(scope="module", params=ORACLES)
 def oracle(request: pytest.FixtureRequest) -> Oracle:
     return load_oracle(request.param)
 
 
 @pytest.fixture
-def given(oracle: Oracle) -> Inputs:
-    facts = oracle.geometry
-    return Inputs(
-        "a prompt", oracle.tensors["noise"], facts["baseline_points"], facts["guidance_scale"],
-        oracle.tensors["mmu_latents"], "a question", 8,
-    )  # fmt: skip
-
-
 def eager(oracle: Oracle) -> EagerPipeline:
     made = EagerPipeline.__new__(EagerPipeline)
     made.network, made.vae, made.codec = oracle.model, VAE, Codec(oracle)  # type: ignore[assignment]
     return made
 
 
-def test_every_stage_agrees_with_the_published_code(oracle: Oracle, given: Inputs) -> None:
-    rows = compare(Recorded(oracle), eager(oracle), given)
+@pytest.fixture
+def settings(oracle: Oracle, eager: EagerPipeline) -> dict[str, Any]:
+    facts = oracle.geometry
+    return settings_of(
+        eager, prompt="a prompt", points=facts["baseline_points"], guidance_scale=facts["guidance_scale"],
+        question="a question", tokens=8,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def inputs(oracle: Oracle) -> dict[str, Tensor]:
+    return {"noise": oracle.tensors["noise"], "picture": oracle.tensors["mmu_latents"]}
+
+
+@pytest.fixture
+def recorded(oracle: Oracle) -> dict[str, Tensor]:
+    """The published code's own results."""
+    tensors = oracle.tensors
+    return {
+        "prompt_ids": oracle.text,
+        "offsets": oracle.offsets,
+        "velocity": tensors["velocity_t0.3"],
+        "latents": tensors["baseline_final"],
+        "pixels": VAE.decode(tensors["baseline_final"]),
+        "before": oracle.prefix[0],
+        "behind": oracle.suffix[0],
+        "image_embeddings": tensors["image_embeds"],
+        "answer": tensors["mmu_greedy_tokens"][0, :8],
+    }
+
+
+def test_every_stage_agrees_with_the_published_code(
+    recorded: dict[str, Tensor],
+    eager: EagerPipeline,
+    inputs: dict[str, Tensor],
+    settings: dict[str, Any],
+) -> None:
+    rows = compare_drawing(recorded, eager, inputs, settings)
+    rows += compare_answer(recorded, eager, inputs["picture"], settings)
     assert [row.stage for row in rows] == [
-        "prompt ids", "velocities at t = 0.3", f"latents after {given.points} points", "decoded pixels",
+        "prompt ids", "velocities at t = 0.3", f"latents after {settings['points']} points", "decoded pixels",
         "question ids", "picture embeddings", "tokens of the answer",
     ]  # fmt: skip
     assert all(row.within(1e-5) for row in rows), rows
     assert show(rows, 1e-5)
 
 
-def test_without_a_picture_only_drawing_is_compared(oracle: Oracle, given: Inputs) -> None:
-    rows = compare(Recorded(oracle), eager(oracle), dataclasses.replace(given, picture=None))
-    assert rows[-1].stage == "decoded pixels"
-
-
 def test_a_stage_that_is_off_is_named(
-    oracle: Oracle, given: Inputs, capsys: pytest.CaptureFixture[str]
+    recorded: dict[str, Tensor],
+    eager: EagerPipeline,
+    inputs: dict[str, Tensor],
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    theirs = Recorded(oracle)
-    theirs.tensors = {**oracle.tensors, "baseline_final": 1.001 * oracle.tensors["baseline_final"]}
-    rows = compare(theirs, eager(oracle), given)
-    assert [row.stage for row in rows if not row.within(1e-4)] == [f"latents after {given.points} points"]
+    recorded["velocity"] = 1.001 * recorded["velocity"]
+    rows = compare_drawing(recorded, eager, inputs, settings)
+    assert [row.stage for row in rows if not row.within(1e-4)] == ["velocities at t = 0.3"]
     assert not show(rows, 1e-4)
     assert "differs" in capsys.readouterr().out
+
+
+def test_an_answer_that_ends_is_compared_with_its_end(
+    recorded: dict[str, Tensor], eager: EagerPipeline, inputs: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    told = recorded["answer"]
+    for answer, equal in ((told[:3], True), (torch.cat([told[:3], torch.tensor([EOS])]), False)):
+        row = compare_answer({**recorded, "answer": answer}, eager, inputs["picture"], settings)[-1]
+        assert row.within(1) is equal
 
 
 def test_ids_have_to_be_equal() -> None:
@@ -184,12 +195,14 @@ class Network:
 class Words:
     """A tokenizer whose pieces are those of the oracle."""
 
-    pad_token_id, eos_token_id = 0, EOS
+    eos_token_id = EOS
 
     def __init__(self, oracle: Oracle) -> None:
+        self.pad_token_id = oracle.geometry["token_ids"]["pad"]
         self.pieces = {
             "system\nYou are a helpful assistant.<|im_end|>": oracle.prefix[0, 1:-1].tolist(),
             "a question": oracle.suffix[0, 1:].tolist(),
+            "a prompt": oracle.text[0, 1 : oracle.offsets[0] - 1].tolist(),
         }
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
@@ -203,11 +216,28 @@ def naive_mask(count: int, rows: int, positions: Tensor, device: str) -> Tensor:
     return torch.zeros_like(mask).masked_fill(mask == 0, torch.finfo(torch.float32).min)
 
 
+def prepare_gen_input(prompts: list[str], text_tokenizer: Words, num_image_tokens: int, bos_id: int, eos_id: int,
+                      boi_id: int, eoi_id: int, pad_id: int, img_pad_id: int, max_text_len: int,
+                      device: str) -> tuple[Tensor, ...]:  # fmt: skip
+    """Lay out a prompt and the empty one as the oracle's are."""
+    rows, places = [], []
+    for text in (text_tokenizer(prompts[0], add_special_tokens=False)["input_ids"], []):
+        rows.append(torch.tensor([[bos_id, *text, boi_id, *[img_pad_id] * num_image_tokens, eoi_id, eos_id,
+                                   *[pad_id] * (max_text_len - len(text))]]))  # fmt: skip
+        places.append(torch.tensor([[[len(text) + 2, num_image_tokens]]]))
+    return (*rows, *places)
+
+
+def create_transport(*, path_type: str, prediction: str, loss_weight: None, train_eps: None, sample_eps: None,
+                     snr_type: str, do_shift: bool, seq_len: int) -> dict[str, Any]:  # fmt: skip
+    return {"path_type": path_type, "prediction": prediction}
+
+
 class Sampler:
     """Integrates as the authors' does."""
 
     def __init__(self, transport: dict[str, Any]) -> None:
-        assert transport["path_type"] == "Linear"
+        assert transport == {"path_type": "Linear", "prediction": "velocity"}
 
     def sample_ode(
         self, *, num_steps: int, time_shifting_factor: float, sampling_method: str, **_: Any
@@ -225,14 +255,14 @@ class Sampler:
 
 
 @pytest.fixture
-def authors(oracle: Oracle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Authors:
+def authors(
+    oracle: Oracle, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Authors:
     """Their repository, stood in for by modules of the same names and calls."""
     package, misc, transport = ModuleType("models"), ModuleType("models.misc"), ModuleType("transport")
     special = {
         f"{name}_id": oracle.geometry["token_ids"][name] for name in ("bos", "eos", "boi", "eoi", "img_pad")
     }
-    special["bos_id"] = int(oracle.prefix[0, 0])
-    positions = oracle.tensors["modality_positions"]
     made: dict[str, Any] = {
         "misc": misc,
         "omni_attn_mask_naive": naive_mask,
@@ -244,39 +274,80 @@ def authors(oracle: Oracle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for name, value in made.items():
         setattr(package, name, value)
     misc.get_text_tokenizer = lambda *a, **k: (Words(oracle), special)  # type: ignore[attr-defined]
-    misc.prepare_gen_input = lambda prompts, *rest: (  # type: ignore[attr-defined]
-        oracle.text[:1], oracle.text[1:], positions[:1], positions[1:]
-    )  # fmt: skip
-    transport.Sampler, transport.create_transport = Sampler, dict  # type: ignore[attr-defined]
+    misc.prepare_gen_input = prepare_gen_input  # type: ignore[attr-defined]
+    transport.Sampler, transport.create_transport = Sampler, create_transport  # type: ignore[attr-defined]
     for name, module in (("models", package), ("models.misc", misc), ("transport", transport)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return Authors(tmp_path, "checkpoint", "llm", "vae", oracle.model.config)
+    return Authors(tmp_path, "checkpoint", "llm", "vae", settings)
 
 
-@torch.inference_mode()
-def test_calls_of_the_authors_code_give_what_it_gave(authors: Authors, oracle: Oracle, given: Inputs) -> None:
-    recorded = Recorded(oracle)
-    ids, offsets = authors.prompt_ids(given.prompt)
-    assert torch.equal(ids, oracle.text)
-    assert torch.equal(offsets, oracle.offsets)
-    for mine, theirs in (
-        (authors.velocity(given.noise, TIME), recorded.velocity(given.noise, TIME)),
-        (
-            authors.latents(given.noise, given.points, given.guidance_scale),
-            recorded.latents(given.noise, 0, 0),
-        ),
-        (authors.image_embeddings(oracle.tensors["mmu_latents"]), oracle.tensors["image_embeds"]),
-    ):
-        assert mine.shape == theirs.shape
-        assert relative_error(mine, theirs) < 1e-5
-    assert authors.question_ids("a question") == recorded.question_ids("a question")
-    told = authors.tokens(oracle.tensors["mmu_latents"], "a question", 8)
-    assert told == recorded.tokens(oracle.tensors["mmu_latents"], "a question", 8)
-    assert all(row.within(1e-5) for row in compare(authors, eager(oracle), given))
+def test_calls_of_the_authors_code_give_what_it_gave(
+    authors: Authors, recorded: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> None:
+    made = authors.record(inputs)
+    assert made.keys() == recorded.keys()
+    for name, value in recorded.items():
+        assert made[name].shape == value.shape, name
+        if value.dtype.is_floating_point:
+            assert relative_error(made[name], value) < 1e-5, name
+        else:
+            assert torch.equal(made[name], value), name
 
 
-def test_help_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_picture_only_drawing_is_recorded(authors: Authors, inputs: dict[str, Tensor]) -> None:
+    assert "answer" not in authors.record({"noise": inputs["noise"]})
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint with its own VAE and tokenizer against itself: the table, and the exit status."""
+    network, words = tiny_model(), tokenizer()
+    save_model(tmp_path / "m", network, words, VAE)
+    folder = tmp_path / "stages"
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (20, 30), (200, 40, 40)).save(picture)
+    about = ("--checkpoint", str(tmp_path / "m"), "--folder", str(folder))
+    assert (
+        showo2_stages.main(["prepare", *about, "--picture", str(picture), "--points", "3", "--tokens", "2"])
+        == 0
+    )
+    given = json.loads((folder / SETTINGS).read_text())
+    assert given["points"] == 3
+    assert given["time"] == 0.3
+    eager = showo2_stages.opened(showo2_stages.parser().parse_args(["compare", *about]))
+    inputs = load_file(folder / INPUTS)
+    recorded = of_itself(eager, inputs, given)
+    save_file(recorded, folder / RECORDED)
+    assert showo2_stages.main(["compare", *about]) == 0
+    save_file({**recorded, "answer": recorded["answer"] + 1}, folder / RECORDED)
+    assert showo2_stages.main(["compare", *about]) == 1
+    assert "tokens of the answer" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        showo2_stages.main(["--help"])
-    assert "--repository" in capsys.readouterr().out
+        showo2_stages.main(["prepare", *about, "--guidance-scale", "0"])
+
+
+def of_itself(eager: EagerPipeline, inputs: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Tensor]:
+    """What the authors' code would record of this project's model."""
+    codec, config = eager.codec, eager.network.config
+    rows, offsets = [], []
+    for text in (given["prompt"], ""):
+        prefix = codec.generation_prefix(text, config.max_prompt_tokens)
+        tail = config.sequence_length - config.span_length - len(prefix)
+        rows.append([*prefix, *[codec.image_pad] * config.span_length, *codec.generation_tail(tail)])
+        offsets.append(len(prefix))
+    ids, places, noise = torch.tensor(rows), torch.tensor(offsets), inputs["noise"]
+    step = GenerationReference(eager.network, ids, places).step(
+        noise.repeat(2, 1, 1, 1), torch.full((2,), 0.3)
+    )
+    latents = generate(
+        eager.network, ids, places, noise, points=given["points"], guidance_scale=given["guidance_scale"]
+    ).latents
+    prefix, suffix = codec.question_prefix(), codec.question_suffix(given["question"])
+    asked = UnderstandingReference(eager.network, inputs["picture"])
+    told = asked.greedy(torch.tensor([prefix]), torch.tensor([suffix]), given["tokens"], None)
+    found = {
+        "prompt_ids": ids, "offsets": places, "velocity": step.velocity, "latents": latents,
+        "pixels": eager.vae.decode(latents), "before": torch.tensor(prefix), "behind": torch.tensor(suffix),
+        "image_embeddings": asked.image, "answer": torch.tensor(told),
+    }  # fmt: skip
+    return {name: value.clone().contiguous() for name, value in found.items()}
