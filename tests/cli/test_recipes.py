@@ -282,6 +282,7 @@ class TestCalibrate:
 
 
 class TestBuild:
+    @pytest.mark.slow
     def test_a_real_model(self, calibrated: Path, checkpoint: Path, questions: Path, tmp_path: Path) -> None:
         """The recipe's neurons are chosen anew, since their share is another."""
         output = tmp_path / "bundle"

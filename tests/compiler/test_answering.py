@@ -119,6 +119,7 @@ def build(captured: CapturedModel, output: Path, **settings: Any) -> Bundle:
     return flashu_compile.export(captured, "mmu", output=output, backend="crooked", **settings)
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_what_nobody_gives_ends_the_build(
     captured: CapturedModel, crooked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -375,6 +375,7 @@ def build_again(output: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_two_builds_in_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     processes = []

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._export.serde.serialize import serialize
 
-from examples.showo2_shapes.saving import save_model
+from examples.showo2_shapes.saving import save_model, save_wan
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.images import read_picture
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, read_manifest
@@ -282,7 +282,8 @@ def _graphs(folder: Path) -> Reader:
 
 
 def _wan_vaes(folder: Path) -> Reader:
-    WanVAE(diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)).save(folder)
+    autoencoder: Any = diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    save_wan(folder, WanVAE(autoencoder))
     return Reader([folder / "config.json"], lambda _: WanVAE.load(folder))
 
 

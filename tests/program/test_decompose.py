@@ -120,6 +120,7 @@ def test_only_what_it_cannot_do_is_traced_again(
     assert len(calls) == again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [*capture_specs("t2i", tiny_model(), VAE), *capture_specs("mmu", tiny_model(), VAE)],
                          ids=lambda spec: spec.name)  # fmt: skip
 def test_captured_programs_too(spec: CaptureSpec, monkeypatch: pytest.MonkeyPatch) -> None:
