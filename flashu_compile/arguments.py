@@ -103,6 +103,11 @@ def picture_size(resolution: object) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
+def names_a_size(resolution: object) -> bool:
+    """Tell whether a resolution is a name, such as "show-o2-1.5B-HQ", which the model has to know."""
+    return isinstance(resolution, str) and "-" in resolution and resolution[:1].isalpha()
+
+
 def flag(name: str, value: object, error: type[FlashuError] = ConfigurationError) -> bool:
     """Check a bool; a text such as "no", which would count as true, is refused."""
     if not isinstance(value, bool):

@@ -189,8 +189,9 @@ LlmConfig = Annotated[
 Resolution = Annotated[
     str | None,
     typer.Option(
-        metavar="SIDE|WxH",
-        help="The size of the pictures that it draws, in pixels: 512, or 768x512 (width first).",
+        metavar="SIDE|WxH|NAME",
+        help="The size of the pictures that it draws, in pixels: 512, or 768x512 (width first); or that of a published "
+        "checkpoint by its name, such as show-o2-1.5B-HQ.",
         show_default="what the checkpoint says",
     ),
 ]

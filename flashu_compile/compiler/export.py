@@ -137,8 +137,9 @@ def export(
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.
-        resolution: the size of the pictures that t2i draws, in pixels: 512, "768x512" or (768, 512), width first; the
-            model's own if not given. Pictures that are asked about keep the size that the model was trained with.
+        resolution: the size of the pictures that t2i draws, in pixels: 512, "768x512" or (768, 512), width first, or
+            that of a published checkpoint by its name, such as "show-o2-1.5B-HQ"; the model's own if not given.
+            Pictures that are asked about keep the size that the model was trained with.
         model_options: these four and whatever else models of this kind take (`flashu-compile models` tells), by name.
         overwrite: replace an existing bundle at `output`.
         cache: the directory where finished engines are kept for later builds, which make only those whose inputs have

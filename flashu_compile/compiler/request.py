@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashu_compile.arguments import picture_size, shown
+from flashu_compile.arguments import names_a_size, picture_size, shown
 from flashu_compile.bundle.output import ensure_writable
 from flashu_compile.bundle.precision import TOLERANCES, checked_parts
 from flashu_compile.errors import ConfigurationError, UnknownTaskError
@@ -38,7 +38,7 @@ def check_request(
         raise ConfigurationError(
             f"Unknown precision {shown(unknown[0])}; known ones are: {', '.join(TOLERANCES)}."
         )
-    if resolution is not None:
+    if resolution is not None and not names_a_size(resolution):
         picture_size(resolution)
     place = default_output(model_name(model), tasks) if output is None else absolute(output)
     ensure_writable(place, overwrite=overwrite)

@@ -98,6 +98,10 @@ def test_the_users_model_is_left_alone() -> None:
     [
         ("18x9", "multiples of 4 pixels, and 18x9 is not; the nearest resolution is 16x8"),
         ("wide", "not 'wide'"),
+        (
+            "show-o2-2B",
+            "No size is called 'show-o2-2B'; known names are show-o2-1.5B, show-o2-1.5B-HQ, show-o2",
+        ),
         ("16x", "WIDTHxHEIGHT"),
         ("16x16x16", "WIDTHxHEIGHT"),
         (0, "not 0"),
@@ -111,6 +115,15 @@ def test_the_users_model_is_left_alone() -> None:
 def test_what_is_no_resolution(resolution: object, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         load_model(tiny_model(), vae=VAE, tokenizer=tokenizer(), resolution=resolution)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("show-o2-1.5B", 432), ("show-o2-1.5B-HQ", 512), ("show-o2-1.5B-HQ-1024", 1024), ("show-o2-7B", 432)],
+)
+def test_sizes_of_published_checkpoints_have_names(name: str, side: int) -> None:
+    loaded = load_model(tiny_model(), vae=VAE, tokenizer=tokenizer(), resolution=name)
+    assert loaded.network.config.latent_shape[1:] == (side // 2, side // 2)
 
 
 def test_without_a_vae_there_are_no_pixels() -> None:

@@ -128,7 +128,8 @@ class Showo2Adapter(ModelAdapter):
         "vae": "a LatentCodec, an AutoencoderKLWan, or a Wan VAE's path or hub id, where the checkpoint holds none",
         "tokenizer": "a tokenizers.Tokenizer, a fast tokenizer of transformers, or the path or hub id of one",
         "llm_config": "the language model's config.json, or its contents, where sizes alone do not tell it",
-        "resolution": "the size of pictures that are drawn, in pixels: 512, 768x512 (width first), or such a pair",
+        "resolution": "the size of pictures that are drawn, in pixels: 512, 768x512 (width first), such a pair, or "
+        "the name of a published checkpoint: show-o2-1.5B-HQ",
     }
 
     def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
