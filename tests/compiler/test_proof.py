@@ -196,6 +196,8 @@ def test_an_unknown_word_is_refused_before_anything_is_done(tmp_path: Path) -> N
 
 
 RECIPE = recipe((Phase(0.0), Phase(0.5, (4, 5))), (7,), token_pruning=0.5)
+#: The same without engines that are as large as the others, and take as long to build.
+BUILT = dataclasses.replace(RECIPE, t2i=dataclasses.replace(RECIPE.t2i, full_ffn=0.0, head_cache=1))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def bundles(whole: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> dic
         on: flashu_compile.export(
             whole.network,
             ["t2i", "mmu"],
-            recipe=RECIPE,
+            recipe=BUILT,
             output=folder / on,
             vae=VAE,
             tokenizer=tokenizer(),
@@ -245,9 +247,9 @@ def test_the_report_says_what_was_proved_on(bundles: dict[str, Bundle]) -> None:
 
 
 @pytest.mark.slow
-def test_a_copy_that_changes_nothing_is_held_against_eager(whole: LoadedModel, tmp_path: Path) -> None:
+def test_a_copy_that_changes_nothing_is_held_against_eager(tmp_path: Path) -> None:
     bundle = flashu_compile.export(
-        whole.network, ["t2i", "mmu"], output=tmp_path / "b", vae=VAE, tokenizer=tokenizer(), proof="copy"
+        deep(5, 3, 3), ["t2i", "mmu"], output=tmp_path / "b", vae=VAE, tokenizer=tokenizer(), proof="copy"
     )
     answered = json.loads((bundle.path / REPORT).read_text(encoding="utf-8"))["answered"]
     assert {row["bundle"] for row in answered.values()} == {"copy"}
