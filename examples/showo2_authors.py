@@ -136,6 +136,8 @@ def main() -> None:
     options.add_argument("--vae", required=True, help="Wan2.1_VAE.pth")
     options.add_argument("--folder", type=Path, required=True, help="where the inputs lie")
     given = options.parse_args()
+    if not (given.folder / SETTINGS).is_file():
+        options.error(f"{given.folder} has no {SETTINGS}: run `showo2_stages.py prepare` first")
     settings = json.loads((given.folder / SETTINGS).read_text(encoding="utf-8"))
     authors = Authors(given.repository, given.checkpoint, given.llm, given.vae, settings)
     recorded = authors.record(load_file(given.folder / INPUTS))

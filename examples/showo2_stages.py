@@ -164,6 +164,9 @@ def prepare(given: argparse.Namespace) -> None:
 
 def compare(given: argparse.Namespace) -> bool:
     """Compare what the authors' code recorded, and return whether every stage agrees."""
+    for name, script in ((INPUTS, "this script's `prepare`"), (RECORDED, "showo2_authors.py")):
+        if not (given.folder / name).is_file():
+            raise SystemExit(f"{given.folder} has no {name}: run {script} first")
     inputs, theirs = load_file(given.folder / INPUTS), load_file(given.folder / RECORDED)
     settings = json.loads((given.folder / SETTINGS).read_text(encoding="utf-8"))
     eager = opened(given)
@@ -216,10 +219,13 @@ def _positive(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands, and return the exit status."""
     given = parser().parse_args(arguments)
-    if given.command == "prepare":
-        prepare(given)
-        return 0
-    return 0 if compare(given) else 1
+    try:
+        if given.command == "prepare":
+            prepare(given)
+            return 0
+        return 0 if compare(given) else 1
+    except flashu_compile.FlashuError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

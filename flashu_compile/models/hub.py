@@ -45,10 +45,11 @@ def fetch(hub_id: str, patterns: Iterable[str], *, instead: str) -> Snapshot:
         CheckpointError: no such repository or revision, no access, or no connection and nothing cached.
     """
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = hub_id.partition("@")
-    if huggingface_hub.constants.HF_HUB_CACHE.startswith("~"):
+    if constants.HF_HUB_CACHE.startswith("~"):
         reason = "no home directory is known to keep it in (set HF_HOME to a folder, or HOME)"
         raise CheckpointError(_message(hub_id, reason, instead))
     try:

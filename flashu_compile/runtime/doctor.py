@@ -25,6 +25,8 @@ _SLOW = {
     "torch_tensorrt": ("torch_tensorrt", "compile,tensorrt"),
 }
 
+_FOR_CUDA = ("aot_inductor_cuda",)
+
 
 def examine(*, deep: bool = False) -> list[Finding]:
     """Examine every backend, those in PyTorch only if `deep`, which takes half a minute. Raises nothing."""
@@ -54,6 +56,9 @@ def _untried(name: str, purpose: str) -> Finding:
     version = _installed(library, library)
     if version is None:
         detail = f'{library} is not installed: pip install "flashu-compile[{extras}]"'
+        return Finding(f"{name} engines", "missing", detail, purpose)
+    if name in _FOR_CUDA and version.endswith("+cpu"):
+        detail = f"torch {version} is built without CUDA: see https://pytorch.org/get-started"
         return Finding(f"{name} engines", "missing", detail, purpose)
     detail = f"{library} {version} is installed; `flashu-compile doctor --deep` tries it"
     return Finding(f"{name} engines", "found", detail, purpose)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,6 +305,16 @@ class TestNames:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(CheckpointError, match=r"no connection.*hf download showlab/show-o2-1.5B.*path"):
             load_model("showlab/show-o2-1.5B")
+
+    def test_the_hub_in_a_process_that_has_used_nothing_else(self, tmp_path: Path) -> None:
+        """Which parts of the client are there depends on who imported it first."""
+        code = "from flashu_compile.models.hub import fetch; fetch('somebody/something', ['*'], instead='pass it')"
+        settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False
+        )
+        assert "CheckpointError" in done.stderr.splitlines()[-1]
+        assert "there is no connection to the hub" in done.stderr
 
     def test_hub_without_a_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The client would make a folder called `~` in the current directory."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashu_compile.runtime import doctor
 from flashu_compile.runtime.choice import Choice, kept_choices
 from flashu_compile.runtime.doctor import examine
 from flashu_compile.system.paths import CHOICES
@@ -36,3 +37,12 @@ def test_choices_of_auto_are_told_with_their_times(folder: Path) -> None:
 def test_without_choices_nothing_is_told(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHU_CACHE", "off" if cache == "off" else str(tmp_path / cache))
     assert [finding for finding in examine() if finding.name == "auto"] == []
+
+
+@pytest.mark.parametrize(("version", "status"), [("2.13.0+cpu", "missing"), ("2.13.0", "found")])
+def test_a_pytorch_without_cuda_compiles_for_no_gpu(
+    version: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda module, distribution: version)
+    (found,) = [finding for finding in examine() if finding.name == "aot_inductor_cuda engines"]
+    assert found.status == status
