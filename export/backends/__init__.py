@@ -1,5 +1,6 @@
-"""The build side of backends: each file here is a backend, found by its name. CONTRIBUTING lists what else tells of one.
+"""The build side of backends: each file here is a backend, found by its name.
 
+CONTRIBUTING lists what else tells of one.
 `NAME.py` defines `BACKEND`, an object with the members of `Backend`. The file of the same name in
 `flashu_compile/runtime/backends/` runs its engines.
 """

@@ -1,6 +1,6 @@
-"""What runs engines: a file here is a backend, found by its name in the manifest. CONTRIBUTING lists what else
-tells of one.
+"""What runs engines: a file here is a backend, found by its name in the manifest.
 
+CONTRIBUTING lists what else tells of one.
 `NAME.py` defines `BACKEND`, an object with the members of `RunBackend`. Only the file that is asked for is imported,
 so that it may import libraries that a runtime has no need of.
 """
