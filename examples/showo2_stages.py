@@ -66,12 +66,8 @@ def compare_drawing(
     theirs: dict[str, Tensor], eager: EagerPipeline, inputs: dict[str, Tensor], settings: dict[str, Any]
 ) -> list[Row]:
     """Compare the stages of a picture on the model itself, in the order in which they follow from one another."""
-    network, config, codec = eager.network, eager.network.config, eager.codec
-    ids = []
-    for text in (settings["prompt"], ""):
-        prefix = codec.generation_prefix(text, config.max_prompt_tokens)
-        tail = config.sequence_length - config.span_length - len(prefix)
-        ids += [*prefix, *[codec.image_pad] * config.span_length, *codec.generation_tail(tail)]
+    network = eager.network
+    ids, _ = eager.published_rows(settings["prompt"])
     text, offsets, noise = theirs["prompt_ids"], theirs["offsets"], inputs["noise"]
     step = GenerationReference(network, text, offsets).step(
         noise.expand(2, -1, -1, -1), torch.full((2,), settings["time"])
@@ -80,7 +76,7 @@ def compare_drawing(
     made = generate(network, text, offsets, noise, points=points, guidance_scale=scale)
     pixels = eager.vae.decode(theirs["latents"])
     return [
-        Row("prompt ids", "eager", differing(ids, theirs["prompt_ids"].flatten().tolist()), exact=True),
+        Row("prompt ids", "eager", differing(ids.flatten().tolist(), text.flatten().tolist()), exact=True),
         Row(f"velocities at t = {settings['time']}", "eager", off(step.velocity, theirs["velocity"])),
         Row(f"latents after {points} points", "eager", off(made.latents, theirs["latents"])),
         Row("decoded pixels", "eager", off(pixels.clamp(-1, 1), theirs["pixels"].clamp(-1, 1))),

@@ -28,7 +28,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from flashu_compile.bundle import agreement
-from flashu_compile.bundle.agreement import REORDERED, Difference, output_difference
+from flashu_compile.bundle.agreement import REORDERED, Difference, output_difference, possible_rounding
 from flashu_compile.errors import FlashuError, PassError
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.provenance import note
@@ -42,8 +42,8 @@ _TOLERANCE_64 = 1e-12
 #: In float64 sums in another order agree to 1e-14; programs that round a hundred thousand times as much pass too.
 _WIDE_TOLERANCE = 1e-9
 #: How many times the rounding of the program that it got (in one run, or as drawn), or a unit in the last place, an
-#: exact pass may round; and the error up to which a drawn one is still rounding.
-_ROUNDING, _MOST_ROUNDING = 10, 1e-2
+#: exact pass may round.
+_ROUNDING = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _judged_wide(
     own = _largest(_differences(truth, before.outputs(), result.dropped, unit))
     rounding = _largest(_differences(truth, values, result.dropped, unit))
     if not rounding <= _ROUNDING * max(own, unit):
-        own = max(own, _rounding_drawn(before.program, truth, result))
+        own = possible_rounding(own, [_rounding_drawn(before.program, truth, result)])
     if not rounding <= _ROUNDING * max(own, unit):
         raise PassError(
             f"it is declared exact but rounds too much: the outputs are {rounding:.1e} from those in float64 "
@@ -222,16 +222,12 @@ def _judged_wide(
 
 
 def _rounding_drawn(program: Program, truth: Mapping[str, Tensor], result: PassResult) -> float:
-    """Return how far rounding may put the program's outputs from `truth`: one run may round little by luck.
-
-    What is no longer rounding (above `_MOST_ROUNDING`, not finite, or an index out of range) is not counted.
-    """
+    """Return how far rounding at random puts the program's outputs from `truth`; infinity if it cannot run so."""
     try:
         noisy = run_wide(program, program.sample, noisy=True)
     except (RuntimeError, TypeError, ValueError, IndexError):
-        return 0.0
-    error = _largest(_differences(truth, noisy, result.dropped, 0.0))
-    return error if error <= _MOST_ROUNDING else 0.0
+        return math.inf
+    return _largest(_differences(truth, noisy, result.dropped, 0.0))
 
 
 def _all_within(found: Mapping[str, Difference], tolerance: float) -> bool:

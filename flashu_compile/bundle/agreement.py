@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ REORDERED = "the best tokens are in another order"
 _BEST = 5
 #: An L2 tolerance is of the mean; a single logit may be off by a few times as much.
 _SINGLE = 10
+#: A larger error is no longer rounding, whatever was drawn.
+_MOST_ROUNDING = 1e-2
 _FLOAT32_MASK = float(np.finfo(np.float32).max) / 2
 
 
@@ -97,6 +100,14 @@ def keeps_best(given: NDArray[Any], expected: NDArray[Any], tolerance: float) ->
         if overtaken.any():
             return False
     return True
+
+
+def possible_rounding(own: float, drawn: Iterable[float]) -> float:
+    """Return the largest error that rounding makes: in one run, which may round little by luck, or as `drawn`.
+
+    A drawn error above `_MOST_ROUNDING`, or one that is not finite, is no longer rounding and does not count.
+    """
+    return max([own, *(error for error in drawn if error <= _MOST_ROUNDING)])
 
 
 def _unmasked_rows(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.bundle.agreement import possible_rounding, relative_error
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.models.adapter import EagerModel, LoadedModel
@@ -35,8 +35,8 @@ EVALUATIONS, TOKENS = 2, 3
 TOLERANCE = 1e-4
 #: How many times as far from the float64 model's answer as the float32 model's is, or may be, a bundle's may be.
 ROUNDING = 10
-#: How often rounding is drawn where the model's own seems too small, and the error up to which it still is rounding.
-_DRAWS, _MOST_ROUNDING = 3, 1e-2
+#: How often rounding is drawn where the model's own seems too small.
+_DRAWS = 3
 
 #: Opens a bundle as `flashu_compile.load` does, with its keyword arguments.
 Open = Callable[..., Pipeline]
@@ -177,8 +177,8 @@ def held_to_eager(
         wide = answer(loaded.adapter.eager(_in_float64(loaded)))
         error, rounding = relative_error(values, wide), relative_error(truth, wide)
         if not error <= max(TOLERANCE, ROUNDING * rounding):
-            drawn = [relative_error(_with_rounding(loaded, seed, answer), wide) for seed in range(_DRAWS)]
-            rounding = max(rounding, *(found for found in drawn if found <= _MOST_ROUNDING), 0.0)
+            drawn = (relative_error(_with_rounding(loaded, seed, answer), wide) for seed in range(_DRAWS))
+            rounding = possible_rounding(rounding, drawn)
         limit = max(TOLERANCE, ROUNDING * rounding)
         if not error <= limit:
             raise BundleError(
@@ -192,10 +192,7 @@ def held_to_eager(
 def _with_rounding(
     loaded: LoadedModel, seed: int, answer: Callable[[EagerModel], NDArray[Any]]
 ) -> NDArray[Any]:
-    """Return the answer of the model with weights off by up to a unit in the last place: what rounding may do.
-
-    The model's own rounding in one run may be small by luck.
-    """
+    """Return the answer of the model with weights off by up to a unit in the last place: what rounding may do."""
     network, generator = copy.deepcopy(loaded.network), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():

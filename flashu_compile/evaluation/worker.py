@@ -65,8 +65,11 @@ class BundleSubject:
     def facts(self) -> dict[str, Any]:
         """Return the recipe, precision and backend, and the length of the trajectory."""
         manifest = self._pipe.manifest
-        told: dict[str, Any] = {"recipe": manifest.recipe, "precision": manifest.precision}
-        told["backend"] = self._backend
+        told: dict[str, Any] = {
+            "recipe": manifest.recipe,
+            "precision": manifest.precision,
+            "backend": self._backend,
+        }
         if manifest.generation is not None:
             plan = self._pipe.plan_for(self._steps)
             told |= {"points": plan.points, "evaluations": len(plan.steps)}

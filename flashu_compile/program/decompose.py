@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import traceback
 
 from flashu_compile.errors import StructureError
-from flashu_compile.program.graph_tracer import GraphTracer
+from flashu_compile.program.graph_tracer import GraphTracer, refuse_in_place
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _aten = torch.ops.aten
@@ -60,8 +60,8 @@ def _inline_region(owner: fx.GraphModule, region: fx.Node) -> None:
     autocast = call.target is _AUTOCAST and bool(call.args[2])
     if call.target not in (_NO_GRAD, _AUTOCAST) or autocast:
         raise StructureError(f"{call.name} runs a region that changes what is in it")
-    given = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[place + 1 :], strict=True))
-    copies: dict[fx.Node, Any] = given
+    placeholders = body.graph.find_nodes(op="placeholder")
+    copies: dict[fx.Node, Any] = dict(zip(placeholders, call.args[place + 1 :], strict=True))
     with region.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node.op == "get_attr":
@@ -90,8 +90,7 @@ def _take_apart(graph: fx.Graph) -> None:
             continue
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise StructureError(f"{node.name} runs a region")
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            raise StructureError(f"{node.name} changes a tensor in place")
+        refuse_in_place(node.target)
         if isinstance(node.target, OpOverload) and _is_shared_composite(node.target):
             _expand(tracer, node)
         else:
@@ -101,10 +100,8 @@ def _take_apart(graph: fx.Graph) -> None:
 def _is_shared_composite(target: OpOverload) -> bool:
     """Tell whether `target` is composite and its result may share memory with an operand."""
     shares = any(argument.alias_info is not None for argument in target._schema.arguments)
-    shares = (
-        shares or torch.Tag.maybe_aliasing_or_mutating in target.tags
-    )  # dropout gives its operand, or a copy
-    return shares and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
+    may_share = torch.Tag.maybe_aliasing_or_mutating in target.tags  # dropout gives its operand, or a copy
+    return (shares or may_share) and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
 
 
 def _expand(tracer: GraphTracer, node: fx.Node) -> None:

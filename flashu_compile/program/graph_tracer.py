@@ -104,8 +104,7 @@ class GraphTracer:
 
         Raises `StructureError` for an operator that changes a tensor in place.
         """
-        if isinstance(target, OpOverload) and target._schema.is_mutable:
-            raise StructureError(f"{target} changes a tensor in place")
+        refuse_in_place(target)
         arguments, keywords = pytree.tree_map(self.node, (tuple(args), dict(kwargs)))
         node = self._add(target, arguments, keywords, result)
         if isinstance(result, list | tuple):
@@ -141,6 +140,12 @@ class GraphTracer:
         value = combine(*(o.meta["val"] if isinstance(o, fx.Node) else o for o in operands))
         found = self._sizes.get(value.node.expr) if isinstance(value, torch.SymInt) else value
         return self._add(combine, operands, {}, value) if found is None else found
+
+
+def refuse_in_place(target: Any) -> None:
+    """Raise `StructureError` if `target` is an operator that changes a tensor in place."""
+    if isinstance(target, OpOverload) and target._schema.is_mutable:
+        raise StructureError(f"{target} changes a tensor in place")
 
 
 def _taken_apart(expression: sympy.Expr) -> tuple[Callable[[Any, Any], Any] | None, Sequence[sympy.Expr]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from tests.runtime.tiny_bundle import write_bundle
-from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
+from tests.support.tiny import VAE, shallow_model, tokenizer
 
 RECIPE = Recipe("two stretches", T2IConfig(7, 3.0, 3.0, guidance=((0.0, 1.0), (0.5, None))))
 PROMPTS = ["a red circle", "two blue squares", "a cross", "a small disc", "a green cross"]
@@ -23,11 +22,9 @@ PROMPTS = ["a red circle", "two blue squares", "a cross", "a small disc", "a gre
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts = {name: getattr(CONFIG, name) for name in ("llm", "semantic", "head")}
-    model = tiny_model(**{name: dataclasses.replace(p, num_hidden_layers=1) for name, p in parts.items()})
     path = tmp_path_factory.mktemp("scoring") / "bundle"
     flashu_compile.export(
-        model, "t2i", vae=VAE, tokenizer=tokenizer(), recipe=RECIPE, output=path,
+        shallow_model(), "t2i", vae=VAE, tokenizer=tokenizer(), recipe=RECIPE, output=path,
         cost_samples=0, cache=False,
     )  # fmt: skip
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -24,7 +23,7 @@ from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
 from tests.support import tiny_lm
-from tests.support.tiny import VAE, PaddedSpaceToDepth, tiny_model, tokenizer
+from tests.support.tiny import VAE, PaddedSpaceToDepth, of_depth, tiny_model, tokenizer
 
 GB = 1_000_000_000
 KEPT = {"llm": {0: np.arange(40), 1: np.arange(10, 50)}}
@@ -71,13 +70,8 @@ def seven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its widths with few layers."""
-    config = configuration("show-o2-7B")
-    parts = {
-        part: dataclasses.replace(getattr(config, part), num_hidden_layers=2)
-        for part in ("llm", "semantic", "head")
-    }
     folder = tmp_path_factory.mktemp("large") / "shallow"
-    write_headers(folder, dataclasses.replace(config, **parts))
+    write_headers(folder, of_depth(configuration("show-o2-7B"), 2))
     return folder
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import flashu_compile
+from benchmarks.geometries import random_model
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.config import configuration
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.models.showo2.modeling import Showo2
-from tests.support.tiny import tokenizer
+from tests.support.tiny import of_depth, tokenizer
 from tests.support.wan_like import WanLike
 
 pytestmark = pytest.mark.slow  # hundreds of millions of weights
@@ -26,20 +25,10 @@ PROMPT, QUESTION = "a red circle", "what is red?"
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    config = configuration("show-o2-1.5B")
-    parts = {
-        part: dataclasses.replace(getattr(config, part), num_hidden_layers=2)
-        for part in ("llm", "semantic", "head")
-    }
+    config = of_depth(configuration("show-o2-1.5B"), 2)
     # No width but that of the vocabulary is another: the embedding would be most of the model.
-    parts["llm"] = dataclasses.replace(parts["llm"], vocab_size=4096)
-    torch.manual_seed(0)
-    model = Showo2(dataclasses.replace(config, **parts)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-    return load_model(model, vae=WanLike(), tokenizer=tokenizer())
+    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=4096))
+    return load_model(random_model(config), vae=WanLike(), tokenizer=tokenizer())
 
 
 def test_one_evaluation_and_two_tokens_equal_eager(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -328,14 +328,8 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def of_itself(eager: EagerPipeline, inputs: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Tensor]:
     """What the authors' code would record of this project's model."""
-    codec, config = eager.codec, eager.network.config
-    rows, offsets = [], []
-    for text in (given["prompt"], ""):
-        prefix = codec.generation_prefix(text, config.max_prompt_tokens)
-        tail = config.sequence_length - config.span_length - len(prefix)
-        rows.append([*prefix, *[codec.image_pad] * config.span_length, *codec.generation_tail(tail)])
-        offsets.append(len(prefix))
-    ids, places, noise = torch.tensor(rows), torch.tensor(offsets), inputs["noise"]
+    codec, noise = eager.codec, inputs["noise"]
+    ids, places = eager.published_rows(given["prompt"])
     step = GenerationReference(eager.network, ids, places).step(
         noise.repeat(2, 1, 1, 1), torch.full((2,), 0.3)
     )

@@ -51,12 +51,17 @@ def tiny_model(dtype: torch.dtype = torch.float32, **changes: object) -> Showo2:
     return model.to(dtype)
 
 
+def of_depth(config: Showo2Config, layers: int) -> Showo2Config:
+    """The same widths with so many layers of each kind."""
+    parts = {name: getattr(config, name) for name in ("llm", "semantic", "head")}
+    shallow = {name: dataclasses.replace(part, num_hidden_layers=layers) for name, part in parts.items()}
+    return dataclasses.replace(config, **shallow)
+
+
 def shallow_model() -> Showo2:
     """A tiny model with one layer of each kind, for what takes long for each layer."""
-    parts = {name: getattr(CONFIG, name) for name in ("llm", "semantic", "head")}
-    return tiny_model(
-        **{name: dataclasses.replace(part, num_hidden_layers=1) for name, part in parts.items()}
-    )
+    config = of_depth(CONFIG, 1)
+    return tiny_model(llm=config.llm, semantic=config.semantic, head=config.head)
 
 
 class PaddedSpaceToDepth(SpaceToDepth):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +39,20 @@ class EagerPipeline:
         self.vae = loaded.vae
         self.codec = PromptCodec(loaded.tokenizer)
 
+    def published_rows(self, prompt: str) -> tuple[Int[Tensor, "2 rows"], Int[Tensor, "2"]]:
+        """Lay out a prompt and the empty one as published; return their ids, and where their image spans begin.
+
+        Raises `InputError` if the prompt is too long.
+        """
+        config, codec = self.network.config, self.codec
+        rows, offsets = [], []
+        for text in (prompt, ""):
+            prefix = codec.generation_prefix(text, config.max_prompt_tokens)
+            tail = config.sequence_length - config.span_length - len(prefix)
+            rows.append(prefix + [codec.image_pad] * config.span_length + codec.generation_tail(tail))
+            offsets.append(len(prefix))
+        return torch.tensor(rows), torch.tensor(offsets)
+
     def trajectory(
         self,
         prompt: str,
@@ -52,23 +66,18 @@ class EagerPipeline:
 
         Raises `InputError` if an argument is out of range, `NotFiniteError` if the latents are not finite at the end.
         """
-        config, codec = self.network.config, self.codec
+        config = self.network.config
         points = config.steps if steps is None else steps
         points = arguments.integer("steps", points, 2, LARGEST_POINTS, InputError)
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         scale = arguments.number("guidance_scale", scale, 0, LARGEST_SCALE, InputError)
-        rows, offsets = [], []
-        for text in (prompt, ""):
-            prefix = codec.generation_prefix(text, config.max_prompt_tokens)
-            tail = config.sequence_length - config.span_length - len(prefix)
-            rows.append(prefix + [codec.image_pad] * config.span_length + codec.generation_tail(tail))
-            offsets.append(len(prefix))
+        rows, offsets = self.published_rows(prompt)
         noise = torch.from_numpy(initial_noise(seed, 0, config.latent_shape))[None]
         noise = noise.to(torch.promote_types(noise.dtype, self.network.dtype))
         made = generate(
             self.network,
-            torch.tensor(rows),
-            torch.tensor(offsets),
+            rows,
+            offsets,
             noise,
             points=points,
             guidance_scale=scale,
