@@ -31,6 +31,7 @@ from flashu_compile.bundle.manifest import MANIFEST
 from flashu_compile.errors import FlashuError
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reference import GenerationReference, generate
+from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import sample
 
@@ -160,6 +161,7 @@ class Measurement:
         )
         prompt = PaddedPrompt(pipe, self.config)
         plan = pipe.plan_for(steps=self.points, guidance_scale=GUIDANCE)
+        assert isinstance(plan, StepPlan)
         self.try_call(
             name,
             lambda: sample(pipe._engines, plan, prompt.text, prompt.noise.numpy(), scheduled=pipe._schedules),

@@ -22,6 +22,7 @@ from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.models.showo2.reference import GenerationReference, generate
+from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.sampler import prompt_pair, sample
@@ -55,7 +56,7 @@ class PaddedPrompt:
 
 def patch(model: Showo2, recipe: Recipe, pipe: Pipeline) -> PublishedPatch:
     """The published acceleration with the recipe's decisions."""
-    assert pipe.plan is not None
+    assert isinstance(pipe.plan, StepPlan)
     decided, steps = recipe.decided("t2i"), len(pipe.plan.steps)
     kept = {layer: neurons.tolist() for layer, neurons in decided.kept_neurons["llm"].items()}
     skipped = {
@@ -97,7 +98,7 @@ def drawing(bundles: Bundles, threads: int) -> Subject:
     def engines(name: str, points: int = 35) -> np.ndarray:
         plan = pipe(name).plan if name.startswith("flashu") else plans[points]
         used = pipe(name)
-        assert plan is not None
+        assert isinstance(plan, StepPlan)
         return sample(used._engines, plan, prompt.text, prompt.noise.numpy(), scheduled=used._schedules)
 
     checks: dict[str, Count] = {

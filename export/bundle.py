@@ -21,6 +21,7 @@ from flashu_compile.bundle.manifest import (
     REPORT,
     REPORT_PAGE,
     TOKENIZER,
+    DrawingSettings,
     EngineSpec,
     FileEntry,
     GenerationSettings,
@@ -36,6 +37,7 @@ from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.token_plan import TokenPlan
 from flashu_compile.runtime.pipeline import Pipeline, load
 from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import absolute
@@ -58,6 +60,7 @@ class BundleMetadata:
     versions: Mapping[str, str]
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
     text: TextSettings | None = None
+    drawing: DrawingSettings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,7 @@ def write_bundle(
     metadata: BundleMetadata,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    plan: StepPlan | None = None,
+    plan: StepPlan | TokenPlan | None = None,
     report: Mapping[str, Any] | None = None,
     measure: Callable[[Draft], Mapping[str, Any]] | None = None,
     page: Callable[[Manifest, Mapping[str, Any]], str] | None = None,
@@ -192,6 +195,7 @@ def _manifest(specs: Sequence[EngineSpec], metadata: BundleMetadata, files: dict
         generation=metadata.generation,
         understanding=metadata.understanding,
         text=metadata.text,
+        drawing=metadata.drawing,
         versions=dict(sorted(metadata.versions.items())),
         files=files,
         origins=dict(sorted(metadata.origins.items())),

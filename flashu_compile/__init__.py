@@ -23,6 +23,7 @@ from flashu_compile.system.libraries import switch_telemetry_off
 from flashu_compile.version import __version__
 
 if TYPE_CHECKING:
+    from flashu_compile.bundle.sampling import Sampling
     from flashu_compile.compiler.captured import CapturedModel
     from flashu_compile.compiler.estimate import Estimate, estimate
     from flashu_compile.compiler.export import calibrate, capture_model, export
@@ -42,6 +43,7 @@ __all__ = [
     "MMUConfig",
     "Pipeline",
     "Recipe",
+    "Sampling",
     "T2IConfig",
     "TextConfig",
     "__version__",
@@ -61,6 +63,7 @@ _HOMES = {
     "MMUConfig": "flashu_compile.recipe.config",
     "Pipeline": "flashu_compile.runtime",
     "Recipe": "flashu_compile.recipe.recipe",
+    "Sampling": "flashu_compile.bundle.sampling",
     "T2IConfig": "flashu_compile.recipe.config",
     "TextConfig": "flashu_compile.recipe.config",
     "benchmark": "flashu_compile.looking.benchmark",

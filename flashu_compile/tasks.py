@@ -16,6 +16,7 @@ TaskName = Literal["t2i", "mmu", "text"]
 
 #: Captured programs, and the engines of the same names.
 DENOISE, VAE_DECODE, UNDERSTAND, COMPLETE = "denoise", "vae_decode", "understand", "complete"
+DRAW, CODES_DECODE = "draw", "codes_decode"
 #: Engines that passes make of these.
 REUSE, VISION, LANGUAGE = "reuse", "vision", "language"
 #: The stacks of a model. `LLM` is the one whose layers are skipped and whose rows are counted.
@@ -40,7 +41,6 @@ class TaskRecord:
         name: the name that users give; also the name of the recipe's field with its parameters.
         title: the heading of its part of a page.
         purpose: what it does, as the end of "this bundle cannot …".
-        program: the captured program that techniques change.
         sample_field: the field of `CalibrationSamples` that it is calibrated on.
         sample_kind: what these samples are, in words.
         example: a command that does it with `{bundle}`, without the program's name.
@@ -50,7 +50,6 @@ class TaskRecord:
     name: str
     title: str
     purpose: str
-    program: str
     sample_field: str
     sample_kind: str
     example: str
@@ -65,6 +64,7 @@ _SENTENCES = {
     REUSE: "The diffusion head's final layer on features that an earlier step stored; runs on steps that reuse them.",
     schedule_of(REUSE): _SCHEDULE,
     VAE_DECODE: "The VAE's decoder, from latents to pixels; runs once a picture.",
+    CODES_DECODE: "The decoder of image codes, from a picture's codes to pixels; runs once a picture.",
     VISION: "The image encoder, from pixels to the embeddings the language model reads; runs once a picture.",
     prologue_of(
         LANGUAGE
@@ -75,19 +75,24 @@ _SENTENCES = {
     COMPLETE: "The language model on new rows, by the keys and values of the rows before; runs once a prompt, then "
     "once a token.",
 }
-_VARIANT = re.compile(rf"{DENOISE}(_pruned)?(?:_skip([\d-]+))?(_prologue|_schedule)?")
+_VARIANT = re.compile(rf"({DENOISE}|{DRAW})(_pruned)?(?:_skip([\d-]+))?(_prologue|_schedule)?")
 
 
 def _describe_generation(name: str) -> str:
-    """Describe an engine of t2i: one of fixed name, or a variant of `denoise`, its prologue or its schedule."""
+    """Describe an engine of t2i: one of fixed name, or a variant of `denoise` or `draw`, a prologue or a schedule."""
     found = _VARIANT.fullmatch(name)
     if found is None:
         return _SENTENCES.get(name, "")
-    pruned, layers, part = found.groups()
+    loop, pruned, layers, part = found.groups()
     how = ["with pruned FFNs"] * bool(pruned)
     if layers:
         how.append(f"without layers {layers.replace('-', ', ')} of the language model")
     suffix = f", {' and '.join(how)}" if how else ""
+    if loop == DRAW:
+        return (
+            f"The language model on new rows, text or image codes, to the logits of the next code{suffix}; runs once a "
+            "prompt, then on the codes that the plan names it for."
+        )
     if part == "_schedule":
         return _SCHEDULE
     if part == "_prologue":
@@ -103,7 +108,6 @@ T2I = TaskRecord(
     name="t2i",
     title="Pictures from text (t2i)",
     purpose="generate pictures",
-    program=DENOISE,
     sample_field="prompts",
     sample_kind="prompts",
     example='generate {bundle} "a red circle left of a blue square" --output picture.png',
@@ -113,7 +117,6 @@ MMU = TaskRecord(
     name="mmu",
     title="Questions about pictures (mmu)",
     purpose="answer questions",
-    program=UNDERSTAND,
     sample_field="questions",
     sample_kind="image and question pairs",
     example='ask {bundle} picture.png "what is in the picture?"',
@@ -123,7 +126,6 @@ TEXT = TaskRecord(
     name="text",
     title="Questions without a picture (text)",
     purpose="answer questions without a picture",
-    program=COMPLETE,
     sample_field="prompts",
     sample_kind="prompts",
     example='ask {bundle} "what is a prime number?"',

@@ -16,6 +16,7 @@ from typing import Literal
 
 from flashu_compile import arguments, reading
 from flashu_compile.bundle.dimensions import parsed
+from flashu_compile.bundle.sampling import Sampling
 from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError
 from flashu_compile.reading import Count
 from flashu_compile.system.paths import absolute
@@ -26,7 +27,7 @@ _LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
 _LONGEST_NAME = 255  # bytes, as in most file systems
 _ENGINE_NAME = "[A-Za-z0-9_-]{1,200}"
 
-SCHEMA = 5
+SCHEMA = 6
 BUILD_AGAIN = "build the bundle again"  # what to do about a damaged one
 MANIFEST = "manifest.json"
 PLAN, RECIPE, TOKENIZER, REPORT, REPORT_PAGE, WEIGHTS = (
@@ -159,7 +160,7 @@ class PictureRules:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """What the t2i pipeline must know of the model. Sizes in pixels (width, height), tokens or rows.
+    """What the t2i pipeline must know of a model with latents. Sizes in pixels (width, height), tokens or rows.
 
     `pad_id` fills sequences up. Raises `BundleError` on sizes of the wrong type, out of range, or that do not go
     together, and on a template without a picture.
@@ -188,6 +189,77 @@ class GenerationSettings:
                 f"The manifest's sequence_length {self.sequence_length} cannot hold a span of {self.span_length} and "
                 f"prompts of {self.max_prompt_tokens} tokens."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Unprompted:
+    """What guidance's second branch reads in place of a prompt: one of the two.
+
+    Attributes:
+        text: this text in the prompt's template.
+        pad_id: the prompt's own ids, each overwritten by this one, except those in `kept_ids`.
+
+    Raises `BundleError` unless exactly one of them is given.
+    """
+
+    text: str | None = None
+    pad_id: Count | None = None
+    kept_ids: tuple[Count, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.pad_id is None):
+            raise BundleError("The manifest's second branch of guidance needs either a text or a pad_id.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawingSettings:
+    """What the t2i pipeline must know of a model that draws a picture code by code.
+
+    Raises `BundleError` on sizes of the wrong type, out of range, or that do not go together, and on a template with a
+    picture.
+
+    Attributes:
+        template: the ids that a picture's first code follows, around the prompt.
+        unprompted: what guidance's second branch reads.
+        grid: rows and columns of codes in a picture, which are drawn row by row.
+        codes: the number of different codes; that of the engine's logits.
+        first_code_id: the id that the engine reads for code 0; the others follow it.
+        row_end: ids that follow the codes of each row but the last.
+        max_prompt_tokens: the longest prompt.
+        picture_size: width and height in pixels.
+        temperature, top_k, top_p: how codes are chosen unless a caller says otherwise; see `Sampling`.
+    """
+
+    template: Template
+    unprompted: Unprompted
+    grid: tuple[Count, Count]
+    codes: Count
+    first_code_id: Count
+    row_end: tuple[Count, ...]
+    max_prompt_tokens: Count
+    picture_size: tuple[Count, Count]
+    temperature: float = 1.0
+    top_k: Count = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("grid", "picture_size"):
+            for size in getattr(self, name):
+                _check_number(name, size, 1, _LARGEST_SIDE)
+        for name in ("codes", "max_prompt_tokens"):
+            _check_number(name, getattr(self, name), 1, _LARGEST_LENGTH)
+        if self.length > _LARGEST_LENGTH:
+            raise BundleError(f"The manifest's pictures of {self.length:,} codes are too large.")
+        if self.template.picture is not None:
+            raise BundleError(
+                "The manifest's template of t2i has a picture, where codes follow the template."
+            )
+        Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def length(self) -> int:
+        """The number of codes of a picture."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +358,7 @@ class Manifest:
     files: dict[str, FileEntry]
     origins: dict[str, Origin] = dataclasses.field(default_factory=dict)
     text: TextSettings | None = None
+    drawing: DrawingSettings | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from flashu_compile import arguments
 from flashu_compile.bundle.dimensions import evaluate, symbols
 from flashu_compile.bundle.manifest import (
+    DrawingSettings,
     EngineSpec,
     GenerationSettings,
     Manifest,
@@ -71,8 +72,12 @@ def dimension_ranges(manifest: Manifest, spec: EngineSpec) -> dict[str, Range]:
 
     Raises `ConfigurationError` on a symbol whose sizes cannot be determined, or if a picture has no number of rows.
     """
-    known = known_ranges(manifest.generation, manifest.understanding, manifest.text, _image_rows(manifest))
-    return ranges_of(spec, known)
+    return ranges_of(spec, _ranges(manifest))
+
+
+def _ranges(manifest: Manifest) -> dict[str, Range]:
+    rows = _image_rows(manifest)
+    return known_ranges(manifest.generation, manifest.understanding, manifest.text, rows, manifest.drawing)
 
 
 def known_ranges(
@@ -80,6 +85,7 @@ def known_ranges(
     understanding: UnderstandingSettings | None,
     text: TextSettings | None,
     image_rows: int,
+    drawing: DrawingSettings | None = None,
 ) -> dict[str, Range]:
     """Return the ranges of all dynamic dimensions that a model's engines have.
 
@@ -96,13 +102,20 @@ def known_ranges(
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
         known[CAPACITY] = Range(image_rows, image_rows + min(64, cached), image_rows + cached + ROOM)
     if text is not None:
-        rows = _around(text) + text.max_question_tokens + text.max_new_tokens
-        for name, usual, most in (("suffix", 1, rows), (CAPACITY, min(64, rows), rows + ROOM)):
-            known[name] = _joined(known.get(name, Range(1, usual, most)), Range(1, usual, most))
+        _join_rows(known, _around(text) + text.max_question_tokens + text.max_new_tokens)
+    if drawing is not None:
+        row = drawing.grid[1] + len(drawing.row_end)
+        _join_rows(known, _around(drawing) + drawing.max_prompt_tokens + drawing.grid[0] * row)
     return known
 
 
-def _around(settings: TextSettings) -> int:
+def _join_rows(known: dict[str, Range], rows: int) -> None:
+    """Let ranges hold those of an engine whose caches begin empty and take so many rows, one by one."""
+    for name, usual, most in (("suffix", 1, rows), (CAPACITY, min(64, rows), rows + ROOM)):
+        known[name] = _joined(known.get(name, Range(1, usual, most)), Range(1, usual, most))
+
+
+def _around(settings: TextSettings | DrawingSettings) -> int:
     """Return how many rows a template takes beside its text, at most: letters are no fewer than their tokens."""
     template = settings.template
     return max(_MAX_PREFIX, template.length + len(template.left.encode()) + len(template.right.encode()))
@@ -118,7 +131,7 @@ def fixed_sizes(manifest: Manifest) -> dict[str, int]:
 
     It updates caches in place where they lie, so these cannot grow.
     """
-    known = known_ranges(manifest.generation, manifest.understanding, manifest.text, _image_rows(manifest))
+    known = _ranges(manifest)
     return {CAPACITY: known[CAPACITY].max} if CAPACITY in known else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import re
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from flashu_compile.looking.structure import BlockFacts, ProgramStructure, StackFacts
     from flashu_compile.recipe.plan import StepPlan
     from flashu_compile.recipe.recipe import Recipe
+    from flashu_compile.recipe.token_plan import TokenPlan
 
 
 def print_json(value: Any) -> None:
@@ -55,29 +55,6 @@ def print_pairs(pairs: Mapping[str, Any]) -> None:
     for name, value in pairs.items():
         table.add_row(visible(name.replace("_", " ")), encodable(visible(value), sys.stdout))
     _console().print(table)
-
-
-def print_plan(plan: StepPlan) -> None:
-    """Print a row for each stretch of evaluations that do the same."""
-    rows, number = [], 1
-    for same, stretch in itertools.groupby(plan.steps, lambda step: dataclasses.replace(step, t=0.0, dt=1.0)):
-        steps = list(stretch)
-        ends = dict.fromkeys((number, number + len(steps) - 1))
-        number += len(steps)
-        alone = "" if len(same.branches) == 2 else f" ({('prompt', 'empty prompt')[same.branches[0]]} alone)"
-        rows.append(
-            (
-                "–".join(map(str, ends)),
-                f"{steps[0].t:.3f}–{steps[-1].t + steps[-1].dt:.3f}",
-                f"{same.guidance_scale:g}{alone}",
-                "stored" if same.store else "extrapolated" if same.extrapolate else "",
-                same.engine,
-            )
-        )
-    title = (
-        f"{plan.points} time points, {len(plan.steps)} evaluations, {plan.solver}, shift {plan.time_shift:g}"
-    )
-    print_table(("evaluation", "t", "guidance", "head cache", "engine"), rows, title=title)
 
 
 def print_recipe(recipe: Recipe) -> None:
@@ -162,7 +139,7 @@ def _print_pass_totals(
 
 
 def print_bundle(
-    directory: Path, manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None
+    directory: Path, manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | TokenPlan | None
 ) -> None:
     """Print engines beside their programs, signatures, contents and cost by component, and passes."""
     total = sum(entry.bytes for entry in manifest.files.values())
@@ -236,7 +213,7 @@ def _print_origins(origins: Mapping[str, Origin]) -> None:
             print_table(("file", "size", "SHA-256"), rows, title=title)
 
 
-def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> None:
+def _print_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | TokenPlan | None) -> None:
     """Print the work before and after: each captured program, and below it the engines made from it."""
     from flashu_compile.report.work import program_work, result_work
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashu_compile.cli import display
+from flashu_compile.cli import display, plans
 from flashu_compile.cli.base import (
     LOOKING,
     Bundle,
@@ -116,13 +116,13 @@ def inspect(
 
 def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
     from flashu_compile.bundle.files import BundleFiles
-    from flashu_compile.bundle.manifest import PLAN, read_manifest
-    from flashu_compile.recipe.plan import StepPlan
+    from flashu_compile.bundle.manifest import read_manifest
     from flashu_compile.report.contents import read_report
+    from flashu_compile.runtime.parts import read_plan
 
     manifest = read_manifest(bundle)
     files = BundleFiles(bundle, manifest)
-    step_plan = StepPlan.from_json(files.text(PLAN)) if manifest.generation else None
+    step_plan = read_plan(files)
     report = read_report(files)
     if plan and step_plan is None:
         raise InputError(f"{bundle} makes no pictures ({', '.join(manifest.tasks)}), so it has no step plan.")
@@ -131,7 +131,7 @@ def _inspect_bundle(bundle: Path, *, plan: bool, as_json: bool) -> None:
         whole = {"manifest": dataclasses.asdict(manifest), "plan": steps, "report": report}
         display.print_json(steps if plan else whole)
     elif plan and step_plan is not None:
-        display.print_plan(step_plan)
+        plans.print_plan(step_plan)
     else:
         display.print_bundle(bundle, manifest, report, step_plan)
 

@@ -27,7 +27,7 @@ from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.system.threads import torch_threads
-from flashu_compile.tasks import T2I, TEXT
+from flashu_compile.tasks import CODES_DECODE, T2I, TEXT
 
 PROMPT, QUESTION, SEED = "a red circle", "What is this?", 0
 EVALUATIONS, TOKENS = 2, 3
@@ -71,7 +71,10 @@ class BundleProbe:
 
     def _answered(self, task: str, pipe: Pipeline) -> dict[str, Any]:
         try:
-            told = self._picture(pipe) if task == T2I.name else self._tokens(pipe, task)
+            if task != T2I.name:
+                told = self._tokens(pipe, task)
+            else:
+                told = self._picture(pipe) if pipe.manifest.drawing is None else self._codes(pipe)
         except BackendUnavailableError as reason:
             return self._not_run(reason)
         except Exception as error:  # whatever engines that do not fit together trip over
@@ -88,6 +91,7 @@ class BundleProbe:
     def _picture(self, pipe: Pipeline) -> dict[str, Any]:
         settings, plan = pipe.manifest.generation, pipe.plan_for()
         assert settings is not None, "the bundle was built for t2i"
+        assert isinstance(plan, StepPlan)
         prompt, exact = self._fitting(PROMPT, settings.max_prompt_tokens), self._is_exact(T2I.name)
         points = EVALUATIONS + 1 if exact else None
         if not exact:
@@ -113,6 +117,26 @@ class BundleProbe:
             )
         pipe.plan = plan
         return told
+
+    def _codes(self, pipe: Pipeline) -> dict[str, Any]:
+        settings = pipe.manifest.drawing
+        assert settings is not None
+        prompt = self._fitting(PROMPT, settings.max_prompt_tokens)
+        codes = [code % settings.codes for code in range(TOKENS)][: settings.length]
+        logits = pipe.code_logits(prompt, codes)
+        _check_array("logits", logits, (len(codes), settings.codes))
+        whole = np.zeros((1, settings.length), np.int64)
+        pixels = pipe.engines.engine(CODES_DECODE).run({"codes": whole})["pixels"]
+        width, height = settings.picture_size
+        _check_array("pixels", pixels, (1, 3, height, width))
+        if not self._is_exact(T2I.name):
+            return {"tokens": len(codes)}
+        scale = pipe.plan_for().steps[0].guidance_scale
+
+        def eager_logits(eager: Any) -> NDArray[Any]:
+            return eager.code_logits(prompt, codes, scale).numpy()
+
+        return {"tokens": len(codes), **held_to_eager(self.loaded, "logits", logits, eager_logits)}
 
     def _tokens(self, pipe: Pipeline, task: str) -> dict[str, Any]:
         settings = pipe.manifest.answering(task)

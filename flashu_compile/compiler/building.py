@@ -146,9 +146,14 @@ def _accepted(built: BuiltEngines, maker: Maker) -> BuiltEngines:
     """
     for record in () if maker.allow_declined else built.records:
         if record.undone:
+            what = (
+                "there is none in"
+                if record.name == record.technique
+                else f"pass {record.name} did nothing to"
+            )
             raise DeclinedError(
-                f"The recipe asks for {record.technique}, and pass {record.name} did nothing to program "
-                f"{record.program!r}: {'; '.join(record.declined)}. Change the recipe or leave the technique out "
+                f"The recipe asks for {record.technique}, and {what} program {record.program!r}: "
+                f"{'; '.join(record.declined)}. Change the recipe or leave the technique out "
                 "of it, or build without it: allow_declined=True (--allow-declined)."
             )
     return built

@@ -13,7 +13,7 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
-from flashu_compile.compiler.tasks import COMPILED_TASKS
+from flashu_compile.compiler.tasks import compiled_task
 from flashu_compile.compiler.work import calibrating, calibration_work
 from flashu_compile.errors import InputError, RecipeError
 from flashu_compile.evaluation.neutral import calibration_prompts, calibration_questions, calibration_texts
@@ -142,7 +142,7 @@ def decide(
             tell(f"{task}: calibrated on {done} of {total} samples", fraction)
 
         tell(f"{task}: calibrating", tell.within(calibrating(task)))
-        made = COMPILED_TASKS[task].calibrate(source, recipe, chosen, seed, report)
+        made = compiled_task(source, task).calibrate(source, recipe, chosen, seed, report)
         decisions[task] = decisions.get(task, Decisions()).completed(made.decisions)
         figures[task] = made.figures
     return dataclasses.replace(recipe, decisions=decisions), figures
@@ -167,7 +167,7 @@ def measured_precision(
     errors, counts, sensitive, kept = {}, {}, {}, {}
     for task in tasks:
         given = () if samples is None else samples.of(task)[:SAMPLES]
-        probe = COMPILED_TASKS[task].probe(source, recipe, given)
+        probe = compiled_task(source, task).probe(source, recipe, given)
         errors[task], truth = probe.errors()
         counts[task] = len(given)
         alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)

@@ -31,7 +31,7 @@ class EagerSubject:
         if self._sampler is None:
             return told
         points = self._sampler.points if self._steps is None else self._steps
-        return {**told, "points": points, "evaluations": points - 1}
+        return told if points is None else {**told, "points": points, "evaluations": points - 1}
 
     def run(self, task: str) -> Mapping[str, list[float]]:
         """Make a picture, or encode one anew and decode as many tokens as the settings say."""

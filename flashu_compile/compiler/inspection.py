@@ -12,16 +12,18 @@ from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.beside_exact import BesideExact
 from flashu_compile.compiler.captured import CapturedModel
-from flashu_compile.compiler.tasks import COMPILED_TASKS
+from flashu_compile.compiler.metadata import picture_plan
+from flashu_compile.compiler.tasks import compiled_task
 from flashu_compile.errors import BackendUnavailableError
 from flashu_compile.exporters.bundle import Draft
 from flashu_compile.measure.samples import CalibrationSamples
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.token_plan import TokenPlan
 from flashu_compile.report.page import render
 from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime.pipeline import Pipeline
-from flashu_compile.tasks import RECORDS, T2I
+from flashu_compile.tasks import RECORDS
 
 
 @dataclasses.dataclass
@@ -48,9 +50,9 @@ class BuildChecks:
     comparisons: dict[str, tuple[Comparison, ...]] = dataclasses.field(default_factory=dict)
 
     @property
-    def plan(self) -> StepPlan | None:
-        """Return the step plan of t2i, or None if that is not one of the tasks."""
-        return self.recipe.plan() if T2I.name in self.tasks else None
+    def plan(self) -> StepPlan | TokenPlan | None:
+        """Return the plan of t2i, or None if that is not one of the tasks."""
+        return picture_plan(self.source.loaded, self.tasks, self.recipe)
 
     def measure(self, draft: Draft) -> dict[str, Any]:
         """Return the report's entries `answered` and `cost`, by task, and `beside_exact`.
@@ -93,7 +95,9 @@ class BuildChecks:
             except BackendUnavailableError as reason:
                 figures[task] = {"not_measured": f"the engines do not run here ({reason})"}
                 continue
-            cost = COMPILED_TASKS[task].cost(self.source, engines, self.recipe, samples, self.seed, tell)
+            cost = compiled_task(self.source, task).cost(
+                self.source, engines, self.recipe, samples, self.seed, tell
+            )
             figures[task] = {**cost.figures, "held_out": held_out}
             self.comparisons[task] = cost.comparisons
         return figures

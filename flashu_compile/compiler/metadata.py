@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from flashu_compile.bundle.manifest import GenerationSettings, Template, TextSettings, UnderstandingSettings
+from flashu_compile.bundle.manifest import (
+    DrawingSettings,
+    GenerationSettings,
+    Template,
+    TextSettings,
+    UnderstandingSettings,
+)
 from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import BundleMetadata
 from flashu_compile.extras import installed_versions
 from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.recipe.plan import StepPlan
+from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.token_plan import TokenPlan
 from flashu_compile.tasks import MMU, T2I, TEXT
 from flashu_compile.version import __version__
 
-_Kind = TypeVar("_Kind", GenerationSettings, UnderstandingSettings, TextSettings)
+_Kind = TypeVar("_Kind", GenerationSettings, DrawingSettings, UnderstandingSettings, TextSettings)
 _VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
@@ -28,7 +37,8 @@ def bundle_metadata(
         backend=backend,
         precision=precision,
         recipe=recipe,
-        generation=generation(loaded) if T2I.name in tasks else None,
+        generation=_drawn_by(loaded, tasks, GenerationSettings),
+        drawing=_drawn_by(loaded, tasks, DrawingSettings),
         understanding=understanding(loaded) if MMU.name in tasks else None,
         text=text(loaded) if TEXT.name in tasks else None,
         versions=_versions(),
@@ -39,6 +49,25 @@ def bundle_metadata(
 def generation(loaded: LoadedModel) -> GenerationSettings:
     """Return the model's settings that the t2i pipeline needs."""
     return _settings(loaded, T2I.name, GenerationSettings)
+
+
+def drawing(loaded: LoadedModel) -> DrawingSettings:
+    """Return the settings that the t2i pipeline needs of a model that draws code by code."""
+    return _settings(loaded, T2I.name, DrawingSettings)
+
+
+def _drawn_by(loaded: LoadedModel, tasks: tuple[str, ...], kind: type[_Kind]) -> _Kind | None:
+    """Return the settings of t2i if it is one of the tasks, and the model makes pictures by the loop of this kind."""
+    found = loaded.adapter.settings(loaded, T2I.name) if T2I.name in tasks else None
+    return found if type(found) is kind else None
+
+
+def picture_plan(loaded: LoadedModel, tasks: tuple[str, ...], recipe: Recipe) -> StepPlan | TokenPlan | None:
+    """Return the plan by which a model makes pictures, or None if t2i is not one of the tasks."""
+    drawn = _drawn_by(loaded, tasks, DrawingSettings)
+    if drawn is not None:
+        return recipe.token_plan(drawn.length)
+    return recipe.plan() if T2I.name in tasks else None
 
 
 def understanding(loaded: LoadedModel) -> UnderstandingSettings:
@@ -54,8 +83,9 @@ def text(loaded: LoadedModel) -> TextSettings:
 def prompt_limit(loaded: LoadedModel, task: str) -> tuple[int, Template]:
     """Return how many tokens a prompt of t2i or text may have, and the template that it stands in."""
     if task == T2I.name:
-        drawing = generation(loaded)
-        return drawing.max_prompt_tokens, drawing.template
+        made = loaded.adapter.settings(loaded, task)
+        assert isinstance(made, GenerationSettings | DrawingSettings)
+        return made.max_prompt_tokens, made.template
     told = text(loaded)
     return told.max_question_tokens, told.template
 
@@ -73,10 +103,11 @@ def _settings(loaded: LoadedModel, task: str, kind: type[_Kind]) -> _Kind:
 
 def size_ranges(loaded: LoadedModel, tasks: tuple[str, ...]) -> dict[str, Range]:
     """Return the range of sizes of every dynamic dimension of the model's engines, by name."""
-    made = generation(loaded) if T2I.name in tasks else None
+    made = _drawn_by(loaded, tasks, GenerationSettings)
+    drawn = _drawn_by(loaded, tasks, DrawingSettings)
     asked = understanding(loaded) if MMU.name in tasks else None
     told = text(loaded) if TEXT.name in tasks else None
-    return known_ranges(made, asked, told, loaded.adapter.image_rows(loaded))
+    return known_ranges(made, asked, told, loaded.adapter.image_rows(loaded), drawn)
 
 
 def _versions() -> dict[str, str]:

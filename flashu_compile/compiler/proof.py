@@ -20,7 +20,7 @@ from flashu_compile.compiler.answering import BundleProbe
 from flashu_compile.compiler.building import BuildResult, Maker, build_engines
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.kept_engines import EngineShelf
-from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
+from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, picture_plan, size_ranges
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.work import COPYING, making_work
 from flashu_compile.errors import ConfigurationError
@@ -30,7 +30,7 @@ from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.backends import find_run_backend
 from flashu_compile.system.drafts import draft_folder
-from flashu_compile.tasks import LLM, MMU, T2I
+from flashu_compile.tasks import LLM, MMU
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"
 #: Weights of more bytes than this are validated on a copy, unless asked otherwise.
@@ -183,7 +183,7 @@ def _answered_by_copy(
             metadata=bundle_metadata(loaded, tasks, backend, str(maker.precision), copy.recipe.name),
             tokenizer=loaded.tokenizer,
             recipe=copy.recipe,
-            plan=copy.recipe.plan() if T2I.name in tasks else None,
+            plan=picture_plan(loaded, tasks, copy.recipe),
             measure=ask,
         )
     return found

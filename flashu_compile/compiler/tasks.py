@@ -13,6 +13,7 @@ from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, Und
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.drawing import DrawingByCodes
 from flashu_compile.compiler.specialise import Job
 from flashu_compile.measure.calibration import Calibrated, calibrate_mmu, calibrate_t2i, calibrate_text
 from flashu_compile.measure.cost import Cost, answer_cost, picture_cost, text_cost
@@ -34,7 +35,6 @@ from flashu_compile.tasks import (
     LANGUAGE,
     LLM,
     MMU,
-    RECORDS,
     REUSE,
     T2I,
     TEXT,
@@ -51,6 +51,15 @@ class CompiledTask(Protocol):
     @property
     def record(self) -> TaskRecord:
         """Return the task's record."""
+        ...
+
+    @property
+    def program(self) -> str:
+        """Return the name of the captured program that techniques change."""
+        ...
+
+    def absent(self, recipe: Recipe) -> tuple[tuple[str, str], ...]:
+        """Return each technique that `recipe` asks for and this loop does not have, with the reason."""
         ...
 
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
@@ -94,7 +103,11 @@ class CompiledTask(Protocol):
 class TextToImage:
     """Pictures from text: variants of `denoise` by phase of the trajectory, and the engine that reuses features."""
 
-    record = T2I
+    record, program = T2I, DENOISE
+
+    def absent(self, recipe: Recipe) -> tuple[tuple[str, str], ...]:
+        """Return nothing: the recipe's parameters for this task are those of this loop."""
+        return ()
 
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
         """Return a job for each variant that the recipe's plan runs, and one for the engine that reuses features."""
@@ -165,7 +178,11 @@ class TextToImage:
 class Understanding:
     """Answers about pictures: the picture once, the question once, then token by token."""
 
-    record = MMU
+    record, program = MMU, UNDERSTAND
+
+    def absent(self, recipe: Recipe) -> tuple[tuple[str, str], ...]:
+        """Return nothing: the recipe's parameters for this task are those of this loop."""
+        return ()
 
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
         """Return the one job that makes the vision engine, the prologue and the language engine."""
@@ -217,7 +234,11 @@ class Understanding:
 class Completion:
     """Answers without a picture: the question once, then token by token, on buffers that begin empty."""
 
-    record = TEXT
+    record, program = TEXT, COMPLETE
+
+    def absent(self, recipe: Recipe) -> tuple[tuple[str, str], ...]:
+        """Return nothing: the recipe's parameters for this task are those of this loop."""
+        return ()
 
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
         """Return the one job that makes the engine."""
@@ -259,9 +280,27 @@ class Completion:
         return text_cost(program, engines, codec, settings, recipe, samples, tell=tell)
 
 
-COMPILED_TASKS: Mapping[str, CompiledTask] = {
-    task.record.name: task for task in (TextToImage(), Understanding(), Completion())
+#: By the captured program that techniques change, for there are two ways to make pictures.
+_COMPILED: Mapping[str, CompiledTask] = {
+    task.program: task for task in (TextToImage(), DrawingByCodes(), Understanding(), Completion())
 }
+
+
+def compiled_task(source: CapturedModel, task: str) -> CompiledTask:
+    """Return the compiler's side of a task of a model, by the program that was captured for it."""
+    return _COMPILED[main_program(source, task)]
+
+
+def main_program(source: CapturedModel, task: str) -> str:
+    """Return the name of the captured program of a task that techniques change."""
+    return next(
+        name for name, program in source.programs.items() if program.spec.task == task and is_main(name)
+    )
+
+
+def is_main(program: str) -> bool:
+    """Tell whether techniques change the captured program of this name."""
+    return program in _COMPILED
 
 
 def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
@@ -269,10 +308,7 @@ def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
 
     Programs that no technique changes are only cleaned. Raises `RecipeError` if the recipe lacks a decision.
     """
-    compiled = COMPILED_TASKS[task]
-    if program == compiled.record.program:
-        return compiled.jobs(recipe)
-    return (Job(program, pipelines.CLEAN),)
+    return _COMPILED[program].jobs(recipe) if is_main(program) else (Job(program, pipelines.CLEAN),)
 
 
 def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tuple[PassRecord, ...]:
@@ -282,7 +318,7 @@ def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tupl
     themselves decline is in their own records. A technique that is done in part is done: some blocks may keep
     all their neurons, some engines be whole and some phases skip nothing.
     """
-    if program != RECORDS[task].program:
+    if not is_main(program):
         return ()
     config, passes = recipe.config(task), [step for job in made for step in job.passes]
     pruned = {step.stack for step in passes if isinstance(step, PruneFFN) and step.kept}
@@ -293,7 +329,8 @@ def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tupl
     ]
     if config.layer_skipping > 0 and not any(isinstance(step, RemoveLayers) for step in passes):
         reasons.append((RemoveLayers, "no engine that runs skips a layer"))
+    told = [(step.__name__, step.technique, reason) for step, reason in reasons]
+    told += [(technique, technique, reason) for technique, reason in _COMPILED[program].absent(recipe)]
     return tuple(
-        PassRecord(program, step.__name__, step.kind, (), None, (reason,), step.technique)
-        for step, reason in reasons
+        PassRecord(program, name, "lossy", (), None, (reason,), technique) for name, technique, reason in told
     )

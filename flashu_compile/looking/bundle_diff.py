@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import PLAN, RECIPE, Manifest, read_manifest
+from flashu_compile.bundle.manifest import RECIPE, Manifest, read_manifest
 from flashu_compile.recipe import view as recipe_view
-from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_report
+from flashu_compile.runtime.parts import read_plan
 from flashu_compile.system.paths import absolute
 
 _FACTS = ("model", "tasks", "backend", "precision")
@@ -35,8 +35,7 @@ class OpenBundle:
         files = BundleFiles(directory, self.manifest)
         self.recipe = bundle_recipe(files)
         self.report = read_report(files)
-        made = self.manifest.generation is not None
-        self.plan = StepPlan.from_json(files.text(PLAN)) if made else None
+        self.plan = read_plan(files)
 
     @property
     def runs(self) -> dict[str, int]:

@@ -36,7 +36,7 @@ from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.program.program import Program, Role
-from flashu_compile.recipe.config import MMUConfig, T2IConfig, TextConfig
+from flashu_compile.recipe.config import MMUConfig, T2IConfig, TaskConfig, TextConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.runtime.sampler import prompt_pair, sample
@@ -345,23 +345,29 @@ def _calibrate_answers(
             answer, _ = asked.greedy(program, plain.record)
         except FlashuError as error:
             raise CalibrationError(f"Calibration failed on {name}: {error}") from error
-        statistics.last_rows = _last_rows(len(answer) + 1)
+        statistics.last_rows = last_rows(len(answer) + 1)
         recorder.record(asked.inputs(answer))
         if progress is not None:
             progress(index + 1, len(questions))
+    return decided_of_answers(statistics, config, len(questions))
+
+
+def decided_of_answers(statistics: Statistics, config: TaskConfig, count: int) -> Calibrated:
+    """Decide for what is decoded token by token, of which `statistics` saw `count` samples."""
     importance = statistics.importance()
     scores = statistics.scores()
     phases = (Phase(0.0, skip_layers(importance, config.layer_skipping)),) if config.layer_skipping else ()
     kept = _kept(scores, config.pruning, config.width_multiple)
     figures = {
-        "samples": len(questions),
+        "samples": count,
         "layer_importance": importance,
         "neuron_scores": score_curves(scores, kept),
     }
     return Calibrated(Decisions(kept, phases), figures, scores)
 
 
-def _last_rows(count: int) -> Rows:
+def last_rows(count: int) -> Rows:
+    """Select so many rows at the end of each value."""
     return lambda value: value[:, -count:].flatten(0, 1)
 
 

@@ -98,7 +98,7 @@ def picture_cost(
         techniques.append({"name": name, "error": _error(emulated(changed, 0), truths[0])})
     figures = {
         "samples": rows,
-        "error": _mean(row["error"] for row in rows),
+        "error": mean(row["error"] for row in rows),
         "techniques": techniques,
         "evaluations": {"exact": points - 1, "recipe": len(plan.steps)},
     }
@@ -149,7 +149,7 @@ def answer_cost(
     """
     asked = [about_picture(codec, settings, *question) for question in questions]
     rows, techniques = _answer_errors(program, engines, codec, recipe, MMU.name, asked, tell)
-    whole = _emulator(program, recipe, MMU.name)
+    whole = emulator_of(program, recipe, MMU.name)
     comparisons = []
     for question, row in zip(asked, rows, strict=True):
         picture = shown(question.given[Role.PIXELS][0].numpy(), settings.pictures)
@@ -213,7 +213,7 @@ def _answer_errors(
     techniques = []
     for name, changed in _answer_techniques(recipe, task):
         tell(f"measuring {name} alone")
-        emulator, answer = _emulator(program, changed, task), rows[0].answer
+        emulator, answer = emulator_of(program, changed, task), rows[0].answer
         steps = [emulator.emulate(asked[0].inputs(answer[:n]))[Role.LOGITS] for n in range(len(answer) + 1)]
         logits = np.concatenate([step.numpy() for step in steps])
         techniques.append({"name": name, "error": _error(logits, truths[0])})
@@ -224,7 +224,7 @@ def _answer_figures(rows: Sequence[_AnswerRow], techniques: list[dict[str, Any]]
     samples = [row.figures for row in rows]
     return {
         "samples": samples,
-        "error": _mean(sample["error"] for sample in samples),
+        "error": mean(sample["error"] for sample in samples),
         "same_tokens": sum(sample["same_tokens"] for sample in samples),
         "tokens": sum(sample["tokens"] for sample in samples),
         "techniques": techniques,
@@ -247,7 +247,8 @@ def _answer_techniques(recipe: Recipe, task: str) -> Iterator[tuple[str, Recipe]
             yield technique, dataclasses.replace(recipe, **alone)
 
 
-def _emulator(program: Program, recipe: Recipe, task: str) -> Emulator:
+def emulator_of(program: Program, recipe: Recipe, task: str) -> Emulator:
+    """Return an emulator of a recipe on the captured program of a task, for logits."""
     decided, config = recipe.decided(task), recipe.config(task)
     skipped = decided.phases[0].skipped if decided.phases else ()
     tokens = config if isinstance(config, MMUConfig) else None
@@ -280,13 +281,15 @@ def _kept_tokens(emulator: Emulator, question: Asked, answer: Sequence[int]) -> 
 
 
 def _error(value: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-    return _rounded(relative_error(value, truth))
+    return rounded(relative_error(value, truth))
 
 
-def _mean(values: Iterator[float]) -> float:
-    return _rounded(float(np.mean(list(values))))
+def mean(values: Iterator[float]) -> float:
+    """Return the mean, rounded as errors are."""
+    return rounded(float(np.mean(list(values))))
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Return an error as reports have it."""
     # Three digits: the last bits depend on where in memory operands lie.
     return float(f"{value:.2e}")

@@ -14,7 +14,8 @@ from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.program.program import Program
 
-_PRECISION = "float32"  # programs are captured in it
+#: The precision that programs are captured in.
+PRECISION = "float32"
 
 Tap = Callable[[Tensor], None]
 
@@ -52,7 +53,7 @@ class Recorder(fx.Interpreter):
 
 def captured_source(program: Program) -> Source:
     """Name the program as captured, which computes in float32, for errors about its outputs."""
-    return Source(f"The model's program {program.name!r}", _PRECISION)
+    return Source(f"The model's program {program.name!r}", PRECISION)
 
 
 class RecordingEngine:
@@ -67,7 +68,7 @@ class RecordingEngine:
     @property
     def precision(self) -> str:
         """Return the precision that programs are captured in."""
-        return _PRECISION
+        return PRECISION
 
     def engine(self, name: str) -> RecordingEngine:
         """Return this engine, whatever the name."""

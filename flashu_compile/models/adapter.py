@@ -19,7 +19,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from flashu_compile.bundle.files import HashedFile
-from flashu_compile.bundle.manifest import GenerationSettings, Origin, TextSettings, UnderstandingSettings
+from flashu_compile.bundle.manifest import (
+    DrawingSettings,
+    GenerationSettings,
+    Origin,
+    TextSettings,
+    UnderstandingSettings,
+)
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import reducing, weights
 from flashu_compile.models.hub import Snapshot
@@ -27,7 +33,7 @@ from flashu_compile.models.vae import LatentCodec
 from flashu_compile.program.trace import CaptureSpec
 
 Picture = str | Path | Image.Image | np.ndarray
-Settings = GenerationSettings | UnderstandingSettings | TextSettings
+Settings = GenerationSettings | DrawingSettings | UnderstandingSettings | TextSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +64,15 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A model's own trajectory: number of time points, guidance scale, warp of the time grid.
+    """A model's own way to make pictures: guidance scale, number of time points, warp of the time grid.
 
-    `accelerated_guidance_scale` is the scale of its published accelerated runs, None if it has none of its own.
+    The last two are None for a model that draws code by code. `accelerated_guidance_scale` is the scale of its
+    published accelerated runs, None if it has none of its own.
     """
 
-    points: int
     guidance_scale: float
-    time_shift: float
+    points: int | None = None
+    time_shift: float | None = None
     accelerated_guidance_scale: float | None = None
 
 
@@ -94,6 +101,13 @@ class EagerModel(Protocol):
 
     def answer(self, image: Any, question: str, tokens: int) -> None:
         """Decode just so many tokens greedily, whatever would end an answer."""
+
+
+class EagerDrawer(EagerModel, Protocol):
+    """One that draws pictures code by code."""
+
+    def code_logits(self, prompt: str, codes: Sequence[int], guidance_scale: float) -> Tensor:
+        """Return the guided logits [codes, vocab] of each of `codes`, the first of a picture, given those before it."""
 
 
 @dataclasses.dataclass(frozen=True)

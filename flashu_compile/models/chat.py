@@ -139,10 +139,11 @@ def _says_something(name: str, value: Any) -> bool:
 class PictureMark:
     """A picture in a chat: the `token` at its place in a rendered template, and what the library's processor adds.
 
-    That is `lead` before the whole, and `ahead` and `behind` around the picture's rows.
+    That is `lead` before the whole, and `ahead` and `behind` around the picture's rows. A picture that is to be drawn
+    has no token, and its place is at the end.
     """
 
-    token: str
+    token: str | None
     lead: str = ""
     ahead: str = ""
     behind: str = ""
@@ -196,7 +197,9 @@ def _of_chat(tokenizer: Any, codec: TextCodec, mark: PictureMark | None) -> Temp
         (*encode(after[stop:], add_special_tokens=False).ids, *tail),
         strip,
     )
-    return template if mark is None else _with_picture(template, codec.tokenizer.token_to_id(mark.token))
+    if mark is None or mark.token is None:
+        return template
+    return _with_picture(template, codec.tokenizer.token_to_id(mark.token))
 
 
 def _with_picture(template: Template, placeholder: int | None) -> Template:
@@ -228,7 +231,9 @@ def _rendered(tokenizer: Any, question: str, mark: PictureMark | None) -> tuple[
 
     Raises `CheckpointError` if it cannot be rendered, or has no place for one picture.
     """
-    about = [{"type": "image"}, {"type": "text", "text": question}]
+    about = [{"type": "text", "text": question}]
+    if mark is not None and mark.token is not None:
+        about.insert(0, {"type": "image"})
     messages = [{"role": "user", "content": question if mark is None else about}]
     try:
         chat = _ASKED_DAY.sub(lambda asked: repr(_DAY.strftime(asked[2])), tokenizer.get_chat_template())
@@ -239,12 +244,14 @@ def _rendered(tokenizer: Any, question: str, mark: PictureMark | None) -> tuple[
         raise CheckpointError(f"The chat template cannot be rendered: {error}") from error
     if mark is None:
         return text, False
+    # As the library's processors do, which add ids to a text unless it begins with one of them.
+    adds = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    if mark.token is None:
+        return mark.lead + text + mark.ahead, adds
     if text.count(mark.token) != 1:
         raise CheckpointError(
             f"The chat template has no one place for a picture: {mark.token!r} is there {text.count(mark.token)} times."
         )
-    # As the library's processors do, which add ids to a text unless it begins with one of them.
-    adds = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
     return mark.lead + text.replace(mark.token, mark.ahead + mark.token + mark.behind), adds
 
 
@@ -254,6 +261,6 @@ def _as_transformers_does(tokenizer: Any, question: str, mark: PictureMark | Non
         return list(tokenizer(question).input_ids)
     text, adds = _rendered(tokenizer, question, mark)
     ids = list(tokenizer(text, add_special_tokens=adds).input_ids)
-    if mark is not None:
+    if mark is not None and mark.token is not None:
         ids.remove(tokenizer.convert_tokens_to_ids(mark.token))
     return ids

@@ -1,30 +1,52 @@
-"""Janus: a vision tower of its own whose patches become rows of a Llama. Its drawing is not compiled."""
+"""Janus: a vision tower of its own whose patches become rows of a Llama, which also draws pictures code by code."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from flashu_compile import arguments
-from flashu_compile.bundle.manifest import PictureRules, PictureStep
+from flashu_compile.bundle.manifest import DrawingSettings, PictureRules, PictureStep, Unprompted
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
-from flashu_compile.models.adapter import ModelSource
-from flashu_compile.models.chat import PictureMark
-from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
+from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelSource, Sampler, Settings
+from flashu_compile.models.chat import PictureMark, template_of
+from flashu_compile.models.drawing_lm import DrawsCodes, EagerDrawing
+from flashu_compile.models.picture_lm import EagerQuestions, PictureLMAdapter, picture_token
+from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.system.paths import absolute
+from flashu_compile.tasks import LLM, MMU, T2I
 
 _PROCESSOR = "JanusImageProcessorPil"
 _SETTINGS, _TOLD = "processor_config.json", "use_default_system_prompt"
+#: Where a checkpoint names no scale, as in the library.
+_GUIDANCE = 5.0
 
 
-class JanusAdapter(PictureLMAdapter):
+class EagerJanus(EagerQuestions):
+    """A model in eager PyTorch, asked and drawing by the library."""
+
+    def __init__(self, loaded: LoadedModel, drawing: EagerDrawing) -> None:
+        super().__init__(loaded)
+        self.code_logits = drawing.code_logits
+        self._drawing = drawing
+
+    def generate(self, prompt: str, **_: Any) -> Any:
+        """Draw a picture by the library's own loop."""
+        return self._drawing.generate(prompt)
+
+
+class JanusAdapter(DrawsCodes, PictureLMAdapter):
     """Janus and Janus-Pro as `JanusForConditionalGeneration` of transformers."""
 
     name: ClassVar[str] = "janus"
     title: ClassVar[str] = "Janus and Janus-Pro of transformers, such as deepseek-community/Janus-Pro-1B"
+    tasks: ClassVar[tuple[str, ...]] = (T2I.name, MMU.name)
     model_type: ClassVar[str] = "janus"
     architecture: ClassVar[str] = "JanusForConditionalGeneration"
     vision: ClassVar[str] = "model.vision_model"
@@ -35,6 +57,88 @@ class JanusAdapter(PictureLMAdapter):
     def features(network: Any, pixels: Tensor) -> Tensor:
         """Compute a picture's rows by the library's own method."""
         return network.model.get_image_features(pixels, return_dict=True).pooler_output
+
+    @staticmethod
+    def rows(network: Any, ids: Tensor) -> Tensor:
+        """Embed ids of text, and above them those of codes, which have embeddings of their own."""
+        words = network.get_input_embeddings()
+        count = words.weight.shape[0]
+        text = words(ids.clamp(max=count - 1))
+        codes = network.prepare_embeddings_for_image_generation((ids - count).clamp(min=0))
+        return torch.where((ids < count).unsqueeze(-1), text, codes)
+
+    @staticmethod
+    def head(network: Any, rows: Tensor) -> Tensor:
+        """Compute logits by the head for codes."""
+        return network.model.generation_head(rows)
+
+    @staticmethod
+    def codes_decoder(network: Any) -> Any:
+        """Return the VQ model."""
+        return network.model.vqmodel
+
+    @staticmethod
+    def pixels(decoder: Any, codes: Tensor) -> Tensor:
+        """Decode codes by the library's own method."""
+        return decoder.decode(codes)
+
+    def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
+        """Return what to trace for either task."""
+        if task == MMU.name:
+            return super().captures(loaded, task)
+        return self.drawing_captures(loaded, loaded.details.drawing(), self.stacks(loaded)[LLM])
+
+    def settings(self, loaded: LoadedModel, task: str) -> Settings:
+        """Return what the loop of either task must know."""
+        return loaded.details.drawing() if task == T2I.name else super().settings(loaded, task)
+
+    def sampler(self, loaded: LoadedModel) -> Sampler:
+        """Return the guidance scale of the checkpoint."""
+        scale = loaded.network.generation_config.guidance_scale
+        told = _GUIDANCE if scale is None else scale
+        return Sampler(guidance_scale=arguments.number("guidance_scale", told, 0, 1e4, CheckpointError))
+
+    def eager(self, loaded: LoadedModel) -> EagerModel:
+        """Return the model with the library's own loops."""
+        drawing = EagerDrawing(loaded, loaded.details.drawing(), self, _drawn_by_library)
+        return EagerJanus(loaded, drawing)
+
+    def drawing(
+        self, network: Any, tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any]
+    ) -> DrawingSettings:
+        """Return what the loop that draws must know: the prompt's ids behind it are overwritten, and attended."""
+        config, vq = network.config.get_text_config(), network.config.vq_config
+        side = vq.num_patches
+        if network.config.vision_config.num_image_tokens != side**2:
+            raise CheckpointError(
+                f"The model draws {network.config.vision_config.num_image_tokens} codes, of which its decoder makes no "
+                f"picture of {side} × {side}."
+            )
+        mark = PictureMark(None, ahead=tokenizer.boi_token)
+        template = template_of(tokenizer, codec, mark)
+        ids = {**generation, **(generation.get("generation_kwargs") or {})}
+        begins = ids.get("boi_token_id", tokenizer.boi_token_id)
+        named = {
+            "pad_token_id": ids.get("pad_token_id"),
+            "bos_token_id": ids.get("bos_token_id"),
+            "boi": begins,
+        }
+        words = network.get_input_embeddings().weight.shape[0]
+        pad, *kept = (
+            arguments.integer(f"{name} in generation_config", value, 0, words - 1, CheckpointError)
+            for name, value in named.items()
+        )
+        pixels = side * 2 ** (len(vq.channel_multiplier) - 1)
+        return DrawingSettings(
+            template=template,
+            unprompted=Unprompted(pad_id=pad, kept_ids=tuple(kept)),
+            grid=(side, side),
+            codes=vq.num_embeddings,
+            first_code_id=words,
+            row_end=(),
+            max_prompt_tokens=config.max_position_embeddings - side**2 - template.length,
+            picture_size=(pixels, pixels),
+        )
 
     def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
         """Return the token of the picture, those that the processor puts around it, and its system prompt, if asked."""
@@ -61,6 +165,13 @@ class JanusAdapter(PictureLMAdapter):
             red, green, blue = processor.background_color
             steps.append(PictureStep("square", colour=(red, green, blue)))
         return pictures.picture_rules(processor, side, tuple(steps))
+
+
+def _drawn_by_library(network: Any, ids: Tensor) -> Tensor:
+    drawn = network.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=True
+    )
+    return drawn[0]
 
 
 def _asked_for(processor: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
 from flashu_compile.bundle.images import engine_pixels
-from flashu_compile.bundle.manifest import PictureRules, UnderstandingSettings
+from flashu_compile.bundle.manifest import DrawingSettings, PictureRules, UnderstandingSettings
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BundleError, CheckpointError
 from flashu_compile.models import pictures, pretrained, weights
-from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
+from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelAdapter, ModelSource, Settings
 from flashu_compile.models.chat import PictureMark, text_settings
 from flashu_compile.models.pretrained import EagerAnswers
 from flashu_compile.program.program import BATCH, Input, Role
@@ -49,10 +50,14 @@ class QuestionForward(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a model reads: its settings, and the number of rows that a picture has."""
+    """What a model reads: its settings, and the number of rows that a picture has.
+
+    `drawing` makes the settings of a model that also draws.
+    """
 
     settings: UnderstandingSettings
     rows: int
+    drawing: Callable[[], DrawingSettings] = dataclasses.field(compare=False)
 
 
 class EagerQuestions(EagerAnswers):
@@ -114,6 +119,12 @@ class PictureLMAdapter(ModelAdapter):
         """Return the rules by which an image processor makes pixels of `side` × `side`."""
         return pictures.picture_rules(processor, side)
 
+    def drawing(
+        self, network: Any, tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any]
+    ) -> DrawingSettings:
+        """Return what the loop that draws must know, for families that have one."""
+        raise NotImplementedError
+
     def prepared(self, network: Any) -> Any:
         """Return the network without layers that no row depends on."""
         return network
@@ -147,7 +158,8 @@ class PictureLMAdapter(ModelAdapter):
             ) from error
         rows = self._rows(network, rules)
         positions = pretrained.check_decoder(source, config) - rows
-        generation = pretrained.generation_of(network, options, self.unused)
+        every = pretrained.generation_of(network, options)
+        generation = {name: value for name, value in every.items() if name not in self.unused}
         told = text_settings(
             tokenizer,
             TextCodec(kept),
@@ -156,7 +168,8 @@ class PictureLMAdapter(ModelAdapter):
             getattr(config, "eos_token_id", None),
             self.mark(source, network, tokenizer, options.get("image_processor")),
         )
-        details = Reading(UnderstandingSettings(**vars(told), pictures=rules), rows)
+        drawing = functools.partial(self.drawing, network, tokenizer, TextCodec(kept), every)
+        details = Reading(UnderstandingSettings(**vars(told), pictures=rules), rows, functools.cache(drawing))
         model = LoadedModel(source.name, network, None, kept, details=details, adapter=self)
         return pretrained.with_origin(model, source, files)
 
@@ -196,7 +209,7 @@ class PictureLMAdapter(ModelAdapter):
             ),
         )
 
-    def settings(self, loaded: LoadedModel, task: str) -> UnderstandingSettings:
+    def settings(self, loaded: LoadedModel, task: str) -> Settings:
         """Return the template, the ends of answers, their limits, and the rules for pictures."""
         return loaded.details.settings
 
@@ -220,7 +233,7 @@ class PictureLMAdapter(ModelAdapter):
         tower.config = copy.copy(tower.config)
         tower.config.num_hidden_layers = count
 
-    def eager(self, loaded: LoadedModel) -> EagerQuestions:
+    def eager(self, loaded: LoadedModel) -> EagerModel:
         """Return the model with the library's own loop."""
         return EagerQuestions(loaded)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +160,10 @@ def check_decoder(source: ModelSource, config: Any) -> int:
     return positions
 
 
-def generation_of(network: Any, options: Mapping[str, Any], unused: Collection[str] = ()) -> dict[str, Any]:
-    """Return the settings of generation of a model but those `unused`, and those that a user gave instead."""
+def generation_of(network: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of generation of a model, and those that a user gave instead."""
     replaced = arguments.mapping("generation", options.get("generation"))
-    own = network.generation_config.to_diff_dict()
-    return {**{name: value for name, value in own.items() if name not in unused}, **replaced}
+    return {**network.generation_config.to_diff_dict(), **replaced}
 
 
 def kept_tokenizer(tokenizer: Any, network: Any) -> Tokenizer:

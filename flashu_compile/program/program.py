@@ -26,6 +26,7 @@ class Role(StrEnum):
     TIMESTEP = "timestep"
     VELOCITY = "velocity"
     HEAD_FEATURES = "head_features"
+    CODES = "codes"
     PIXELS = "pixels"
     IMAGE_EMBEDS = "image_embeds"
     PREFIX_IDS = "prefix_ids"

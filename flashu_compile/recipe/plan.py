@@ -133,8 +133,12 @@ class Variant:
     @property
     def name(self) -> str:
         """The engine's name, `denoise` followed by what distinguishes the variant."""
+        return self.named(DENOISE)
+
+    def named(self, program: str) -> str:
+        """Return the name of the engine that is this variant of another captured program."""
         layers = f"_skip{'-'.join(map(str, self.skipped))}" if self.skipped else ""
-        return DENOISE + ("_pruned" if self.pruned else "") + layers
+        return program + ("_pruned" if self.pruned else "") + layers
 
 
 def variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
@@ -202,7 +206,7 @@ def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str
     stored: list[frozenset[int]] = []
     rows: list[dict[str, Any]] = []
     for k in range(count):
-        scale = _scale(config, k, count)
+        scale = scale_at(config, k, count)
         row: dict[str, Any] = {"guidance_scale": scale, "engine": DENOISE}
         rows.append(row)
         if (k in full and not leaves) or (k == count - 1 and ruled):
@@ -220,8 +224,12 @@ def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str
     return rows
 
 
-def _scale(config: T2IConfig, k: int, count: int) -> float:
-    assert config.guidance_scale is not None  # `compile_plan` has seen to it
+def scale_at(config: T2IConfig, k: int, count: int) -> float:
+    """Return the guidance scale of evaluation k of `count`, by a configuration that has one.
+
+    Raises `ConfigurationError` if it is too large.
+    """
+    assert config.guidance_scale is not None  # callers have seen to it
     factor = _in_force(config.guidance, k / count)
     scale = 1.0 if factor is None else factor * config.guidance_scale
     if scale > LARGEST_SCALE:

@@ -33,6 +33,7 @@ from flashu_compile.recipe.config import (
 )
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
+from flashu_compile.recipe.token_plan import TokenPlan, compile_token_plan
 from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, T2I, TASKS, TEXT
 
@@ -95,6 +96,10 @@ class Recipe:
         """Compile this recipe's step plan for t2i."""
         return compile_plan(self.t2i, self.decided(T2I.name), points=points, guidance_scale=guidance_scale)
 
+    def token_plan(self, codes: int, *, guidance_scale: float | None = None) -> TokenPlan:
+        """Compile this recipe's plan for t2i by a model that draws pictures of `codes` codes."""
+        return compile_token_plan(self.t2i, self.decided(T2I.name), codes, guidance_scale=guidance_scale)
+
     def needs_calibration(self, task: str) -> bool:
         """Return whether the parameters of `task` require decisions that the recipe lacks."""
         decided = self.decided(task)
@@ -103,9 +108,9 @@ class Recipe:
     def resolved(
         self,
         *,
-        points: int,
+        points: int | None,
         guidance_scale: float,
-        time_shift: float,
+        time_shift: float | None,
         accelerated_guidance_scale: float | None = None,
     ) -> Recipe:
         """Return this recipe with the model's own sampler settings where it leaves them open.

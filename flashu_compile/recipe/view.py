@@ -11,13 +11,14 @@ from flashu_compile.recipe.config import Guidance, MMUConfig, T2IConfig, TaskCon
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, phases_run
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.token_plan import TokenPlan
 from flashu_compile.tasks import T2I, TASKS
 
 COLUMNS = ("technique", *TASKS)
 _NOT_THERE = "–"  # the technique does not exist for the task
 
 
-def recipe_rows(recipe: Recipe, plan: StepPlan | None = None) -> list[tuple[str, ...]]:
+def recipe_rows(recipe: Recipe, plan: StepPlan | TokenPlan | None = None) -> list[tuple[str, ...]]:
     """Return one table row for each technique, with the columns `COLUMNS`.
 
     Of the phases in which layers are skipped, those that `plan` runs, if given.
@@ -25,7 +26,7 @@ def recipe_rows(recipe: Recipe, plan: StepPlan | None = None) -> list[tuple[str,
     t2i, mmu = recipe.t2i, recipe.mmu
     decided = {task: recipe.decided(task) for task in TASKS}
     phases = {task: decisions.phases for task, decisions in decided.items()}
-    if plan is not None:
+    if isinstance(plan, StepPlan):
         numbers = phases_run(plan, phases[T2I.name])
         phases[T2I.name] = tuple(phases[T2I.name][number] for number in numbers)
     return [

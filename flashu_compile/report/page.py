@@ -11,6 +11,7 @@ from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.quantities import change, quantity, seconds, size
 from flashu_compile.recipe.plan import StepPlan, phases_run
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.token_plan import TokenPlan
 from flashu_compile.recipe.view import COLUMNS, recipe_rows
 from flashu_compile.report.pictures import AMPLIFIED, data_uri, keep_map
 from flashu_compile.report.work import (
@@ -39,7 +40,7 @@ def render(
     manifest: Manifest,
     report: Mapping[str, Any],
     recipe: Recipe,
-    plan: StepPlan | None,
+    plan: StepPlan | TokenPlan | None,
     comparisons: Mapping[str, Sequence[Comparison]],
     seen: Sequence[Seen] = (),
 ) -> str:
@@ -86,6 +87,7 @@ def render(
             name: max(errors.values()) for name, errors in engine_errors(report).items() if errors
         },
         plan=plan,
+        drawn_by_codes=isinstance(plan, TokenPlan),
         plots=_plots(report, recipe, plan),
         token_rule=_token_rule(recipe),
     )
@@ -152,7 +154,7 @@ def _passes(
         }
 
 
-def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> dict[str, Any]:
+def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | TokenPlan | None) -> dict[str, Any]:
     """Draw the plots there is data for, by name; without any, the plotting library is not even imported."""
     made: dict[str, Any] = {}
     figures = report.get("calibration", {})
@@ -169,7 +171,7 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
         if scores:
             made[f"{task}_scores"] = plots.score_curves(scores)
         phases = recipe.decided(task).phases
-        if task == T2I.name:
+        if task == T2I.name and not isinstance(plan, TokenPlan):
             run = () if plan is None else phases_run(plan, phases)
             rows = [row for number, row in enumerate(measured["layer_importance"]) if number in run]
             if rows:
@@ -178,7 +180,8 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
                 )
         else:
             layers = phases[0].skipped if phases else ()
-            made[f"{task}_importance"] = plots.importance_bars(measured["layer_importance"], layers)
+            bars = f"{task}_importance_bars" if task == T2I.name else f"{task}_importance"
+            made[bars] = plots.importance_bars(measured["layer_importance"], layers)
     if MMU.name in figures:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
         made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)

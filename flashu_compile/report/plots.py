@@ -20,8 +20,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from flashu_compile.recipe.plan import StepPlan
-from flashu_compile.tasks import DENOISE, REUSE
+from flashu_compile.recipe.plan import Step, StepPlan
+from flashu_compile.recipe.token_plan import CodeStep, TokenPlan
+from flashu_compile.tasks import DENOISE, DRAW, REUSE
 
 INK, MUTED, LINE, FIRST, SECOND, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 _VARIABLES = {
@@ -86,20 +87,22 @@ def _svg(figure: Figure, label: str) -> Markup:
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
-def timeline(plan: StepPlan) -> Markup:
-    """Plot which engine each evaluation runs, a lane for every engine, over the guidance scale."""
-    engines = list(dict.fromkeys(step.engine for step in plan.steps))
-    label = f"Engines and guidance scale of {len(plan.steps)} evaluations"
+def timeline(plan: StepPlan | TokenPlan) -> Markup:
+    """Plot which engine each evaluation or code runs, a lane for every engine, over the guidance scale."""
+    what = "code" if isinstance(plan, TokenPlan) else "evaluation"
+    steps: tuple[Step | CodeStep, ...] = plan.steps
+    engines = list(dict.fromkeys(step.engine for step in steps))
+    label = f"Engines and guidance scale of {len(plan.steps)} {what}s"
     with _figure(1.5 + 0.3 * len(engines), label) as (figure, done):
         heights = [0.3 * len(engines) + 0.1, 0.8]
         lanes, scales = figure.subplots(2, 1, sharex=True, height_ratios=heights)
-        for number, step in enumerate(plan.steps, start=1):
+        for number, step in enumerate(steps, start=1):
             lane = engines.index(step.engine)
-            colour = SECOND if step.engine == REUSE else THIRD if step.engine == DENOISE else FIRST
+            colour = SECOND if step.engine == REUSE else THIRD if step.engine in (DENOISE, DRAW) else FIRST
             lanes.add_patch(
                 Rectangle((number - 0.46, lane - 0.36), 0.92, 0.72, facecolor=colour, linewidth=0)
             )
-            if step.store:
+            if isinstance(step, Step) and step.store:
                 lanes.plot(number, lane, ".", color="white", markersize=4)
         lanes.set(ylim=(len(engines) - 0.4, -0.6), yticks=range(len(engines)), yticklabels=engines)
         lanes.tick_params(axis="y", labelcolor=INK, length=0)
@@ -109,7 +112,7 @@ def timeline(plan: StepPlan) -> Markup:
         values = [step.guidance_scale for step in plan.steps]
         edges = [numbers[0] - 0.5, *(numbers + 0.5)]
         scales.stairs(values, edges, color=INK, linewidth=1.4, baseline=None)
-        scales.set(xlabel="evaluation", ylabel="guidance", xlim=(0.4, len(plan.steps) + 0.6))
+        scales.set(xlabel=what, ylabel="guidance", xlim=(0.4, len(plan.steps) + 0.6))
         low, high = min(0.0, *values), max(values)
         scales.set_ylim(low, high * 1.15 or 1)
         return done()

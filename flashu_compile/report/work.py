@@ -9,7 +9,8 @@ from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.recipe.plan import StepPlan
-from flashu_compile.tasks import COMPLETE, DENOISE, LLM, MMU, TEXT, UNDERSTAND, VAE_DECODE, VISION
+from flashu_compile.recipe.token_plan import TokenPlan
+from flashu_compile.tasks import COMPLETE, DENOISE, DRAW, LLM, MMU, TEXT, UNDERSTAND, VAE_DECODE, VISION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,9 @@ class ResultWork:
     bytes: tuple[float, float]
 
 
-def program_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> list[ProgramWork]:
+def program_work(
+    manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | TokenPlan | None
+) -> list[ProgramWork]:
     """Return a row for each captured program, followed by those of the engines made from it."""
     counts = report.get("engines", {})
     rows: list[ProgramWork] = []
@@ -58,7 +61,7 @@ def program_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan |
     return rows
 
 
-def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
+def runs_of(manifest: Manifest, name: str, plan: StepPlan | TokenPlan | None) -> str:
     """Describe in words how often an engine runs."""
     readers = [e.name for e in manifest.engines if e.prologue == name]
     if manifest.engine(name).task == TEXT.name:
@@ -68,7 +71,8 @@ def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
         return "once a picture" if once else "once a question, then once a token"
     steps = Counter(step.engine for step in plan.steps) if plan else Counter()
     if name in steps:
-        return f"{steps[name]} of {sum(steps.values())} evaluations"
+        what = "codes" if isinstance(plan, TokenPlan) else "evaluations"
+        return f"{steps[name]} of {sum(steps.values())} {what}"
     if any(e.schedule == name for e in manifest.engines):
         return "once a time point"
     return "once a prompt" if readers else "once"
@@ -77,6 +81,8 @@ def runs_of(manifest: Manifest, name: str, plan: StepPlan | None) -> str:
 def _published_runs(name: str, report: Mapping[str, Any]) -> str:
     if name in (UNDERSTAND, COMPLETE):
         return "once a token"
+    if name == DRAW:
+        return "once a code"
     points = report.get("published_points")
     return f"{points - 1} evaluations" if name == DENOISE and points else "once"
 
@@ -112,11 +118,17 @@ def rows_text(rows: Sequence[int]) -> str:
     return ", ".join(f"{count} × {layers}" for count, layers in stretches)
 
 
-def result_work(manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | None) -> list[ResultWork]:
+def result_work(
+    manifest: Manifest, report: Mapping[str, Any], plan: StepPlan | TokenPlan | None
+) -> list[ResultWork]:
     """Compute the work of a first picture, and of an answer's first token; empty where the report lacks the counts."""
     captured, engines = report.get("captured", {}), report.get("engines", {})
     found: list[ResultWork] = []
-    if plan is not None and "published_points" in report and _counted(captured, DENOISE, VAE_DECODE):
+    if (
+        isinstance(plan, StepPlan)
+        and "published_points" in report
+        and _counted(captured, DENOISE, VAE_DECODE)
+    ):
         evaluations = report["published_points"] - 1
         before = {DENOISE: float(evaluations), VAE_DECODE: 1 / captured[VAE_DECODE]["batch"]}
         after: dict[str, float] = {}

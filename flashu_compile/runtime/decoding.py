@@ -20,6 +20,7 @@ from flashu_compile import arguments
 from flashu_compile.bundle.finite import Source, is_broken
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, TextSettings
 from flashu_compile.bundle.profiles import BATCH, ROOM
+from flashu_compile.bundle.sampling import GREEDY, Draws, Sampling
 from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError, InputError, NotFiniteError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
@@ -65,17 +66,19 @@ class Nothing:
 
     def answers(self, suffixes: Sequence[list[int]]) -> Answers:
         """Begin answers to questions; see `Asked`."""
-        state = state_of(self._engine.spec)
-        empty = {t.name: _no_rows(t) for t in self._engine.spec.inputs if t.name in state}
-        return _CachedForward(self._engine, empty, suffixes)
+        return _CachedForward(self._engine, empty_caches(self._engine.spec), suffixes)
 
     def greedy(self, logits: NDArray[np.float32]) -> list[int]:
         """Choose the next token of every answer; see `Asked`."""
         return Source.engine(self._engines, COMPLETE).greedy(logits)
 
 
+def empty_caches(spec: EngineSpec) -> Tensors:
+    """Return the caches of an engine, each [1, heads, 0, width], in which nothing is."""
+    return {t.name: _no_rows(t) for t in spec.inputs if t.name in state_of(spec)}
+
+
 def _no_rows(cache: TensorSpec) -> NDArray[Any]:
-    """Return a cache [1, heads, 0, width] in which nothing is."""
     _, heads, _, width = cache.shape
     return np.zeros((1, int(heads), 0, int(width)), cache.dtype)
 
@@ -129,13 +132,18 @@ def tokens(
     limit: int,
     penalty: float = 1.0,
     before: Collection[int] = (),
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] = (),
 ) -> Iterator[tuple[int, int]]:
-    """Yield greedy tokens, each with the index of its suffix: up to `limit` per answer, before one of `ends`.
+    """Yield the tokens of answers, each with the index of its suffix: up to `limit` per answer, before one of `ends`.
 
-    `penalty` is that on tokens which were there before, in an answer, its suffix or `before`; 1 is none.
+    `penalty` is that on tokens which were there before, in an answer, its suffix or `before`; 1 is none. `seeds` are
+    those of the answers, where `sampling` is not greedy.
     """
     for start in range(0, len(suffixes), BATCH):
-        for number, token in _batch(asked, suffixes[start : start + BATCH], ends, limit, penalty, before):
+        group = slice(start, start + BATCH)
+        draws = [] if sampling.is_greedy else [Draws(seed) for seed in seeds[group]]
+        for number, token in _batch(asked, suffixes[group], ends, limit, penalty, before, sampling, draws):
             yield start + number, token
 
 
@@ -180,13 +188,19 @@ def _batch(
     limit: int,
     penalty: float,
     before: Collection[int],
+    sampling: Sampling,
+    draws: Sequence[Draws],
 ) -> Iterator[tuple[int, int]]:
     answers = asked.answers(suffixes)
     logits = answers.first()
     seen = [{*before, *suffix} for suffix in suffixes]
     live = list(range(len(logits)))  # numbers of the answers, by place
     for count in range(1, limit + 1):
-        following = asked.greedy(penalised(logits, [seen[number] for number in live], penalty))
+        scores = penalised(logits, [seen[number] for number in live], penalty)
+        following = asked.greedy(scores)
+        if draws:
+            rows = zip(scores, live, strict=True)
+            following = [sampling.choose(row, draws[number]) for row, number in rows]
         for place in reversed(range(len(live))):
             if following[place] in ends:
                 answers.drop(place)
@@ -202,18 +216,25 @@ def _batch(
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """Questions that are being answered: the ids that each answer follows, its longest, and ids `before` them all."""
+    """Questions that are being answered: the ids that each answer follows, its longest, and ids `before` them all.
+
+    Tokens are chosen by `sampling`, with the seed of each answer.
+    """
 
     asked: Asked
     suffixes: list[list[int]]
     settings: TextSettings
     limit: int
     before: Sequence[int]
+    sampling: Sampling = GREEDY
+    seeds: Sequence[int] = ()
 
     def tokens(self) -> Iterator[tuple[int, int]]:
         """Yield the tokens of all answers; see `tokens` of this module."""
         ends, penalty = self.settings.stop_ids, self.settings.repetition_penalty
-        return tokens(self.asked, self.suffixes, ends, self.limit, penalty, self.before)
+        return tokens(
+            self.asked, self.suffixes, ends, self.limit, penalty, self.before, self.sampling, self.seeds
+        )
 
 
 def longest_answer(

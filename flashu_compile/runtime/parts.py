@@ -11,8 +11,9 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.token_plan import TokenPlan
 from flashu_compile.runtime.decoding import takes_image_end
-from flashu_compile.tasks import COMPLETE, LANGUAGE, VAE_DECODE, VISION
+from flashu_compile.tasks import CODES_DECODE, COMPLETE, LANGUAGE, VAE_DECODE, VISION
 
 Shape = tuple[int | None, ...]
 
@@ -22,7 +23,7 @@ class Parts:
     """What a pipeline needs of a bundle beside its engines; plan and recipe are None without t2i."""
 
     codec: TextCodec
-    plan: StepPlan | None
+    plan: StepPlan | TokenPlan | None
     recipe: Recipe | None
 
 
@@ -33,19 +34,33 @@ def read_parts(files: BundleFiles, *, allow_control_tokens: bool = False) -> Par
     """
     with files.held(TOKENIZER) as (tokenizer,):
         codec = TextCodec.from_file(tokenizer, allow_control_tokens=allow_control_tokens)
-    plan, recipe = None, None
-    if files.manifest.generation is not None:
-        plan = StepPlan.from_json(files.text(PLAN))
+    plan, recipe = read_plan(files), None
+    if plan is not None:
         recipe = _read_recipe(files)
     _check_parts(files.manifest, plan)
     return Parts(codec, plan, recipe)
 
 
+def read_plan(files: BundleFiles) -> StepPlan | TokenPlan | None:
+    """Read the plan of a bundle's pictures; None if it makes none. Raises `BundleError` if it is damaged."""
+    drawing = files.manifest.drawing
+    if drawing is None:
+        return None if files.manifest.generation is None else StepPlan.from_json(files.text(PLAN))
+    plan = TokenPlan.from_json(files.text(PLAN))
+    if sum(span.count for span in plan.spans) != drawing.length:
+        raise BundleError(
+            f"The plan draws {sum(span.count for span in plan.spans)} codes, and a picture has {drawing.length}; build "
+            "the bundle again."
+        )
+    return plan
+
+
 def _read_recipe(files: BundleFiles) -> Recipe:
     """Read the bundle's recipe, whose rules give plans. Raises `BundleError` if they do not."""
+    drawing = files.manifest.drawing
     try:
         recipe = Recipe.from_json(files.text(RECIPE))
-        recipe.plan()
+        recipe.plan() if drawing is None else recipe.token_plan(drawing.length)
     except (RecipeError, ConfigurationError) as error:
         raise BundleError(
             f"{files.directory / RECIPE} is not the recipe of a bundle: {error} Build the bundle again."
@@ -53,11 +68,15 @@ def _read_recipe(files: BundleFiles) -> Recipe:
     return recipe
 
 
-def _check_parts(manifest: Manifest, plan: StepPlan | None) -> None:
+def _check_parts(manifest: Manifest, plan: StepPlan | TokenPlan | None) -> None:
     """Check that every engine the tasks need exists, with the outputs they read. Raises `BundleError` otherwise."""
     needed: list[tuple[str, str, Shape]] = []
+    if manifest.drawing is not None:
+        assert isinstance(plan, TokenPlan)
+        needed.append((CODES_DECODE, "pixels", (None, 3, None, None)))
+        needed.extend((engine, "logits", (None, manifest.drawing.codes)) for engine in plan.engines)
     if manifest.generation is not None:
-        steps, settings = plan.steps if plan else (), manifest.generation
+        steps, settings = plan.steps if isinstance(plan, StepPlan) else (), manifest.generation
         needed.append((VAE_DECODE, "pixels", (None, 3, None, None)))
         needed.extend((step.engine, "velocity", (None, *settings.latent_shape)) for step in steps)
         needed.extend((step.engine, "head_features", (None, None, None)) for step in steps if step.store)

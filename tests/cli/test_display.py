@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashu_compile.cli import display
+from flashu_compile.cli import display, plans
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.plan import compile_plan
 
@@ -19,7 +19,7 @@ def test_plan_has_a_row_for_equal_evaluations(capsys: pytest.CaptureFixture[str]
         head_extrapolation=True,
         full_ffn=0.2,
     )
-    display.print_plan(compile_plan(config))
+    plans.print_plan(compile_plan(config))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[4:] if line.strip()]
     assert rows == [
         ["1–2", "0.000–0.182", "1", "(prompt", "alone)", "denoise"],

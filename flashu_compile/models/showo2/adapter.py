@@ -183,7 +183,7 @@ class Showo2Adapter(ModelAdapter):
         """Return the model's own trajectory."""
         config = loaded.network.config
         return Sampler(
-            config.steps, config.guidance_scale, config.time_shift, config.accelerated_guidance_scale
+            config.guidance_scale, config.steps, config.time_shift, config.accelerated_guidance_scale
         )
 
     def image_rows(self, loaded: LoadedModel) -> int:
