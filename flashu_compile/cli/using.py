@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,13 +30,32 @@ from flashu_compile.cli.terminal import say
 from flashu_compile.system.paths import absolute
 
 if TYPE_CHECKING:
+    from flashu_compile.bundle.sampling import Sampling
     from flashu_compile.runtime import Pipeline
+
+_CHOICES = ("temperature", "top_k", "top_p")
 
 AllowControlTokens = Annotated[
     bool,
     typer.Option(
         "--allow-control-tokens",
         help="Take what spells a control token of the model, such as <image>, as that token and not as text.",
+    ),
+]
+
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Choose tokens at random, the bolder the larger this is; 0 takes the most likely."
+    ),
+]
+TopK = Annotated[
+    int | None, typer.Option(min=0, help="Choose among so many of the most likely tokens; 0 is all.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Choose among the most likely tokens whose probabilities sum up to this."
     ),
 ]
 
@@ -72,6 +92,9 @@ def generate(
             min=0, help="How strongly the prompt is followed; 1 is plain.", show_default="the bundle's plan"
         ),
     ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     threads: Threads = None,
@@ -81,7 +104,7 @@ def generate(
     allow_control_tokens: AllowControlTokens = False,
     as_json: Json = False,
 ) -> None:
-    """Make a picture of PROMPT."""
+    """Make a picture of PROMPT. Temperature, top-k and top-p are for models that draw code by code."""
     from flashu_compile.bundle.images import check_picture_path, save_picture
 
     target = absolute(output)
@@ -96,6 +119,10 @@ def generate(
         trust=trust,
         allow_control_tokens=allow_control_tokens,
     )
+    drawing = pipeline.manifest.drawing
+    sampling = _sampling(
+        temperature, top_k, top_p, {} if drawing is None else {n: getattr(drawing, n) for n in _CHOICES}
+    )
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -103,6 +130,7 @@ def generate(
             seed=seed,
             steps=steps,
             guidance_scale=guidance_scale,
+            sampling=sampling,
             progress=lambda done, total: advance("Generating", done / total),
         )
     seconds = time.perf_counter() - started
@@ -147,6 +175,12 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="the bundle's")
     ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="With a temperature, the same seed gives the same answer.")
+    ] = 0,
     provider: Provider = "cpu",
     provider_option: ProviderOption = None,
     threads: Threads = None,
@@ -157,6 +191,8 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer QUESTION about PICTURE, or without one. Of several, each stands above its answer, in the order asked.
+
+    The most likely tokens are taken unless temperature, top-k or top-p is given.
 
     Without a picture give questions alone: one, or any number where the bundle has the task text only.
     """
@@ -174,7 +210,13 @@ def ask(
         raise typer.BadParameter("Missing QUESTION: this bundle answers questions about a picture alone.")
     alone = not question or pipeline.manifest.understanding is None
     questions = [str(picture), *(question or ())] if alone else list(question or ())
-    answers = pipeline.ask(None if alone else picture, questions, max_new_tokens=max_new_tokens)
+    answers = pipeline.ask(
+        None if alone else picture,
+        questions,
+        max_new_tokens=max_new_tokens,
+        sampling=_sampling(temperature, top_k, top_p, {}),
+        seed=seed,
+    )
     if as_json:
         display.print_json([{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)])
         return
@@ -182,6 +224,16 @@ def ask(
         if len(questions) > 1:
             say("\n" * bool(number) + f"> {asked}", lines=True)
         say(answer, lines=True)
+
+
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, default: Mapping[str, Any]
+) -> Sampling | None:
+    """Return how tokens are chosen, by what was given, and by the default for the rest; None if nothing was."""
+    from flashu_compile.bundle.sampling import Sampling
+
+    asked = {name: v for name, v in zip(_CHOICES, (temperature, top_k, top_p), strict=True) if v is not None}
+    return Sampling(**{**default, **asked}) if asked else None
 
 
 def _load(bundle: Path, **options: Any) -> Pipeline:

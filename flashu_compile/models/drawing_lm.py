@@ -19,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
-from flashu_compile.bundle.manifest import DrawingSettings
+from flashu_compile.bundle.manifest import DrawingSettings, PictureRules
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.program.program import BATCH, Input, Role
@@ -31,7 +31,7 @@ from flashu_compile.tasks import CODES_DECODE, DRAW, LLM, T2I
 Rows = Callable[[Any, Tensor], Tensor]
 #: Of a network and rows [b, n, width] that leave its decoder, the logits [b, n, codes] of the next code.
 Head = Callable[[Any, Tensor], Tensor]
-#: Of a network and codes [b, n], the pixels [b, 3, height, width] in [-1, 1].
+#: Of a decoder and codes [b, n], the pixels [b, 3, height, width], normalised as those that are read.
 Pixels = Callable[[Any, Tensor], Tensor]
 
 
@@ -49,15 +49,22 @@ class DrawingForward(nn.Module):
 
 
 class PixelsOfCodes(nn.Module):
-    """The decoder of codes."""
+    """The decoder of codes, whose pixels are normalised by the `rules` of those that are read."""
 
-    def __init__(self, model: Any, pixels: Pixels) -> None:
+    def __init__(self, model: Any, pixels: Pixels, rules: PictureRules) -> None:
         super().__init__()
         self.model, self.pixels = model, pixels
+        levels = torch.tensor([rules.mean, rules.std], dtype=torch.float64)
+        self._usual = bool((levels == 0.5).all())
+        self._mean, self._std = (
+            (2 * levels[0] - 1).float()[:, None, None],
+            (2 * levels[1]).float()[:, None, None],
+        )
 
     def forward(self, codes: Tensor) -> tuple[Tensor]:
-        """Compute the pixels of codes."""
-        return (self.pixels(self.model, codes),)
+        """Compute the pixels of codes, in [-1, 1] but for overshoot."""
+        pixels = self.pixels(self.model, codes)
+        return (pixels if self._usual else pixels * self._std + self._mean,)
 
 
 def decoded(network: Any, rows: Tensor) -> Tensor:
@@ -70,12 +77,13 @@ def decoded(network: Any, rows: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class EagerDrawing:
-    """A model in eager PyTorch that draws by the library's own loop, `library`, of ids [1, n] to codes [n]."""
+    """A model in eager PyTorch; `library` draws by the library's own loop, of ids [1, n] to codes [n]."""
 
     loaded: LoadedModel
     settings: DrawingSettings
+    rules: PictureRules
     adapter: DrawsCodes
-    library: Callable[[Any, Tensor], Tensor]
+    library: Callable[[Any, DrawingSettings, Tensor], Tensor]
 
     @torch.inference_mode()
     def code_logits(self, prompt: str, codes: Sequence[int], guidance_scale: float) -> Tensor:
@@ -99,8 +107,9 @@ class EagerDrawing:
     def generate(self, prompt: str) -> Image.Image:
         """Draw a picture by the library's own loop."""
         ids, _ = branch_ids(TextCodec(self.loaded.tokenizer), self.settings, prompt)
-        codes = self.library(self.loaded.network, torch.tensor([ids]))
-        pixels = self.adapter.pixels(self.adapter.codes_decoder(self.loaded.network), codes[None])
+        codes = self.library(self.loaded.network, self.settings, torch.tensor([ids]))
+        decoder = self.adapter.codes_decoder(self.loaded.network)
+        (pixels,) = PixelsOfCodes(decoder, self.adapter.pixels, self.rules)(codes[None])
         return to_picture(pixels[0].float().numpy(), Source("The decoder of codes", "float32"))
 
 
@@ -125,12 +134,15 @@ class DrawsCodes(ABC):
     @staticmethod
     @abstractmethod
     def pixels(decoder: Any, codes: Tensor) -> Tensor:
-        """Decode codes [b, n] to pixels [b, 3, height, width] in [-1, 1]."""
+        """Decode codes [b, n] to pixels [b, 3, height, width], normalised as those that are read."""
 
     def drawing_captures(
-        self, loaded: LoadedModel, settings: DrawingSettings, root: str
+        self, loaded: LoadedModel, settings: DrawingSettings, root: str, rules: PictureRules
     ) -> tuple[CaptureSpec, ...]:
-        """Return the forward that draws, whose decoder layers are at `root`, and the decoder of codes."""
+        """Return the forward that draws, whose decoder layers are at `root`, and the decoder of codes.
+
+        `rules` are those of pictures that are read, by which the decoder's pixels are normalised.
+        """
         generator, network = torch.Generator().manual_seed(0), loaded.network
         most = settings.first_code_id + settings.codes
         ids = torch.randint(most, (2, 20), generator=generator)
@@ -147,7 +159,7 @@ class DrawsCodes(ABC):
         decode = CaptureSpec(
             name=CODES_DECODE,
             task=T2I.name,
-            module=PixelsOfCodes(self.codes_decoder(network), self.pixels),
+            module=PixelsOfCodes(self.codes_decoder(network), self.pixels, rules),
             inputs=(Input(Role.CODES, (BATCH, None)),),
             outputs=(Role.PIXELS,),
             stacks={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,7 +87,10 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
         """Return what to trace for either task."""
         if task == MMU.name:
             return super().captures(loaded, task)
-        return self.drawing_captures(loaded, loaded.details.drawing(), self.stacks(loaded)[LLM])
+        reading = loaded.details
+        return self.drawing_captures(
+            loaded, reading.drawing(), self.stacks(loaded)[LLM], reading.settings.pictures
+        )
 
     def settings(self, loaded: LoadedModel, task: str) -> Settings:
         """Return what the loop of either task must know."""
@@ -100,13 +104,15 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
 
     def eager(self, loaded: LoadedModel) -> EagerModel:
         """Return the model with the library's own loops."""
-        drawing = EagerDrawing(loaded, loaded.details.drawing(), self, _drawn_by_library)
+        reading = loaded.details
+        rules = reading.settings.pictures
+        drawing = EagerDrawing(loaded, reading.drawing(), rules, self, _drawn_by_library)
         return EagerJanus(loaded, drawing)
 
     def drawing(
         self, network: Any, tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any]
     ) -> DrawingSettings:
-        """Return what the loop that draws must know: the prompt's ids behind it are overwritten, and attended."""
+        """Return what the loop that draws must know; guidance's second branch attends to padding."""
         config, vq = network.config.get_text_config(), network.config.vq_config
         side = vq.num_patches
         if network.config.vision_config.num_image_tokens != side**2:
@@ -167,9 +173,13 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
         return pictures.picture_rules(processor, side, tuple(steps))
 
 
-def _drawn_by_library(network: Any, ids: Tensor) -> Tensor:
+def _drawn_by_library(network: Any, settings: DrawingSettings, ids: Tensor) -> Tensor:
+    config = copy.deepcopy(network.generation_config)
+    # The library forgets this entry of a file that it reads.
+    config.generation_kwargs = {"boi_token_id": settings.unprompted.kept_ids[-1]}
+    mask = torch.ones_like(ids)
     drawn = network.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=True
+        ids, attention_mask=mask, generation_config=config, generation_mode="image", do_sample=True
     )
     return drawn[0]
 

@@ -29,7 +29,7 @@ def branch_ids(codec: TextCodec, settings: DrawingSettings, prompt: str) -> tupl
     Raises `InputError` if the prompt is too long.
     """
     template, other = settings.template, settings.unprompted
-    prompted = codec.in_template(template, prompt, settings.max_prompt_tokens)
+    prompted = codec.in_template(template, prompt, settings.max_prompt_tokens, "prompt")
     if other.text is not None:
         return prompted, codec.in_template(template, other.text)
     assert other.pad_id is not None  # one of the two is given

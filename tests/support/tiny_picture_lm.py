@@ -31,6 +31,8 @@ from tests.support import tiny_lm
 
 SIDE, PATCH = 28, 7
 BOS, END, IMAGE, BOI, EOI = 256, 258, 259, 260, 261
+#: What overwrites a prompt in guidance's second branch.
+PAD = 33
 ADDED = ("<image>", "<picture>", "</picture>")
 #: What ends an answer: some letters too, so that some answers do end.
 ENDS = tiny_lm.ENDS
@@ -73,10 +75,10 @@ def tokenizer(chat: str, *, adds: bool = False) -> Any:
     return fast
 
 
-def _text(kind: Any) -> Any:
+def _text(kind: Any, width: int = 32) -> Any:
     return kind(
         vocab_size=262,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -137,9 +139,9 @@ def llava_siglip(seed: int = 0, **changes: Any) -> Family:
     return Family(_scaled(LlavaForConditionalGeneration(config), seed), processor)
 
 
-def janus(seed: int = 0, **changes: Any) -> Family:
+def janus(seed: int = 0, *, width: int = 32, **changes: Any) -> Family:
     """Janus, whose pictures are made square on a colour of their own, and stand between tokens."""
-    text = _text(LlamaConfig)
+    text = _text(LlamaConfig, width)
     vision = {
         **{name: value for name, value in _VISION.items() if name != "intermediate_size"},
         "mlp_ratio": 2.0,
@@ -173,7 +175,11 @@ def janus(seed: int = 0, **changes: Any) -> Family:
     processor = JanusProcessor(
         pictures, fast, chat_template=LINES_CHAT, num_image_tokens=(SIDE // PATCH) ** 2
     )
-    return Family(_scaled(JanusForConditionalGeneration(config), seed), processor)
+    model = _scaled(JanusForConditionalGeneration(config), seed)
+    settings = model.generation_config
+    settings.guidance_scale, settings.generation_kwargs = 3.0, {"boi_token_id": BOI}
+    settings.bos_token_id, settings.pad_token_id = BOS, PAD
+    return Family(model, processor)
 
 
 def _scaled(model: Any, seed: int) -> Any:
