@@ -17,7 +17,7 @@ from typing import Literal
 from flashu_compile import arguments, reading
 from flashu_compile.bundle.dimensions import parsed
 from flashu_compile.bundle.sampling import Sampling
-from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError
+from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError, InputError
 from flashu_compile.reading import Count
 from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, TEXT
@@ -254,7 +254,10 @@ class DrawingSettings:
             raise BundleError(
                 "The manifest's template of t2i has a picture, where codes follow the template."
             )
-        Sampling(self.temperature, self.top_k, self.top_p)
+        try:
+            Sampling(self.temperature, self.top_k, self.top_p)
+        except InputError as error:
+            raise BundleError(f"The manifest's way to choose codes is none: {error}") from error
 
     @property
     def length(self) -> int:
