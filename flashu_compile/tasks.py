@@ -18,8 +18,8 @@ TaskName = Literal["t2i", "mmu", "text"]
 DENOISE, VAE_DECODE, UNDERSTAND, COMPLETE = "denoise", "vae_decode", "understand", "complete"
 #: Engines that passes make of these.
 REUSE, VISION, LANGUAGE = "reuse", "vision", "language"
-#: The stacks of a model. `LLM` is the one whose layers are skipped and whose rows are counted.
-LLM, SEMANTIC, HEAD = "llm", "semantic", "head"
+#: What recipes and precisions call the stack that attends over all rows, whatever a model calls it.
+DECODER = "decoder"
 
 
 def prologue_of(name: str) -> str:
@@ -75,7 +75,7 @@ _SENTENCES = {
     COMPLETE: "The language model on new rows, by the keys and values of the rows before; runs once a prompt, then "
     "once a token.",
 }
-_VARIANT = re.compile(rf"{DENOISE}(_pruned)?(?:_skip([\d-]+))?(_prologue|_schedule)?")
+_VARIANT = re.compile(rf"{DENOISE}(_pruned)?(?:_skip([\w-]+?))?(_prologue|_schedule)?")
 
 
 def _describe_generation(name: str) -> str:
@@ -86,13 +86,24 @@ def _describe_generation(name: str) -> str:
     pruned, layers, part = found.groups()
     how = ["with pruned FFNs"] * bool(pruned)
     if layers:
-        how.append(f"without layers {layers.replace('-', ', ')} of the language model")
+        how.append(f"without layers {_layers_in_words(layers)}")
     suffix = f", {' and '.join(how)}" if how else ""
     if part == "_schedule":
         return _SCHEDULE
     if part == "_prologue":
         return f"What does not change from step to step, of the prompt's rows{suffix}; runs once a prompt."
     return f"One evaluation of the velocity of the latents{suffix}; runs on the steps that the plan names it for."
+
+
+def _layers_in_words(name: str) -> str:
+    """Return the layers that an engine's name lists: `3-5` as "3, 5", `-eye-0-trunk-3-5` by stack."""
+    stacks: list[tuple[str, list[str]]] = []
+    for part in name.lstrip("-").split("-"):
+        if not stacks or not part.isdecimal():
+            stacks.append(("", [part]) if part.isdecimal() else (part, []))
+        else:
+            stacks[-1][1].append(part)
+    return " and ".join(", ".join(layers) + (f" of {stack}" if stack else "") for stack, layers in stacks)
 
 
 def _describe_answering(name: str) -> str:

@@ -32,7 +32,6 @@ from flashu_compile.tasks import (
     COMPLETE,
     DENOISE,
     LANGUAGE,
-    LLM,
     MMU,
     RECORDS,
     REUSE,
@@ -105,7 +104,7 @@ class TextToImage:
                 variant.name,
                 pipelines.denoise(
                     kept=decided.kept_neurons if variant.pruned else {},
-                    skipped=variant.skipped,
+                    skipped=dict(variant.skipped),
                     features=config.head_cache > 1,
                 ),
             )
@@ -170,10 +169,10 @@ class Understanding:
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
         """Return the one job that makes the vision engine, the prologue and the language engine."""
         config, decided = recipe.mmu, recipe.decided(MMU.name)
-        skipped = decided.phases[0].skipped if decided.phases else ()
+        skipped = decided.phases[0].layers if decided.phases else {}
         gather = None
         if config.token_pruning > 0:
-            gather = GatherTokens(LLM, config.token_layer, config.token_pruning, config.token_scorer, skipped)
+            gather = GatherTokens(config.token_layer, config.token_pruning, config.token_scorer, skipped)
         passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
         return (Job(UNDERSTAND, passes, then={LANGUAGE: pipelines.decode()}),)
 
@@ -222,7 +221,7 @@ class Completion:
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
         """Return the one job that makes the engine."""
         decided = recipe.decided(TEXT.name)
-        skipped = decided.phases[0].skipped if decided.phases else ()
+        skipped = decided.phases[0].layers if decided.phases else {}
         passes = pipelines.complete(kept=decided.kept_neurons, skipped=skipped)
         return (Job(COMPLETE, passes, only=(COMPLETE,), without=(Role.PREFIX_IDS,)),)
 
@@ -286,13 +285,19 @@ def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tupl
         return ()
     config, passes = recipe.config(task), [step for job in made for step in job.passes]
     pruned = {step.stack for step in passes if isinstance(step, PruneFFN) and step.kept}
+    skipped = {step.stack for step in passes if isinstance(step, RemoveLayers)}
     reasons: list[tuple[type[Pass], str]] = [
-        (PruneFFN, f"no engine that runs has fewer neurons in stack {stack}")
-        for stack, share in config.pruning.items()
-        if share > 0 and stack not in pruned
+        *(
+            (PruneFFN, f"no engine that runs has fewer neurons in stack {stack}")
+            for stack in config.pruned
+            if stack not in pruned
+        ),
+        *(
+            (RemoveLayers, f"no engine that runs skips a layer of stack {stack}")
+            for stack in config.skipping
+            if stack not in skipped
+        ),
     ]
-    if config.layer_skipping > 0 and not any(isinstance(step, RemoveLayers) for step in passes):
-        reasons.append((RemoveLayers, "no engine that runs skips a layer"))
     return tuple(
         PassRecord(program, step.__name__, step.kind, (), None, (reason,), step.technique)
         for step, reason in reasons

@@ -169,16 +169,17 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
         if scores:
             made[f"{task}_scores"] = plots.score_curves(scores)
         phases = recipe.decided(task).phases
-        if task == T2I.name:
-            run = () if plan is None else phases_run(plan, phases)
-            rows = [row for number, row in enumerate(measured["layer_importance"]) if number in run]
-            if rows:
-                made["t2i_importance"] = plots.importance_map(
-                    rows, [phases[number].skipped for number in run]
-                )
-        else:
-            layers = phases[0].skipped if phases else ()
-            made[f"{task}_importance"] = plots.importance_bars(measured["layer_importance"], layers)
+        for stack, importance in measured["layer_importance"].items():
+            skipped = [phase.layers.get(stack, ()) for phase in phases]
+            if task != T2I.name:
+                drawn = plots.importance_bars(stack, importance, skipped[0] if skipped else ())
+            else:
+                run = () if plan is None else phases_run(plan, phases)
+                rows = [row for number, row in enumerate(importance) if number in run]
+                if not rows:
+                    continue
+                drawn = plots.importance_map(stack, rows, [skipped[number] for number in run])
+            made[f"{task}_importance"] = made.get(f"{task}_importance", "") + drawn
     if MMU.name in figures:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
         made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)
