@@ -240,9 +240,11 @@ def work_directory(output: Path) -> Path:
 
 def model_sources(model: str, files: Sequence[Path]) -> dict[str, Recipe]:
     """The recipes that rows draw on, by name, with the model's own points and scales; not yet calibrated."""
-    config = load_model(model).network.config
+    loaded = load_model(model)
+    config = loaded.network.config
     named: tuple[str | Path, ...] = (BASE, FULL, *PRESETS, *files)
-    found = [find_recipe(source) for source in named]
+    decoder = loaded.adapter.decoder(loaded)
+    found = [find_recipe(source).for_stacks(loaded.name, {}, decoder) for source in named]
     return {
         recipe.name: recipe.resolved(
             points=config.steps, guidance_scale=config.guidance_scale, time_shift=config.time_shift

@@ -22,7 +22,7 @@ BASE, FULL, PRESETS = "exact", "flashu", ("balanced", "conservative", "aggressiv
 # The parameters of each technique, by task.
 TECHNIQUES: dict[str, dict[str, tuple[str, ...]]] = {
     "t2i": {
-        "FFN pruning": ("ffn_pruning", "semantic_pruning", "head_pruning"),
+        "FFN pruning": ("pruning",),
         "hybrid FFN": ("full_ffn", "full_ffn_at"),
         "layer skipping": ("layer_skipping", "skipping_interval"),
         "fewer points": ("points",),
@@ -30,7 +30,7 @@ TECHNIQUES: dict[str, dict[str, tuple[str, ...]]] = {
         "head cache": ("head_cache", "head_extrapolation", "as_published"),
     },
     "mmu": {
-        "FFN pruning": ("ffn_pruning", "semantic_pruning"),
+        "FFN pruning": ("pruning",),
         "layer skipping": ("layer_skipping",),
         "token pruning": ("token_pruning", "token_layer", "token_scorer"),
     },

@@ -124,7 +124,7 @@ def build(folder: Path, threads: int, backend: str, precision: str) -> dict[str,
         "t2i": Decisions(published_defaults(CONFIG).decided("t2i").kept_neurons),
         "mmu": Decisions(understanding_defaults(CONFIG).decided("mmu").kept_neurons),
     }
-    pruned = T2IConfig(ffn_pruning=0.2, full_ffn=0.5, head_cache=2), MMUConfig(ffn_pruning=0.2)
+    pruned = T2IConfig(pruning=0.2, full_ffn=0.5, head_cache=2), MMUConfig(pruning=0.2)
     recipe = Recipe("pruned", *pruned, decisions)
     bundle = flashu_compile.export(
         folder / "model",

@@ -60,7 +60,8 @@ def patch(model: Showo2, recipe: Recipe, pipe: Pipeline) -> PublishedPatch:
     decided, steps = recipe.decided("t2i"), len(pipe.plan.steps)
     kept = {layer: neurons.tolist() for layer, neurons in decided.kept_neurons["llm"].items()}
     skipped = {
-        k + 1: [p.skipped for p in decided.phases if p.start <= k / steps + 1e-9][-1] for k in range(steps)
+        k + 1: [p.layers.get("llm", ()) for p in decided.phases if p.start <= k / steps + 1e-9][-1]
+        for k in range(steps)
     }
     return PublishedPatch(model, pipe.plan, kept, skipped, round(recipe.t2i.full_ffn * steps))
 

@@ -127,8 +127,8 @@ def understanding_defaults(config: Showo2Config) -> Recipe:
     layers = config.llm.num_hidden_layers
     kept = _kept(random, config)
     skipped = random.choice(layers, int(0.2 * layers), replace=False).tolist()
-    techniques = MMUConfig(ffn_pruning=0.2, layer_skipping=0.2, token_pruning=0.5)
-    decided = Decisions({"llm": kept}, (Phase(0.0, tuple(skipped)),))
+    techniques = MMUConfig(pruning={"llm": 0.2}, layer_skipping={"llm": 0.2}, token_pruning=0.5)
+    decided = Decisions({"llm": kept}, (Phase(0.0, {"llm": tuple(skipped)}),))
     return Recipe("techniques", mmu=techniques, decisions={"mmu": decided})
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from flashu_compile.errors import RecipeError
+from flashu_compile.models.stacks import LLM
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import LLM, T2I
+from flashu_compile.tasks import T2I
 
 
 def published_decisions(
@@ -58,17 +59,17 @@ def published_decisions(
     for step, layers in lists:
         # Evaluation k is step k + 1. A list that is computed on the step after another's still ends that one.
         skipped |= {step - 1: (), step: layers}
-    phases = tuple(Phase(k / count, layers) for k, layers in sorted(skipped.items()) if k < count)
+    phases = tuple(Phase(k / count, {stack: layers}) for k, layers in sorted(skipped.items()) if k < count)
     fallback = guidance[-1][1] if fallback_guidance is None else fallback_guidance
     config = T2IConfig(
         points=points,
         guidance_scale=fallback,
         time_shift=time_shift,
         guidance=_factors(guidance, fallback, count),
-        ffn_pruning=r_p,
+        pruning={stack: r_p},
         full_ffn=max(tau - 1, 0) / count,
         full_ffn_at="last",
-        layer_skipping=r_LS,
+        layer_skipping={stack: r_LS},
         skipping_interval=T_LS,
         head_cache=T_cache,
         as_published=True,

@@ -8,21 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from flashu_compile import arguments
-from flashu_compile.bundle.precision import checked_parts
+from flashu_compile.arguments import shown
+from flashu_compile.bundle.precision import OTHER, REST, checked_parts
 from flashu_compile.bundle.signatures import updated
+from flashu_compile.errors import ConfigurationError
 from flashu_compile.passes.base import Pass
 from flashu_compile.passes.lower_precision import LowerPrecision
 from flashu_compile.passes.manager import PassManager, PassRecord
 from flashu_compile.passes.quantize_linears import QuantizedWeights, QuantizeLinears
 from flashu_compile.passes.whole_weights import CastWeights
 from flashu_compile.program.program import Program, Role
+from flashu_compile.tasks import DECODER
 
 _FULL, _INT8 = "float32", "int8"
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The precision of each of `PARTS`, in `parts`.
+    """The precision of each part of a model, in `parts`: its stacks, and `OTHER`; see `for_stacks`.
 
     `sensitive` names, by task, the weights of linear layers that stay in float32 where their part is int8;
     `weights` are the int8 forms of weights and `casts` those in 16 bits, which engines share. `validate`: compare the
@@ -39,18 +42,41 @@ class Precision:
     def of(cls, given: str | Mapping[str, str]) -> Precision:
         """Parse a precision name, a mapping from parts to names, or a text `part=name,…`.
 
-        Parts that are not named are float32. Raises `ConfigurationError` on an unknown part; names are
-        checked against a backend (`check_precision`).
+        Parts that are not named are float32. Raises `ConfigurationError` on another form; names are checked against a
+        backend (`check_precision`), and parts against a model (`for_stacks`).
         """
         if not isinstance(given, str):
             given = arguments.mapping("precision", given)
         text = given if isinstance(given, str) else ",".join(f"{part}={name}" for part, name in given.items())
         return cls(checked_parts(text))
 
+    def for_stacks(self, model: str, stacks: Sequence[str], decoder: str) -> Precision:
+        """Return this precision by the stacks of a model, of which `decoder` may be called that.
+
+        Raises `ConfigurationError` on a part that the model does not have, or the decoder by both names.
+        """
+        known = (*stacks, OTHER)
+        rest = self.parts.get(REST, _FULL)
+        given: dict[str, str] = {}
+        for part, name in self.parts.items():
+            own = decoder if part == DECODER and decoder else part
+            if part != REST and own not in known:
+                raise ConfigurationError(
+                    f"Model {model!r} has no part {shown(part)} to compute in {name}; its parts are {', '.join(known)}."
+                )
+            if own in given:
+                raise ConfigurationError(f"Precision names stack {own!r} also as {part!r}; name it once.")
+            given[own] = name
+        return dataclasses.replace(self, parts={part: given.get(part, rest) for part in known})
+
     def know(self, weights: Sequence[Tensor]) -> None:
         """Register weights [out, in] of a model, whose other forms engines with parts of them share."""
         self.weights.know(weights)
         self.casts.know(weights)
+
+    def of_part(self, part: str) -> str:
+        """Return the precision of a part."""
+        return self.parts.get(part, self.parts.get(REST, _FULL))
 
     @property
     def names(self) -> frozenset[str]:
@@ -91,7 +117,9 @@ class Precision:
         """Return the program converted to this precision, and the records of the passes that converted it."""
         passes: list[Pass] = []
         for name in sorted(self.names - {_FULL}):
-            stacks = frozenset(_stack(part) for part, precision in self.parts.items() if precision == name)
+            stacks = frozenset(
+                stack for stack in (*program.stacks, "") if self.of_part(stack or OTHER) == name
+            )
             if name == _INT8:
                 kept = self.sensitive.get(program.task, frozenset())
                 # Where state is updated, rows are those of several answers, and few.
@@ -103,7 +131,3 @@ class Precision:
             return program, ()
         (made,), records = PassManager(tuple(passes), self.validate).run(program)
         return made, records
-
-
-def _stack(part: str) -> str:
-    return "" if part == "other" else part

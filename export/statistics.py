@@ -12,11 +12,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashu_compile.bundle.precision import OTHER
 from flashu_compile.passes.editing import module_path, stack_at
 from flashu_compile.program.program import Program
 
-#: The component of whatever belongs to no stack.
-OTHER = "other"
 _PICKING = (
     torch.ops.aten.embedding.default,
     torch.ops.aten.index.Tensor,
@@ -43,12 +42,12 @@ def graph_statistics(program: Program, model: ir.Model) -> dict[str, Any]:
 def program_statistics(program: Program) -> dict[str, Any]:
     """Count a program's contents at the sizes of its sample.
 
-    A component is the stack under whose root a module lies. `batch`: sequences or pictures in the sample.
+    A component is the stack under whose root a module lies, or `OTHER`. `batch`: sequences or pictures in the sample.
     `operations`: calls in the traced graph. `parameters`: elements, by component. `flops`: by component, with
     a multiplication and an addition counted as two. `bytes`: what operators read and write, by component, as
     if nothing was fused and no cache helped; views move nothing, and picking rows reads those rows. `rows`:
     for every layer of a stack, how many rows its linear layers run on (the most, where they differ), over the
-    whole batch.
+    whole batch. `decoder`: the stack whose rows are those of text and pictures.
     """
     counted = _run_on_shapes(program)
     return {
@@ -57,6 +56,7 @@ def program_statistics(program: Program) -> dict[str, Any]:
         "parameters": _parameters(program, set(program.exported.state_dict)),
         "flops": dict(sorted(counted.flops.items())),
         "bytes": dict(sorted(counted.bytes.items())),
+        "decoder": program.decoder,
         "rows": {stack: _rows(layers) for stack, layers in sorted(counted.rows.items())},
     }
 

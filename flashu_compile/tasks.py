@@ -17,10 +17,12 @@ TaskName = Literal["t2i", "mmu", "text"]
 #: Captured programs, and the engines of the same names.
 DENOISE, VAE_DECODE, UNDERSTAND, COMPLETE = "denoise", "vae_decode", "understand", "complete"
 DRAW, CODES_DECODE = "draw", "codes_decode"
+#: Those of them that techniques change: a task of a model has one.
+MAIN = (DENOISE, DRAW, UNDERSTAND, COMPLETE)
 #: Engines that passes make of these.
 REUSE, VISION, LANGUAGE = "reuse", "vision", "language"
-#: The stacks of a model. `LLM` is the one whose layers are skipped and whose rows are counted.
-LLM, SEMANTIC, HEAD = "llm", "semantic", "head"
+#: What recipes and precisions call the stack that attends over all rows, whatever a model calls it.
+DECODER = "decoder"
 
 
 def prologue_of(name: str) -> str:
@@ -75,7 +77,7 @@ _SENTENCES = {
     COMPLETE: "The language model on new rows, by the keys and values of the rows before; runs once a prompt, then "
     "once a token.",
 }
-_VARIANT = re.compile(rf"({DENOISE}|{DRAW})(_pruned)?(?:_skip([\d-]+))?(_prologue|_schedule)?")
+_VARIANT = re.compile(rf"({DENOISE}|{DRAW})(_pruned)?(?:_skip([\w-]+?))?(_prologue|_schedule)?")
 
 
 def _describe_generation(name: str) -> str:
@@ -86,7 +88,7 @@ def _describe_generation(name: str) -> str:
     loop, pruned, layers, part = found.groups()
     how = ["with pruned FFNs"] * bool(pruned)
     if layers:
-        how.append(f"without layers {layers.replace('-', ', ')} of the language model")
+        how.append(f"without layers {_layers_in_words(layers)}")
     suffix = f", {' and '.join(how)}" if how else ""
     if loop == DRAW:
         return (
@@ -98,6 +100,17 @@ def _describe_generation(name: str) -> str:
     if part == "_prologue":
         return f"What does not change from step to step, of the prompt's rows{suffix}; runs once a prompt."
     return f"One evaluation of the velocity of the latents{suffix}; runs on the steps that the plan names it for."
+
+
+def _layers_in_words(name: str) -> str:
+    """Return the layers that an engine's name lists: `3-5` as "3, 5", `-eye-0-trunk-3-5` by stack."""
+    stacks: list[tuple[str, list[str]]] = []
+    for part in name.lstrip("-").split("-"):
+        if not stacks or not part.isdecimal():
+            stacks.append(("", [part]) if part.isdecimal() else (part, []))
+        else:
+            stacks[-1][1].append(part)
+    return " and ".join(", ".join(layers) + (f" of {stack}" if stack else "") for stack, layers in stacks)
 
 
 def _describe_answering(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Drop visual tokens after a layer of a stack; every later layer runs on the rows that are left. Lossy.
+"""Drop visual tokens after a layer of the decoder; every later layer runs on the rows that are left. Lossy.
 
 Looks for the visual span (`analysis.span`), the residual blocks and the attention of the layer. Inserts after
 the layer's exit: scores of the span's tokens from the layer's own keys and values (`token_scorers`), top-k,
@@ -36,6 +36,7 @@ from flashu_compile.passes.inlining import inline
 from flashu_compile.passes.row_gather import RowGather
 from flashu_compile.passes.token_scorers import SCORERS, Score
 from flashu_compile.program.program import Program
+from flashu_compile.recipe.decisions import Layers
 
 _SCOPE = "gather_tokens"
 #: 0.29 of 100 tokens are 29, though 0.29 * 100 is a little less.
@@ -44,9 +45,9 @@ _ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class GatherTokens(Pass):
-    """Drop the ⌊ratio · length⌋ tokens of the visual span that `scorer` scores highest, after block `layer` of `stack`.
+    """Drop the ⌊ratio · length⌋ tokens of the visual span that `scorer` scores highest, after the decoder's `layer`.
 
-    The layer itself runs on all rows. If it is in `skipped`, tokens are scored at the next layer that is not.
+    The layer itself runs on all rows. If it is in `skipped`, by stack, tokens are scored at the next layer that is not.
     `ratio` is in [0, 1); 0 leaves the program as it is, and so does, declining, a ratio of less than one
     token. Raises `ConfigurationError` on a value out of range.
     """
@@ -54,11 +55,10 @@ class GatherTokens(Pass):
     kind: ClassVar[Kind] = "lossy"
     technique: ClassVar[str | None] = "token pruning"
 
-    stack: str
     layer: int
     ratio: float
     scorer: str = "v_norm"
-    skipped: tuple[int, ...] = ()
+    skipped: Layers = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -98,7 +98,7 @@ class GatherTokens(Pass):
         gathered = rows.cross(behind)
         editor.remove_unused()
         changes = (
-            f"after layer {block.index} of stack {self.stack}, {dropped} of {span.length} visual tokens are dropped "
+            f"after layer {block.index} of stack {block.stack}, {dropped} of {span.length} visual tokens are dropped "
             f"by {self.scorer}",
             f"gathered {', '.join(gathered)}",
         )
@@ -111,16 +111,17 @@ class GatherTokens(Pass):
         one attention over a dynamic number of rows, that of the span.
         """
         span = visual_span(program)
-        blocks = residual_blocks(program, self.stack)
-        running = [block for block in blocks[self.layer :] if block.index not in self.skipped]
+        stack = program.decoder
+        blocks, skipped = residual_blocks(program, stack), self.skipped.get(stack, ())
+        running = [block for block in blocks[self.layer :] if block.index not in skipped]
         if not running:
             raise PassError(
-                f"tokens cannot be dropped at layer {self.layer} of stack {self.stack!r} in program "
+                f"tokens cannot be dropped at layer {self.layer} of stack {stack!r} in program "
                 f"{program.name!r}: it has {len(blocks)} layers, and none from there on runs"
             )
         block = running[0]
-        sites = [site for site in attention_sites(program, self.stack) if site.block == block.index]
-        where = f"layer {block.index} of stack {self.stack!r} in program {program.name!r}"
+        sites = [site for site in attention_sites(program, stack) if site.block == block.index]
+        where = f"layer {block.index} of stack {stack!r} in program {program.name!r}"
         if len(sites) != 1:
             raise StructureError(f"Looked for one attention in {where} and found {len(sites)}.")
         total = span.rows.meta["val"].shape[span.axis]

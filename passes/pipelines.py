@@ -32,8 +32,8 @@ from flashu_compile.passes.split_at_output import SplitAtOutput
 from flashu_compile.passes.split_rows import SplitRows
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Role
-from flashu_compile.recipe.decisions import KeptNeurons
-from flashu_compile.tasks import LANGUAGE, LLM, VISION
+from flashu_compile.recipe.decisions import KeptNeurons, Layers
+from flashu_compile.tasks import LANGUAGE, VISION
 
 _STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation
 _PLAIN = (GroupHeads(), HalveRotary())
@@ -42,7 +42,7 @@ CLEAN: tuple[Pass, ...] = (RemoveDeadCode(), FoldConstants(), CanonicalNames())
 
 
 def denoise(
-    *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), features: bool = False
+    *, kept: KeptNeurons | None = None, skipped: Layers | None = None, features: bool = False
 ) -> tuple[Pass, ...]:
     """List the passes of the generation step.
 
@@ -66,7 +66,7 @@ def reused() -> tuple[Pass, ...]:
 
 
 def understand(
-    *, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = (), gather: GatherTokens | None = None
+    *, kept: KeptNeurons | None = None, skipped: Layers | None = None, gather: GatherTokens | None = None
 ) -> tuple[Pass, ...]:
     """List the passes of the understanding forward, which split it into a part per picture and a part per token."""
     # Rotations first: where a table's halves are the same cannot be seen behind a gather.
@@ -85,7 +85,7 @@ def decode() -> tuple[Pass, ...]:
     return (SeparateFirst(Role.SUFFIX_IDS, Role.IMAGE_END_IDS), *_token_by_token())
 
 
-def complete(*, kept: KeptNeurons | None = None, skipped: tuple[int, ...] = ()) -> tuple[Pass, ...]:
+def complete(*, kept: KeptNeurons | None = None, skipped: Layers | None = None) -> tuple[Pass, ...]:
     """List the passes of the completion forward, which make it as `decode` makes the language part.
 
     Its prologue, over the first of its two inputs of ids, is not needed: the buffers may be empty.
@@ -101,7 +101,9 @@ def _token_by_token() -> tuple[Pass, ...]:
     return (*once, *cached, LastRow(), *CLEAN)
 
 
-def _cut(kept: KeptNeurons | None, skipped: tuple[int, ...]) -> tuple[Pass, ...]:
-    """List the passes that prune neurons and remove the `skipped` layers."""
-    prune = tuple(PruneFFN(stack, blocks) for stack, blocks in (kept or {}).items())
-    return (*prune, RemoveLayers(LLM, skipped)) if skipped else prune
+def _cut(kept: KeptNeurons | None, skipped: Layers | None) -> tuple[Pass, ...]:
+    """List the passes that prune neurons and remove the `skipped` layers, stack by stack."""
+    return (
+        *(PruneFFN(stack, blocks) for stack, blocks in (kept or {}).items()),
+        *(RemoveLayers(stack, layers) for stack, layers in (skipped or {}).items()),
+    )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashu_compile.bundle.precision import by_part
 from flashu_compile.errors import NotFiniteError
+from flashu_compile.tasks import DECODER
 
 _FULL = "float32"
 
@@ -51,7 +52,7 @@ class Source:
         else:
             advice = (
                 'Build the bundle again with precision="float32", or with a part of the model in float32, such as '
-                f'precision="llm={lower}" (parts that are not named are float32).'
+                f'precision="{DECODER}={lower}" (parts that are not named are float32).'
             )
         return NotFiniteError(f"{self.name}, computing in {self.precision}, {gave}. {advice}")
 

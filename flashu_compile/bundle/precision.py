@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+from flashu_compile.arguments import shown
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.tasks import HEAD, LLM, SEMANTIC
+from flashu_compile.tasks import DECODER
 
-#: The stacks of a model, and whatever belongs to none of them.
-PARTS = (LLM, SEMANTIC, HEAD, "other")
+#: The part of a model that belongs to none of its stacks, which are its other parts.
+OTHER = "other"
+#: Stands for every part that a precision does not name.
+REST = ""
 
-#: What a part computes in, which editors complete; a text such as `llm=int8,head=float16` names several.
+#: What a part computes in, which editors complete; a text such as `decoder=int8,head=float16` names several.
 PrecisionName = Literal["float32", "float16", "bfloat16", "int8"]
 
 #: Relative L2 from the reference that is recorded with an engine. 16-bit engines are held against float32, and errors
@@ -23,24 +26,26 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 3e-2}
 OWN_TOLERANCE = "tolerance"
 
 
-def checked_parts(precision: str) -> dict[str, str]:
-    """Return the precision of every part as `by_part` does. Raises `ConfigurationError` on parts that no model has."""
-    named = [entry.partition("=")[0] for entry in precision.split(",") if "=" in entry]
-    unknown = [part for part in named if part not in PARTS]
-    if unknown or (named and len(named) != precision.count(",") + 1):
-        what = (
-            f"Unknown part {unknown[0]!r}" if unknown else f"Precision {precision!r} names no part for a name"
-        )
-        raise ConfigurationError(f"{what}; the parts of a model are {', '.join(PARTS)}.")
-    return by_part(precision)
-
-
 def by_part(precision: str) -> dict[str, str]:
-    """Return the precision of every part, float32 for those not named. The text must be well formed."""
+    """Return the precision of each part that a text names, and of the `REST`. The text must be well formed."""
     entries = [entry.partition("=") for entry in precision.split(",")]
     if len(entries) == 1 and not entries[0][1]:
-        return dict.fromkeys(PARTS, precision)
-    return dict.fromkeys(PARTS, "float32") | {part: name for part, _, name in entries}
+        return {REST: precision}
+    return {REST: "float32"} | {part: name for part, _, name in entries}
+
+
+def checked_parts(precision: str) -> dict[str, str]:
+    """Return the precision of each part as `by_part` does. Raises `ConfigurationError` on a text of another form."""
+    entries = [entry.split("=") for entry in precision.split(",")]
+    parts = [entry[0] for entry in entries]
+    if not (len(entries) == len(entries[0]) == 1 or all(len(entry) == 2 and all(entry) for entry in entries)):
+        raise ConfigurationError(
+            f"Precision {shown(precision)} is neither a name nor a list such as {DECODER}=int8,{OTHER}=float16; parts "
+            f"are a model's stacks, as `inspect --structure` lists them, and {OTHER!r}."
+        )
+    if len(set(parts)) < len(parts):
+        raise ConfigurationError(f"Precision {shown(precision)} names a part twice; name each once.")
+    return by_part(precision)
 
 
 def tolerance(precision: str) -> float:

@@ -49,8 +49,8 @@ Settings = Annotated[
         "--set",
         metavar="TASK.FIELD=VALUE",
         help="Change one parameter of the recipe: t2i.head_cache=1, mmu.token_pruning=0.3, t2i.full_ffn=10/34, "
-        "t2i.points=none (the model's own), t2i.guidance='[[0, 0.75], [0.7, 1]]'. Repeatable; of several for one "
-        "field the last holds. What was decided by another value of it is decided anew.",
+        "t2i.pruning.head=0.3 (of one stack), t2i.points=none (the model's own), t2i.guidance='[[0, 0.75], [0.7, 1]]'. "
+        "Repeatable; of several for one field the last holds. What was decided by another value of it is decided anew.",
     ),
 ]
 Calibration = Annotated[
@@ -141,7 +141,7 @@ def build(
         typer.Option(
             metavar="NAME|PART=NAME,…",
             help="What engines compute in: float32, or float16, bfloat16 or int8 where the backend has it; or that of "
-            "parts, such as llm=int8,head=float16 (parts: llm, semantic, head, other).",
+            "parts, such as llm=int8,head=float16 (parts: the model's stacks, and other).",
         ),
     ] = "float32",
     precision_budget: Annotated[
@@ -270,7 +270,7 @@ def build(
     epilog=examples(
         "calibrate showo2-shapes --task t2i --task mmu --output flashu.json",
         "calibrate showo2-shapes --task t2i --recipe aggressive --calibration prompts.json --output mine.json",
-        "calibrate showo2-shapes --task mmu --set mmu.ffn_pruning=0.3 --samples 8 --output mine.json --json",
+        "calibrate showo2-shapes --task mmu --set mmu.pruning=0.3 --samples 8 --output mine.json --json",
     ),
 )
 def calibrate(

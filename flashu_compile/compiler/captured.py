@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -11,10 +12,12 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.arguments import Resolution
+from flashu_compile.arguments import Resolution, shown
+from flashu_compile.bundle.precision import OTHER
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import ConfigurationError, UnknownTaskError
 from flashu_compile.exporters.engine_build import EngineBuild
+from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.models.loading import load_model
 from flashu_compile.passes.manager import PassRecord
@@ -25,6 +28,10 @@ from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.threads import torch_threads
+from flashu_compile.tasks import DECODER, MAIN
+
+#: What texts such as `part=int8,…` and names of engines can hold.
+_STACK_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 
 class ModelParts(TypedDict, total=False):
@@ -48,6 +55,25 @@ def check_no_parts(parts: Mapping[str, object]) -> None:
         raise ConfigurationError(
             "A captured model has its VAE, tokenizer, configuration and resolution; leave these out."
         )
+
+
+def _checked_decoder(loaded: LoadedModel) -> str:
+    """Return a model's decoder. Raises `ConfigurationError` if its adapter gives stacks names that stand for others."""
+    adapter = loaded.adapter
+    decoder, stacks = adapter.decoder(loaded), adapter.stacks(loaded)
+    for stack in stacks:
+        if not _STACK_NAME.fullmatch(stack) or stack == OTHER or (stack == DECODER and stack != decoder):
+            raise ConfigurationError(
+                f"The adapter of {adapter.name} calls a stack {shown(stack)}; it has to choose a name of letters, "
+                f"digits and underscores that begins with a letter, and not {OTHER!r}, nor {DECODER!r} for another "
+                "than the decoder."
+            )
+    if stacks and decoder not in stacks:
+        raise ConfigurationError(
+            f"The adapter of {adapter.name} says that stack {shown(decoder)} is the decoder, and names the stacks "
+            f"{', '.join(stacks)}; one of these has to be it."
+        )
+    return decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +148,12 @@ class CapturedModel:
                 f"Model {loaded.name!r}, of {adapter.name}, has no task {absent[0]!r}; it has: "
                 f"{', '.join(adapter.tasks)}."
             )
-        specs = [spec for name in tasks or adapter.tasks for spec in adapter.captures(loaded, name)]
+        decoder = _checked_decoder(loaded)
+        specs = [
+            dataclasses.replace(spec, decoder=decoder)
+            for name in tasks or adapter.tasks
+            for spec in adapter.captures(loaded, name)
+        ]
         return cls(loaded, {spec.name: CapturedProgram(spec, progress) for spec in specs})
 
     @property
@@ -131,10 +162,27 @@ class CapturedModel:
         sampler = self.loaded.adapter.sampler(self.loaded)
         return None if sampler is None else sampler.points
 
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks of all programs."""
+        return tuple(dict.fromkeys(stack for one in self.programs.values() for stack in one.spec.stacks))
+
     def resolved(self, recipe: Recipe) -> Recipe:
-        """Return `recipe` with the model's own sampler settings where it leaves them open."""
-        sampler = self.loaded.adapter.sampler(self.loaded)
+        """Return `recipe` with the model's own sampler settings where it leaves them open, in the names of its stacks.
+
+        Raises `RecipeError` if the recipe cuts a stack that its task does not have.
+        """
+        loaded = self.loaded
+        mains = [captured.spec for name, captured in self.programs.items() if name in MAIN]
+        stacks = {spec.task: tuple(spec.stacks) for spec in mains}
+        recipe = recipe.for_stacks(loaded.name, stacks, loaded.adapter.decoder(loaded))
+        sampler = loaded.adapter.sampler(loaded)
         return recipe if sampler is None else recipe.resolved(**dataclasses.asdict(sampler))
+
+    def precision(self, precision: Precision) -> Precision:
+        """Return `precision` by the parts of this model. Raises `ConfigurationError` on one that it does not have."""
+        loaded = self.loaded
+        return precision.for_stacks(loaded.name, self.stacks, loaded.adapter.decoder(loaded))
 
     def of(self, tasks: Sequence[str]) -> dict[str, CapturedProgram]:
         """Return the programs of these tasks by name. Raises `ConfigurationError` if one was not captured."""

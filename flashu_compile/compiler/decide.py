@@ -171,10 +171,10 @@ def measured_precision(
         errors[task], truth = probe.errors()
         counts[task] = len(given)
         alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)
-        meant = [x for x in errors[task] if precision.parts[x.part] == "int8" and x.weight not in alone]
+        meant = [x for x in errors[task] if precision.of_part(x.part) == "int8" and x.weight not in alone]
         kept[task] = keep_budget(probe, meant, truth, budget[task], functools.partial(_told, tell, task))
         sensitive[task] = alone | kept[task].weights
-    told = report(errors, precision.parts, counts, sensitive)
+    told = report(errors, precision.of_part, counts, sensitive)
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
     return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}

@@ -37,7 +37,7 @@ class DrawingByCodes:
         found = []
         for variant in drawing_variants(recipe.t2i, decided):
             kept, name = decided.kept_neurons if variant.pruned else {}, variant.named(DRAW)
-            passes = pipelines.complete(kept=kept, skipped=variant.skipped)
+            passes = pipelines.complete(kept=kept, skipped=dict(variant.skipped))
             found.append(Job(name, passes, only=(name,), without=(Role.PREFIX_IDS,)))
         return tuple(found)
 

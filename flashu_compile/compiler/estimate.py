@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from flashu_compile import arguments
-from flashu_compile.bundle.precision import PrecisionName
+from flashu_compile.bundle.precision import OTHER, PrecisionName
 from flashu_compile.compiler.captured import CapturedModel, ModelParts, check_no_parts
 from flashu_compile.compiler.decide import cost_counts, samples_at_hand
 from flashu_compile.compiler.fingerprints import named_tensors
@@ -135,6 +135,7 @@ def estimate(
     with shapes_alone():
         source = model if isinstance(model, CapturedModel) else _described(model, tasks, parts)
     loaded = source.loaded
+    wanted = source.precision(wanted)
     named = absolute(output) if output is not None else default_output(loaded.name, tasks)
     whole = source.resolved(chosen)
     undecided = {task for task in tasks if whole.needs_calibration(task)}
@@ -150,11 +151,11 @@ def estimate(
     # Whatever the tasks read, the whole checkpoint is converted.
     all_bytes = max(weight_bytes, checkpoint_bytes(loaded))
     converted = min(all_bytes, max(0, 2 * (all_bytes - stored_bytes))) if stored_bytes else 0
-    pruned = {stack for task in tasks for stack, share in whole.config(task).pruning.items() if share}
+    pruned = {stack for task in tasks for stack in whole.config(task).pruned}
     ordered = sum(tensor.nbytes for part, tensor in held if part in pruned)
     lowered = dict.fromkeys(_ITEM, 0)
     for part, tensor in held:
-        lowered[wanted.parts[part]] += _written(part, tensor, wanted)
+        lowered[wanted.of_part(part)] += _written(part, tensor, wanted)
     short = lowered["float16"] + lowered["bfloat16"]
     held_already = isinstance(model, CapturedModel)
     in_memory = 0 if held_already or loaded.adapter.maps_weights or not loaded.sources else weight_bytes
@@ -235,16 +236,13 @@ def _described(
 def _assumed(recipe: Recipe, task: str) -> Decisions:
     """Return decisions of the kind that calibration takes, for as many engines; which layers they skip is made up."""
     config, decided = recipe.config(task), recipe.decided(task)
-    kept = {stack: {0: 1} for stack, share in config.pruning.items() if share > 0}
+    kept = {stack: {0: 1} for stack in config.pruned}
     count = 1
     if task == T2I.name and recipe.t2i.points is not None:
         count = math.ceil((recipe.t2i.points - 1) / recipe.t2i.skipping_interval)
-    made = (
-        tuple(Phase(number / count, (number,)) for number in range(count))
-        if config.layer_skipping > 0
-        else ()
-    )
-    return Decisions(decided.kept_neurons, decided.phases or made, {**kept, **decided.kept_widths})
+    numbers = range(count) if config.skipping else ()
+    made = tuple(Phase(n / count, dict.fromkeys(config.skipping, (n,))) for n in numbers)
+    return Decisions(decided.kept_neurons, (), {**kept, **decided.kept_widths}).completed(Decisions({}, made))
 
 
 def _engines(
@@ -254,7 +252,11 @@ def _engines(
     for name, captured in source.of(tasks).items():
         task = captured.spec.task
         for engine in (engine for job in jobs(task, name, recipe) for engine in job.engines()):
-            yield re.sub(r"_skip[\d-]+", "_skip…", engine) if task in undecided else engine
+            yield (
+                re.sub(r"_skip[\w-]+?(?=(_prologue|_schedule)?$)", "_skip…", engine)
+                if task in undecided
+                else engine
+            )
 
 
 def _weights(source: CapturedModel, tasks: tuple[str, ...]) -> list[tuple[str, Tensor]]:
@@ -265,12 +267,12 @@ def _weights(source: CapturedModel, tasks: tuple[str, ...]) -> list[tuple[str, T
         read = tensors_read(spec)
         for name, tensor in named_tensors(spec.module).items():
             if id(tensor) in read:
-                found.setdefault(id(tensor), (stack_at(name, spec.stacks) or "other", tensor))
+                found.setdefault(id(tensor), (stack_at(name, spec.stacks) or OTHER, tensor))
     return list(found.values())
 
 
 def _written(part: str, tensor: Tensor, precision: Precision) -> int:
     """Return the bytes of a tensor in a bundle of this precision."""
-    name = precision.parts[part]
+    name = precision.of_part(part)
     narrow = tensor.ndim < 2 or (name == "int8" and min(tensor.shape) < MIN_WIDTH)
     return tensor.nbytes if narrow else tensor.numel() * _ITEM[name]

@@ -127,7 +127,8 @@ def export(
             "torch_tensorrt" for the NVIDIA GPU here. All but the first are code to whoever loads the bundle, which
             takes `load(…, trust=True)`.
         precision: "float32", or "float16", "bfloat16" or "int8" where the backend has it; or one for each part, such as
-            {"llm": "int8", "head": "float16"}. Parts are "llm", "semantic", "head" and "other"; those not named are
+            {"llm": "int8", "head": "float16"}. Parts are the model's stacks, as `inspect --structure` lists them
+            ("decoder" is the one that attends over all rows, whatever it is called), and "other"; those not named are
             float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
             and said in the report.
         precision_budget: where a part is int8, the largest relative L2 error that its layers may cause in what a task
@@ -183,7 +184,7 @@ def export(
             model, tasks, tell, output=output, recipe=chosen, precision=precision, proof=proof, **parts
         )
     source = _captured(model, tasks, tell, parts)
-    loaded = source.loaded
+    loaded, wanted = source.loaded, source.precision(wanted)
     directory = named if output is not None else default_output(loaded.name, tasks)
     ensure_writable(directory, overwrite=overwrite)
 

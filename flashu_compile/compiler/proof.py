@@ -30,7 +30,7 @@ from flashu_compile.recipe.decisions import Decisions, KeptNeurons, Phase
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.backends import find_run_backend
 from flashu_compile.system.drafts import draft_folder
-from flashu_compile.tasks import LLM, MMU
+from flashu_compile.tasks import MMU
 
 WHOLE, COPY, AUTO = "whole", "copy", "auto"
 #: Weights of more bytes than this are validated on a copy, unless asked otherwise.
@@ -74,8 +74,8 @@ def needs_copy(proof: str, loaded: LoadedModel) -> bool:
 def proof_copy(loaded: LoadedModel, recipe: Recipe) -> ProofCopy:
     """Make a copy with few layers in which everything that the decided `recipe` does to the model happens."""
     total = loaded.adapter.depths(loaded)
-    layers = {stack: _ends(depth) for stack, depth in total.items()}
-    layers[LLM] = _llm_layers(total[LLM], recipe)
+    decoder = loaded.adapter.decoder(loaded)
+    layers = {stack: _chosen(stack, depth, recipe, stack == decoder) for stack, depth in total.items()}
     small = loaded.adapter.reduced(loaded, layers, recipe.mmu.token_pruning)
     return ProofCopy(small, _reduced_recipe(recipe, layers), layers)
 
@@ -84,15 +84,20 @@ def _ends(depth: int) -> tuple[int, ...]:
     return tuple(sorted({0, depth - 1}))
 
 
-def _llm_layers(depth: int, recipe: Recipe) -> tuple[int, ...]:
-    """Choose the LLM layers of a copy: both ends, those around token pruning, and some for each skipped set.
+def _chosen(stack: str, depth: int, recipe: Recipe, drops: bool) -> tuple[int, ...]:
+    """Choose the layers of a stack in a copy: both ends, and some for each skipped set; where it `drops` tokens, more.
 
-    Of the sets of skipped layers, none becomes empty or takes every layer, and sets that differ still differ.
+    Of the sets of skipped layers, none becomes empty or takes every layer, and sets that differ still differ. Those
+    around token pruning are in the copy.
     """
     chosen = set(_ends(depth))
-    sets = [set(phase.skipped) for task in recipe.decisions for phase in recipe.decided(task).phases]
-    if recipe.mmu.token_pruning > 0:
-        skipped = {layer for phase in recipe.decided(MMU.name).phases for layer in phase.skipped}
+    sets = [
+        set(phase.layers.get(stack, ())) for task in recipe.decisions for phase in recipe.decided(task).phases
+    ]
+    if drops and recipe.mmu.token_pruning > 0:
+        skipped = {
+            layer for phase in recipe.decided(MMU.name).phases for layer in phase.layers.get(stack, ())
+        }
         running = [layer for layer in range(recipe.mmu.token_layer, depth) if layer not in skipped]
         # The first of them decides, and the next has fewer rows.
         chosen |= {*range(min(recipe.mmu.token_layer, depth)), *running[:2]}
@@ -120,7 +125,17 @@ def _reduced_recipe(recipe: Recipe, layers: Mapping[str, Sequence[int]]) -> Reci
     decisions = {
         task: Decisions(
             neurons(decided.kept_neurons),
-            tuple(Phase(phase.start, tuple(places(LLM, phase.skipped).values())) for phase in decided.phases),
+            tuple(
+                Phase(
+                    phase.start,
+                    {
+                        s: tuple(places(s, phase.layers.get(s, ())).values())
+                        for s in phase.stacks
+                        if s in layers
+                    },
+                )
+                for phase in decided.phases
+            ),
         )
         for task, decided in recipe.decisions.items()
     }

@@ -33,7 +33,7 @@ from flashu_compile.tasks import (
     COMPLETE,
     DENOISE,
     LANGUAGE,
-    LLM,
+    MAIN,
     MMU,
     REUSE,
     T2I,
@@ -118,7 +118,7 @@ class TextToImage:
                 variant.name,
                 pipelines.denoise(
                     kept=decided.kept_neurons if variant.pruned else {},
-                    skipped=variant.skipped,
+                    skipped=dict(variant.skipped),
                     features=config.head_cache > 1,
                 ),
             )
@@ -187,10 +187,10 @@ class Understanding:
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
         """Return the one job that makes the vision engine, the prologue and the language engine."""
         config, decided = recipe.mmu, recipe.decided(MMU.name)
-        skipped = decided.phases[0].skipped if decided.phases else ()
+        skipped = decided.phases[0].layers if decided.phases else {}
         gather = None
         if config.token_pruning > 0:
-            gather = GatherTokens(LLM, config.token_layer, config.token_pruning, config.token_scorer, skipped)
+            gather = GatherTokens(config.token_layer, config.token_pruning, config.token_scorer, skipped)
         passes = pipelines.understand(kept=decided.kept_neurons, skipped=skipped, gather=gather)
         return (Job(UNDERSTAND, passes, then={LANGUAGE: pipelines.decode()}),)
 
@@ -243,7 +243,7 @@ class Completion:
     def jobs(self, recipe: Recipe) -> tuple[Job, ...]:
         """Return the one job that makes the engine."""
         decided = recipe.decided(TEXT.name)
-        skipped = decided.phases[0].skipped if decided.phases else ()
+        skipped = decided.phases[0].layers if decided.phases else {}
         passes = pipelines.complete(kept=decided.kept_neurons, skipped=skipped)
         return (Job(COMPLETE, passes, only=(COMPLETE,), without=(Role.PREFIX_IDS,)),)
 
@@ -293,14 +293,8 @@ def compiled_task(source: CapturedModel, task: str) -> CompiledTask:
 
 def main_program(source: CapturedModel, task: str) -> str:
     """Return the name of the captured program of a task that techniques change."""
-    return next(
-        name for name, program in source.programs.items() if program.spec.task == task and is_main(name)
-    )
-
-
-def is_main(program: str) -> bool:
-    """Tell whether techniques change the captured program of this name."""
-    return program in _COMPILED
+    programs = source.programs.items()
+    return next(name for name, captured in programs if captured.spec.task == task and name in MAIN)
 
 
 def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
@@ -308,7 +302,7 @@ def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
 
     Programs that no technique changes are only cleaned. Raises `RecipeError` if the recipe lacks a decision.
     """
-    return _COMPILED[program].jobs(recipe) if is_main(program) else (Job(program, pipelines.CLEAN),)
+    return _COMPILED[program].jobs(recipe) if program in MAIN else (Job(program, pipelines.CLEAN),)
 
 
 def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tuple[PassRecord, ...]:
@@ -318,17 +312,23 @@ def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tupl
     themselves decline is in their own records. A technique that is done in part is done: some blocks may keep
     all their neurons, some engines be whole and some phases skip nothing.
     """
-    if not is_main(program):
+    if program not in MAIN:
         return ()
     config, passes = recipe.config(task), [step for job in made for step in job.passes]
     pruned = {step.stack for step in passes if isinstance(step, PruneFFN) and step.kept}
+    skipped = {step.stack for step in passes if isinstance(step, RemoveLayers)}
     reasons: list[tuple[type[Pass], str]] = [
-        (PruneFFN, f"no engine that runs has fewer neurons in stack {stack}")
-        for stack, share in config.pruning.items()
-        if share > 0 and stack not in pruned
+        *(
+            (PruneFFN, f"no engine that runs has fewer neurons in stack {stack}")
+            for stack in config.pruned
+            if stack not in pruned
+        ),
+        *(
+            (RemoveLayers, f"no engine that runs skips a layer of stack {stack}")
+            for stack in config.skipping
+            if stack not in skipped
+        ),
     ]
-    if config.layer_skipping > 0 and not any(isinstance(step, RemoveLayers) for step in passes):
-        reasons.append((RemoveLayers, "no engine that runs skips a layer"))
     told = [(step.__name__, step.technique, reason) for step, reason in reasons]
     told += [(technique, technique, reason) for technique, reason in _COMPILED[program].absent(recipe)]
     return tuple(

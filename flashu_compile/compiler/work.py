@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashu_compile.compiler.captured import CapturedModel
-from flashu_compile.compiler.tasks import is_main, jobs, main_program
+from flashu_compile.compiler.tasks import jobs, main_program
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import T2I
+from flashu_compile.tasks import MAIN, T2I
 
 #: Work in a layer: to trace it, to make an engine of it that is compared with its source, or one that is not.
 _TRACING, _MAKING, _MAKING_UNCOMPARED = 1.0, 1.8, 0.5
@@ -67,7 +67,7 @@ def making_work(
     each = _MAKING_UNCOMPARED if on_copy else _MAKING
     work: dict[str, float] = {COPYING: 0.0} if on_copy else {}
     for name, captured in source.of(tasks).items():
-        task, main = captured.spec.task, is_main(name)
+        task, main = captured.spec.task, name in MAIN
         count = len(jobs(task, name, recipe)) if decided or not main else 1 + _variants(task, recipe)
         work[making(name)] = 1 + _layers(captured.spec) * (_TRACING + each * count)
         if on_copy and captured.spec.stacks:

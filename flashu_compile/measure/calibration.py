@@ -6,8 +6,9 @@ determined by the seed. What is measured, per task:
 - Wanda scores of FFN neurons (FlashU, technique 1): ||X_j||_2 * sum_i |W_down[i, j]|, X = the input of the down
   projection on every row that is computed: for t2i along the sampling trajectory of the unpruned model, both
   guidance branches, padding left out; for mmu over the picture, the question and the model's own answer.
-- Layer importance (technique 3): 1 - mean cosine between a layer's input and output; for t2i per phase of the
-  trajectory over the same rows, for mmu over the rows that predict the answer's tokens.
+- Layer importance (technique 3): 1 - mean cosine between a layer's input and output, of the decoder and of every stack
+  of which layers are skipped; for t2i per phase of the trajectory over the same rows, for mmu over the rows that
+  predict the answer's tokens (of other stacks than the decoder: over all rows).
 - Norms of value vectors (technique 6) of image and text rows, per layer, for the report.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,9 @@ from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CalibrationError, FlashuError, RecipeError
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
-from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap
+from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap, joined_taps
 from flashu_compile.passes.analysis.attention import attention_sites
-from flashu_compile.passes.analysis.blocks import residual_blocks
+from flashu_compile.passes.analysis.blocks import Block, residual_blocks
 from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
 from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.program.program import Program, Role
@@ -40,7 +41,6 @@ from flashu_compile.recipe.config import MMUConfig, T2IConfig, TaskConfig, TextC
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.tasks import LLM
 
 _CURVE_POINTS = 41
 
@@ -104,31 +104,39 @@ def score_curves(
 
 
 class Statistics:
-    """Running sums over a Recorder's values. `rows` selects the rows of a value; set it before each run."""
+    """Running sums over a Recorder's values: of FFNs of stacks `pruned`, and of layers of the decoder and of `skipped`.
 
-    def __init__(self, program: Program, stacks: Sequence[str]) -> None:
-        self.feed_forwards: list[FeedForward] = [f for s in stacks for f in feed_forwards(program, s)]
+    `rows` selects the rows of a value, and `last_rows` those of the decoder's layers; set them before each run.
+    """
+
+    def __init__(self, program: Program, pruned: Collection[str], skipped: Collection[str]) -> None:
+        self.feed_forwards: list[FeedForward] = [f for s in pruned for f in feed_forwards(program, s)]
         self.squares = {
             (f.stack, f.block): torch.zeros(f.width, dtype=torch.float64) for f in self.feed_forwards
         }
-        self.blocks = residual_blocks(program, LLM)
+        self.decoder = program.decoder
+        self.blocks = {
+            stack: residual_blocks(program, stack) for stack in dict.fromkeys((program.decoder, *skipped))
+        }
         self.rows: Rows = lambda value: value.flatten(0, -2)
         self.last_rows: Rows = self.rows
         self.where = ""
         self.reset_cosines()
-        self._entering: Tensor | None = None
+        self._entering: dict[str, Tensor] = {}
         self._weights = program.stored()
 
     def reset_cosines(self) -> None:
-        """Reset the sums of cosines and the number of rows they cover."""
-        self.cosines = torch.zeros(len(self.blocks), dtype=torch.float64)
-        self.counted = 0
+        """Reset the sums of cosines, by stack, and the numbers of rows they cover."""
+        self.cosines = {s: torch.zeros(len(blocks), dtype=torch.float64) for s, blocks in self.blocks.items()}
+        self.counted = dict.fromkeys(self.blocks, 0)
 
     def taps(self) -> dict[fx.Node, Tap]:
         """Return the taps that update these sums, by node."""
-        taps: dict[fx.Node, Tap] = {f.hidden: self._square(f) for f in self.feed_forwards}
-        taps[self.blocks[0].entry] = self._enter
-        return taps | {block.exit: self._leave(number) for number, block in enumerate(self.blocks)}
+        taps: list[tuple[fx.Node, Tap]] = [(f.hidden, self._square(f)) for f in self.feed_forwards]
+        for blocks in self.blocks.values():
+            taps.append((blocks[0].entry, self._enter(blocks[0])))
+            taps += [(block.exit, self._leave(block)) for block in blocks]
+        return joined_taps(taps)
 
     def _square(self, group: FeedForward) -> Tap:
         def tap(value: Tensor) -> None:
@@ -141,27 +149,32 @@ class Statistics:
 
         return tap
 
-    def _enter(self, value: Tensor) -> None:
-        self._entering = value
-
-    def _leave(self, number: int) -> Tap:
+    def _enter(self, block: Block) -> Tap:
         def tap(value: Tensor) -> None:
-            assert self._entering is not None
-            before, after = self.last_rows(self._entering).double(), self.last_rows(value).double()
-            cosine = torch.cosine_similarity(before, after, dim=-1)
-            if not cosine.isfinite().all():
-                raise CalibrationError(
-                    f"The rows that leave LLM layer {number} are not finite on {self.where}."
-                )
-            self.cosines[number] += cosine.sum()
-            self.counted += len(cosine) if number == 0 else 0
-            self._entering = value
+            self._entering[block.stack] = value
 
         return tap
 
-    def importance(self) -> list[float]:
-        """Return the importance of each layer: 1 - its mean cosine."""
-        return (1 - self.cosines / self.counted).tolist()
+    def _leave(self, block: Block) -> Tap:
+        stack, number = block.stack, block.index
+
+        def tap(value: Tensor) -> None:
+            rows = self.last_rows if stack == self.decoder else self.rows
+            before, after = rows(self._entering[stack]).double(), rows(value).double()
+            cosine = torch.cosine_similarity(before, after, dim=-1)
+            if not cosine.isfinite().all():
+                raise CalibrationError(
+                    f"The rows that leave layer {number} of stack {stack!r} are not finite on {self.where}."
+                )
+            self.cosines[stack][number] += cosine.sum()
+            self.counted[stack] += len(cosine) if number == 0 else 0
+            self._entering[stack] = value
+
+        return tap
+
+    def importance(self) -> dict[str, list[float]]:
+        """Return the importance of each layer, by stack: 1 - its mean cosine."""
+        return {stack: (1 - sums / self.counted[stack]).tolist() for stack, sums in self.cosines.items()}
 
     def scores(self) -> dict[str, dict[int, NDArray[np.float64]]]:
         """Return the Wanda scores, float64 [ffn], by stack and block."""
@@ -192,8 +205,8 @@ def calibrate_t2i(
     if not prompts:
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
     plan = compile_plan(config.without_techniques())
-    statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
-    phases = _PhaseCosines(statistics, len(plan.steps), config.skipping_interval)
+    statistics = Statistics(program, config.pruned, config.skipping)
+    phases = _PhaseCosines(statistics, len(plan.steps), config.skipping_interval, settings.span_length)
     engine = RecordingEngine(Recorder(program, statistics.taps()), phases.before)
     for index, prompt in enumerate(prompts):
         statistics.where = f"prompt {index} ({prompt!r})"
@@ -209,8 +222,8 @@ def calibrate_t2i(
             progress(index + 1, len(prompts))
     phases.close()
     scores = statistics.scores()
-    kept = _kept(scores, config.pruning, config.width_multiple)
-    decisions = Decisions(kept, phases.decide(config.layer_skipping) if config.layer_skipping else ())
+    kept = _kept(scores, config.pruned, config.width_multiple)
+    decisions = Decisions(kept, phases.decide(config.skipping) if config.skipping else ())
     figures = {
         "samples": len(prompts),
         "layer_importance": phases.figures(),
@@ -220,48 +233,62 @@ def calibrate_t2i(
 
 
 class _PhaseCosines:
-    """Splits a trajectory's cosines into phases of `interval` evaluations, and selects the live rows of each."""
+    """Splits a trajectory's cosines into phases of `interval` evaluations, and selects the live rows of each.
 
-    def __init__(self, statistics: Statistics, evaluations: int, interval: int) -> None:
+    `span` is the number of rows of the picture.
+    """
+
+    def __init__(self, statistics: Statistics, evaluations: int, interval: int, span: int) -> None:
         self.statistics, self.evaluations, self.interval = statistics, evaluations, interval
-        self.evaluation = 0
-        count = -(-evaluations // interval)
-        blocks = len(statistics.blocks)
-        self.sums = torch.zeros(count, blocks, dtype=torch.float64)
-        self.rows = torch.zeros(count, dtype=torch.int64)
+        self.evaluation, self.span = 0, span
+        count = self.count = -(-evaluations // interval)
+        self.sums = {
+            stack: torch.zeros(count, len(blocks), dtype=torch.float64)
+            for stack, blocks in statistics.blocks.items()
+        }
+        self.rows = {stack: torch.zeros(count, dtype=torch.int64) for stack in self.sums}
         self._phase: int | None = None
 
     def before(self, inputs: Mapping[str, Tensor]) -> None:
         self.close()
         self._phase = self.evaluation // self.interval
         self.evaluation += 1
-        self.statistics.rows = self.statistics.last_rows = _live_rows(inputs)
+        self.statistics.rows = self.statistics.last_rows = _live_rows(inputs, self.span)
 
     def close(self) -> None:
         """Add the sums of the last evaluation to its phase."""
         if self._phase is not None:
-            self.sums[self._phase] += self.statistics.cosines
-            self.rows[self._phase] += self.statistics.counted
+            for stack, sums in self.sums.items():
+                sums[self._phase] += self.statistics.cosines[stack]
+                self.rows[stack][self._phase] += self.statistics.counted[stack]
         self._phase = None
         self.statistics.reset_cosines()
 
-    def importance(self) -> list[list[float]]:
-        return (1 - self.sums / self.rows[:, None]).tolist()
+    def importance(self) -> dict[str, list[list[float]]]:
+        return {stack: (1 - sums / self.rows[stack][:, None]).tolist() for stack, sums in self.sums.items()}
 
     def starts(self) -> list[float]:
-        return [p * self.interval / self.evaluations for p in range(len(self.sums))]
+        return [p * self.interval / self.evaluations for p in range(self.count)]
 
-    def decide(self, ratio: float) -> tuple[Phase, ...]:
-        lists = [skip_layers(importance, ratio) for importance in self.importance()]
-        phases = zip(self.starts(), lists, strict=True)
-        return tuple(Phase(start, skipped) for start, skipped in phases)
+    def decide(self, ratios: Mapping[str, float]) -> tuple[Phase, ...]:
+        importance = self.importance()
+        return tuple(
+            Phase(start, {stack: skip_layers(importance[stack][number], ratios[stack]) for stack in ratios})
+            for number, start in enumerate(self.starts())
+        )
 
-    def figures(self) -> list[dict[str, Any]]:
-        pairs = zip(self.starts(), self.importance(), strict=True)
-        return [{"start": start, "importance": importance} for start, importance in pairs]
+    def figures(self) -> dict[str, list[dict[str, Any]]]:
+        starts = self.starts()
+        return {
+            stack: [
+                {"start": start, "importance": importance}
+                for start, importance in zip(starts, phases, strict=True)
+            ]
+            for stack, phases in self.importance().items()
+        }
 
 
-def _live_rows(inputs: Mapping[str, Tensor]) -> Rows:
+def _live_rows(inputs: Mapping[str, Tensor], span: int) -> Rows:
     """Select the rows of the text and the image span, without padding before and everything after the image.
 
     Stacks over image tokens alone have another number of rows, which are all selected.
@@ -269,9 +296,8 @@ def _live_rows(inputs: Mapping[str, Tensor]) -> Rows:
     mask, tail = inputs[Role.PROMPT_MASK], inputs[Role.TAIL_IDS].shape[1]
 
     def rows(value: Tensor) -> Tensor:
-        span = value.shape[1] - mask.shape[1] - tail
-        if span <= 0:
-            return value.flatten(0, 1)
+        if value.shape[:2] != (mask.shape[0], mask.shape[1] + span + tail):
+            return value.flatten(0, -2)
         live = torch.zeros(value.shape[:2], dtype=torch.bool)
         live[:, : mask.shape[1]] = mask
         live[:, mask.shape[1] : mask.shape[1] + span] = True
@@ -336,8 +362,9 @@ def _calibrate_answers(
     progress: CountProgress | None,
 ) -> Calibrated:
     """Decide from the answers to `questions`, each with its name for errors; `taps` see the same values."""
-    statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
-    recorder, plain = Recorder(program, {**statistics.taps(), **taps}), Recorder(program, {})
+    statistics = Statistics(program, config.pruned, config.skipping)
+    recorder = Recorder(program, joined_taps([*statistics.taps().items(), *taps.items()]))
+    plain = Recorder(program, {})
     for index, (name, prepare) in enumerate(questions):
         statistics.where = name
         try:
@@ -356,8 +383,9 @@ def decided_of_answers(statistics: Statistics, config: TaskConfig, count: int) -
     """Decide for what is decoded token by token, of which `statistics` saw `count` samples."""
     importance = statistics.importance()
     scores = statistics.scores()
-    phases = (Phase(0.0, skip_layers(importance, config.layer_skipping)),) if config.layer_skipping else ()
-    kept = _kept(scores, config.pruning, config.width_multiple)
+    skipped = {stack: skip_layers(importance[stack], ratio) for stack, ratio in config.skipping.items()}
+    phases = (Phase(0.0, skipped),) if skipped else ()
+    kept = _kept(scores, config.pruned, config.width_multiple)
     figures = {
         "samples": count,
         "layer_importance": importance,
@@ -372,10 +400,10 @@ def last_rows(count: int) -> Rows:
 
 
 class _ValueNorms:
-    """Mean L2 norm of the value vectors (all kv heads together) of image and of text rows, per LLM layer."""
+    """Mean L2 norm of the value vectors (all kv heads together) of image and of text rows, per layer of the decoder."""
 
     def __init__(self, program: Program) -> None:
-        self._sites = attention_sites(program, LLM)
+        self._sites = attention_sites(program, program.decoder)
         self._span = visual_span(program)
         self._before = dict.fromkeys(self._span.before, 0)
         self._sums = {(site.block, kind): [0.0, 0] for site in self._sites for kind in ("image", "text")}
@@ -418,9 +446,8 @@ def _kept(
 ) -> dict[str, dict[int, NDArray[np.int64]]]:
     return {
         stack: {
-            block: keep_neurons(values, ratios[stack], multiple, f"FFN {block} of stack {stack!r}")
-            for block, values in blocks.items()
+            block: keep_neurons(values, ratio, multiple, f"FFN {block} of stack {stack!r}")
+            for block, values in scores.get(stack, {}).items()
         }
-        for stack, blocks in scores.items()
-        if ratios[stack] > 0
+        for stack, ratio in ratios.items()
     }

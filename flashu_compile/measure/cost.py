@@ -109,10 +109,9 @@ def _picture_techniques(recipe: Recipe, exact: Recipe) -> Iterator[tuple[str, Re
     """Yield each technique that is on, alone on the grid of the exact trajectory."""
     config, plain = recipe.t2i, exact.t2i
     end = {"full_ffn": config.full_ffn, "full_ffn_at": config.full_ffn_at}
-    pruning = {name: getattr(config, name) for name in ("ffn_pruning", "semantic_pruning", "head_pruning")}
     cache = {name: getattr(config, name) for name in ("head_cache", "head_extrapolation")}
     alone: dict[str, dict[str, Any]] = {
-        "FFN pruning": {**pruning, **end},
+        "FFN pruning": {"pruning": config.pruning, **end},
         "layer skipping": {"layer_skipping": config.layer_skipping, **end},
         "head cache": {**cache, **end},
         "guidance schedule": {"guidance": config.guidance},
@@ -192,7 +191,7 @@ def _answer_errors(
     tell: Tell,
 ) -> tuple[list[_AnswerRow], list[dict[str, Any]]]:
     """Measure the engines on every question, and each technique alone on the first."""
-    exact = Emulator(program, (Role.LOGITS,), edits(program, Decisions(), ()))
+    exact = Emulator(program, (Role.LOGITS,), edits(program, Decisions(), {}))
     rows: list[_AnswerRow] = []
     truths = []
     for number, question in enumerate(asked):
@@ -236,7 +235,7 @@ def _answer_techniques(recipe: Recipe, task: str) -> Iterator[tuple[str, Recipe]
     config = recipe.config(task)
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     names: dict[str, tuple[str, ...]] = {
-        "FFN pruning": ("ffn_pruning", "semantic_pruning"),
+        "FFN pruning": ("pruning",),
         "layer skipping": ("layer_skipping",),
         "token pruning": ("token_pruning", "token_layer", "token_scorer") if own.get("token_pruning") else (),
     }
@@ -250,7 +249,7 @@ def _answer_techniques(recipe: Recipe, task: str) -> Iterator[tuple[str, Recipe]
 def emulator_of(program: Program, recipe: Recipe, task: str) -> Emulator:
     """Return an emulator of a recipe on the captured program of a task, for logits."""
     decided, config = recipe.decided(task), recipe.config(task)
-    skipped = decided.phases[0].skipped if decided.phases else ()
+    skipped = decided.phases[0].layers if decided.phases else {}
     tokens = config if isinstance(config, MMUConfig) else None
     return Emulator(program, (Role.LOGITS,), edits(program, decided, skipped, tokens))
 

@@ -105,7 +105,7 @@ def calibrate_drawing(
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
     plan = compile_token_plan(config.without_techniques(), Decisions(), settings.length)
     exact = _Exact(program, codec, settings, plan)
-    statistics = Statistics(program, [s for s in config.pruning if s in program.stacks])
+    statistics = Statistics(program, config.pruned, config.skipping)
     recorder = Recorder(program, statistics.taps())
     for index, prompt in enumerate(prompts):
         statistics.where = f"prompt {index} ({prompt!r})"
@@ -199,7 +199,7 @@ def _techniques(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Yield each technique that is on, alone."""
     config, plain = recipe.t2i, recipe.t2i.published_sampler()
     alone: dict[str, dict[str, Any]] = {
-        "FFN pruning": {"ffn_pruning": config.ffn_pruning},
+        "FFN pruning": {"pruning": config.pruning},
         "layer skipping": {"layer_skipping": config.layer_skipping},
         "guidance schedule": {"guidance": config.guidance},
     }

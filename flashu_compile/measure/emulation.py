@@ -31,10 +31,10 @@ from flashu_compile.passes.analysis.span import visual_span
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig
-from flashu_compile.recipe.decisions import Decisions
+from flashu_compile.recipe.decisions import Decisions, Layers
 from flashu_compile.recipe.plan import Variant, variants
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import LLM, REUSE, T2I
+from flashu_compile.tasks import REUSE, T2I
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,9 +116,9 @@ def _flow(program: Program, skipped: Mapping[str, str]) -> nx.DiGraph:
 class DroppedTokens:
     """Drops tokens of the visual span behind the deciding layer: later attentions do not see their keys."""
 
-    def __init__(self, program: Program, config: MMUConfig, skipped: tuple[int, ...]) -> None:
-        span = visual_span(program)
-        sites = [site for site in attention_sites(program, LLM) if site.block not in skipped]
+    def __init__(self, program: Program, config: MMUConfig, skipped: Layers) -> None:
+        span, stack = visual_span(program), program.decoder
+        sites = [site for site in attention_sites(program, stack) if site.block not in skipped.get(stack, ())]
         self._site, *later = [site for site in sites if site.block >= config.token_layer]
         self.attentions = frozenset(site.node.name for site in later)
         self._before = [node.name for node in span.before]
@@ -159,9 +159,7 @@ class DroppedTokens:
         return F.scaled_dot_product_attention(query, key, value, mask, *rest, **options)
 
 
-def edits(
-    program: Program, decided: Decisions, skipped: tuple[int, ...], tokens: MMUConfig | None = None
-) -> Edits:
+def edits(program: Program, decided: Decisions, skipped: Layers, tokens: MMUConfig | None = None) -> Edits:
     """Convert decisions to edits of the captured `program`; with `tokens`, its token pruning too."""
     masks = {}
     for stack, blocks in decided.kept_neurons.items():
@@ -170,8 +168,12 @@ def edits(
                 mask = torch.zeros(group.width)
                 mask[torch.from_numpy(blocks[group.block].copy())] = 1
                 masks[group.hidden.name] = mask
-    blocks_of_llm = residual_blocks(program, LLM) if skipped else ()
-    passed = {block.exit.name: block.entry.name for block in blocks_of_llm if block.index in skipped}
+    passed = {
+        block.exit.name: block.entry.name
+        for stack, layers in skipped.items()
+        for block in residual_blocks(program, stack)
+        if block.index in layers
+    }
     dropping = tokens is not None and tokens.token_pruning > 0
     return Edits(masks, passed, DroppedTokens(program, tokens, skipped) if dropping and tokens else None)
 
@@ -196,7 +198,7 @@ class EmulatedEngines:
             variant = Variant() if name == REUSE else self._variants[name]
             decided = self._decided if variant.pruned else Decisions()
             outputs = (Role.VELOCITY, Role.HEAD_FEATURES) if self._features else (Role.VELOCITY,)
-            emulator = Emulator(self._program, outputs, edits(self._program, decided, variant.skipped))
+            emulator = Emulator(self._program, outputs, edits(self._program, decided, dict(variant.skipped)))
             self._made[name] = EmulatedEngine(name, emulator, reuses=name == REUSE)
         return self._made[name]
 

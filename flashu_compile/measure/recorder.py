@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,22 @@ from flashu_compile.program.program import Program
 PRECISION = "float32"
 
 Tap = Callable[[Tensor], None]
+
+
+def joined_taps(taps: Iterable[tuple[fx.Node, Tap]]) -> dict[fx.Node, Tap]:
+    """Return one tap for each node; where there are several, such as at the end of a stack, it calls them in order."""
+    found: dict[fx.Node, list[Tap]] = {}
+    for node, tap in taps:
+        found.setdefault(node, []).append(tap)
+
+    def each(several: list[Tap]) -> Tap:
+        def tap(value: Tensor) -> None:
+            for one in several:
+                one(value)
+
+        return tap
+
+    return {node: several[0] if len(several) == 1 else each(several) for node, several in found.items()}
 
 
 class Recorder(fx.Interpreter):

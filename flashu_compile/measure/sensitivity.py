@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from flashu_compile.bundle.images import Picture
 from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
+from flashu_compile.bundle.precision import OTHER
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
@@ -171,7 +172,7 @@ class _Watch(Int8Recorder):
             error = float(f"{math.sqrt(off / size) if size else 0.0:.2e}")
             weight = self._names[name]
             if weight not in found or error > found[weight].error:
-                found[weight] = LinearError(weight, stack_of(self.program, node) or "other", error)
+                found[weight] = LinearError(weight, stack_of(self.program, node) or OTHER, error)
         return tuple(found.values())
 
 
@@ -183,18 +184,18 @@ def _stored(editor: GraphEditor, node: fx.Node) -> Tensor:
 
 def report(
     errors: Mapping[str, Sequence[LinearError]],
-    parts: Mapping[str, str],
+    precision: Callable[[str], str],
     samples: Mapping[str, int],
     kept: Mapping[str, frozenset[str]],
 ) -> dict[str, Any]:
     """Return the report's entry `int8`: the limit, and by task the samples, parts and layers.
 
-    `samples` are their numbers by task, 0 where random values were used. `kept` names the weights of layers that stay
-    in float32.
+    `precision` gives that of a part. `samples` are their numbers by task, 0 where random values were used. `kept` names
+    the weights of layers that stay in float32.
     """
     tasks = {}
     for task, layers in errors.items():
-        meant = [layer for layer in layers if parts[layer.part] == "int8"]
+        meant = [layer for layer in layers if precision(layer.part) == "int8"]
         tasks[task] = {
             "samples": samples[task],
             "parts": dict(_parts(meant, kept[task])),

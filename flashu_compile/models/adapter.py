@@ -175,11 +175,18 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def stacks(self, loaded: LoadedModel) -> Mapping[str, str]:
-        """Return the module path, in the network, of the list of layers of each stack."""
+        """Return the module path, in the network, of the list of layers of each stack.
+
+        Names are the family's own, of letters, digits and underscores; recipes, precisions and reports use them.
+        """
 
     @abstractmethod
     def eager(self, loaded: LoadedModel) -> EagerModel:
         """Return the model in eager PyTorch."""
+
+    def decoder(self, loaded: LoadedModel) -> str:
+        """Return the stack whose layers attend over all rows, those of text and of pictures: the first of `stacks`."""
+        return next(iter(self.stacks(loaded)), "")
 
     def sampler(self, loaded: LoadedModel) -> Sampler | None:
         """Return the trajectory that t2i takes unless a recipe says otherwise; None for models without t2i."""

@@ -20,9 +20,10 @@ from flashu_compile.models import pretrained
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
 from flashu_compile.models.chat import text_settings
 from flashu_compile.models.pretrained import EagerAnswers
+from flashu_compile.models.stacks import LLM
 from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
-from flashu_compile.tasks import COMPLETE, LLM, TEXT
+from flashu_compile.tasks import COMPLETE, TEXT
 
 _AXES = {Role.PREFIX_IDS: "prefix", Role.SUFFIX_IDS: "suffix"}
 

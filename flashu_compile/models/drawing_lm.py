@@ -22,10 +22,11 @@ from flashu_compile.bundle.images import to_picture
 from flashu_compile.bundle.manifest import DrawingSettings, PictureRules
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.models.stacks import LLM
 from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.runtime.drawing import branch_ids, read_ids
-from flashu_compile.tasks import CODES_DECODE, DRAW, LLM, T2I
+from flashu_compile.tasks import CODES_DECODE, DRAW, T2I
 
 #: Of a network and ids [b, n] of text and codes, the rows [b, n, width] that its decoder reads.
 Rows = Callable[[Any, Tensor], Tensor]

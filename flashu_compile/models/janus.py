@@ -19,9 +19,10 @@ from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelSource, 
 from flashu_compile.models.chat import PictureMark, template_of
 from flashu_compile.models.drawing_lm import DrawsCodes, EagerDrawing
 from flashu_compile.models.picture_lm import EagerQuestions, PictureLMAdapter, picture_token
+from flashu_compile.models.stacks import LLM
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import LLM, MMU, T2I
+from flashu_compile.tasks import MMU, T2I
 
 _PROCESSOR = "JanusImageProcessorPil"
 _SETTINGS, _TOLD = "processor_config.json", "use_default_system_prompt"

@@ -16,7 +16,7 @@ from flashu_compile.models.adapter import LoadedModel, ModelSource
 from flashu_compile.models.chat import PictureMark
 from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
 from flashu_compile.models.pretrained import layer_list
-from flashu_compile.tasks import LLM
+from flashu_compile.models.stacks import LLM
 
 _PROCESSOR = "LlavaImageProcessorPil"
 

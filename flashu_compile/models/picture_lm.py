@@ -26,9 +26,10 @@ from flashu_compile.models import pictures, pretrained, weights
 from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelAdapter, ModelSource, Settings
 from flashu_compile.models.chat import PictureMark, text_settings
 from flashu_compile.models.pretrained import EagerAnswers
+from flashu_compile.models.stacks import LLM, SEMANTIC
 from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
-from flashu_compile.tasks import LLM, MMU, SEMANTIC, UNDERSTAND
+from flashu_compile.tasks import MMU, UNDERSTAND
 
 #: Of a network and pixels [b, 3, height, width], the picture's rows [b, rows, width].
 Features = Callable[[Any, Tensor], Tensor]

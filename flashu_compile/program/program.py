@@ -49,8 +49,9 @@ class Program:
     """A torch.export graph in its analysable form, with the roles of its inputs and outputs.
 
     `exported` takes `inputs` and gives `outputs`, in these orders, as flat positional tensors. `stacks` names the
-    roots of the repeated structures by module path (such as `{"llm": "model.showo.model.layers"}`). `sample` is
-    one set of inputs by role, for checks. A program never changes; passes make new ones.
+    roots of the repeated structures by module path (such as `{"trunk": "model.layers"}`), `decoder` that of them which
+    attends over all rows, the first if it is not told. `sample` is one set of inputs by role, for checks. A program
+    never changes; passes make new ones.
 
     A program holds tensors, so it is equal to itself alone, as every dataclass here that holds tensors or arrays is.
     """
@@ -62,8 +63,10 @@ class Program:
     outputs: tuple[str, ...]
     stacks: Mapping[str, str]
     sample: Mapping[str, Tensor]
+    decoder: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "decoder", self.decoder or next(iter(self.stacks), ""))
         signature = self.exported.graph_signature
         given, taken = len(signature.user_inputs), len(self.inputs)
         if given != taken:

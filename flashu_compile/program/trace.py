@@ -20,7 +20,10 @@ _DEFAULT_BOUNDS = (2, 65536)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptureSpec:
-    """What to trace: a module that takes `inputs` and returns a tuple of `outputs`, in these orders."""
+    """What to trace: a module that takes `inputs` and returns a tuple of `outputs`, in these orders.
+
+    `stacks`, `decoder` and `sample` are those of the `Program` that is made of it.
+    """
 
     name: str
     task: str
@@ -29,6 +32,7 @@ class CaptureSpec:
     outputs: tuple[str, ...]
     stacks: Mapping[str, str]
     sample: Mapping[str, Tensor]
+    decoder: str = ""
 
 
 def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Tensor]) -> ExportedProgram:
@@ -64,4 +68,13 @@ def capture_program(spec: CaptureSpec) -> Program:
         raise CaptureError(
             f"torch.export could not capture {spec.task} program {spec.name!r}: {error}"
         ) from error
-    return Program(spec.name, spec.task, exported, spec.inputs, spec.outputs, spec.stacks, spec.sample)
+    return Program(
+        spec.name,
+        spec.task,
+        exported,
+        spec.inputs,
+        spec.outputs,
+        spec.stacks,
+        spec.sample,
+        spec.decoder,
+    )

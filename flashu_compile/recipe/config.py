@@ -2,6 +2,9 @@
 
 The symbols in brackets are those of the method's paper (arXiv 2603.15271). All shares lie in [0, 1]; shares of the
 trajectory count network evaluations, so the same configuration holds for any number of time points.
+
+Shares by stack name the stacks as the model's adapter does (`inspect --structure` lists them), or say "decoder" for the
+one that attends over all rows, which every model has; a number alone is the decoder's. Shares of 0 are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 from flashu_compile import arguments, reading
 from flashu_compile.arguments import LARGEST_POINTS, is_number, shown
 from flashu_compile.errors import ConfigurationError, FlashuError
-from flashu_compile.tasks import HEAD, LLM, MMU, SEMANTIC, T2I, TEXT
+from flashu_compile.tasks import DECODER, MMU, T2I, TEXT
 
 SOLVERS = ("euler", "ab2")
 FULL_FFN_AT = ("first", "last")
@@ -27,14 +30,41 @@ LARGEST_BLOCK = 9_999
 _LARGEST_WIDTH = 2**24  # of a layer, in neurons
 
 Guidance = tuple[tuple[float, float | None], ...]
+#: Shares by stack, as they are given; a number is the decoder's.
+Shares = Mapping[str, float] | float
 
-#: The fields of `T2IConfig` that are the sampler's, and those that say how a technique works and do nothing alone.
+#: The fields of `T2IConfig` that are the sampler's, those with shares by stack, and those that say how a technique
+#: works and do nothing alone.
 _SAMPLER = ("points", "guidance_scale", "time_shift")
+_SHARES = ("pruning", "layer_skipping")
 _IDLE = ("width_multiple", "skipping_interval", "as_published")
 
 
+def by_stack(shares: Shares) -> dict[str, float]:
+    """Return the shares above 0 by stack, in the order of their names."""
+    given = shares if isinstance(shares, Mapping) else {DECODER: shares}
+    return {stack: share for stack, share in sorted(given.items()) if share}
+
+
+class _Cutting:
+    """What the configurations of all tasks have: layers that are thinner, and layers that are left out."""
+
+    pruning: Shares
+    layer_skipping: Shares
+
+    @property
+    def pruned(self) -> dict[str, float]:
+        """The share of FFN neurons that is removed, by stack; stacks that stay whole are not listed."""
+        return by_stack(self.pruning)
+
+    @property
+    def skipping(self) -> dict[str, float]:
+        """The share of layers that is skipped, by stack; stacks that run whole are not listed."""
+        return by_stack(self.layer_skipping)
+
+
 @dataclasses.dataclass(frozen=True)
-class T2IConfig:
+class T2IConfig(_Cutting):
     """How pictures are made. The defaults change nothing: every technique is off.
 
     Attributes:
@@ -45,14 +75,12 @@ class T2IConfig:
         guidance: the schedule s(t) as (share of the trajectory from which on, factor on s0). A factor of None
             switches guidance off: the scale is 1, and only the branch with the prompt runs.
         solver: "euler", or "ab2" (Adams-Bashforth of second order on the same grid, no extra evaluations).
-        ffn_pruning: share of the LLM's FFN neurons that is removed (r_p).
-        semantic_pruning: the same of the semantic layers.
-        head_pruning: the same of the diffusion head.
+        pruning: share of the FFN neurons that is removed (r_p), by stack; a number is the decoder's.
         width_multiple: pruned widths are rounded down to a multiple of this.
         full_ffn: share of evaluations, at one end of the trajectory, that run the whole network: nothing pruned,
             skipped or cached (tau; the published code's tau = 11 makes 10 such evaluations).
         full_ffn_at: which end: "first" as in the paper, "last" as in the published code.
-        layer_skipping: share of the LLM's layers that is skipped (r_LS).
+        layer_skipping: share of the layers that is skipped (r_LS), by stack; a number is the decoder's.
         skipping_interval: evaluations after which calibration chooses the skipped layers anew (T_LS).
         head_cache: the diffusion head's features are stored every so many evaluations and reused in between
             (T_cache); 1 is off.
@@ -69,13 +97,11 @@ class T2IConfig:
     time_shift: float | None = None
     guidance: Guidance = ((0.0, 1.0),)
     solver: str = "euler"
-    ffn_pruning: float = 0.0
-    semantic_pruning: float = 0.0
-    head_pruning: float = 0.0
+    pruning: Shares = 0.0
     width_multiple: int = 64
     full_ffn: float = 0.0
     full_ffn_at: str = "last"
-    layer_skipping: float = 0.0
+    layer_skipping: Shares = 0.0
     skipping_interval: int = 10
     head_cache: int = 1
     head_extrapolation: bool = False
@@ -88,8 +114,7 @@ class T2IConfig:
         check.number("time_shift", SMALLEST_SHIFT, LARGEST_SCALE, optional=True)
         check.store("guidance", _guidance(self.guidance))
         check.choice("solver", SOLVERS)
-        for name in ("ffn_pruning", "semantic_pruning", "head_pruning", "layer_skipping"):
-            check.number(name, 0, 1, below=True)
+        check.shares(*_SHARES)
         check.number("full_ffn", 0, 1)
         check.choice("full_ffn_at", FULL_FFN_AT)
         check.integer("width_multiple", 1, _LARGEST_WIDTH)
@@ -99,11 +124,6 @@ class T2IConfig:
             arguments.flag(name, getattr(self, name))
         if self.head_extrapolation and self.head_cache == 1:
             raise ConfigurationError("head_extrapolation needs a head cache; set head_cache above 1.")
-
-    @property
-    def pruning(self) -> dict[str, float]:
-        """The share of FFN neurons removed, by stack."""
-        return {LLM: self.ffn_pruning, SEMANTIC: self.semantic_pruning, HEAD: self.head_pruning}
 
     def without_techniques(self) -> T2IConfig:
         """Return the same trajectory (points, scale, shift, guidance, solver) with every technique off.
@@ -125,41 +145,34 @@ class T2IConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MMUConfig:
+class MMUConfig(_Cutting):
     """How questions are answered. The defaults change nothing: every technique is off.
 
     Attributes:
-        ffn_pruning: share of the LLM's FFN neurons that is removed (r_p).
-        semantic_pruning: the same of the semantic layers.
+        pruning: share of the FFN neurons that is removed (r_p), by stack; a number is the decoder's.
         width_multiple: pruned widths are rounded down to a multiple of this.
-        layer_skipping: share of the LLM's layers that is skipped (r_LS).
+        layer_skipping: share of the layers that is skipped (r_LS), by stack; a number is the decoder's.
         token_pruning: share of the image tokens that is dropped (rho).
-        token_layer: the LLM layer after which they are dropped, counted from 0; it still sees them all.
+        token_layer: the decoder's layer after which they are dropped, counted from 0; it still sees them all.
         token_scorer: what chooses them: "v_norm" as in the paper, or the controls "random" and "duplication".
 
     Raises `ConfigurationError` on a value of the wrong type or out of range.
     """
 
-    ffn_pruning: float = 0.0
-    semantic_pruning: float = 0.0
+    pruning: Shares = 0.0
     width_multiple: int = 64
-    layer_skipping: float = 0.0
+    layer_skipping: Shares = 0.0
     token_pruning: float = 0.0
     token_layer: int = 2
     token_scorer: str = "v_norm"
 
     def __post_init__(self) -> None:
         check = _Checks(self)
-        for name in ("ffn_pruning", "semantic_pruning", "layer_skipping", "token_pruning"):
-            check.number(name, 0, 1, below=True)
+        check.shares(*_SHARES)
+        check.number("token_pruning", 0, 1, below=True)
         check.integer("width_multiple", 1, _LARGEST_WIDTH)
         check.integer("token_layer", 0, LARGEST_BLOCK)
         check.choice("token_scorer", TOKEN_SCORERS)
-
-    @property
-    def pruning(self) -> dict[str, float]:
-        """The share of FFN neurons removed, by stack."""
-        return {LLM: self.ffn_pruning, SEMANTIC: self.semantic_pruning}
 
     def is_lossy(self, points: int | None) -> bool:
         """Return whether this configuration changes the outputs of mmu; `points`, which concern t2i, are ignored."""
@@ -167,31 +180,25 @@ class MMUConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class TextConfig(_Cutting):
     """How questions without a picture are answered. The defaults change nothing: every technique is off.
 
     Attributes:
-        ffn_pruning: share of the LLM's FFN neurons that is removed (r_p).
+        pruning: share of the FFN neurons that is removed (r_p), by stack; a number is the decoder's.
         width_multiple: pruned widths are rounded down to a multiple of this.
-        layer_skipping: share of the LLM's layers that is skipped (r_LS).
+        layer_skipping: share of the layers that is skipped (r_LS), by stack; a number is the decoder's.
 
     Raises `ConfigurationError` on a value of the wrong type or out of range.
     """
 
-    ffn_pruning: float = 0.0
+    pruning: Shares = 0.0
     width_multiple: int = 64
-    layer_skipping: float = 0.0
+    layer_skipping: Shares = 0.0
 
     def __post_init__(self) -> None:
         check = _Checks(self)
-        for name in ("ffn_pruning", "layer_skipping"):
-            check.number(name, 0, 1, below=True)
+        check.shares(*_SHARES)
         check.integer("width_multiple", 1, _LARGEST_WIDTH)
-
-    @property
-    def pruning(self) -> dict[str, float]:
-        """The share of FFN neurons removed, by stack."""
-        return {LLM: self.ffn_pruning}
 
     def is_lossy(self, points: int | None) -> bool:
         """Return whether this configuration changes the outputs of text; `points`, which concern t2i, are ignored."""
@@ -217,7 +224,14 @@ def config_from_dict(
 
     Raises `error` that names `where` and the field that is unknown, mistyped or out of range.
     """
-    return reading.convert(data, kind, where, error)
+    # Shares of 0 are not kept, and a field that is given and then not there is taken for an unknown one.
+    given = {
+        name: {stack: share for stack, share in value.items() if not (is_number(share) and share == 0)}
+        if name in _SHARES and isinstance(value, dict)
+        else value
+        for name, value in data.items()
+    }
+    return reading.convert(given, kind, where, error)
 
 
 def _only(config: T2IConfig, names: tuple[str, ...]) -> T2IConfig:
@@ -248,6 +262,19 @@ class _Checks:
         value = getattr(self.config, name)
         if not (optional and value is None):
             self.store(name, arguments.number(name, value, low, high, above=above, below=below))
+
+    def shares(self, *names: str) -> None:
+        """Check that fields are numbers in [0, 1), or mappings from stacks to such, and store them by stack."""
+        for name in names:
+            value = getattr(self.config, name)
+            if isinstance(value, Mapping):
+                given = {
+                    stack: arguments.number(f"{name} of stack {shown(stack)}", share, 0, 1, below=True)
+                    for stack, share in arguments.mapping(name, value).items()
+                }
+            else:
+                given = {DECODER: arguments.number(name, value, 0, 1, below=True)}
+            self.store(name, by_stack(given))
 
     def integer(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
         value = getattr(self.config, name)

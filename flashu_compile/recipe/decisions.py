@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,35 +13,52 @@ from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_POINTS, is_integer, is_number, shown
 from flashu_compile.errors import RecipeError
 from flashu_compile.recipe.config import LARGEST_BLOCK, TaskConfig
+from flashu_compile.tasks import DECODER
 
 _LARGEST_NEURON = 2**31 - 1
 
 KeptNeurons = Mapping[str, Mapping[int, NDArray[np.int64]]]
+#: Blocks that are left out, by stack; rising.
+Layers = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """From the share `start` of the trajectory's evaluations on, the LLM blocks `skipped` do not run."""
+    """From the share `start` of the trajectory's evaluations on, the blocks `skipped` of each stack do not run.
+
+    A list of blocks alone is the decoder's. A stack of which none is skipped is listed with none: that is decided.
+    """
 
     start: float
-    skipped: tuple[int, ...] = ()
+    skipped: Layers | tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not is_number(self.start) or not 0 <= self.start < 1:
             raise RecipeError(
                 f"A phase must start at a number of at least 0 and below 1, not {shown(self.start)}."
             )
-        blocks: Any = self.skipped
-        if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not all(map(is_integer, blocks)):
-            raise RecipeError(
-                f"The skipped layers of a phase must be a list of integers, not {shown(blocks)}."
-            )
-        if len(set(blocks)) != len(blocks) or not all(0 <= block <= LARGEST_BLOCK for block in blocks):
-            raise RecipeError(
-                f"Skipped layers must be distinct, and from 0 to {LARGEST_BLOCK:,}; a phase has {shown(blocks)}."
-            )
+        given: Any = self.skipped
+        named = arguments.mapping(
+            "skipped", given if isinstance(given, Mapping) else {DECODER: given}, RecipeError
+        )
         object.__setattr__(self, "start", float(self.start))
-        object.__setattr__(self, "skipped", tuple(sorted(map(int, blocks))))
+        object.__setattr__(self, "skipped", {stack: _blocks(named[stack]) for stack in sorted(named)})
+
+    @property
+    def layers(self) -> Layers:
+        """The blocks that are skipped, by stack; stacks of which all run are not listed."""
+        assert isinstance(self.skipped, Mapping)  # since `__post_init__`
+        return {stack: blocks for stack, blocks in self.skipped.items() if blocks}
+
+    @property
+    def stacks(self) -> frozenset[str]:
+        """The stacks of which it is decided which blocks are skipped."""
+        assert isinstance(self.skipped, Mapping)
+        return frozenset(self.skipped)
+
+    def of_stacks(self, stacks: Collection[str]) -> Phase:
+        """Return this phase with the layers of these stacks alone."""
+        return Phase(self.start, {stack: self.layers.get(stack, ()) for stack in stacks})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +131,19 @@ class Decisions:
 
     def completed(self, other: Decisions) -> Decisions:
         """Return these decisions with whatever they leave open filled in from `other`."""
-        return Decisions({**other.kept_neurons, **self.kept_neurons}, self.phases or other.phases)
+        phases = self.phases if other.stacks <= self.stacks else _joined(self.phases, other.phases)
+        return Decisions({**other.kept_neurons, **self.kept_neurons}, phases)
+
+    def renamed(self, name: Callable[[str], str]) -> Decisions:
+        """Return these decisions with stacks by other names, which `name` gives."""
+        return Decisions(
+            {name(stack): blocks for stack, blocks in self.kept_neurons.items()},
+            tuple(
+                Phase(phase.start, {name(stack): phase.layers.get(stack, ()) for stack in phase.stacks})
+                for phase in self.phases
+            ),
+            {name(stack): blocks for stack, blocks in self.kept_widths.items()},
+        )
 
     @property
     def complete(self) -> bool:
@@ -123,23 +152,55 @@ class Decisions:
 
     def under(self, config: TaskConfig) -> Decisions:
         """Return these decisions without those of techniques that `config` switches off."""
-        on = {stack for stack, share in config.pruning.items() if share > 0}
+        on = config.pruned
         return Decisions(
             {stack: blocks for stack, blocks in self.kept_neurons.items() if stack in on},
-            self.phases if config.layer_skipping > 0 else (),
+            self.of_stacks(config.skipping),
             {stack: blocks for stack, blocks in self.kept_widths.items() if stack in on},
         )
+
+    def of_stacks(self, stacks: Collection[str]) -> tuple[Phase, ...]:
+        """Return the phases with the layers of these stacks alone; none if nothing is decided about them."""
+        kept = self.stacks.intersection(stacks)
+        return tuple(phase.of_stacks(kept) for phase in self.phases) if kept else ()
 
     def undecided(self, config: TaskConfig) -> tuple[str, ...]:
         """List, in words, the techniques that `config` switches on and for which no decision is present."""
         missing = [
-            f"FFN pruning of stack {stack!r}"
-            for stack, share in config.pruning.items()
-            if share > 0 and stack not in self.kept_widths
+            f"FFN pruning of stack {stack!r}" for stack in config.pruned if stack not in self.kept_widths
         ]
-        if config.layer_skipping > 0 and not self.phases:
-            missing.append("layer skipping")
+        missing += [
+            f"layer skipping of stack {stack!r}" for stack in config.skipping if stack not in self.stacks
+        ]
         return tuple(missing)
+
+    @property
+    def stacks(self) -> frozenset[str]:
+        """The stacks of which it is decided, in every phase, which blocks are skipped."""
+        return (
+            frozenset.intersection(*(phase.stacks for phase in self.phases)) if self.phases else frozenset()
+        )
+
+
+def _blocks(blocks: Any) -> tuple[int, ...]:
+    if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not all(map(is_integer, blocks)):
+        raise RecipeError(f"The skipped layers of a phase must be a list of integers, not {shown(blocks)}.")
+    if len(set(blocks)) != len(blocks) or not all(0 <= block <= LARGEST_BLOCK for block in blocks):
+        raise RecipeError(
+            f"Skipped layers must be distinct, and from 0 to {LARGEST_BLOCK:,}; a phase has {shown(blocks)}."
+        )
+    return tuple(sorted(map(int, blocks)))
+
+
+def _joined(first: Sequence[Phase], second: Sequence[Phase]) -> tuple[Phase, ...]:
+    """Return phases in which those of both are in force; of a stack that both decide on, the first."""
+
+    def at(phases: Sequence[Phase], start: float) -> Layers:
+        begun = [phase for phase in phases if phase.start <= start]
+        return {stack: begun[-1].layers.get(stack, ()) for stack in begun[-1].stacks} if begun else {}
+
+    starts = sorted({phase.start for phase in (*first, *second)})
+    return tuple(Phase(start, {**at(second, start), **at(first, start)}) for start in starts)
 
 
 def _neurons(stack: str, block: object, values: Any) -> NDArray[np.int64]:

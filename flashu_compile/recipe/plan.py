@@ -125,28 +125,42 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A specialised denoise engine: whether its FFNs are pruned, and the LLM blocks it leaves out."""
+    """A specialised denoise engine: whether its FFNs are pruned, and the blocks it leaves out, by stack.
+
+    `several`: variants of the same recipe leave out blocks of several stacks, so that names have to tell which.
+    """
 
     pruned: bool = False
-    skipped: tuple[int, ...] = ()
+    skipped: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    several: bool = False
 
     @property
     def name(self) -> str:
-        """The engine's name, `denoise` followed by what distinguishes the variant."""
+        """The engine's name: `denoise_pruned_skip3-5`, or with several stacks `denoise_pruned_skip-eye-0-trunk-3-5`."""
         return self.named(DENOISE)
 
     def named(self, program: str) -> str:
         """Return the name of the engine that is this variant of another captured program."""
-        layers = f"_skip{'-'.join(map(str, self.skipped))}" if self.skipped else ""
-        return program + ("_pruned" if self.pruned else "") + layers
+        layers = ""
+        for stack, blocks in self.skipped:
+            layers += f"-{stack}-" * self.several + "-".join(map(str, blocks))
+        return program + ("_pruned" if self.pruned else "") + (f"_skip{layers}" if layers else "")
 
 
 def variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
     """List every denoise engine that a plan of these parameters and decisions may run, for any number of points."""
     decided = decisions.under(config)
-    specialised = [Variant(_pruned(decided), phase.skipped) for phase in decided.phases]
-    found = [Variant(), *(specialised or [Variant(_pruned(decided))])]
-    return tuple(dict.fromkeys(found))
+    specialised = [variant for _, variant in _cut(decided)]
+    return tuple(dict.fromkeys([Variant(), *specialised]))
+
+
+def _cut(decided: Decisions) -> list[tuple[float, Variant]]:
+    """Return the variant of each phase, with the share of the trajectory from which on it runs."""
+    several = len({stack for phase in decided.phases for stack in phase.layers}) > 1
+    return [
+        (phase.start, Variant(_pruned(decided), tuple(phase.layers.items()), several and bool(phase.layers)))
+        for phase in decided.phases or (Phase(0.0),)
+    ]
 
 
 def engines_needed(plan: StepPlan) -> tuple[str, ...]:
@@ -199,7 +213,7 @@ def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str
     """Decide what each of `count` evaluations runs: the fields of its `Step` except t and dt."""
     length = round(config.full_ffn * count)
     full = range(length) if config.full_ffn_at == "first" else range(count - length, count)
-    phases = [(phase.start, phase.skipped) for phase in decided.phases] or [(0.0, ())]
+    phases = _cut(decided)
     cached, ruled = config.head_cache > 1, not config.as_published
     leaves = cached and ruled and config.full_ffn_at == "first"  # whether full evaluations store
     # The branches of each cache stored so far.
@@ -217,7 +231,7 @@ def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str
             two = len(stored) > 1 and needed <= stored[-2]
             row |= {"engine": REUSE, "extrapolate": config.head_extrapolation and two}
         else:
-            cut = Variant(_pruned(decided), _in_force(phases, k / count))
+            cut = _in_force(phases, k / count)
             row |= {"engine": DENOISE if due and ruled else cut.name, "store": due}
             if due:
                 stored.append(needed)

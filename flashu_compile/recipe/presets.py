@@ -19,7 +19,7 @@ _FLASHU = Recipe(
         points=35,  # paper and code: 35 time points instead of 50, so 34 evaluations
         # code: 0.75 s0 on the first 24 evaluations, then s0; of Show-o2 7.5, then 10 (docs/checkpoints.md)
         guidance=((0.0, 0.75), (24 / 34, 1.0)),
-        ffn_pruning=0.2,  # paper and code: r_p = 0.2, of the LLM alone
+        pruning=0.2,  # paper and code: r_p = 0.2, of the decoder alone
         full_ffn=10 / 34,  # code: tau = 11 of 35 points makes the last 10 evaluations full
         full_ffn_at="last",  # code; the paper says the first 0.2 to 0.3 of the trajectory
         layer_skipping=0.2,  # paper and code: r_LS = 0.2
@@ -28,13 +28,13 @@ _FLASHU = Recipe(
         as_published=True,  # code: whatever evaluation is due stores features
     ),
     MMUConfig(
-        ffn_pruning=0.2,  # paper: r_p = 0.2
+        pruning=0.2,  # paper: r_p = 0.2
         layer_skipping=0.2,  # paper: r_LS = 0.2
         token_pruning=0.5,  # ours: the paper leaves rho open
         token_layer=2,  # paper
         token_scorer="v_norm",  # paper
     ),
-    text=TextConfig(ffn_pruning=0.2, layer_skipping=0.2),  # ours: the shares that the paper has for mmu
+    text=TextConfig(pruning=0.2, layer_skipping=0.2),  # ours: the shares that the paper has for mmu
 )
 
 # The three below are ours. Their pictures come from fewer points, the guidance schedule, and a head cache that fills on
@@ -63,12 +63,12 @@ _BALANCED = Recipe(
 _CONSERVATIVE = Recipe(
     "conservative",
     _drawing(35, 24 / 34, 0.5, 4),
-    MMUConfig(ffn_pruning=0.1, token_pruning=0.25, token_scorer="duplication"),
+    MMUConfig(pruning=0.1, token_pruning=0.25, token_scorer="duplication"),
 )
 _AGGRESSIVE = Recipe(
     "aggressive",
     _drawing(23, 0.7, 6 / 22, 5),
-    MMUConfig(ffn_pruning=0.3, layer_skipping=0.25, token_pruning=0.5, token_scorer="duplication"),
+    MMUConfig(pruning=0.3, layer_skipping=0.25, token_pruning=0.5, token_scorer="duplication"),
 )
 
 _PRESETS = {recipe.name: recipe for recipe in (_EXACT, _FLASHU, _BALANCED, _CONSERVATIVE, _AGGRESSIVE)}

@@ -5,7 +5,7 @@ which layers are skipped in which phase. It is kept as `recipe.json`, readable a
 neurons in `recipe.safetensors` beside it if there are any. Every field of the JSON but `schema` and `name` may be
 left out:
 
-    {"schema": 3, "name": "mine", "t2i": {"points": 25, "head_cache": 5}, "mmu": {"token_pruning": 0.5}}
+    {"schema": 4, "name": "mine", "t2i": {"points": 25, "pruning": {"decoder": 0.2}}, "mmu": {"token_pruning": 0.5}}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from flashu_compile import arguments, reading
 from flashu_compile.arguments import shown
 from flashu_compile.errors import RecipeError
+from flashu_compile.recipe import older
 from flashu_compile.recipe.config import (
     CONFIGS,
     MMUConfig,
@@ -35,10 +36,9 @@ from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan
 from flashu_compile.recipe.token_plan import TokenPlan, compile_token_plan
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import MMU, T2I, TASKS, TEXT
+from flashu_compile.tasks import DECODER, MMU, T2I, TASKS, TEXT
 
-SCHEMA = 3
-_BEFORE = 2  # when all plans were as published
+SCHEMA = 4
 FILE = "recipe.json"
 
 
@@ -67,13 +67,6 @@ class Recipe:
             if not isinstance(decisions, Decisions):
                 raise RecipeError(f"The decisions of {task} must be Decisions, not {shown(decisions)}.")
         object.__setattr__(self, "decisions", dict(sorted(decided.items())))
-        for task, decisions in self.decisions.items():
-            known = self.config(task).pruning
-            unknown = [stack for stack in decisions.kept_widths if stack not in known]
-            if unknown:
-                raise RecipeError(
-                    f"The decisions of {task} prune stack {unknown[0]!r}; those it can prune are {', '.join(known)}."
-                )
         for task, decisions in self.decisions.items():
             if task != T2I.name and len(decisions.phases) > 1:
                 raise RecipeError(
@@ -127,6 +120,45 @@ class Recipe:
         }
         return dataclasses.replace(self, t2i=dataclasses.replace(self.t2i, **given))
 
+    def for_stacks(self, model: str, stacks: Mapping[str, Collection[str]], decoder: str) -> Recipe:
+        """Return this recipe in the names of a model's stacks, where it says "decoder" with that of its `decoder`.
+
+        `stacks` are those of each task that the model is to be compiled for. Raises `RecipeError` if the recipe cuts
+        one that is not among them, or names the decoder twice.
+        """
+
+        def name(stack: str) -> str:
+            return decoder if stack == DECODER and decoder else stack
+
+        configs: dict[str, Any] = {}
+        for task in TASKS:
+            config, decided = self.config(task), self.decisions.get(task, Decisions())
+            named = {
+                f"{task}.pruning": config.pruned,
+                f"{task}.layer_skipping": config.skipping,
+                f"the decisions of {task}": {*decided.kept_widths, *decided.stacks},
+            }
+            for where, given in named.items():
+                if len({name(stack) for stack in given}) < len(given):
+                    raise RecipeError(
+                        f"Recipe {self.name!r} names stack {decoder!r} twice in {where}, where it is also called "
+                        f"{DECODER!r}; leave one of them out."
+                    )
+            for field, given in (("pruning", config.pruned), ("layer_skipping", config.skipping)):
+                unknown = [s for s in given if task in stacks and name(s) not in stacks[task]]
+                if unknown:
+                    raise RecipeError(
+                        f"Recipe {self.name!r} has {task}.{field} of stack {unknown[0]!r}, which {task} of "
+                        f"model {model!r} does not have; it has {', '.join(stacks[task]) or 'none'}."
+                    )
+            configs[task] = dataclasses.replace(
+                config,
+                pruning={name(stack): share for stack, share in config.pruned.items()},
+                layer_skipping={name(stack): share for stack, share in config.skipping.items()},
+            )
+        decisions = {task: decided.renamed(name) for task, decided in self.decisions.items()}
+        return dataclasses.replace(self, decisions=decisions, **configs)
+
     def to_json(self) -> str:
         """Serialise the recipe as JSON text, which `from_json` reads."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
@@ -148,18 +180,19 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Recipe:
-        """Parse a recipe written by `to_json`. One of schema 2 keeps its plan: it is read as `as_published`.
+        """Parse a recipe written by `to_json`, or by an earlier version: what it says keeps its meaning.
 
         Raises `RecipeError` that names the field which is unknown, mistyped or wrong.
         """
         data = reading.parse(text, "The recipe", RecipeError)
         schema = data.pop("schema", None) if isinstance(data, dict) else None
-        if type(schema) is not int or schema not in (SCHEMA, _BEFORE):
+        if type(schema) is not int or schema not in (SCHEMA, *older.SCHEMAS):
             found = "no schema" if schema is None else f"schema {shown(schema)}"
-            raise RecipeError(f"The recipe has {found}; this version reads {_BEFORE} and {SCHEMA}.")
+            known = ", ".join(map(str, older.SCHEMAS))
+            raise RecipeError(f"The recipe has {found}; this version reads {known} and {SCHEMA}.")
+        if schema in older.SCHEMAS:
+            older.bring_up_to_date(data, schema)
         written = reading.convert(data, _Written, "The recipe", RecipeError)
-        if schema == _BEFORE:
-            written.t2i.setdefault("as_published", True)
         configs: dict[str, Any] = {
             task: config_from_dict(kind, getattr(written, task), repr(task), RecipeError)
             for task, kind in CONFIGS.items()

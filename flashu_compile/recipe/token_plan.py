@@ -102,15 +102,17 @@ def drawing_variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, 
         raise RecipeError(
             f"The recipe asks for {' and '.join(undecided)} but nothing is decided about it; calibrate it first."
         )
-    if len({phase.skipped for phase in decided.phases}) > 1:
+    layers = {tuple(phase.layers.items()) for phase in decided.phases}
+    if len(layers) > 1:
         raise RecipeError(
             "The decisions of t2i skip other layers in each phase; a picture that is drawn code by code is drawn by "
             "the same layers throughout, whose keys and values later codes read. Calibrate for this model."
         )
-    skipped = decided.phases[0].skipped if decided.phases else ()
+    skipped = layers.pop() if layers else ()
+    several = len(skipped) > 1
     pruned = any(decided.kept_widths.values()) and config.full_ffn < 1
-    whole = [Variant(False, skipped)] if config.full_ffn > 0 or not pruned else []
-    cut = [Variant(True, skipped)] if pruned else []
+    whole = [Variant(False, skipped, several)] if config.full_ffn > 0 or not pruned else []
+    cut = [Variant(True, skipped, several)] if pruned else []
     return tuple(whole + cut)
 
 

@@ -50,7 +50,12 @@ def diff(a: Recipe, b: Recipe) -> list[str]:
         before, after = a.config(task), b.config(task)
         for field in dataclasses.fields(before):
             old, new = getattr(before, field.name), getattr(after, field.name)
-            if old != new:
+            if isinstance(old, Mapping):
+                changed = [stack for stack in sorted({*old, *new}) if old.get(stack) != new.get(stack)]
+                lines.extend(
+                    f"{task}.{field.name}.{s}: {old.get(s, 0.0)} → {new.get(s, 0.0)}" for s in changed
+                )
+            elif old != new:
                 lines.append(f"{task}.{field.name}: {_value(old)} → {_value(new)}")
         decisions = [recipe.decisions.get(task, Decisions()) for recipe in (a, b)]
         lines.extend(f"{task}, {line}" for line in _changes(*decisions))
@@ -102,10 +107,10 @@ def _guidance(guidance: Guidance, scale: float | None) -> str:
 
 
 def _pruning(config: TaskConfig, decided: Decisions) -> str:
-    texts = []
-    for stack, share in config.pruning.items():
-        if share > 0:
-            texts.append(f"{share:.0%} of {stack}: {_widths(decided.kept_widths.get(stack))}")
+    texts = [
+        f"{share:.0%} of {stack}: {_widths(decided.kept_widths.get(stack))}"
+        for stack, share in config.pruned.items()
+    ]
     return "; ".join(texts) or "off"
 
 
@@ -120,19 +125,25 @@ def _widths(widths: Mapping[int, int] | None) -> str:
 
 
 def _skipping(config: TaskConfig, phases: Sequence[Phase]) -> str:
-    if config.layer_skipping == 0:
-        return "off"
-    return f"{config.layer_skipping:.0%}: {_phases(phases)}"
+    texts = [
+        f"{share:.0%} of {stack}: {_layers([(p.start, p.layers.get(stack, ())) for p in phases if stack in p.stacks])}"
+        for stack, share in config.skipping.items()
+    ]
+    return " and ".join(texts) or "off"
 
 
 def _phases(phases: Sequence[Phase]) -> str:
-    if not phases:
-        return "undecided"
+    stacks = sorted({stack for phase in phases for stack in phase.stacks})
+    texts = [f"{s}: {_layers([(p.start, p.layers.get(s, ())) for p in phases])}" for s in stacks]
+    return " and ".join(texts) or "undecided"
+
+
+def _layers(phases: Sequence[tuple[float, Sequence[int]]]) -> str:
     texts = []
-    for phase in phases:
-        layers = ", ".join(map(str, phase.skipped)) or "none"
-        texts.append(layers if phase.start == 0 else f"{layers} from {phase.start:.1%}")
-    return "; ".join(texts)
+    for start, blocks in phases:
+        layers = ", ".join(map(str, blocks)) or "none"
+        texts.append(layers if start == 0 else f"{layers} from {start:.1%}")
+    return "; ".join(texts) or "undecided"
 
 
 def _full(config: T2IConfig) -> str:

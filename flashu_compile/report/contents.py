@@ -24,6 +24,7 @@ class Counts(TypedDict, total=False):
     flops: Required[dict[str, Count]]
     bytes: dict[str, Count]
     rows: dict[str, list[Count]]
+    decoder: str
     errors: dict[str, float]
 
 

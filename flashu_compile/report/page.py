@@ -171,17 +171,19 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | TokenPlan
         if scores:
             made[f"{task}_scores"] = plots.score_curves(scores)
         phases = recipe.decided(task).phases
-        if task == T2I.name and not isinstance(plan, TokenPlan):
-            run = () if plan is None else phases_run(plan, phases)
-            rows = [row for number, row in enumerate(measured["layer_importance"]) if number in run]
-            if rows:
-                made["t2i_importance"] = plots.importance_map(
-                    rows, [phases[number].skipped for number in run]
-                )
-        else:
-            layers = phases[0].skipped if phases else ()
-            bars = f"{task}_importance_bars" if task == T2I.name else f"{task}_importance"
-            made[bars] = plots.importance_bars(measured["layer_importance"], layers)
+        by_codes = task == T2I.name and isinstance(plan, TokenPlan)
+        for stack, importance in measured["layer_importance"].items():
+            skipped = [phase.layers.get(stack, ()) for phase in phases]
+            name = f"{task}_importance_bars" if by_codes else f"{task}_importance"
+            if task != T2I.name or isinstance(plan, TokenPlan):
+                drawn = plots.importance_bars(stack, importance, skipped[0] if skipped else ())
+            else:
+                run = () if plan is None else phases_run(plan, phases)
+                rows = [row for number, row in enumerate(importance) if number in run]
+                if not rows:
+                    continue
+                drawn = plots.importance_map(stack, rows, [skipped[number] for number in run])
+            made[name] = made.get(name, "") + drawn
     if MMU.name in figures:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
         made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)

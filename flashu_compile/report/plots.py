@@ -118,12 +118,14 @@ def timeline(plan: StepPlan | TokenPlan) -> Markup:
         return done()
 
 
-def importance_map(phases: Sequence[Mapping[str, Any]], skipped: Sequence[Sequence[int]]) -> Markup:
+def importance_map(
+    stack: str, phases: Sequence[Mapping[str, Any]], skipped: Sequence[Sequence[int]]
+) -> Markup:
     """Plot layer importance, 1 − cosine, by phase of the trajectory: darker is more; a cross marks skipped layers."""
     table = np.array([phase["importance"] for phase in phases])
     layers = table.shape[1]
     shades = _shades(table)
-    with _figure(0.9 + 0.32 * len(phases), "Importance of every layer by phase of the trajectory") as (
+    with _figure(0.9 + 0.32 * len(phases), f"Importance of every layer of {stack} by phase") as (
         figure,
         done,
     ):
@@ -136,7 +138,7 @@ def importance_map(phases: Sequence[Mapping[str, Any]], skipped: Sequence[Sequen
             if row < len(skipped) and column in skipped[row]:
                 axes.plot(column, row, "x", color=INK, markersize=7, markeredgewidth=1.6)
         names = [f"from {phase['start']:.0%}" for phase in phases]
-        axes.set(xlim=(-0.6, layers - 0.4), ylim=(len(phases) - 0.4, -0.6), xlabel="LLM layer")
+        axes.set(xlim=(-0.6, layers - 0.4), ylim=(len(phases) - 0.4, -0.6), xlabel=f"layer of {stack}")
         axes.set(xticks=range(layers), yticks=range(len(phases)), yticklabels=names)
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
@@ -150,13 +152,13 @@ def _shades(table: np.ndarray) -> np.ndarray:
     return (0.08 + 0.92 * (levels - levels.min()) / (spread or 1.0)).round(3)
 
 
-def importance_bars(importance: Sequence[float], skipped: Sequence[int]) -> Markup:
+def importance_bars(stack: str, importance: Sequence[float], skipped: Sequence[int]) -> Markup:
     """Plot layer importance, 1 − cosine, a bar for each layer; those skipped stand out."""
-    with _figure(1.9, "Importance of every layer") as (figure, done):
+    with _figure(1.9, f"Importance of every layer of {stack}") as (figure, done):
         axes = figure.subplots()
         colours = [SECOND if layer in skipped else FIRST for layer in range(len(importance))]
         axes.bar(range(len(importance)), importance, color=colours, width=0.8)
-        axes.set(xlabel="LLM layer", ylabel="1 − cosine", xticks=range(len(importance)))
+        axes.set(xlabel=f"layer of {stack}", ylabel="1 − cosine", xticks=range(len(importance)))
         axes.tick_params(length=0)
         return done()
 
@@ -198,7 +200,9 @@ def value_norms(norms: Sequence[Mapping[str, float]], layer: int | None) -> Mark
                           va="center", color=colour)  # fmt: skip
         if layer is not None:
             axes.axvline(layer, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set(xlabel="LLM layer", ylabel="mean ‖value‖", xticks=range(len(norms)), ylim=(0, None))
+        axes.set(
+            xlabel="layer of the decoder", ylabel="mean ‖value‖", xticks=range(len(norms)), ylim=(0, None)
+        )
         axes.set_xlim(-0.4, len(norms) - 0.1)
         axes.tick_params(length=2)
         return done()

@@ -10,7 +10,7 @@ from typing import Any
 from flashu_compile.bundle.manifest import Manifest
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.token_plan import TokenPlan
-from flashu_compile.tasks import COMPLETE, DENOISE, DRAW, LLM, MMU, TEXT, UNDERSTAND, VAE_DECODE, VISION
+from flashu_compile.tasks import COMPLETE, DENOISE, DRAW, MMU, TEXT, UNDERSTAND, VAE_DECODE, VISION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _row(name: str, task: str, counts: Mapping[str, Any], runs: str, *, captured
         parameters=sum(counts.get("parameters", {}).values()),
         flops=sum(counts.get("flops", {}).values()),
         bytes=None if moved is None else sum(moved.values()),
-        rows=rows_text(counts.get("rows", {}).get(LLM, ())),
+        rows=rows_text(counts.get("rows", {}).get(counts.get("decoder", ""), ())),
     )
 
 

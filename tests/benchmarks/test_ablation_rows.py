@@ -26,10 +26,10 @@ KEPT = {"llm": {0: np.arange(64)}}
 
 
 def decided(name: str) -> Recipe:
-    recipe = preset(name).resolved(points=50, guidance_scale=4.0, time_shift=3.0)
+    recipe = preset(name).for_stacks("m", {}, "llm").resolved(points=50, guidance_scale=4.0, time_shift=3.0)
     if name == BASE:
         return recipe
-    decisions = {task: Decisions(KEPT, (Phase(0.0, (1, 2)),)) for task in ("t2i", "mmu")}
+    decisions = {task: Decisions(KEPT, (Phase(0.0, {"llm": (1, 2)}),)) for task in ("t2i", "mmu")}
     return dataclasses.replace(recipe, decisions=decisions)
 
 
@@ -70,8 +70,8 @@ def test_every_row_is_decided_and_carries_no_decision_it_does_not_use(task: str)
         assert not row.recipe.needs_calibration(task)
         assert set(row.recipe.decisions) == {task}
         config, own = row.recipe.config(task), row.recipe.decisions[task]
-        assert bool(own.kept_neurons) == (config.ffn_pruning > 0)
-        assert bool(own.phases) == (config.layer_skipping > 0)
+        assert bool(own.kept_neurons) == (bool(config.pruned))
+        assert bool(own.phases) == (bool(config.skipping))
 
 
 def test_variants_change_one_parameter_of_the_full_recipe() -> None:

@@ -23,8 +23,8 @@ def test_the_oracle_s_decisions() -> None:
         guidance_scale=6.0,
         time_shift=3.0,
         guidance=((0, 0.5), (10 / n, 1)),
-        ffn_pruning=0.37,
-        layer_skipping=0.34,
+        pruning={"llm": 0.37},
+        layer_skipping={"llm": 0.34},
         skipping_interval=5,
         head_cache=4,
         as_published=True,
@@ -32,14 +32,21 @@ def test_the_oracle_s_decisions() -> None:
     )
     early, late = (6, 7, 8), (3, 7, 8)
     starts = {0: (), 1: early, 5: (), 6: late, 10: (), 11: late, 15: (), 16: late}
-    assert recipe.decisions["t2i"].phases == tuple(Phase(k / n, layers) for k, layers in starts.items())
+    assert recipe.decisions["t2i"].phases == tuple(
+        Phase(k / n, {"llm": layers}) for k, layers in starts.items()
+    )
     assert recipe.decisions["t2i"].kept_widths == {"llm": dict.fromkeys(range(9), 256)}
     assert not recipe.needs_calibration("t2i")
 
 
 def test_its_defaults_are_the_preset() -> None:
     """Guidance 10 is what the code has as s0."""
-    ours = preset("flashu").resolved(points=35, guidance_scale=10.0, time_shift=3.0).t2i
+    ours = (
+        preset("flashu")
+        .for_stacks("m", {}, "llm")
+        .resolved(points=35, guidance_scale=10.0, time_shift=3.0)
+        .t2i
+    )
     assert published_decisions({}, {}, time_shift=3.0).t2i == ours
 
 
@@ -58,7 +65,7 @@ def test_a_schedule_shorter_than_the_trajectory_falls_back() -> None:
 
 def test_a_list_on_every_step_skips_nothing() -> None:
     phases = published_decisions({}, {s: [1] for s in range(1, 5)}, points=5, tau=0).decisions["t2i"].phases
-    assert all(phase.skipped == () for phase in phases)
+    assert all(not phase.layers for phase in phases)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,7 @@ def test_a_list_on_every_step_skips_nothing() -> None:
         ({"layer_lists": {"0": [1]}}, "list for step 0"),
         ({"layer_lists": {"1": [1, 1]}}, "distinct"),
         ({"kept_neurons": {0: [1, 1]}}, "must rise"),
-        ({"r_p": 1.2}, "ffn_pruning"),
+        ({"r_p": 1.2}, "pruning of stack"),
     ],
 )
 def test_data_that_make_no_recipe(arguments: dict[str, Any], message: str) -> None:

@@ -52,12 +52,12 @@ def test_arrays_are_read_back(tmp_path: Path) -> None:
 
 def test_a_recipe_is_named_by_what_it_makes_of_the_task() -> None:
     kept = {"llm": {0: np.arange(4)}}
-    recipe = Recipe("a", T2IConfig(ffn_pruning=0.5), MMUConfig(), {"t2i": Decisions(kept)})
+    recipe = Recipe("a", T2IConfig(pruning={"llm": 0.5}), MMUConfig(), {"t2i": Decisions(kept)})
     name = recipe_digest(recipe, "t2i")
     assert recipe_digest(dataclasses.replace(recipe, name="b", mmu=MMUConfig(0.1)), "t2i") == name
     other = Decisions({"llm": {0: np.arange(1, 5)}})
     assert recipe_digest(dataclasses.replace(recipe, decisions={"t2i": other}), "t2i") != name
-    assert recipe_digest(dataclasses.replace(recipe, t2i=T2IConfig(ffn_pruning=0.4)), "t2i") != name
+    assert recipe_digest(dataclasses.replace(recipe, t2i=T2IConfig(pruning={"llm": 0.4})), "t2i") != name
     # A decision that is switched off makes no difference.
     off = dataclasses.replace(recipe, t2i=T2IConfig())
     assert recipe_digest(off, "t2i") == recipe_digest(dataclasses.replace(off, decisions={}), "t2i")

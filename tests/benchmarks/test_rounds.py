@@ -70,4 +70,4 @@ def test_recipes_leave_nothing_to_decide(name: str) -> None:
     assert not published_defaults(config).needs_calibration("t2i")
     kept = techniques.decided("mmu").kept_widths["llm"]
     assert set(kept.values()) == {int(0.8 * config.llm.intermediate_size) // 64 * 64}
-    assert len(techniques.decided("mmu").phases[0].skipped) == config.llm.num_hidden_layers // 5
+    assert len(techniques.decided("mmu").phases[0].layers.get("llm", ())) == config.llm.num_hidden_layers // 5

@@ -29,9 +29,9 @@ from tests.support.tiny import VAE, tiny_model, tokenizer
 
 DECIDED = Recipe(
     "pictures",
-    T2IConfig(ffn_pruning=0.5, layer_skipping=0.5),
+    T2IConfig(pruning={"llm": 0.5}, layer_skipping={"llm": 0.5}),
     MMUConfig(token_pruning=0.25),
-    {"t2i": Decisions({"llm": {0: np.arange(8), 1: np.arange(4, 12)}}, (Phase(0, (1,)),))},
+    {"t2i": Decisions({"llm": {0: np.arange(8), 1: np.arange(4, 12)}}, (Phase(0, {"llm": (1,)}),))},
 )
 
 
@@ -77,7 +77,7 @@ def calibrated(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     result = run(
         *("calibrate", checkpoint, "--task", "mmu", "--recipe", "exact", "--output", folder / "mine.json"),
         *("--calibration", write_questions(folder), "--samples", 2, "--set", "mmu.width_multiple=8"),
-        *("--set", "mmu.ffn_pruning=0.5", "--set", "mmu.layer_skipping=0.5"),
+        *("--set", "mmu.pruning.llm=0.5", "--set", "mmu.layer_skipping=0.5"),
     )
     assert result.exit_code == 0
     assert "50% of llm: 32 neurons kept in 2 blocks" in result.stdout
@@ -268,7 +268,7 @@ class TestCalibrate:
     def test_a_real_model(self, calibrated: Path) -> None:
         recipe = Recipe.load(calibrated)
         assert recipe.decisions["mmu"].kept_widths == {"llm": {0: 32, 1: 32}}
-        assert [len(phase.skipped) for phase in recipe.decisions["mmu"].phases] == [1]
+        assert [len(phase.layers.get("llm", ())) for phase in recipe.decisions["mmu"].phases] == [1]
         assert not recipe.needs_calibration("mmu")
         assert files(calibrated.parent) == {"mine.json", "mine.safetensors", "photo.png", "samples.json"}
 
@@ -287,13 +287,13 @@ class TestBuild:
         """The recipe's neurons are chosen anew, since their share is another."""
         output = tmp_path / "bundle"
         result = run(
-            *("build", checkpoint, "--task", "mmu", "--recipe", calibrated, "--set", "mmu.ffn_pruning=0.25"),
+            *("build", checkpoint, "--task", "mmu", "--recipe", calibrated, "--set", "mmu.pruning.llm=0.25"),
             *("--calibration", questions, "--output", output, "--no-benchmark"),
         )
         assert result.exit_code == 0
         rows = [line.split() for line in result.stdout.splitlines()]
         assert ["calibrated", "mmu", "on", "3", "samples"] in rows
-        assert "mmu.layer_skipping=0.5 with mmu.ffn_pruning=0.25" in result.stdout
+        assert "mmu.layer_skipping=0.5 with mmu.pruning.llm=0.25" in result.stdout
         passes = {row[0]: row for row in rows if row[1:2] == ["lossy"]}
         assert passes.keys() == {"PruneFFN", "RemoveLayers"}
         assert all(row[2] == "1" and float(row[3]) > 0 for row in passes.values())

@@ -160,7 +160,7 @@ def test_commands_that_compile_finish(encoding: str, folder: Path, monkeypatch: 
         "--calibration",
         "samples.json",
         "--set",
-        "mmu.ffn_pruning=0.5",
+        "mmu.pruning.llm=0.5",
         "--set",
         "mmu.width_multiple=8",
     )

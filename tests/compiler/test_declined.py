@@ -109,36 +109,38 @@ UNDONE = {
     "no layer": (
         "understand",
         Recipe(
-            "x", mmu=MMUConfig(layer_skipping=0.1), decisions={"mmu": Decisions(phases=(Phase(0.0, ()),))}
+            "x",
+            mmu=MMUConfig(layer_skipping={"llm": 0.1}),
+            decisions={"mmu": Decisions(phases=(Phase(0.0, {"llm": ()}),))},
         ),
-        [("RemoveLayers", "layer skipping", "no engine that runs skips a layer")],
+        [("RemoveLayers", "layer skipping", "no engine that runs skips a layer of stack llm")],
     ),
     "no block": (
         "understand",
-        Recipe("x", mmu=MMUConfig(ffn_pruning=0.1), decisions={"mmu": Decisions({"llm": {}})}),
+        Recipe("x", mmu=MMUConfig(pruning={"llm": 0.1}), decisions={"mmu": Decisions({"llm": {}})}),
         [("PruneFFN", "FFN pruning", "no engine that runs has fewer neurons in stack llm")],
     ),
     "every evaluation full": (
         "denoise",
-        Recipe("x", T2IConfig(points=3, ffn_pruning=0.5, full_ffn=1.0), decisions={"t2i": KEPT}),
+        Recipe("x", T2IConfig(points=3, pruning={"llm": 0.5}, full_ffn=1.0), decisions={"t2i": KEPT}),
         [("PruneFFN", "FFN pruning", "no engine that runs has fewer neurons in stack llm")],
     ),
     "some evaluations full": (
         "denoise",
-        Recipe("x", T2IConfig(points=3, ffn_pruning=0.5, full_ffn=0.5), decisions={"t2i": KEPT}),
+        Recipe("x", T2IConfig(points=3, pruning={"llm": 0.5}, full_ffn=0.5), decisions={"t2i": KEPT}),
         [],
     ),
     "some phases": (
         "denoise",
         Recipe(
             "x",
-            T2IConfig(points=3, layer_skipping=0.5),
-            decisions={"t2i": Decisions(phases=(Phase(0.0, (1,)), Phase(0.5, ())))},
+            T2IConfig(points=3, layer_skipping={"llm": 0.5}),
+            decisions={"t2i": Decisions(phases=(Phase(0.0, {"llm": (1,)}), Phase(0.5, {"llm": ()})))},
         ),
         [],
     ),
     "nothing asked": ("denoise", Recipe("x", T2IConfig(points=3)), []),
-    "no task of recipes": ("vae_decode", Recipe("x", T2IConfig(points=3, ffn_pruning=0.5)), []),
+    "no task of recipes": ("vae_decode", Recipe("x", T2IConfig(points=3, pruning={"llm": 0.5})), []),
 }
 
 

@@ -29,11 +29,11 @@ GB = 1_000_000_000
 KEPT = {"llm": {0: np.arange(40), 1: np.arange(10, 50)}}
 DECIDED = Recipe(
     "decided",
-    T2IConfig(points=5, ffn_pruning=0.4, layer_skipping=0.5, full_ffn=0.25, head_cache=2),
-    MMUConfig(layer_skipping=0.5),
+    T2IConfig(points=5, pruning={"llm": 0.4}, layer_skipping={"llm": 0.5}, full_ffn=0.25, head_cache=2),
+    MMUConfig(layer_skipping={"llm": 0.5}),
     {
-        "t2i": Decisions(KEPT, (Phase(0.0, (1,)), Phase(0.5, (0,)))),
-        "mmu": Decisions({}, (Phase(0.0, (1,)),)),
+        "t2i": Decisions(KEPT, (Phase(0.0, {"llm": (1,)}), Phase(0.5, {"llm": (0,)}))),
+        "mmu": Decisions({}, (Phase(0.0, {"llm": (1,)}),)),
     },
 )
 

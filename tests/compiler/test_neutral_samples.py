@@ -16,7 +16,7 @@ from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.recipe import Recipe
 from tests.support.tiny import VAE, tiny_model, tokenizer
 
-OPEN = Recipe("open", T2IConfig(points=4, layer_skipping=0.5, skipping_interval=3))
+OPEN = Recipe("open", T2IConfig(points=4, layer_skipping={"llm": 0.5}, skipping_interval=3))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 
 import flashu_compile
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.precision import PARTS, TOLERANCES, by_part, tolerance
+from flashu_compile.bundle.precision import REST, TOLERANCES, by_part, tolerance
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision
@@ -34,7 +34,7 @@ from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 WIDE, FFN = MIN_WIDTH, 3 * MIN_WIDTH
 PROMPT = "a red circle left of a blue square"
 RECIPE = Recipe(
-    "pruned", T2IConfig(ffn_pruning=1 / 3, full_ffn=0.5), MMUConfig(),
+    "pruned", T2IConfig(pruning={"llm": 1 / 3}, full_ffn=0.5), MMUConfig(),
     {"t2i": Decisions({"llm": {block: np.arange(64, 64 + 2 * MIN_WIDTH) for block in range(2)}})},
 )  # fmt: skip
 
@@ -56,10 +56,15 @@ def wide_model() -> Showo2:
 
 class TestNames:
     def test_of_parts(self) -> None:
-        assert by_part("int8") == dict.fromkeys(PARTS, "int8")
+        assert by_part("int8") == {REST: "int8"}
         mixed = Precision.of("llm=int8,head=float16")
         assert mixed == Precision.of({"llm": "int8", "head": "float16"}) == Precision.of(str(mixed))
-        assert mixed.parts == {"llm": "int8", "head": "float16", "semantic": "float32", "other": "float32"}
+        whole = mixed.for_stacks("m", ("llm", "semantic", "head"), "llm")
+        assert whole.parts == {"llm": "int8", "semantic": "float32", "head": "float16", "other": "float32"}
+        assert str(whole) == str(mixed) == "llm=int8,head=float16"
+        assert (
+            Precision.of("decoder=int8,head=float16").for_stacks("m", tuple(whole.parts)[:-1], "llm") == whole
+        )
         assert str(Precision.of("float16")) == "float16"
         assert Precision.of({"llm": "float32"}).is_exact
 
@@ -70,15 +75,20 @@ class TestNames:
     @pytest.mark.parametrize(
         ("precision", "message"),
         [
-            ("vision=int8", "Unknown part 'vision'; the parts of a model are llm, semantic, head, other"),
-            ("int8,head=float32", "names no part"),
+            (
+                "vision=int8",
+                "Model 'm' has no part 'vision' to compute in int8; its parts are llm, head, other",
+            ),
+            ("llm=int8,decoder=float16", "names stack 'llm' also as 'decoder'"),
+            ("int8,head=float32", "is neither a name nor a list such as decoder=int8"),
+            ("llm=int8,llm=float32", "names a part twice"),
             ("int4", "Unknown precision 'int4' for backend 'onnxruntime'; there are onnxruntime: float32"),
             ("bfloat16", r"Unknown precision 'bfloat16'.*torch: float32, float16, bfloat16"),
         ],
     )
     def test_what_there_is_not_is_an_error(self, precision: str, message: str) -> None:
         with pytest.raises(ConfigurationError, match=message):
-            check_precision("onnxruntime", Precision.of(precision))
+            check_precision("onnxruntime", Precision.of(precision).for_stacks("m", ("llm", "head"), "llm"))
 
 
 @pytest.fixture(scope="module")

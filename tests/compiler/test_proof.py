@@ -55,9 +55,9 @@ def recipe(
     kept = {block: np.arange(block, block + 40) for block in range(DEPTH)}
     return Recipe(
         "mine",
-        T2IConfig(points=5, ffn_pruning=0.4, layer_skipping=0.2, full_ffn=0.25, head_cache=2),
-        MMUConfig(layer_skipping=0.1, token_pruning=token_pruning, token_layer=token_layer),
-        {"t2i": Decisions({"llm": kept}, phases), "mmu": Decisions({}, (Phase(0.0, skipped),))},
+        T2IConfig(points=5, pruning={"llm": 0.4}, layer_skipping={"llm": 0.2}, full_ffn=0.25, head_cache=2),
+        MMUConfig(layer_skipping={"llm": 0.1}, token_pruning=token_pruning, token_layer=token_layer),
+        {"t2i": Decisions({"llm": kept}, phases), "mmu": Decisions({}, (Phase(0.0, {"llm": skipped}),))},
     )
 
 
@@ -66,10 +66,13 @@ def loaded(model: Showo2) -> LoadedModel:
 
 
 def test_the_copy_has_the_ends_of_every_stack_and_the_layers_of_techniques() -> None:
-    copy = proof_copy(loaded(deep()), recipe((Phase(0.0), Phase(0.5, (4, 5))), (7,), token_pruning=0.5))
+    copy = proof_copy(
+        loaded(deep()),
+        recipe((Phase(0.0, {"llm": ()}), Phase(0.5, {"llm": (4, 5)})), (7,), token_pruning=0.5),
+    )
     assert copy.layers == {"llm": (0, 1, 2, 3, 4, 7, 8), "semantic": (0, 3), "head": (0, 2)}
-    assert copy.recipe.decisions["t2i"].phases == (Phase(0.0), Phase(0.5, (4,)))
-    assert copy.recipe.decisions["mmu"].phases == (Phase(0.0, (5,)),)
+    assert copy.recipe.decisions["t2i"].phases == (Phase(0.0, {"llm": ()}), Phase(0.5, {"llm": (4,)}))
+    assert copy.recipe.decisions["mmu"].phases == (Phase(0.0, {"llm": (5,)}),)
     kept = copy.recipe.decisions["t2i"].kept_neurons["llm"]
     assert {new: int(neurons[0]) for new, neurons in kept.items()} == dict(enumerate(copy.layers["llm"]))
 
@@ -82,18 +85,18 @@ LAYERS = st.sets(st.integers(0, DEPTH - 1), max_size=DEPTH - 1).map(sorted).map(
 def test_no_technique_is_lost_in_the_copy(
     sets: list[tuple[int, ...]], skipped: tuple[int, ...], token_layer: int, whole: LoadedModel
 ) -> None:
-    phases = tuple(Phase(index / len(sets), blocks) for index, blocks in enumerate(sets))
+    phases = tuple(Phase(index / len(sets), {"llm": blocks}) for index, blocks in enumerate(sets))
     wanted = recipe(phases, skipped, token_pruning=0.3, token_layer=token_layer)
     copy = proof_copy(whole, wanted)
     before, after = ([*r.decisions["t2i"].phases, *r.decisions["mmu"].phases] for r in (wanted, copy.recipe))
     for one, other in zip(before, after, strict=True):
-        assert bool(one.skipped) == bool(other.skipped)
-        assert len(other.skipped) < len(copy.layers["llm"]), "some layer runs"
-    engines = [len({phase.skipped for phase in found}) for found in (before, after)]
+        assert bool(one.layers.get("llm", ())) == bool(other.layers.get("llm", ()))
+        assert len(other.layers.get("llm", ())) < len(copy.layers["llm"]), "some layer runs"
+    engines = [len({phase.layers.get("llm", ()) for phase in found}) for found in (before, after)]
     assert engines[0] == engines[1]
     # Tokens are dropped after the same layer, and the layer behind it is there, if the model has them.
     behind = [
-        [layer for layer in range(token_layer, depth) if layer not in phase.skipped][:2]
+        [layer for layer in range(token_layer, depth) if layer not in phase.layers.get("llm", ())][:2]
         for depth, phase in ((DEPTH, before[-1]), (len(copy.layers["llm"]), after[-1]))
     ]
     assert [copy.layers["llm"][layer] for layer in behind[1]] == behind[0]
@@ -195,7 +198,7 @@ def test_an_unknown_word_is_refused_before_anything_is_done(tmp_path: Path) -> N
         flashu_compile.export(tmp_path / "no model", "t2i", output=tmp_path / "b", proof="some")
 
 
-RECIPE = recipe((Phase(0.0), Phase(0.5, (4, 5))), (7,), token_pruning=0.5)
+RECIPE = recipe((Phase(0.0, {"llm": ()}), Phase(0.5, {"llm": (4, 5)})), (7,), token_pruning=0.5)
 #: The same without engines that are as large as the others, and take as long to build.
 BUILT = dataclasses.replace(RECIPE, t2i=dataclasses.replace(RECIPE.t2i, full_ffn=0.0, head_cache=1))
 

@@ -35,7 +35,7 @@ from tests.support.tiny import VAE, shallow_model, tokenizer
 ROOT = Path(__file__).parents[2]
 KEPT = {"llm": {0: np.arange(0, 64, 2)}}
 PRUNED = Recipe(
-    "pruned", T2IConfig(points=4, ffn_pruning=0.5, full_ffn=0.5), decisions={"t2i": Decisions(KEPT)}
+    "pruned", T2IConfig(points=4, pruning={"llm": 0.5}, full_ffn=0.5), decisions={"t2i": Decisions(KEPT)}
 )
 
 

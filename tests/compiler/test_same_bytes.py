@@ -15,7 +15,7 @@ from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.recipe import Recipe
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
-LOSSY = Recipe("lossy", mmu=MMUConfig(ffn_pruning=0.5, width_multiple=8, layer_skipping=0.5))
+LOSSY = Recipe("lossy", mmu=MMUConfig(pruning={"llm": 0.5}, width_multiple=8, layer_skipping={"llm": 0.5}))
 QUESTIONS = [(np.full((9, 9, 3), grey, np.uint8), "what is this?") for grey in (10, 90)]
 
 

@@ -20,10 +20,10 @@ from tests.support.toys import Plain, Stack, toy
 KEPT = Decisions({"llm": {0: np.array([1, 3])}})
 PRUNED = Recipe(
     "pruned",
-    T2IConfig(ffn_pruning=0.5),
-    MMUConfig(ffn_pruning=0.5),
+    T2IConfig(pruning={"llm": 0.5}),
+    MMUConfig(pruning={"llm": 0.5}),
     dict.fromkeys(("t2i", "mmu", "text"), KEPT),
-    TextConfig(ffn_pruning=0.5),
+    TextConfig(pruning={"llm": 0.5}),
 )
 TEXT = TextSettings(Template(before=(1,), left="user\n"), (2, 3), max_question_tokens=100, max_new_tokens=50)
 

@@ -170,15 +170,15 @@ def test_engines_hold_nothing_of_what_was_cut(flashu: tuple[Oracle, Bundle]) -> 
 T2I_RECIPES = {
     "first, extrapolated, ab2": T2IConfig(
         points=13, guidance_scale=4.0, time_shift=3.0, guidance=((0.0, None), (0.25, 1.5), (0.75, 0.5)),
-        solver="ab2", ffn_pruning=0.4, semantic_pruning=0.5, head_pruning=0.4, full_ffn=0.25,
-        full_ffn_at="first", layer_skipping=0.3, head_cache=3, head_extrapolation=True,
+        solver="ab2", pruning={"llm": 0.4, "semantic": 0.5, "head": 0.4}, full_ffn=0.25,
+        full_ffn_at="first", layer_skipping={"llm": 0.3}, head_cache=3, head_extrapolation=True,
     ),
     "no pruning, cache of two": T2IConfig(
-        points=9, guidance_scale=3.0, time_shift=2.0, full_ffn=0.25, layer_skipping=0.3, head_cache=2
+        points=9, guidance_scale=3.0, time_shift=2.0, full_ffn=0.25, layer_skipping={"llm": 0.3}, head_cache=2
     ),
     "as published": T2IConfig(
-        points=9, guidance_scale=3.0, time_shift=2.0, ffn_pruning=0.4, full_ffn=0.25, full_ffn_at="first",
-        layer_skipping=0.3, head_cache=2, as_published=True,
+        points=9, guidance_scale=3.0, time_shift=2.0, pruning={"llm": 0.4}, full_ffn=0.25, full_ffn_at="first",
+        layer_skipping={"llm": 0.3}, head_cache=2, as_published=True,
     ),
 }  # fmt: skip
 
@@ -209,7 +209,10 @@ def test_other_recipes_follow_the_same_rules(name: str, tmp_path: Path) -> None:
         scales=scales,
         shift=config.time_shift,
         kept=_lists(recipe.decided("t2i").kept_neurons),
-        skipped={k + 1: [p.skipped for p in phases if p.start <= k / count + 1e-9][-1] for k in range(count)},
+        skipped={
+            k + 1: [p.layers.get("llm", ()) for p in phases if p.start <= k / count + 1e-9][-1]
+            for k in range(count)
+        },
         full=full,
         whole=whole,
         cache_interval=config.head_cache,
@@ -238,14 +241,17 @@ def _decisions(oracle: Oracle, ratios: Mapping[str, float]) -> Decisions:
                 block: np.sort(generator.permutation(sizes.intermediate_size)[:width])
                 for block, width in enumerate(widths)
             }
-    return Decisions(kept, (Phase(0.0, (1,)), Phase(0.4, ()), Phase(0.6, (0, 2))))
+    return Decisions(kept, (Phase(0.0, {"llm": (1,)}), Phase(0.4, {"llm": ()}), Phase(0.6, {"llm": (0, 2)})))
 
 
 @pytest.mark.parametrize(
     ("config", "skipped"),
     [
-        (MMUConfig(ffn_pruning=0.4, semantic_pruning=0.5, layer_skipping=0.3, token_pruning=0.5), (0, 3)),
-        (MMUConfig(layer_skipping=0.3, token_pruning=0.3, token_layer=1), (1, 2)),
+        (
+            MMUConfig(pruning={"llm": 0.4, "semantic": 0.5}, layer_skipping={"llm": 0.3}, token_pruning=0.5),
+            (0, 3),
+        ),
+        (MMUConfig(layer_skipping={"llm": 0.3}, token_pruning=0.3, token_layer=1), (1, 2)),
     ],
 )
 def test_understanding_equals_the_eager_twin(
@@ -254,7 +260,7 @@ def test_understanding_equals_the_eager_twin(
     """All understanding techniques at once; in the second case the layer that was to decide is skipped."""
     oracle = cached_oracle("phases")
     kept = _decisions(oracle, config.pruning).kept_neurons
-    decisions = Decisions(kept, (Phase(0.0, skipped),))
+    decisions = Decisions(kept, (Phase(0.0, {"llm": skipped}),))
     bundle = build(
         oracle, "mmu", Recipe("some", mmu=config, decisions={"mmu": decisions}), tmp_path / "bundle"
     )
@@ -302,8 +308,10 @@ class TestErrors:
             flashu_compile.export(cached_oracle("tiny").model, "t2i", calibration=["a red circle"])
 
     def test_decisions_of_another_model(self, tmp_path: Path) -> None:
-        decisions = Decisions({}, (Phase(0.0, (99,)),))
-        recipe = Recipe("foreign", T2IConfig(points=4, layer_skipping=0.2), decisions={"t2i": decisions})
+        decisions = Decisions({}, (Phase(0.0, {"llm": (99,)}),))
+        recipe = Recipe(
+            "foreign", T2IConfig(points=4, layer_skipping={"llm": 0.2}), decisions={"t2i": decisions}
+        )
         with pytest.raises(PassError, match="there is no layer 99"):
             build(cached_oracle("tiny"), "t2i", recipe, tmp_path / "b")
         assert not (tmp_path / "b").exists()

@@ -38,8 +38,8 @@ def _kept(seed: int, stacks: dict[str, int]) -> dict[str, dict[int, np.ndarray]]
 
 RECIPE = Recipe(
     "both",
-    T2IConfig(points=4, ffn_pruning=0.4, semantic_pruning=0.3, head_pruning=0.5, full_ffn=0.5),
-    MMUConfig(ffn_pruning=0.3, semantic_pruning=0.5),
+    T2IConfig(points=4, pruning={"llm": 0.4, "semantic": 0.3, "head": 0.5}, full_ffn=0.5),
+    MMUConfig(pruning={"llm": 0.3, "semantic": 0.5}),
     {
         "t2i": Decisions(_kept(0, {"llm": 38, "semantic": 32, "head": 32})),
         "mmu": Decisions(_kept(1, {"llm": 44, "semantic": 24})),

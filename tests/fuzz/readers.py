@@ -128,7 +128,7 @@ def _relist(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _recipes(folder: Path) -> Reader:
     kept = {"llm": {0: np.arange(8), 1: np.array([1, 5])}}
-    phases = (Phase(0.0, (1,)), Phase(0.5))
+    phases = (Phase(0.0, {"llm": (1,)}), Phase(0.5, {"llm": ()}))
     recipe = Recipe(
         "fuzzed", preset("flashu").t2i, decisions={"t2i": Decisions(kept, phases), "mmu": Decisions(kept)}
     )

@@ -70,8 +70,8 @@ def test_all_of_them_where_others_were_used(
 
 def test_decisions_of_unknown_origin_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     bundle = bundle_calibrated_on(0, tmp_path)
-    config = T2IConfig(points=5, guidance_scale=3.0, time_shift=3.0, layer_skipping=0.5)
-    recipe = Recipe("theirs", config, decisions={"t2i": Decisions(phases=(Phase(0.0, (1,)),))})
+    config = T2IConfig(points=5, guidance_scale=3.0, time_shift=3.0, layer_skipping={"llm": 0.5})
+    recipe = Recipe("theirs", config, decisions={"t2i": Decisions(phases=(Phase(0.0, {"llm": (1,)}),))})
     (bundle / "recipe.json").write_text(recipe.to_json())
     with pytest.raises(BundleError, match=r"recipe\.json is damaged"):
         own(bundle, checkpoint)

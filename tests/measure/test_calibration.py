@@ -46,11 +46,9 @@ CONFIG = T2IConfig(
     points=6,
     guidance_scale=2.0,
     time_shift=3.0,
-    ffn_pruning=0.25,
-    semantic_pruning=0.25,
-    head_pruning=0.25,
+    pruning={"llm": 0.25, "semantic": 0.25, "head": 0.25},
     width_multiple=8,
-    layer_skipping=0.5,
+    layer_skipping={"llm": 0.5},
     skipping_interval=2,
     head_cache=2,
 )
@@ -85,10 +83,10 @@ def test_scores_of_the_published_calibration(name: str) -> None:
     """Token ids as they stand in place of the image and the time row, every position counted: the oracle's scores."""
     oracle = load_oracle(name)
     program = capture_program(capture_specs("t2i", oracle.model, PaddedSpaceToDepth())[0])
-    statistics = Statistics(program, ["llm"])
+    statistics = Statistics(program, ["llm"], [])
     ids, offset = oracle.text[:1], int(oracle.offsets[0])
     end = offset + oracle.model.config.span_length
-    entry = statistics.blocks[0].entry
+    entry = statistics.blocks["llm"][0].entry
     recorder = Recorder(program, statistics.taps(), {entry: oracle.model.embed_text(ids)})
     recorder.record(
         {
@@ -146,10 +144,10 @@ def test_generation_statistics_equal_eager_hooks(loaded: LoadedModel, denoise: P
     for (name, block, down), total in zip(downs, squares, strict=True):
         np.testing.assert_allclose(made.scores[name][block], wanda(total, down), rtol=1e-5)
         assert made.decisions.kept_widths[name][block] == down.in_features * 3 // 4 // 8 * 8
-    importance = [phase["importance"] for phase in made.figures["layer_importance"]]
+    importance = [phase["importance"] for phase in made.figures["layer_importance"]["llm"]]
     np.testing.assert_allclose(importance, 1 - cosines / rows, rtol=1e-4, atol=1e-7)
     assert [phase.start for phase in made.decisions.phases] == [0.0, 0.4, 0.8]
-    assert [len(phase.skipped) for phase in made.decisions.phases] == [1, 1, 1]
+    assert [len(phase.layers.get("llm", ())) for phase in made.decisions.phases] == [1, 1, 1]
 
 
 def _live(eager: EagerPipeline, prompt: str) -> Tensor:
@@ -163,7 +161,7 @@ def _live(eager: EagerPipeline, prompt: str) -> Tensor:
 def test_understanding_statistics_equal_eager_hooks(loaded: LoadedModel, understand: Program) -> None:
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    config = MMUConfig(ffn_pruning=0.5, width_multiple=8, layer_skipping=0.5)
+    config = MMUConfig(pruning={"llm": 0.5}, width_multiple=8, layer_skipping={"llm": 0.5})
     codec, facts = PromptCodec(loaded.tokenizer), understanding(loaded)
     questions = [(picture, "what color is it?"), (picture, "how many?")]
     made = calibrate_mmu(understand, codec, facts, config, questions)
@@ -196,8 +194,10 @@ def test_understanding_statistics_equal_eager_hooks(loaded: LoadedModel, underst
         counted += len(answer) + 1
     for index, down in enumerate(downs):
         np.testing.assert_allclose(made.scores["llm"][index], wanda(squares[index], down), rtol=1e-5)
-    np.testing.assert_allclose(made.figures["layer_importance"], 1 - cosines / counted, rtol=1e-4, atol=1e-7)
-    assert [len(phase.skipped) for phase in made.decisions.phases] == [1]
+    np.testing.assert_allclose(
+        made.figures["layer_importance"]["llm"], 1 - cosines / counted, rtol=1e-4, atol=1e-7
+    )
+    assert [len(phase.layers.get("llm", ())) for phase in made.decisions.phases] == [1]
     assert all(figure["image"] > 0 and figure["text"] > 0 for figure in made.figures["value_norms"])
 
 

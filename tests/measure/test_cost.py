@@ -22,7 +22,9 @@ pytestmark = pytest.mark.slow  # a bundle with eight engines
 PROMPTS = ["a red circle", "two blue squares"]
 RECIPE = Recipe(
     "lossy",
-    T2IConfig(points=9, guidance=((0.0, 0.75), (0.5, 1.0)), ffn_pruning=0.25, width_multiple=8, head_cache=2),
+    T2IConfig(
+        points=9, guidance=((0.0, 0.75), (0.5, 1.0)), pruning={"llm": 0.25}, width_multiple=8, head_cache=2
+    ),
     MMUConfig(token_pruning=0.5, token_layer=0),
 )
 
@@ -78,7 +80,7 @@ def test_the_page_is_part_of_what_is_verified(bundle: Bundle, tmp_path: Path) ->
         (Recipe("b", T2IConfig(points=20)), "t2i", True),
         (Recipe("c", T2IConfig(points=50, solver="ab2")), "t2i", True),
         (Recipe("d"), "mmu", False),
-        (Recipe("e", mmu=MMUConfig(ffn_pruning=0.1)), "mmu", True),
+        (Recipe("e", mmu=MMUConfig(pruning={"llm": 0.1})), "mmu", True),
     ],
 )
 def test_what_is_lossy(recipe: Recipe, task: str, lossy: bool) -> None:

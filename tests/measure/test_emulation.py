@@ -57,7 +57,7 @@ def test_understanding_equals_the_eager_twin(oracle: Oracle, understand: Program
     layers, width = model.config.llm.num_hidden_layers, model.config.llm.intermediate_size
     kept = {"llm": {block: np.arange(block, width - 5) for block in range(layers)}}
     config = MMUConfig(token_pruning=0.5, token_layer=0)
-    emulator = Emulator(program, (Role.LOGITS,), edits(program, Decisions(kept), (0,), config))
+    emulator = Emulator(program, (Role.LOGITS,), edits(program, Decisions(kept), {"llm": (0,)}, config))
     pixels = torch.rand(1, 3, *program.sample[Role.PIXELS].shape[2:]) * 2 - 1
     inputs = {Role.PIXELS: pixels, Role.PREFIX_IDS: oracle.prefix, Role.SUFFIX_IDS: oracle.suffix}
     logits = emulator.emulate(inputs)[Role.LOGITS]
@@ -74,6 +74,6 @@ def test_understanding_equals_the_eager_twin(oracle: Oracle, understand: Program
 
 
 def test_without_edits_the_program_gives_what_it_gave(understand: Program) -> None:
-    emulator = Emulator(understand, (Role.LOGITS,), edits(understand, Decisions(), ()))
+    emulator = Emulator(understand, (Role.LOGITS,), edits(understand, Decisions(), {}))
     logits = emulator.emulate(understand.sample)[Role.LOGITS]
     assert torch.equal(logits, understand.run(understand.sample)[Role.LOGITS])

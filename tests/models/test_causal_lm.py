@@ -224,14 +224,15 @@ class TestBundle:
 def test_what_a_recipe_cuts_is_what_is_cut_by_hand(qwen: Case, tmp_path: Path) -> None:
     source = flashu_compile.capture_model(qwen.folder, "text")
     wanted = dataclasses.replace(
-        Recipe("cut"), text=flashu_compile.TextConfig(ffn_pruning=0.25, width_multiple=8, layer_skipping=0.34)
+        Recipe("cut"),
+        text=flashu_compile.TextConfig(pruning={"llm": 0.25}, width_multiple=8, layer_skipping={"llm": 0.34}),
     )
     recipe = flashu_compile.calibrate(source, "text", recipe=wanted, calibration=PROMPTS)
     bundle = flashu_compile.export(
         source, "text", recipe=recipe, calibration=PROMPTS, output=tmp_path / "b", cache=False
     )
     decided = recipe.decided("text")
-    (skipped,) = decided.phases[0].skipped
+    (skipped,) = decided.phases[0].layers.get("llm", ())
     cut = with_layers(
         copy.deepcopy(qwen.model), {"llm": "model.layers"}, {"llm": [i for i in range(3) if i != skipped]}
     )

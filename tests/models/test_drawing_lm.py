@@ -211,16 +211,16 @@ class TestLossy:
     def test_pruning_and_skipping_are_those_of_a_model_cut_by_hand(
         self, folder: Path, janus: Family, tmp_path: Path
     ) -> None:
-        config = T2IConfig(ffn_pruning=0.25, width_multiple=32, layer_skipping=0.25)
+        config = T2IConfig(pruning=0.25, width_multiple=32, layer_skipping=0.25)
         flashu_compile.export(
             folder, "t2i", output=tmp_path / "b", recipe=Recipe("cut", config), samples=3, cost_samples=2
         )
         pipe, recipe = flashu_compile.load(tmp_path / "b"), Recipe.load(tmp_path / "b")
         decided = recipe.decided("t2i")
         assert [engine.name for engine in pipe.manifest.engines if "draw" in engine.name] == [
-            f"draw_pruned_skip{decided.phases[0].skipped[0]}"
+            f"draw_pruned_skip{decided.phases[0].layers['llm'][0]}"
         ]
-        model = _cut(janus, dict(decided.kept_neurons["llm"]), decided.phases[0].skipped)
+        model = _cut(janus, dict(decided.kept_neurons["llm"]), decided.phases[0].layers["llm"])
         for prompt in PROMPTS[:4]:
             expected, logits = by_hand(model, given(janus, prompt)["input_ids"], [3.0] * CODES)
             assert relative_error(pipe.code_logits(prompt, expected), logits) < 1e-5
@@ -231,7 +231,7 @@ class TestLossy:
     def test_a_share_of_the_codes_is_drawn_by_all_neurons(
         self, folder: Path, janus: Family, tmp_path: Path
     ) -> None:
-        config = T2IConfig(ffn_pruning=0.25, width_multiple=32, full_ffn=0.25, full_ffn_at="first")
+        config = T2IConfig(pruning=0.25, width_multiple=32, full_ffn=0.25, full_ffn_at="first")
         flashu_compile.export(
             folder, "t2i", output=tmp_path / "b", recipe=Recipe("hybrid", config), samples=2, cost_samples=0
         )

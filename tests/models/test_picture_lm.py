@@ -326,10 +326,9 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(name: str, cases: dict[str, C
     one = cases[name]
     source = flashu_compile.capture_model(one.folder, "mmu")
     config = flashu_compile.MMUConfig(
-        ffn_pruning=0.25,
-        semantic_pruning=0.25,
+        pruning={"llm": 0.25, "semantic": 0.25},
         width_multiple=8,
-        layer_skipping=0.25,
+        layer_skipping={"llm": 0.25},
         token_pruning=0.5,
         token_layer=1,
     )
@@ -340,7 +339,7 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(name: str, cases: dict[str, C
         source, "mmu", recipe=recipe, calibration=samples, output=tmp_path / "b", cache=False
     )
     decided = recipe.decided("mmu")
-    (skipped,) = decided.phases[0].skipped
+    (skipped,) = decided.phases[0].layers.get("llm", ())
     kept = {block: torch.from_numpy(ids.copy()) for block, ids in decided.kept_neurons["llm"].items()}
     assert {len(ids) for ids in kept.values()} == {96}
     cut = _with_cut_tower(one.family.model, decided.kept_neurons["semantic"])
@@ -417,7 +416,7 @@ def test_a_tower_of_which_several_layers_are_read_is_not_pruned() -> None:
     family = tiny.llava_clip(vision_feature_layer=[-2, 2])
     parts = {"tokenizer": family.processor.tokenizer, "model_options": {"image_processor": family.processor}}
     source = flashu_compile.capture_model(family.model, "mmu", **parts)  # type: ignore[arg-type]
-    wanted = dataclasses.replace(Recipe("cut"), mmu=flashu_compile.MMUConfig(semantic_pruning=0.25))
+    wanted = dataclasses.replace(Recipe("cut"), mmu=flashu_compile.MMUConfig(pruning={"semantic": 0.25}))
     samples = [(np.asarray(PICTURES[0]), PROMPTS[0])]
     recipe = flashu_compile.calibrate(source, "mmu", recipe=wanted, calibration=samples)
     (record,) = undone("mmu", "understand", recipe, jobs("mmu", "understand", recipe))

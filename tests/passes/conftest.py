@@ -23,7 +23,9 @@ RECIPES = {
         "x", mmu=MMUConfig(token_pruning=0.4, token_layer=0, token_scorer="duplication")
     ),
     "a layer skipped": Recipe(
-        "x", mmu=MMUConfig(layer_skipping=0.5), decisions={"mmu": Decisions(phases=(Phase(0.0, (0,)),))}
+        "x",
+        mmu=MMUConfig(layer_skipping={"llm": 0.5}),
+        decisions={"mmu": Decisions(phases=(Phase(0.0, {"llm": (0,)}),))},
     ),
 }
 
@@ -43,9 +45,9 @@ class Decoding(NamedTuple):
 def parts(request: pytest.FixtureRequest, understand: Program) -> Decoding:
     recipe = RECIPES[request.param]
     config, decided = recipe.mmu, recipe.decided("mmu")
-    skipped = decided.phases[0].skipped if decided.phases else ()
+    skipped = decided.phases[0].layers if decided.phases else {}
     gather = (
-        GatherTokens("llm", config.token_layer, config.token_pruning, config.token_scorer, skipped)
+        GatherTokens(config.token_layer, config.token_pruning, config.token_scorer, skipped)
         if config.token_pruning
         else None
     )

@@ -118,7 +118,7 @@ def agrees(found: dict[str, Tensor], first: int, twin: Callable[..., Twin]) -> N
 def test_any_layer_and_ratio_equals_the_eager_twin(
     model: Showo2, language: Program, layer: int, ratio: float
 ) -> None:
-    after = with_kept_rows(only(GatherTokens("llm", layer, ratio, "v_norm").call(language)))
+    after = with_kept_rows(only(GatherTokens(layer, ratio, "v_norm").call(language)))
     for sizes in SIZES:
         values, first = inputs(*sizes), sizes[1] + 1
         found = after.run(values)
@@ -132,7 +132,7 @@ def test_any_layer_and_ratio_equals_the_eager_twin(
 
 @pytest.mark.parametrize("ratio", [0.3, 0.7])
 def test_duplicates_of_pivots_go_first(model: Showo2, language: Program, ratio: float) -> None:
-    after = with_kept_rows(only(GatherTokens("llm", 1, ratio, "duplication").call(language)))
+    after = with_kept_rows(only(GatherTokens(1, ratio, "duplication").call(language)))
     values = inputs(3, 4, 6)
     scores = partial(pivot_cosines, kept=TOKENS - dropped_tokens(ratio, TOKENS))
     agrees(after.run(values), 5, eager(model, values, layer=1, ratio=ratio, scores=scores))
@@ -143,7 +143,7 @@ def test_the_random_choice_is_the_same_for_every_picture_and_grows_with_the_rati
 ) -> None:
     values, lost = inputs(3, 4, 6), [set[int]()]
     for ratio in (0.3, 0.6, 0.9):
-        after = with_kept_rows(only(GatherTokens("llm", 0, ratio, "random").call(language)))
+        after = with_kept_rows(only(GatherTokens(0, ratio, "random").call(language)))
         found = after.run(values)
         kept = found["kept"].tolist()
         assert kept[0] == kept[1] == kept[2]
@@ -159,7 +159,7 @@ def test_the_random_choice_is_the_same_for_every_picture_and_grows_with_the_rati
 def test_where_the_layer_is_skipped_the_next_that_runs_decides(
     model: Showo2, language: Program, layer: int, skipped: tuple[int, ...]
 ) -> None:
-    passes = (GatherTokens("llm", layer, 0.5, "v_norm", skipped), RemoveLayers("llm", skipped))
+    passes = (GatherTokens(layer, 0.5, "v_norm", {"llm": skipped}), RemoveLayers("llm", skipped))
     (after,), _ = PassManager(passes).run(language)
     assert len(residual_blocks(after, "llm")) == LAYERS - len(skipped)
     values = inputs(2, 5, 3)
@@ -168,7 +168,7 @@ def test_where_the_layer_is_skipped_the_next_that_runs_decides(
 
 
 def test_gathering_before_a_split_or_after_it_is_one(whole: Program, language: Program) -> None:
-    gather, prune = GatherTokens("llm", 1, 0.5, "v_norm"), PruneFFN("llm", {0: range(0, 64, 2), 2: range(32)})
+    gather, prune = GatherTokens(1, 0.5, "v_norm"), PruneFFN("llm", {0: range(0, 64, 2), 2: range(32)})
     split = understand()[0]
     vision, text = PassManager((gather, prune, split)).run(whole)[0]
     (other,), _ = PassManager((prune, gather)).run(language)
@@ -180,19 +180,19 @@ def test_gathering_before_a_split_or_after_it_is_one(whole: Program, language: P
 
 @pytest.mark.parametrize("ratio", [0, 0.1])
 def test_dropping_nothing_gives_the_same_program(language: Program, ratio: float) -> None:
-    assert only(GatherTokens("llm", 0, ratio, "v_norm").call(language)) is language
+    assert only(GatherTokens(0, ratio, "v_norm").call(language)) is language
 
 
 def test_a_ratio_that_drops_nothing_is_declined(language: Program) -> None:
-    assert GatherTokens("llm", 0, 0).call(language) == PassResult.unchanged(language)
-    _, (record,) = PassManager((GatherTokens("llm", 0, 0.1, "v_norm"),)).run(language)
+    assert GatherTokens(0, 0).call(language) == PassResult.unchanged(language)
+    _, (record,) = PassManager((GatherTokens(0, 0.1, "v_norm"),)).run(language)
     assert (record.changes, record.technique, record.undone) == ((), "token pruning", True)
     (line,) = record.declined
     assert line == "dropped no token: 0.1 of 9 visual tokens is less than one"
 
 
 def test_tables_are_gathered_once_for_all_layers_and_stay_where_they_were_traced(language: Program) -> None:
-    result = GatherTokens("llm", 0, 0.5, "v_norm").call(language)
+    result = GatherTokens(0, 0.5, "v_norm").call(language)
     assert result.changes[0] == "after layer 0 of stack llm, 4 of 9 visual tokens are dropped by v_norm"
     after = only(result)
     check_graph(after)
@@ -210,7 +210,7 @@ def test_tables_are_gathered_once_for_all_layers_and_stay_where_they_were_traced
 def test_the_second_model_with_unbatched_tables_and_the_picture_first(
     fused: Program, layer: int, ratio: float
 ) -> None:
-    result = GatherTokens("llm", layer, ratio, "v_norm").call(fused)
+    result = GatherTokens(layer, ratio, "v_norm").call(fused)
     check_graph(only(result))
     after = with_kept_rows(only(result))
     generator = torch.Generator().manual_seed(3)
@@ -230,7 +230,7 @@ def test_the_second_model_with_unbatched_tables_and_the_picture_first(
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_through_onnx_runtime(language: Program, scorer: str) -> None:
     layer = 1
-    after = with_kept_rows(only(GatherTokens("llm", layer, 0.5, scorer).call(language)))
+    after = with_kept_rows(only(GatherTokens(layer, 0.5, scorer).call(language)))
     model = emit_onnx(after)
     nodes = list(model.graph)
     assert Counter(node.op_type for node in nodes)["TopK"] == 1
@@ -264,7 +264,7 @@ def test_sizes_computed_from_the_number_of_rows_follow() -> None:
     """Rows of the whole batch side by side: their number is a product."""
     network = reading(lambda x: x.reshape(x.shape[0] * x.shape[1], -1)[:, :99].relu().reshape(x.shape))
     program = capture_program(fused_capture(network))
-    found = only(GatherTokens("llm", 0, 0.5, "v_norm").call(program)).run(program.sample)
+    found = only(GatherTokens(0, 0.5, "v_norm").call(program)).run(program.sample)
     with torch.no_grad():
         truth = gather_fused(network, *program.sample.values(), layer=0, ratio=0.5)
     assert relative_error(found[Role.LOGITS], truth.logits) < 1e-5
@@ -285,7 +285,7 @@ def test_rows_that_cannot_be_followed_are_refused(read: Callable[[Tensor], Tenso
     """Rows read by their place would be other rows, without any error."""
     program = capture_program(fused_capture(reading(read)))
     with pytest.raises(PassError, match=where):
-        PassManager((GatherTokens("llm", 0, 0.5, "v_norm"),)).run(program)
+        PassManager((GatherTokens(0, 0.5, "v_norm"),)).run(program)
 
 
 def test_rows_numbered_anew_are_refused(language: Program) -> None:
@@ -301,7 +301,7 @@ def test_rows_numbered_anew_are_refused(language: Program) -> None:
     editor.propagate([size, numbers, column, added])
     last.replace_input_with(hidden, added)
     with pytest.raises(PassError, match=r"aten\.arange\.default makes rows from nothing but their number"):
-        PassManager((GatherTokens("llm", 0, 0.5, "v_norm"),)).run(editor.finish())
+        PassManager((GatherTokens(0, 0.5, "v_norm"),)).run(editor.finish())
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_rows_numbered_anew_are_refused(language: Program) -> None:
 )
 def test_values_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        GatherTokens(**({"stack": "llm", "layer": 0, "ratio": 0.5, "scorer": "v_norm"} | options))
+        GatherTokens(**({"layer": 0, "ratio": 0.5, "scorer": "v_norm"} | options))
 
 
 @pytest.mark.parametrize(
@@ -328,16 +328,16 @@ def test_a_layer_that_does_not_run_is_refused(
         PassError,
         match=rf"GatherTokens failed on program 'language'.*dropped at layer {layer} of stack 'llm'",
     ):
-        PassManager((GatherTokens("llm", layer, 0.5, "v_norm", skipped),)).run(language)
+        PassManager((GatherTokens(layer, 0.5, "v_norm", {"llm": skipped}),)).run(language)
 
 
 def test_a_program_without_a_visual_span_is_refused(parts: tuple[Program, ...]) -> None:
     with pytest.raises(PassError, match=r"GatherTokens failed on program 'vision'.*visual span.* found none"):
-        PassManager((GatherTokens("llm", 0, 0.5, "v_norm"),)).run(parts[0])
+        PassManager((GatherTokens(0, 0.5, "v_norm"),)).run(parts[0])
 
 
 def test_tokens_cannot_be_dropped_twice(language: Program) -> None:
-    gather = GatherTokens("llm", 0, 0.5, "v_norm")
+    gather = GatherTokens(0, 0.5, "v_norm")
     with pytest.raises(
         PassError, match=r"number of rows, that of the visual span .* in layer 1 of stack 'llm'"
     ):
@@ -348,4 +348,4 @@ def test_a_stack_that_does_not_run_on_the_span_is_refused(whole: Program) -> Non
     with pytest.raises(
         PassError, match=r"number of rows, that of the visual span .* in layer 0 of stack 'semantic'"
     ):
-        PassManager((GatherTokens("semantic", 0, 0.5, "v_norm"),)).run(whole)
+        PassManager((GatherTokens(0, 0.5, "v_norm"),)).run(dataclasses.replace(whole, decoder="semantic"))

@@ -249,7 +249,7 @@ def ask(batch: int, prefix: int, suffix: int) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("scorer", [None, *SCORERS])
 def test_understanding_keeps_the_context_apart_from_the_question(scorer: str | None) -> None:
-    gather = None if scorer is None else GatherTokens("llm", 0, 0.5, scorer)
+    gather = None if scorer is None else GatherTokens(0, 0.5, scorer)
     language = language_of(gather)
     (after,), (record,) = PassManager((SplitRows(SUFFIX),)).run(language)
     assert record.changes == ("rows in segments prefix + 10 | suffix",)

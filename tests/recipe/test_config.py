@@ -14,10 +14,19 @@ from flashu_compile.recipe.config import MMUConfig, T2IConfig, config_from_dict
 
 def test_defaults_switch_everything_off() -> None:
     t2i, mmu = T2IConfig(), MMUConfig()
-    assert t2i.pruning == {"llm": 0, "semantic": 0, "head": 0}
-    assert mmu.pruning == {"llm": 0, "semantic": 0}
-    assert (t2i.layer_skipping, t2i.head_cache, t2i.full_ffn, t2i.guidance) == (0, 1, 0, ((0, 1),))
-    assert (mmu.layer_skipping, mmu.token_pruning) == (0, 0)
+    assert (t2i.pruning, t2i.layer_skipping, mmu.pruning, mmu.layer_skipping) == ({}, {}, {}, {})
+    assert (t2i.head_cache, t2i.full_ffn, t2i.guidance, mmu.token_pruning) == (1, 0, ((0, 1),), 0)
+
+
+def test_shares_by_stack() -> None:
+    config = MMUConfig(pruning={"trunk": 0.25, "eye": 0.5, "painter": 0}, layer_skipping=0.25)
+    assert (config.pruned, config.skipping) == ({"eye": 0.5, "trunk": 0.25}, {"decoder": 0.25})
+    assert config == MMUConfig(
+        pruning={"eye": np.float32(0.5), "trunk": 0.25}, layer_skipping={"decoder": 0.25}
+    )  # type: ignore[dict-item]
+    assert repr(config) == repr(MMUConfig(pruning={"eye": 0.5, "trunk": 0.25}, layer_skipping=0.25))
+    written = {"pruning": {"trunk": 0.25, "eye": 0.5, "painter": 0}, "layer_skipping": 0.25}
+    assert config_from_dict(MMUConfig, written, "'mmu'") == config
 
 
 def test_numbers_become_plain_ones() -> None:
@@ -47,10 +56,11 @@ def test_numbers_become_plain_ones() -> None:
         ({"guidance_scale": "5"}, "guidance_scale must be a number .*, not '5'"),
         ({"time_shift": 0}, "time_shift must be a number at least 0.0001"),
         ({"solver": "heun"}, "solver must be one of euler, ab2, not 'heun'"),
-        ({"ffn_pruning": 1}, "ffn_pruning must be a number at least 0 and below 1, not 1"),
-        ({"semantic_pruning": -0.1}, "semantic_pruning must be a number"),
-        ({"head_pruning": None}, "head_pruning must be a number .*, not None"),
-        ({"head_pruning": False}, "head_pruning must be a number .*, not False"),
+        ({"pruning": 1}, "pruning must be a number at least 0 and below 1, not 1"),
+        ({"pruning": {"eye": -0.1}}, "pruning of stack 'eye' must be a number"),
+        ({"pruning": None}, "pruning must be a number .*, not None"),
+        ({"pruning": {"eye": False}}, "pruning of stack 'eye' must be a number .*, not False"),
+        ({"pruning": {1: 0.1}}, "pruning must be a mapping from names to values"),
         ({"layer_skipping": 1.5}, "layer_skipping must be a number"),
         ({"full_ffn": 1.1}, "full_ffn must be a number at least 0 and at most 1"),
         ({"full_ffn_at": "middle"}, "full_ffn_at must be one of first, last"),
@@ -80,8 +90,8 @@ def test_t2i_refuses(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ffn_pruning": 1}, "ffn_pruning must be a number"),
-        ({"semantic_pruning": "x"}, "semantic_pruning must be a number"),
+        ({"pruning": 1}, "pruning must be a number"),
+        ({"pruning": "x"}, "pruning must be a number"),
         ({"layer_skipping": -1}, "layer_skipping must be a number"),
         ({"token_pruning": 1.0}, "token_pruning must be a number at least 0 and below 1"),
         ({"token_layer": -1}, "token_layer must be an integer from 0"),
@@ -97,7 +107,7 @@ def test_mmu_refuses(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("zero", [0.0, 0.999])
 def test_the_ends_of_ranges_are_allowed(zero: float) -> None:
-    T2IConfig(2, 0, 1e4, full_ffn=1.0, ffn_pruning=zero, layer_skipping=zero)
+    T2IConfig(2, 0, 1e4, full_ffn=1.0, pruning=zero, layer_skipping={"eye": zero})
     MMUConfig(token_pruning=zero, token_layer=0)
 
 

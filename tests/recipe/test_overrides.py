@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from flashu_compile.recipe.recipe import Recipe
 KEPT = {"llm": {0: np.arange(4)}, "head": {0: np.arange(2)}}
 DECIDED = Recipe(
     "mine",
-    T2IConfig(ffn_pruning=0.5, head_pruning=0.5, layer_skipping=0.5),
-    MMUConfig(ffn_pruning=0.5, layer_skipping=0.5),
+    T2IConfig(pruning={"llm": 0.5, "head": 0.5}, layer_skipping={"llm": 0.5}),
+    MMUConfig(pruning={"llm": 0.5}, layer_skipping={"llm": 0.5}),
     {
-        "t2i": Decisions(KEPT, (Phase(0, (1,)),)),
-        "mmu": Decisions({"llm": {0: np.arange(3)}}, (Phase(0, (0,)),)),
+        "t2i": Decisions(KEPT, (Phase(0, {"llm": (1,)}),)),
+        "mmu": Decisions({"llm": {0: np.arange(3)}}, (Phase(0, {"llm": (0,)}),)),
     },
 )
 
@@ -62,6 +63,7 @@ def test_every_field_can_be_set() -> None:
         for field in dataclasses.fields(recipe.config(task)):
             value = getattr(recipe.config(task), field.name)
             text = str(value).lower() if not isinstance(value, tuple) else str([list(e) for e in value])
+            text = json.dumps(value) if isinstance(value, dict) else text
             texts.append(f"{task}.{field.name}={text}")
     assert override(recipe, texts) is recipe
 
@@ -84,8 +86,8 @@ def test_the_name_tells_what_changed() -> None:
     ("setting", "t2i", "mmu"),
     [
         ("t2i.points=20", (("head", "llm"), True), (("llm",), True)),
-        ("t2i.ffn_pruning=0.25", (("head",), True), (("llm",), True)),
-        ("t2i.head_pruning=0", (("llm",), True), (("llm",), True)),
+        ("t2i.pruning.llm=0.25", (("head",), True), (("llm",), True)),
+        ("t2i.pruning.head=0", (("llm",), True), (("llm",), True)),
         ("t2i.width_multiple=2", ((), True), (("llm",), True)),
         ("t2i.layer_skipping=0.25", (("head", "llm"), False), (("llm",), True)),
         ("t2i.skipping_interval=5", (("head", "llm"), False), (("llm",), True)),
@@ -104,8 +106,8 @@ def test_decisions_that_rest_on_a_changed_parameter_go(setting: str, t2i: Any, m
 
 def test_a_changed_ratio_must_be_calibrated_anew() -> None:
     assert not DECIDED.needs_calibration("t2i")
-    assert override(DECIDED, ["t2i.ffn_pruning=0.25"]).needs_calibration("t2i")
-    assert not override(DECIDED, ["t2i.ffn_pruning=0"]).needs_calibration("t2i")
+    assert override(DECIDED, ["t2i.pruning.llm=0.25"]).needs_calibration("t2i")
+    assert not override(DECIDED, ["t2i.pruning.llm=0"]).needs_calibration("t2i")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_a_changed_ratio_must_be_calibrated_anew() -> None:
         ("head_cache=1", r"'head_cache=1' must read TASK.FIELD=VALUE with a task of t2i, mmu"),
         ("t2i.head_cache", r"'t2i.head_cache' must read TASK.FIELD=VALUE"),
         ("video.head_cache=1", r"with a task of t2i, mmu"),
-        ("mmu.head_cache=1", r"mmu has no field 'head_cache'; it has: ffn_pruning, .*token_scorer\."),
+        ("mmu.head_cache=1", r"mmu has no field 'head_cache'; it has: pruning, .*token_scorer\."),
         ("t2i.head_cache=two", r"'t2i.head_cache=two': 'two' is not an integer\."),
         ("t2i.head_cache=", r"'' is not an integer"),
         ("t2i.head_cache=none", r"'none' is not an integer"),

@@ -46,8 +46,9 @@ class TestPublished:
     def test_default_schedule(self) -> None:
         """35 points: 34 evaluations, of which 16 reuse; the layers chosen after steps 1, 11 and 21."""
         starts = {0: (), 1: (8, 9), 10: (), 11: (3, 9), 20: (), 21: (2, 3)}
-        phases = tuple(Phase(k / 34, layers) for k, layers in starts.items())
-        result = plan(preset("flashu").t2i, Decisions(phases=phases, kept_widths=PRUNED.kept_widths))
+        phases = tuple(Phase(k / 34, {"llm": layers}) for k, layers in starts.items())
+        recipe = preset("flashu").for_stacks("m", {}, "llm")
+        result = plan(recipe.t2i, Decisions(phases=phases, kept_widths=PRUNED.kept_widths))
         assert len(result.steps) == 34
         assert numbers(result, engine="reuse") == [
             *range(6, 10),
@@ -135,7 +136,7 @@ class TestRules:
 
     @pytest.mark.parametrize(("at", "full"), [("first", [1, 2, 3, 10]), ("last", [8, 9, 10])])
     def test_full_evaluations(self, at: str, full: list[int]) -> None:
-        config = T2IConfig(11, full_ffn=0.3, full_ffn_at=at, ffn_pruning=0.5)
+        config = T2IConfig(11, full_ffn=0.3, full_ffn_at=at, pruning={"llm": 0.5})
         assert numbers(plan(config, PRUNED), engine="denoise") == full
         assert numbers(plan(config, PRUNED, points=21), engine="denoise") == (
             [*range(1, 7), 20] if at == "first" else list(range(15, 21))
@@ -154,8 +155,8 @@ class TestRules:
 
     @pytest.mark.parametrize("count", [9, 10, 11])
     def test_what_stores_and_what_comes_last_runs_the_whole_network(self, count: int) -> None:
-        config = T2IConfig(count + 1, ffn_pruning=0.5, layer_skipping=0.2, head_cache=3)
-        decisions = Decisions(phases=(Phase(0, (1,)),), kept_widths=PRUNED.kept_widths)
+        config = T2IConfig(count + 1, pruning={"llm": 0.5}, layer_skipping={"llm": 0.2}, head_cache=3)
+        decisions = Decisions(phases=(Phase(0, {"llm": (1,)}),), kept_widths=PRUNED.kept_widths)
         result = plan(config, decisions)
         assert numbers(result, engine="denoise") == [3, 6, *[9] * (count > 9), count]
         assert numbers(result, store=True) == [3, 6, *[9] * (count > 9)]
@@ -192,8 +193,10 @@ class TestRules:
         assert numbers(plan(late), extrapolate=True) == [10, 11]
 
     def test_phases_hold_from_their_share_on(self) -> None:
-        decisions = Decisions(phases=(Phase(0), Phase(1 / 3, (1,)), Phase(0.5, (2, 4))))
-        config = T2IConfig(7, layer_skipping=0.1)
+        decisions = Decisions(
+            phases=(Phase(0, {"llm": ()}), Phase(1 / 3, {"llm": (1,)}), Phase(0.5, {"llm": (2, 4)}))
+        )
+        config = T2IConfig(7, layer_skipping={"llm": 0.1})
         engines = ["denoise", "denoise", "denoise_skip1", *["denoise_skip2-4"] * 2, "denoise"]
         assert [step.engine for step in plan(config, decisions).steps] == engines
         assert engines_needed(plan(config, decisions, points=4)) == ("denoise", "denoise_skip1")
@@ -206,20 +209,23 @@ class TestRules:
             assert numbers(plan(config), guidance_scale=4.0) == list(range(k + 1, n + 1))
 
     def test_a_technique_switched_off_uses_no_decision(self) -> None:
-        decisions = Decisions(phases=(Phase(0, (1,)),), kept_widths=PRUNED.kept_widths)
+        decisions = Decisions(phases=(Phase(0, {"llm": (1,)}),), kept_widths=PRUNED.kept_widths)
         assert engines_needed(plan(T2IConfig(5), decisions)) == ("denoise",)
-        assert engines_needed(plan(T2IConfig(5, ffn_pruning=0.1), decisions)) == ("denoise_pruned", "denoise")
-        assert engines_needed(plan(T2IConfig(5, layer_skipping=0.1), decisions)) == (
+        assert engines_needed(plan(T2IConfig(5, pruning={"llm": 0.1}), decisions)) == (
+            "denoise_pruned",
+            "denoise",
+        )
+        assert engines_needed(plan(T2IConfig(5, layer_skipping={"llm": 0.1}), decisions)) == (
             "denoise_skip1",
             "denoise",
         )
 
     def test_a_stack_in_which_nothing_is_pruned(self) -> None:
-        config = T2IConfig(5, head_pruning=0.1)
+        config = T2IConfig(5, pruning={"head": 0.1})
         assert engines_needed(plan(config, Decisions({"head": {}}))) == ("denoise",)
 
     def test_given_arguments_take_the_config_s_place(self) -> None:
-        config = dataclasses.replace(preset("conservative").t2i, ffn_pruning=0, time_shift=2.0)
+        config = dataclasses.replace(preset("conservative").t2i, pruning={"llm": 0}, time_shift=2.0)
         result = compile_plan(config, points=9, guidance_scale=4)
         assert (result.points, len(result.steps), result.time_shift) == (9, 8, 2)
         assert {step.guidance_scale for step in result.steps} == {3, 4}
@@ -229,7 +235,7 @@ class TestRules:
         names = [variant.name for variant in variants(recipe.t2i, recipe.decisions["t2i"])]
         assert names == ["denoise", "denoise_pruned", "denoise_pruned_skip6-7-8", "denoise_pruned_skip3-7-8"]
         assert variants(T2IConfig(), recipe.decisions["t2i"]) == (Variant(),)
-        assert variants(T2IConfig(ffn_pruning=0.1), PRUNED) == (Variant(), Variant(pruned=True))
+        assert variants(T2IConfig(pruning={"llm": 0.1}), PRUNED) == (Variant(), Variant(pruned=True))
 
 
 class TestErrors:
@@ -240,7 +246,10 @@ class TestErrors:
             compile_plan(config)
 
     def test_what_is_undecided(self) -> None:
-        with pytest.raises(RecipeError, match="FFN pruning of stack 'llm' and layer skipping but nothing"):
+        with pytest.raises(
+            RecipeError,
+            match="FFN pruning of stack 'decoder' and layer skipping of stack 'decoder' but nothing",
+        ):
             plan(preset("flashu").t2i)
 
     @pytest.mark.parametrize("values", [{"points": 1}, {"points": 2.5}, {"guidance_scale": -1.0}])
@@ -278,7 +287,7 @@ def guidance(draw: st.DrawFn) -> tuple[tuple[float, float | None], ...]:
 def decisions(draw: st.DrawFn) -> Decisions:
     widths = draw(st.dictionaries(st.integers(0, 5), st.integers(1, 9), max_size=2))
     blocks = st.sets(st.integers(0, 5), max_size=3).map(tuple)
-    phases = tuple(Phase(start, draw(blocks)) for start in draw(starts))
+    phases = tuple(Phase(start, {"llm": draw(blocks)}) for start in draw(starts))
     return Decisions(phases=phases, kept_widths={"llm": widths})
 
 
@@ -291,8 +300,8 @@ def configs(draw: st.DrawFn) -> T2IConfig:
         time_shift=draw(st.floats(0.1, 10)),
         guidance=draw(guidance()),
         solver=draw(st.sampled_from(["euler", "ab2"])),
-        ffn_pruning=draw(st.sampled_from([0.0, 0.2])),
-        layer_skipping=draw(st.sampled_from([0.0, 0.2])),
+        pruning={"llm": draw(st.sampled_from([0.0, 0.2]))},
+        layer_skipping={"llm": draw(st.sampled_from([0.0, 0.2]))},
         full_ffn=draw(st.floats(0, 1)),
         full_ffn_at=draw(st.sampled_from(["first", "last"])),
         head_cache=cache,

@@ -35,7 +35,7 @@ class TestJson:
         back = Recipe.from_json(RECIPE.to_json())
         assert back.to_json() == RECIPE.to_json()
         assert back.decisions["t2i"].kept_widths == RECIPE.decisions["t2i"].kept_widths
-        assert back.decisions["mmu"].phases == (Phase(0, (2, 7)),)
+        assert back.decisions["mmu"].phases == (Phase(0, {"llm": (2, 7)}),)
         assert not back.decisions["mmu"].complete
 
     def test_a_recipe_by_hand(self) -> None:
@@ -44,7 +44,7 @@ class TestJson:
         assert Recipe.from_json(text) == Recipe(
             "mine",
             T2IConfig(20, guidance=((0, None), (0.3, 1))),
-            decisions={"mmu": Decisions(phases=(Phase(0, (4, 5)),))},
+            decisions={"mmu": Decisions(phases=(Phase(0, {"llm": (4, 5)}),))},
         )
 
     def test_one_of_an_older_version_keeps_its_plan(self) -> None:
@@ -62,7 +62,7 @@ class TestJson:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"schema": 1}, "has schema 1; this version reads 2 and 3"),
+            ({"schema": 1}, "has schema 1; this version reads 2, 3 and 4"),
             ({"schema": None}, "no schema"),
             ({"schema": "2"}, "has schema '2'"),
             ({"schema": 3.0}, "has schema 3.0"),
@@ -153,7 +153,7 @@ class TestFiles:
         starts: list[float],
         skipped: tuple[int, ...],
     ) -> None:
-        phases = tuple(Phase(start, skipped) for start in (0.0, *starts))
+        phases = tuple(Phase(start, {"llm": skipped}) for start in (0.0, *starts))
         recipe = Recipe("any", decisions={"t2i": Decisions(t2i, phases), "mmu": Decisions(mmu)})
         directory = tmp_path_factory.mktemp("recipe")
         recipe.save(directory)

@@ -17,7 +17,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.recipe.token_plan import Span, TokenPlan, compile_token_plan, drawing_variants
 
 KEPT = {"llm": {0: np.arange(64), 1: np.arange(64)}}
-PRUNED = T2IConfig(guidance_scale=4.0, ffn_pruning=0.5)
+PRUNED = T2IConfig(guidance_scale=4.0, pruning={"llm": 0.5})
 
 
 def test_nothing_on_is_one_span() -> None:
@@ -48,11 +48,11 @@ def test_full_codes_lie_at_one_end(at: str, order: list[str]) -> None:
 
 
 def test_skipped_layers_are_the_same_for_all_codes() -> None:
-    config = dataclasses.replace(PRUNED, layer_skipping=0.5, full_ffn=0.5)
-    decisions = Decisions(KEPT, (Phase(0.0, (1, 3)),))
+    config = dataclasses.replace(PRUNED, layer_skipping={"llm": 0.5}, full_ffn=0.5)
+    decisions = Decisions(KEPT, (Phase(0.0, {"llm": (1, 3)}),))
     assert compile_token_plan(config, decisions, 4).engines == ("draw_pruned_skip1-3", "draw_skip1-3")
     with pytest.raises(RecipeError, match="skip other layers in each phase"):
-        compile_token_plan(config, Decisions(KEPT, (Phase(0.0, (1,)), Phase(0.5, (2,)))), 4)
+        compile_token_plan(config, Decisions(KEPT, (Phase(0.0, {"llm": (1,)}), Phase(0.5, {"llm": (2,)}))), 4)
 
 
 @given(
@@ -75,7 +75,7 @@ def test_a_plan_covers_the_picture_by_the_engines_that_are_built(
     ("config", "error", "said"),
     [
         (T2IConfig(), ConfigurationError, "needs guidance_scale"),
-        (dataclasses.replace(PRUNED, layer_skipping=0.5), RecipeError, "calibrate it first"),
+        (dataclasses.replace(PRUNED, layer_skipping={"llm": 0.5}), RecipeError, "calibrate it first"),
     ],
 )
 def test_what_is_open_is_said(config: T2IConfig, error: type[Exception], said: str) -> None:

@@ -17,21 +17,19 @@ RECIPE = Recipe(
     T2IConfig(
         25,
         guidance=((0, None), (0.25, 0.5), (0.5, 1)),
-        ffn_pruning=0.2,
-        head_pruning=0.1,
-        semantic_pruning=0.3,
-        layer_skipping=0.2,
+        pruning={"llm": 0.2, "semantic": 0.3, "head": 0.1},
+        layer_skipping={"llm": 0.2},
         head_cache=4,
         head_extrapolation=True,
         full_ffn=0.3,
         full_ffn_at="first",
         as_published=True,
     ),
-    MMUConfig(token_pruning=0.5, layer_skipping=0.1),
+    MMUConfig(token_pruning=0.5, layer_skipping={"llm": 0.1}),
     {
         "t2i": Decisions(
             {"llm": {0: np.arange(8), 1: np.arange(4)}, "head": {}},
-            (Phase(0), Phase(1 / 24, (2, 5))),
+            (Phase(0, {"llm": ()}), Phase(1 / 24, {"llm": (2, 5)})),
         )
     },
 )
@@ -46,12 +44,12 @@ def test_a_table_tells_every_technique() -> None:
         "time shift": ["the model's own", "–", "–"],
         "solver": ["euler", "–", "–"],
         "FFN pruning": [
-            "20% of llm: 4 to 8 neurons kept in 2 blocks; 30% of semantic: undecided; 10% of head: nothing to prune",
+            "10% of head: nothing to prune; 20% of llm: 4 to 8 neurons kept in 2 blocks; 30% of semantic: undecided",
             "off",
             "off",
         ],
         "full evaluations": ["the first 30%", "–", "–"],
-        "layer skipping": ["20%: none; 2, 5 from 4.2%", "10%: undecided", "off"],
+        "layer skipping": ["20% of llm: none; 2, 5 from 4.2%", "10% of llm: undecided", "off"],
         "head cache": ["every 4, extrapolated, as published", "–", "–"],
         "token pruning": ["–", "50% after layer 2, by v_norm", "–"],
     }
@@ -82,7 +80,7 @@ def test_differences_are_lines() -> None:
         decisions={
             "t2i": Decisions(
                 {"llm": {0: np.arange(2, 10), 2: np.arange(4)}, "semantic": {0: np.arange(3)}, "head": {}},
-                (Phase(0, (1,)),),
+                (Phase(0, {"llm": (1,)}),),
             )
         },
     )
@@ -94,7 +92,7 @@ def test_differences_are_lines() -> None:
         "t2i, stack llm, block 1: keeps 4 → all neurons",
         "t2i, stack llm, block 2: keeps all → 4 neurons",
         "t2i, stack semantic: undecided → 3 neurons kept in 1 block",
-        "t2i, skipped layers: none; 2, 5 from 4.2% → 1",
+        "t2i, skipped layers: llm: none; 2, 5 from 4.2% → llm: 1",
         "mmu.token_scorer: v_norm → random",
     ]
 

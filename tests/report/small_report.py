@@ -37,14 +37,14 @@ class Shown:
 def recipe() -> Recipe:
     kept = {"llm": {block: np.arange(48) for block in range(LAYERS)}}
     t2i = T2IConfig(
-        points=13, guidance_scale=5.0, time_shift=3.0, guidance=((0, 0.75), (0.7, 1.0)), ffn_pruning=0.25,
-        full_ffn=0.25, layer_skipping=0.2, skipping_interval=6, head_cache=3, as_published=True,
+        points=13, guidance_scale=5.0, time_shift=3.0, guidance=((0, 0.75), (0.7, 1.0)), pruning={"llm": 0.25},
+        full_ffn=0.25, layer_skipping={"llm": 0.2}, skipping_interval=6, head_cache=3, as_published=True,
     )  # fmt: skip
-    phases = (Phase(0.0, (1,)), Phase(0.5, (3,)))
+    phases = (Phase(0.0, {"llm": (1,)}), Phase(0.5, {"llm": (3,)}))
     return Recipe(
         "small",
         t2i,
-        MMUConfig(ffn_pruning=0.25, token_pruning=0.5),
+        MMUConfig(pruning={"llm": 0.25}, token_pruning=0.5),
         {"t2i": Decisions(kept, phases), "mmu": Decisions(kept)},
     )
 
@@ -92,6 +92,7 @@ def counts(flops: int, rows: list[int], **more: Any) -> dict[str, Any]:
         "flops": {"llm": flops},
         "bytes": {"llm": 50 * flops},
         "rows": {"llm": rows},
+        "decoder": "llm",
         **more,
     }
 
@@ -145,15 +146,17 @@ def _calibration() -> dict[str, Any]:
     return {
         "t2i": {
             "samples": 2,
-            "layer_importance": [
-                {"start": 0.0, "importance": importance},
-                {"start": 0.5, "importance": importance[::-1]},
-            ],
+            "layer_importance": {
+                "llm": [
+                    {"start": 0.0, "importance": importance},
+                    {"start": 0.5, "importance": importance[::-1]},
+                ]
+            },
             "neuron_scores": scores,
         },
         "mmu": {
             "samples": 2,
-            "layer_importance": importance,
+            "layer_importance": {"llm": importance},
             "neuron_scores": scores,
             "value_norms": [{"image": 4.0 + layer, "text": 2.0 + layer / 2} for layer in range(LAYERS)],
         },

@@ -156,7 +156,7 @@ def test_phases_that_the_plan_never_runs_are_not_listed() -> None:
         page = render(
             small_report.manifest(of), small_report.report(of, lossy=True), of, small_report.plan(of), {}
         )
-        assert f"<td>20%: {shown}</td>" in page
+        assert f"<td>20% of llm: {shown}</td>" in page
 
 
 def test_it_shows_every_plot_in_the_colours_of_the_page(page: str) -> None:

@@ -214,7 +214,7 @@ def test_any_value_in_a_recipe_file(part: str, value: Any, inner: Any) -> None:
     field = data[part]
     for changed in (
         value,
-        {**field, "points": inner, "ffn_pruning": value} if isinstance(field, dict) else inner,
+        {**field, "points": inner, "pruning": value} if isinstance(field, dict) else inner,
     ):
         try:
             text = json.dumps({**data, part: changed})

@@ -76,7 +76,7 @@ def test_image_embeddings_pixels_and_velocity(own_bundle: Path, value: float) ->
         spoiled(own_bundle, "vae_decode", "pixels", value).generate("a")
     with pytest.raises(NotFiniteError, match="Engine 'denoise', computing in int8, gave velocities") as told:
         spoiled(own_bundle, "denoise", "velocity", value, "int8").generate("a")
-    assert 'such as precision="llm=int8"' in str(told.value)
+    assert 'such as precision="decoder=int8"' in str(told.value)
     assert "guidance" not in str(told.value)
 
 
@@ -98,7 +98,7 @@ def test_a_row_is_wrong_if_its_maximum_is_not_finite(logits: np.ndarray) -> None
         expected = [row.index(most) for row, most in zip(logits.tolist(), largest, strict=True)]
         assert SOURCE.greedy(logits) == expected
     else:
-        with pytest.raises(NotFiniteError, match=r'such as precision="llm=float16"'):
+        with pytest.raises(NotFiniteError, match=r'such as precision="decoder=float16"'):
             SOURCE.greedy(logits)
 
 

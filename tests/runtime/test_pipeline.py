@@ -198,8 +198,8 @@ def test_a_plan_whose_engine_is_missing_is_refused(own_bundle: Path) -> None:
     """The phase that skips holds for the last fifth: in short plans the last evaluation alone, which is whole."""
     recipe = Recipe(
         "late",
-        dataclasses.replace(RECIPE.t2i, layer_skipping=0.5),
-        decisions={"t2i": Decisions(phases=(Phase(0.0), Phase(0.8, (1, 4))))},
+        dataclasses.replace(RECIPE.t2i, layer_skipping={"llm": 0.5}),
+        decisions={"t2i": Decisions(phases=(Phase(0.0, {"llm": ()}), Phase(0.8, {"llm": (1, 4)})))},
     )
     pipe = adopt(own_bundle, recipe)
     pipe.generate("a", steps=10)

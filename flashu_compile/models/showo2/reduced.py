@@ -14,7 +14,7 @@ from flashu_compile.models.showo2 import checkpoint
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD
-from flashu_compile.tasks import HEAD, LLM, SEMANTIC
+from flashu_compile.models.stacks import HEAD, LLM, SEMANTIC
 
 #: Where the layers of each stack are in a state dict.
 STACKS = {LLM: "showo.model.layers", SEMANTIC: "und_trans.layers", HEAD: "diffusion_head_a"}

@@ -13,7 +13,8 @@ from tests.support.tiny import VAE, tiny_model, tokenizer
 
 # At its own width of 64 neurons nothing would be pruned.
 RECIPE = flashu_compile.Recipe(
-    "cut", mmu=flashu_compile.MMUConfig(ffn_pruning=0.25, width_multiple=16, token_pruning=0.5, token_layer=0)
+    "cut",
+    mmu=flashu_compile.MMUConfig(pruning={"llm": 0.25}, width_multiple=16, token_pruning=0.5, token_layer=0),
 )
 
 
