@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import TYPE_CHECKING
 
 from flashu_compile.cli.display import print_table
-from flashu_compile.recipe.plan import Step, StepPlan
-from flashu_compile.recipe.token_plan import CodeStep, TokenPlan
+
+if TYPE_CHECKING:
+    from flashu_compile.recipe.plan import Step, StepPlan
+    from flashu_compile.recipe.token_plan import CodeStep, TokenPlan
 
 
 def print_plan(plan: StepPlan | TokenPlan) -> None:
     """Print a row for each stretch of evaluations, or of codes, that do the same."""
-    if isinstance(plan, TokenPlan):
-        _print_token_plan(plan)
-        return
+    from flashu_compile.recipe.plan import StepPlan
+
+    _print_step_plan(plan) if isinstance(plan, StepPlan) else _print_token_plan(plan)
+
+
+def _print_step_plan(plan: StepPlan) -> None:
     rows, number = [], 1
     for same, stretch in itertools.groupby(plan.steps, lambda step: dataclasses.replace(step, t=0.0, dt=1.0)):
         steps = list(stretch)
@@ -35,17 +41,16 @@ def print_plan(plan: StepPlan | TokenPlan) -> None:
     print_table(("evaluation", "t", "guidance", "head cache", "engine"), rows, title=title)
 
 
+def _print_token_plan(plan: TokenPlan) -> None:
+    rows, number = [], 1
+    for same, stretch in itertools.groupby(plan.steps):
+        count = len(list(stretch))
+        ends = dict.fromkeys((number, number + count - 1))
+        number += count
+        rows.append(("–".join(map(str, ends)), _guided(same), same.engine))
+    print_table(("code", "guidance", "engine"), rows, title=f"{number - 1} codes")
+
+
 def _guided(step: Step | CodeStep) -> str:
     alone = "" if len(step.branches) == 2 else f" ({('prompt', 'empty prompt')[step.branches[0]]} alone)"
     return f"{step.guidance_scale:g}{alone}"
-
-
-def _print_token_plan(plan: TokenPlan) -> None:
-    rows, number = [], 1
-    for span in plan.spans:
-        ends = dict.fromkeys((number, number + span.count - 1))
-        number += span.count
-        rows.append(
-            ("–".join(map(str, ends)), _guided(CodeStep(span.engine, span.guidance_scale)), span.engine)
-        )
-    print_table(("code", "guidance", "engine"), rows, title=f"{number - 1} codes")
