@@ -296,7 +296,10 @@ def _last(nodes: Sequence[fx.Node]) -> fx.Node:
 
 def _without_data(flow: nx.DiGraph, sources: set[fx.Node]) -> set[fx.Node]:
     """Return `sources` and the nodes that depend on them and constants alone."""
-    tensors = flow.subgraph([node for node in flow if isinstance(node.meta.get("val"), Tensor)])
+    # Sizes are no way for data; the parts of a split value, which is several tensors, are one.
+    tensors = flow.subgraph(
+        [node for node in flow if isinstance(node.meta.get("val"), Tensor | list | tuple)]
+    )
     data = downstream(tensors, filter(_is_data, tensors), through=lambda node: node not in sources)
     return (downstream(tensors, sources) - data) | sources
 

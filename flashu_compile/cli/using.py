@@ -160,7 +160,7 @@ def generate(
     epilog=examples(
         'ask build/shapes photo.png "what is left of the blue square?"',
         'ask build/shapes photo.png "how many circles?" "what colour is the star?" --json',
-        'ask build/qwen "what is a prime number?"',
+        'ask build/chat "what is a prime number?"',
     ),
 )
 def ask(

@@ -116,7 +116,7 @@ class TestShow:
         assert "25% after layer 2, by v_norm" in text
 
     def test_preset_and_bundle(self, tmp_path: Path) -> None:
-        assert "20% of llm: undecided" in run("recipe", "show", "flashu").stdout
+        assert "20% of decoder: undecided" in run("recipe", "show", "flashu").stdout
         shown = json.loads(run("recipe", "show", write_bundle(tmp_path / "bundle"), "--json").stdout)
         assert shown == json.loads(RECIPE.to_json())
 

@@ -1,0 +1,1 @@
+"""An invented family of models that draw and answer: a trunk, an eye and a painter."""
