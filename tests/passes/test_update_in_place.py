@@ -5,17 +5,20 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flashu_compile.bundle.signatures import updated
 from flashu_compile.errors import StructureError
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.operators.write_rows import WRITE_ROWS
+from flashu_compile.passes import pipelines
 from flashu_compile.passes.cache_rows import new_rows
 from flashu_compile.passes.editing import GraphEditor
-from flashu_compile.passes.manager import relative_error
+from flashu_compile.passes.manager import PassManager, relative_error
 from flashu_compile.passes.update_in_place import UpdateInPlace
 from flashu_compile.program.program import Input, Program, Role
+from flashu_compile.program.trace import CaptureSpec, capture_program
 from tests.passes.conftest import Decoding
 from tests.support.row_programs import strided_inputs
 from tests.support.tiny import CONFIG
@@ -133,3 +136,45 @@ def test_other_values_that_are_computed_once_are_refused(parts: Decoding) -> Non
     )
     with pytest.raises(StructureError, match=r"top\.mean is computed once for earlier rows, but is no keys"):
         UpdateInPlace(COUNTER).call(editor.finish(inputs=inputs, sample=sample))
+
+
+class Turned(nn.Module):
+    """Attention whose queries and keys are turned by position, in halves that one operator splits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layers = (
+            nn.Embedding(40, 8),
+            nn.ModuleList([nn.ModuleList(nn.Linear(8, 8) for _ in range(3))]),
+        )
+
+    def forward(self, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor]:
+        rows = self.words(torch.cat([prefix_ids, suffix_ids], dim=1))
+        index = torch.arange(rows.shape[1])
+        angles = index[None, None, :, None].float() * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        query, key, value = (layer(rows).unflatten(-1, (2, 4)).transpose(1, 2) for layer in self.layers[0])
+
+        def turned(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+        mask = (index[:, None] >= index[None])[None, None]
+        seen = F.scaled_dot_product_attention(turned(query), turned(key), value, attn_mask=mask)
+        return ((rows + seen.transpose(1, 2).flatten(2))[:, -1],)
+
+
+def test_what_is_split_of_new_rows_is_no_position() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(40, (2, 9))
+    given = {Role.PREFIX_IDS: ids[:, :5].contiguous(), Role.SUFFIX_IDS: ids[:, 5:].contiguous()}
+    inputs = (Input(Role.PREFIX_IDS, ("batch", "prefix")), Input(Role.SUFFIX_IDS, ("batch", "suffix")))
+    stacks = {"trunk": "layers"}
+    whole = capture_program(CaptureSpec("complete", "text", Turned(), inputs, (Role.LOGITS,), stacks, given))
+    (prologue, program), _ = PassManager(pipelines.complete()).run(whole)
+    assert COUNTER in program.input_roles
+    caches = {
+        role: torch.nn.functional.pad(value, (0, 0, 0, 6), value=1e3)
+        for role, value in prologue.run(given).items()
+    }
+    outputs = program.run({Role.SUFFIX_IDS: given[Role.SUFFIX_IDS], COUNTER: torch.tensor([5, 5]), **caches})
+    assert relative_error(outputs[Role.LOGITS], whole.run(given)[Role.LOGITS]) < 2e-6
