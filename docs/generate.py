@@ -71,14 +71,11 @@ def _described(name: str, value: Any) -> Iterator[str]:
         yield f"```python\n{_signature(name, value)}\n```"
     yield _markdown(inspect.getdoc(value) or "")
     if inspect.isclass(value):
+        bases = [base for base in value.__mro__ if base.__module__.startswith("flashu_compile")]
+        ours = {member for base in bases for member in vars(base)}
         for member, function in inspect.getmembers(value):
             described = inspect.isroutine(function) or isinstance(function, _PROPERTIES)
-            if (
-                described
-                and not member.startswith("_")
-                and inspect.getdoc(function)
-                and member in vars(value)
-            ):
+            if described and not member.startswith("_") and inspect.getdoc(function) and member in ours:
                 yield f"### {name}.{member}"
                 if inspect.isroutine(function):
                     yield f"```python\n{_signature(member, function)}\n```"

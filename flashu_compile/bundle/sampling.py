@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from flashu_compile import arguments
 from flashu_compile.errors import InputError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Manifests hold what is here, and help texts need not wait for numpy.
 _HOTTEST, _MOST = 1e3, 2**31 - 1
 
 
@@ -49,6 +52,8 @@ class Sampling:
 
         The largest logit must be finite.
         """
+        import numpy as np
+
         if self.is_greedy:
             return np.eye(1, len(logits), int(logits.argmax()))[0]
         scores = logits.astype(np.float64) / self.temperature
@@ -65,6 +70,8 @@ class Sampling:
 
     def choose(self, logits: NDArray[np.float32], draws: Draws) -> int:
         """Return the token that the next of `draws` falls on: the first whose cumulated probability exceeds it."""
+        import numpy as np
+
         if self.is_greedy:
             return int(logits.argmax())
         cumulated = np.cumsum(self.probabilities(logits))
@@ -79,6 +86,8 @@ class Draws:
     """Numbers from [0, 1), the same on every machine: those of numpy's Philox-4x64 generator with the key (seed, 0)."""
 
     def __init__(self, seed: int) -> None:
+        import numpy as np
+
         self._generator = np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)))
 
     def next(self) -> float:

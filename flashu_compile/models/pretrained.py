@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from flashu_compile import arguments
 from flashu_compile.bundle.files import HashedFile
@@ -120,6 +120,10 @@ def _shaped(source: ModelSource, library: Any, dtype: torch.dtype | None) -> Any
             network = make(config, attn_implementation="sdpa", dtype=dtype)
         network._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
         network.tie_weights()
+        if (Path(source.directory or "") / GENERATION_CONFIG_NAME).is_file():
+            network.generation_config = GenerationConfig.from_pretrained(
+                str(source.directory), local_files_only=True
+            )
     except Exception as error:  # of whatever the library stumbles over
         raise CheckpointError(f"{source} cannot be read by transformers: {error}") from error
     return network
