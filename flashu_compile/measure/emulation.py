@@ -27,7 +27,7 @@ from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
 from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import upstream
-from flashu_compile.passes.analysis.span import visual_span
+from flashu_compile.passes.analysis.span import no_fixed_length, visual_span
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig
@@ -172,7 +172,8 @@ def edits(
                 masks[group.hidden.name] = mask
     blocks_of_llm = residual_blocks(program, LLM) if skipped else ()
     passed = {block.exit.name: block.entry.name for block in blocks_of_llm if block.index in skipped}
-    dropping = tokens is not None and tokens.token_pruning > 0
+    # A program whose pass declines drops none.
+    dropping = tokens is not None and tokens.token_pruning > 0 and no_fixed_length(program) is None
     return Edits(masks, passed, DroppedTokens(program, tokens, skipped) if dropping and tokens else None)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flashu_compile import arguments
-from flashu_compile.bundle.manifest import PictureRules, PictureStep
+from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
 from flashu_compile.models.adapter import ModelSource

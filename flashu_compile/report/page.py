@@ -179,9 +179,9 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | None) -> 
         else:
             layers = phases[0].skipped if phases else ()
             made[f"{task}_importance"] = plots.importance_bars(measured["layer_importance"], layers)
-    if MMU.name in figures:
+    if (norms := figures.get(MMU.name, {}).get("value_norms")) is not None:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
-        made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)
+        made["value_norms"] = plots.value_norms(norms, layer)
     return made
 
 
