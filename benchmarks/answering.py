@@ -136,14 +136,15 @@ def picture_embeds(pipe: Pipeline, pixels: torch.Tensor) -> np.ndarray:
 def first_logits(pipe: Pipeline, embeds: np.ndarray) -> np.ndarray:
     """Logits [vocab] of the first token that the engines answer, about a picture they have not seen."""
     codec = PromptCodec(pipe.codec.tokenizer)
-    picture = decoding.Picture(pipe._engines, codec.question_prefix(), embeds)
+    rows = {"prefix_ids": np.array([codec.question_prefix()]), "image_embeds": embeds}
+    picture = decoding.Picture(pipe._engines, rows)
     return picture.answers([codec.question_suffix(QUESTION)]).first()[0]
 
 
 def answer(pipe: Pipeline, pixels: torch.Tensor, tokens: int) -> list[int]:
     """An answer of so many tokens by the engines, from pixels on."""
     codec = PromptCodec(pipe.codec.tokenizer)
-    picture = decoding.Picture(pipe._engines, codec.question_prefix(), picture_embeds(pipe, pixels))
+    picture = decoding.Picture.seen(pipe._engines, codec.question_prefix(), pixels.numpy())
     suffix = codec.question_suffix(QUESTION)
     return [token for _, token in decoding.tokens(picture, [suffix], NEVER, tokens)]
 

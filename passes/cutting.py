@@ -12,6 +12,7 @@ from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import downstream
 from flashu_compile.passes.analysis.sizes import Sizes
 from flashu_compile.passes.editing import GraphEditor
+from flashu_compile.passes.fresh_sizes import with_own_size
 from flashu_compile.program.program import Input, Program
 
 
@@ -28,7 +29,8 @@ def part_after(
 ) -> Program:
     """Return the program `name` that computes `outputs` from the value of output `role` and the other inputs it needs.
 
-    The value is its last input; `axes` are the dynamic dimensions of that value.
+    The value is its last input; `axes` are the dynamic dimensions of that value. One that no input has gets a size of
+    its own.
     """
     editor = GraphEditor(program)
     nodes = editor.outputs()
@@ -37,11 +39,20 @@ def part_after(
     cut.replace_all_uses_with(placeholder)
     editor.settle([placeholder])
     editor.set_outputs([nodes[o] if nodes[o] is not cut else placeholder for o in outputs])
-    inputs = (*prune_inputs(editor), Input(role, axes))
     before = part_before(program, role, program.name)
-    value = before.run(before.sample)[role].detach()
-    sample = _sample(program, inputs[:-1]) | {role: value}
-    return editor.finish(name=name, inputs=inputs, outputs=outputs, sample=sample)
+    sample = dict(program.sample) | {role: before.run(before.sample)[role].detach()}
+    known = {axis for given in program.inputs for axis in given.axes}
+    own = [dim for dim, axis in enumerate(axes) if axis not in known and axis is not None]
+    if own:
+        editor.remove_unused()
+        whole = (*program.inputs, Input(role, axes))
+        (dim,) = own
+        editor = with_own_size(editor.finish(inputs=whole, outputs=outputs, sample=sample), role, dim)
+    inputs = tuple(given for given in prune_inputs(editor) if given.role != role)
+    inputs = (*inputs, Input(role, axes))
+    return editor.finish(
+        name=name, inputs=inputs, outputs=outputs, sample={i.role: sample[i.role] for i in inputs}
+    )
 
 
 def cut_at(
@@ -110,10 +121,10 @@ def outputs_after(program: Program, role: str) -> tuple[str, ...]:
     return tuple(other for other in program.outputs if other != role and nodes[other] in following)
 
 
-def axes_of(program: Program, role: str) -> tuple[str | None, ...]:
+def axes_of(program: Program, role: str, own: str | None = None) -> tuple[str | None, ...]:
     """Return the dynamic dimensions of output `role`, by the names they have in the inputs.
 
-    Raises `PassError` where one of them is no input's dimension.
+    One that is no input's dimension is called `own`. Raises `PassError` if it has no such name, or there are several.
     """
     signature = program.exported.graph_signature
     values = {node.name: node.meta.get("val") for node in program.exported.graph.nodes}
@@ -126,7 +137,9 @@ def axes_of(program: Program, role: str) -> tuple[str | None, ...]:
     assert isinstance(value, Tensor)
     sizes: list[object] = list(value.shape)
     unknown = [str(s) for s in sizes if isinstance(s, torch.SymInt) and str(s) not in names]
-    if unknown:
+    if own is not None and len(unknown) == 1:
+        names[unknown[0]] = own
+    elif unknown:
         raise PassError(
             f"output '{role}' of program {program.name!r} cannot become an input: its size {unknown[0]} is not the "
             f"size of any dimension of {', '.join(program.input_roles)}"

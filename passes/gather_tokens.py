@@ -29,7 +29,7 @@ from flashu_compile.passes.analysis.attention import Attention, attention_sites
 from flashu_compile.passes.analysis.blocks import Block, residual_blocks
 from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import downstream
-from flashu_compile.passes.analysis.span import VisualSpan, visual_span
+from flashu_compile.passes.analysis.span import VisualSpan, no_fixed_length, visual_span
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.editing import GraphEditor
 from flashu_compile.passes.inlining import inline
@@ -76,6 +76,8 @@ class GatherTokens(Pass):
         """Insert scores, top-k and the index of kept rows after the layer, and gather what is read after it."""
         if self.ratio == 0:
             return PassResult.unchanged(program)
+        if (reason := no_fixed_length(program)) is not None:
+            return PassResult.declined(program, reason)
         block, site, span = self._find(program)
         dropped = math.floor(self.ratio * span.length + _ROUNDING)
         if not dropped:

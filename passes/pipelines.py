@@ -35,6 +35,8 @@ from flashu_compile.program.program import Role
 from flashu_compile.recipe.decisions import KeptNeurons, Layers
 from flashu_compile.tasks import LANGUAGE, VISION
 
+#: The dimension along which the ids lie of a picture and what precedes it.
+CONTEXT = "context"
 _STEP = frozenset({Role.LATENTS, Role.TIMESTEP})  # what differs from evaluation to evaluation
 _PLAIN = (GroupHeads(), HalveRotary())
 _SCHEDULE = HoistSchedule(Role.TIMESTEP)
@@ -71,7 +73,7 @@ def understand(
     """List the passes of the understanding forward, which split it into a part per picture and a part per token."""
     # Rotations first: where a table's halves are the same cannot be seen behind a gather.
     tokens = () if gather is None else (HalveRotary(), gather)
-    split = SplitAtOutput(Role.IMAGE_EMBEDS, (VISION, LANGUAGE), ("batch", None, None))
+    split = SplitAtOutput((Role.IMAGE_EMBEDS, Role.CONTEXT_IDS), (VISION, LANGUAGE), CONTEXT)
     return (*tokens, *_cut(kept, skipped), split, *CLEAN)
 
 

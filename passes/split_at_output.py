@@ -10,31 +10,30 @@ from __future__ import annotations
 import dataclasses
 
 from flashu_compile.passes.base import Pass, PassResult
-from flashu_compile.passes.cutting import part_after, part_before
+from flashu_compile.passes.cutting import axes_of, part_after, part_before
 from flashu_compile.program.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitAtOutput(Pass):
-    """Split at output `role`.
+    """Split at the first of the outputs `roles` that the program has.
 
-    `names`: what the two programs are called. `axes`: the output's dynamic dimensions.
+    `names`: what the two programs are called. `own`: what the output's dimension is called whose size is not that of
+    any input; in the second program, it is a size of its own.
     """
 
-    role: str
+    roles: tuple[str, ...]
     names: tuple[str, str]
-    axes: tuple[str | None, ...]
+    own: str | None = None
 
     def requires(self, program: Program) -> str | None:
-        """Return that the program lacks output `role`, or has no other; None if it has both."""
-        if self.role not in program.outputs:
-            return (
-                f"program {program.name!r} has no output '{self.role}'; it gives {', '.join(program.outputs)}"
-            )
+        """Return that the program lacks all outputs `roles`, or has no other; None if it can be split."""
+        role = self._role(program)
+        if role is None:
+            absent = " or ".join(f"'{one}'" for one in self.roles)
+            return f"program {program.name!r} has no output {absent}; it gives {', '.join(program.outputs)}"
         if len(program.outputs) < 2:
-            return (
-                f"program {program.name!r} gives nothing but '{self.role}', so there is nothing after the cut"
-            )
+            return f"program {program.name!r} gives nothing but '{role}', so there is nothing after the cut"
         return None
 
     def makes(self, name: str) -> tuple[str, ...]:
@@ -44,12 +43,18 @@ class SplitAtOutput(Pass):
     def call(self, program: Program) -> PassResult:
         """Split the program into the part before the output and the part after it."""
         before, after = self.names
-        kept = tuple(role for role in program.outputs if role != self.role)
+        cut = self._role(program)
+        assert cut is not None, "required"
+        kept = tuple(role for role in program.outputs if role != cut)
         programs = (
-            part_before(program, self.role, before),
-            part_after(program, self.role, after, kept, self.axes),
+            part_before(program, cut, before),
+            part_after(program, cut, after, kept, axes_of(program, cut, self.own)),
         )
         changes = tuple(
             f"{part.name}: {', '.join(part.input_roles)} → {', '.join(part.outputs)}" for part in programs
         )
         return PassResult(programs, changes)
+
+    def _role(self, program: Program) -> str | None:
+        """Return the output to split at; None if the program has none of them."""
+        return next((role for role in self.roles if role in program.outputs), None)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from flashu_compile.bundle import areas
 from flashu_compile.bundle.finite import Source
-from flashu_compile.bundle.manifest import PictureRules, PictureStep
+from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.errors import InputError
 from flashu_compile.system.drafts import draft_folder
 from flashu_compile.system.paths import absolute
@@ -116,7 +117,13 @@ def engine_pixels(source: Picture, rules: PictureRules) -> NDArray[np.float32]:
     given = image.size
     for step in rules.steps:
         image = _prepared(image, step, given)
-    if image.size != (rules.width, rules.height):
+    width, height = image.size
+    if rules.cell is not None and rules.cells(height, width) is None:
+        raise InputError(
+            f"A picture of {given[0]} × {given[1]} becomes one of {width} × {height}, whose sides are not two cells of "
+            f"{rules.cell} pixels or more; crop it."
+        )
+    if rules.cell is None and image.size != (rules.width, rules.height):
         raise InputError(
             "A picture of {} × {} becomes one of {} × {}, not".format(*given, *image.size)
             + f" of {rules.width} × {rules.height}."
@@ -139,6 +146,14 @@ def _prepared(image: Image.Image, step: PictureStep, given: tuple[int, int]) -> 
     elif step.kind == "longer":
         scale = step.height / longer
         target = max(round(width * scale), step.least), max(round(height * scale), step.least)
+    elif step.kind == "area":
+        if longer > areas.LONGEST * shorter:
+            raise InputError(
+                "The picture is {} × {}; no side may be more than {} times the other.".format(
+                    *given, areas.LONGEST
+                )
+            )
+        target = areas.fitted(width, height, step.height, *step.area)
     else:
         target = (longer, longer) if step.kind == "square" else (step.width, step.height)
     if target[0] * target[1] > MAX_PIXELS:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from flashu_compile import arguments, reading
 from flashu_compile.bundle.dimensions import parsed
+from flashu_compile.bundle.preparing import LARGEST_SIDE, PictureRules, check_number
 from flashu_compile.bundle.sampling import Sampling
 from flashu_compile.errors import BundleError, BundleVersionError, ConfigurationError, InputError
 from flashu_compile.reading import Count
@@ -23,7 +24,7 @@ from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, TEXT
 
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
-_LARGEST_SIDE, _LARGEST_LENGTH = 8_000, 2**20
+_LARGEST_LENGTH = 2**20
 _LONGEST_NAME = 255  # bytes, as in most file systems
 _ENGINE_NAME = "[A-Za-z0-9_-]{1,200}"
 
@@ -83,7 +84,8 @@ class Template:
 
     `strip` says on which sides white space around the text is left out. `picture`: how many of the ids `before` and
     `after` precede the rows of a picture, None if there is none; `placeholder` is the id that stands for each of these
-    rows where ids are counted. Raises `BundleError` if there are fewer ids.
+    rows where ids are counted. `size`: how many of the ids `before` precede `size_text`, in which its size in cells
+    stands for `{height}` and `{width}`, None if there is no such text. Raises `BundleError` if there are fewer ids.
     """
 
     before: tuple[Count, ...] = ()
@@ -93,69 +95,28 @@ class Template:
     strip: Literal["", "left", "right", "both"] = ""
     picture: Count | None = None
     placeholder: Count | None = None
+    size: Count | None = None
+    size_text: str = ""
 
     def __post_init__(self) -> None:
         if self.picture is not None and self.picture > self.length:
             raise BundleError(
                 f"The manifest puts a picture behind {self.picture} ids of a template that has {self.length}."
             )
+        if self.size is not None and (
+            self.picture is None or self.size > min(self.picture, len(self.before))
+        ):
+            raise BundleError("The manifest's template tells a picture's size where no picture follows.")
 
     @property
     def length(self) -> int:
-        """The number of ids around the text."""
+        """The number of ids around the text, but for those of a picture and its size."""
         return len(self.before) + len(self.after)
 
-
-@dataclasses.dataclass(frozen=True)
-class PictureStep:
-    """A step in preparing a picture. Raises `BundleError` on sizes or colours out of range.
-
-    Attributes:
-        kind: `shorter` resizes so that the shorter side has `height` pixels, the other in proportion, rounded down;
-            `longer` resizes so that the longer side has `height`, the other in proportion, rounded, at least `least`;
-            `exact` resizes to `height` × `width`; `crop` cuts `height` × `width` from the centre, with black where the
-            picture is smaller; `square` lays the picture on the centre of a square of `colour`.
-        resample: Pillow's number of the filter that resizes.
-        rounded: The distance of a crop from the left and the top is rounded to the nearest, not down.
-    """
-
-    kind: Literal["shorter", "longer", "exact", "crop", "square"]
-    height: Count = 1
-    width: Count = 1
-    least: Count = 1
-    resample: Count = 3
-    rounded: bool = False
-    colour: tuple[Count, Count, Count] = (0, 0, 0)
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width", "least"):
-            _check_number(name, getattr(self, name), 1, _LARGEST_SIDE)
-        _check_number("resample", self.resample, 0, 5)
-        for level in self.colour:
-            _check_number("colour", level, 0, 255)
-
-
-@dataclasses.dataclass(frozen=True)
-class PictureRules:
-    """How a picture becomes pixels [3, `height`, `width`]: `steps`, then (level * factor - mean) / std of each colour.
-
-    Raises `BundleError` on numbers out of range.
-    """
-
-    height: Count
-    width: Count
-    steps: tuple[PictureStep, ...]
-    factor: float = 1 / 255
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            _check_number(name, getattr(self, name), 1, _LARGEST_SIDE)
-        for name, value in (("factor", self.factor), *(("std", value) for value in self.std)):
-            arguments.number(f"The manifest's {name}", value, 1e-9, 1e6, BundleError)
-        for value in self.mean:
-            arguments.number("The manifest's mean", value, -1e6, 1e6, BundleError)
+    @property
+    def letters(self) -> int:
+        """No fewer letters than those have that are encoded with a text, or for a picture's size."""
+        return len(self.left.encode()) + len(self.right.encode()) + len(self.size_text.encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +138,7 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name in ("latent_shape", "picture_size"):
             for size in getattr(self, name):
-                arguments.integer(f"A size of the manifest's {name}", size, 1, _LARGEST_SIDE, BundleError)
+                arguments.integer(f"A size of the manifest's {name}", size, 1, LARGEST_SIDE, BundleError)
         _check_settings(self, {"sequence_length": _LARGEST_LENGTH})
         _check_settings(
             self, {"span_length": self.sequence_length, "max_prompt_tokens": self.sequence_length}
@@ -245,9 +206,9 @@ class DrawingSettings:
     def __post_init__(self) -> None:
         for name in ("grid", "picture_size"):
             for size in getattr(self, name):
-                _check_number(name, size, 1, _LARGEST_SIDE)
+                check_number(name, size, 1, LARGEST_SIDE)
         for name in ("codes", "max_prompt_tokens"):
-            _check_number(name, getattr(self, name), 1, _LARGEST_LENGTH)
+            check_number(name, getattr(self, name), 1, _LARGEST_LENGTH)
         if self.length > _LARGEST_LENGTH:
             raise BundleError(f"The manifest's pictures of {self.length:,} codes are too large.")
         if self.template.picture is not None:
@@ -291,15 +252,25 @@ class TextSettings:
 class UnderstandingSettings(TextSettings):
     """The same of answers about a picture, which `pictures` prepares.
 
-    Raises `BundleError`, too, on a template that has no picture before its text.
+    `most_rows`: the most rows that a picture takes where pictures differ in size. Raises `BundleError`, too, on a
+    template that has no picture before its text, or that tells a size of pictures that have no cells.
     """
 
     pictures: PictureRules = dataclasses.field(kw_only=True)
+    most_rows: Count | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.template.picture is None or self.template.picture > len(self.template.before):
             raise BundleError("The manifest's template of mmu has no picture before the question.")
+        if self.template.size is not None and self.pictures.cell is None:
+            raise BundleError(
+                "The manifest's template of mmu tells a size in cells, which its pictures do not have."
+            )
+        if (self.most_rows is None) != (self.pictures.cell is None):
+            raise BundleError("The manifest does not say how many rows its pictures of any size take.")
+        if self.most_rows is not None:
+            check_number("most_rows", self.most_rows, 1, _LARGEST_LENGTH)
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -309,11 +280,7 @@ class UnderstandingSettings(TextSettings):
 
 def _check_settings(settings: GenerationSettings | TextSettings, largest: Mapping[str, int]) -> None:
     for name, high in largest.items():
-        _check_number(name, getattr(settings, name), 1, high)
-
-
-def _check_number(name: str, value: object, low: int, high: int) -> None:
-    arguments.integer(f"The manifest's {name}", value, low, high, BundleError)
+        check_number(name, getattr(settings, name), 1, high)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from flashu_compile import arguments
+from flashu_compile.bundle import areas
 from flashu_compile.bundle.dimensions import evaluate, symbols
 from flashu_compile.bundle.manifest import (
     DrawingSettings,
@@ -19,6 +20,7 @@ from flashu_compile.bundle.manifest import (
     TextSettings,
     UnderstandingSettings,
 )
+from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.errors import ConfigurationError
 
 #: The length of an answer that is timed or judged, where a bundle gives answers as long.
@@ -100,7 +102,14 @@ def known_ranges(
         cached = _around(understanding) + question + answer
         # While an answer is decoded, one new row meets the keys and values of all rows before it.
         known |= {"prefix": Range(2, min(64, cached), cached), "suffix": Range(1, 1, question + answer)}
-        known[CAPACITY] = Range(image_rows, image_rows + min(64, cached), image_rows + cached + ROOM)
+        fewest, usual = image_rows, image_rows
+        if (cell := understanding.pictures.cell) is not None:
+            fewest, usual = 2, min(image_rows, _usual_rows(understanding.pictures, cell))
+            longest = max(areas.bounds(step.height, *step.area)[0] for step in understanding.pictures.areas)
+            for name in ("height", "width"):
+                known[name] = Range(2, getattr(understanding.pictures, name) // cell, longest // cell)
+            known["context"] = Range(2, usual + min(64, cached), image_rows + cached)
+        known[CAPACITY] = Range(fewest, usual + min(64, cached), image_rows + cached + ROOM)
     if text is not None:
         _join_rows(known, _around(text) + text.max_question_tokens + text.max_new_tokens)
     if drawing is not None:
@@ -115,10 +124,15 @@ def _join_rows(known: dict[str, Range], rows: int) -> None:
         known[name] = _joined(known.get(name, Range(1, usual, most)), Range(1, usual, most))
 
 
+def _usual_rows(rules: PictureRules, cell: int) -> int:
+    """Return about how many rows a picture of the usual size takes."""
+    return (rules.height // cell) * (rules.width // cell + 1) + 2
+
+
 def _around(settings: TextSettings | DrawingSettings) -> int:
     """Return how many rows a template takes beside its text, at most: letters are no fewer than their tokens."""
     template = settings.template
-    return max(_MAX_PREFIX, template.length + len(template.left.encode()) + len(template.right.encode()))
+    return max(_MAX_PREFIX, template.length + template.letters)
 
 
 def _joined(one: Range, other: Range) -> Range:
@@ -174,6 +188,8 @@ def answer_length(
 
 def _image_rows(manifest: Manifest) -> int:
     """Count a picture's rows in key and value caches: its tokens, the time token before and the end token behind."""
+    if manifest.understanding is not None and manifest.understanding.most_rows is not None:
+        return manifest.understanding.most_rows + 2
     shapes = (t.shape for e in manifest.engines for t in e.inputs if t.name == "image_embeds")
     rows = next(shapes, (0, 0))[1:2]
     if not rows or not isinstance(rows[0], int):

@@ -82,14 +82,27 @@ class TextCodec:
         return [*template.before, *ids, *template.after]
 
     def around_picture(
-        self, template: Template, text: str, limit: int | None = None, what: str = "question"
+        self,
+        template: Template,
+        text: str,
+        limit: int | None = None,
+        what: str = "question",
+        cells: tuple[int, int] | None = None,
     ) -> tuple[list[int], list[int]]:
-        """Return the ids of a template that has a picture, ahead of its rows and behind them; see `in_template`."""
+        """Return the ids of a template that has a picture, ahead of its rows and behind them; see `in_template`.
+
+        `cells` is the height and the width of the picture, where the template tells it.
+        """
         assert template.picture is not None, "the template has a picture"
         ids, place = self.in_template(template, text, limit, what), template.picture
         if place > len(template.before):
             place = len(ids) - (template.length - place)
-        return ids[:place], ids[place:]
+        ahead, behind = ids[:place], ids[place:]
+        if template.size is not None:
+            assert cells is not None, "pictures have cells where their size is told"
+            told = template.size_text.replace("{height}", str(cells[0])).replace("{width}", str(cells[1]))
+            ahead[template.size : template.size] = self.encode(told)
+        return ahead, behind
 
 
 def _stripped(text: str, sides: str) -> str:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile import reading
-from flashu_compile.bundle.manifest import PictureRules, read_manifest
+from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.errors import EvaluationError, FlashuError
 from flashu_compile.evaluation.machine import forget_peak, resident
 from flashu_compile.evaluation.watching import WatchedEngines

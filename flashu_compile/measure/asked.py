@@ -51,7 +51,10 @@ class Asked:
 def about_picture(codec: TextCodec, settings: UnderstandingSettings, image: Picture, question: str) -> Asked:
     """Return a question about a picture. Raises `InputError` as `Pipeline.ask` does."""
     pixels = torch.from_numpy(engine_pixels(image, settings.pictures))
-    prefix, suffix = codec.around_picture(settings.template, question, settings.max_question_tokens)
+    cells = settings.pictures.cells(*pixels.shape[2:])
+    prefix, suffix = codec.around_picture(
+        settings.template, question, settings.max_question_tokens, cells=cells
+    )
     ids = torch.tensor([prefix], dtype=torch.int64)
     return Asked(question, {Role.PIXELS: pixels, Role.PREFIX_IDS: ids}, suffix, settings.stop_ids)
 

@@ -35,7 +35,7 @@ from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap, join
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.blocks import Block, residual_blocks
 from flashu_compile.passes.analysis.feed_forward import FeedForward, feed_forwards
-from flashu_compile.passes.analysis.span import visual_span
+from flashu_compile.passes.analysis.span import no_fixed_length, visual_span
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig, T2IConfig, TaskConfig, TextConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
@@ -323,12 +323,14 @@ def calibrate_mmu(
         raise CalibrationError(
             "Calibrating mmu needs pairs of an image and a question; the samples hold none."
         )
-    norms = _ValueNorms(program)
+    norms = _ValueNorms(program) if no_fixed_length(program) is None else None
     asked = [
         (f"question {index} ({question[1]!r})", functools.partial(about_picture, codec, settings, *question))
         for index, question in enumerate(questions)
     ]
-    made = _calibrate_answers(program, config, asked, norms.taps(), progress)
+    made = _calibrate_answers(program, config, asked, {} if norms is None else norms.taps(), progress)
+    if norms is None:
+        return made
     return dataclasses.replace(made, figures={**made.figures, "value_norms": norms.figures()})
 
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flashu_compile.bundle.agreement import relative_error
-from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture as Given
 from flashu_compile.bundle.images import shown, to_picture
 from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
@@ -38,7 +37,7 @@ from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.sampler import prompt_pair, sample
-from flashu_compile.tasks import MMU, TEXT, VISION
+from flashu_compile.tasks import MMU, TEXT
 
 Tell = Callable[[str], None]
 
@@ -265,10 +264,8 @@ def _logits_of_engines(engines: Engines, question: Asked, answer: Sequence[int])
 
 
 def _picture_of(engines: Engines, question: Asked) -> decoding.Picture:
-    pixels = question.given[Role.PIXELS].numpy()
-    embeds = engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
-    Source.engine(engines, VISION).check("image_embeds", embeds)
-    return decoding.Picture(engines, question.given[Role.PREFIX_IDS][0].tolist(), embeds)
+    prefix = question.given[Role.PREFIX_IDS][0].tolist()
+    return decoding.Picture.seen(engines, prefix, question.given[Role.PIXELS].numpy())
 
 
 def _kept_tokens(emulator: Emulator, question: Asked, answer: Sequence[int]) -> NDArray[np.bool_] | None:

@@ -27,7 +27,7 @@ from flashu_compile.passes.analysis.blocks import residual_blocks
 from flashu_compile.passes.analysis.feed_forward import feed_forwards
 from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import upstream
-from flashu_compile.passes.analysis.span import visual_span
+from flashu_compile.passes.analysis.span import no_fixed_length, visual_span
 from flashu_compile.passes.token_scorers import SCORERS
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig
@@ -174,7 +174,8 @@ def edits(program: Program, decided: Decisions, skipped: Layers, tokens: MMUConf
         for block in residual_blocks(program, stack)
         if block.index in layers
     }
-    dropping = tokens is not None and tokens.token_pruning > 0
+    # A program whose pass declines drops none.
+    dropping = tokens is not None and tokens.token_pruning > 0 and no_fixed_length(program) is None
     return Edits(masks, passed, DroppedTokens(program, tokens, skipped) if dropping and tokens else None)
 
 

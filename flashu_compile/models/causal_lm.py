@@ -65,7 +65,8 @@ class CausalLMAdapter(ModelAdapter):
         """Recognise a model by the class that its configuration names; some that read pictures too are listed there."""
         known = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type"))))
         named = config.get("architectures")
-        named = named if isinstance(named, list) and named else [known]
+        # An object may not say its class; one with a language model beside others is none of this family.
+        named = named if isinstance(named, list) and named else [known] * ("text_config" not in config)
         return known in named and known.endswith(("ForCausalLM", "LMHeadModel"))
 
     def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:

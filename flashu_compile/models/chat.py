@@ -22,6 +22,8 @@ _STRIPPED: Mapping[Literal["", "left", "right", "both"], str] = {
     "both": _MARK,
 }
 _PROBES = ("What is this?", "a b", " two  spaces ", "1 + 1 = é\n")
+#: Sizes of the pictures that these are about, in cells.
+_CELLS = ((64, 64), (2, 117), (90, 8), (113, 72))
 #: The day that chat templates are told, which is what published ones have where no other is known.
 _DAY = datetime.date(2024, 7, 26)
 _ASKED_DAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -89,7 +91,7 @@ def text_settings(
         )
     template = template_of(tokenizer, codec, mark)
     ends = asked.get("eos_token_id", ends)
-    around = template.length + len(template.left) + len(template.right)
+    around = template.length + template.letters
     answer = min(_integer("max_new_tokens", asked.get("max_new_tokens", _MAX_NEW_TOKENS), 1), positions // 2)
     penalty = asked.get("repetition_penalty", 1.0)
     question = positions - answer - around
@@ -139,14 +141,26 @@ def _says_something(name: str, value: Any) -> bool:
 class PictureMark:
     """A picture in a chat: the `token` at its place in a rendered template, and what the library's processor adds.
 
-    That is `lead` before the whole, and `ahead` and `behind` around the picture's rows. A picture that is to be drawn
-    has no token, and its place is at the end.
+    That is `lead` before the whole, and `ahead` and `behind` around the picture's rows. Between `ahead` and the token
+    `closing`, `size` tells the picture's size in cells, with numbers for `{height}` and `{width}`. A picture that is
+    to be drawn has no token, and its place is at the end.
     """
 
     token: str | None
     lead: str = ""
     ahead: str = ""
     behind: str = ""
+    size: str = ""
+    closing: str = ""
+
+    def around(self, text: str, cells: tuple[int, int] | None) -> str:
+        """Return a rendered text as the processor makes it, without the size of the picture if there are no `cells`."""
+        height, width = ("", "") if cells is None else map(str, cells)
+        size = "" if cells is None else self.size.replace("{height}", height).replace("{width}", width)
+        ahead = self.ahead + size + self.closing
+        if self.token is None:
+            return self.lead + text + ahead
+        return self.lead + text.replace(self.token, ahead + self.token + self.behind)
 
 
 def template_of(tokenizer: Any, codec: TextCodec, mark: PictureMark | None = None) -> Template:
@@ -161,14 +175,19 @@ def template_of(tokenizer: Any, codec: TextCodec, mark: PictureMark | None = Non
         )
     plain = not tokenizer.chat_template
     template = _of_plain_text(tokenizer, codec) if plain else _of_chat(tokenizer, codec, mark)
-    for probe in _PROBES:
+    for probe, cells in zip(_PROBES, _CELLS, strict=True):
         try:
-            expected = _as_transformers_does(tokenizer, probe, mark)
+            expected = _as_transformers_does(tokenizer, probe, mark, cells)
         except Exception as error:  # whatever the library makes of odd settings
             raise CheckpointError(
                 f"transformers cannot encode {probe!r} with the tokenizer: {error}"
             ) from error
-        if codec.in_template(template, probe) != expected:
+        if template.picture is None:
+            found = codec.in_template(template, probe)
+        else:
+            ahead, behind = codec.around_picture(template, probe, cells=cells)
+            found = [*ahead, *behind]
+        if found != expected:
             raise CheckpointError(
                 f"The tokenizer encodes {probe!r} in its template in a way that cannot be followed piece by piece."
             )
@@ -199,16 +218,21 @@ def _of_chat(tokenizer: Any, codec: TextCodec, mark: PictureMark | None) -> Temp
     )
     if mark is None or mark.token is None:
         return template
-    return _with_picture(template, codec.tokenizer.token_to_id(mark.token))
+    return _with_picture(template, codec, mark)
 
 
-def _with_picture(template: Template, placeholder: int | None) -> Template:
+def _with_picture(template: Template, codec: TextCodec, mark: PictureMark) -> Template:
     """Return a template with a picture in place of the id that stands for it."""
+    placeholder = None if mark.token is None else codec.tokenizer.token_to_id(mark.token)
     if placeholder is None or template.before.count(placeholder) != 1:
         raise CheckpointError("The chat template does not put the picture before the question.")
     place = template.before.index(placeholder)
     ids = (*template.before[:place], *template.before[place + 1 :])
-    return dataclasses.replace(template, before=ids, picture=place, placeholder=placeholder)
+    found = dataclasses.replace(template, before=ids, picture=place, placeholder=placeholder)
+    if not mark.size:
+        return found
+    closing = codec.tokenizer.encode(mark.closing, add_special_tokens=False).ids
+    return dataclasses.replace(found, size=max(place - len(closing), 0), size_text=mark.size)
 
 
 def _of_plain_text(tokenizer: Any, codec: TextCodec) -> Template:
@@ -226,8 +250,12 @@ def _added_ids(tokenizer: Any, codec: TextCodec) -> tuple[tuple[int, ...], tuple
     raise CheckpointError("The tokenizer adds ids to a text in a way that cannot be followed.")
 
 
-def _rendered(tokenizer: Any, question: str, mark: PictureMark | None) -> tuple[str, bool]:
+def _rendered(
+    tokenizer: Any, question: str, mark: PictureMark | None, cells: tuple[int, int] | None = None
+) -> tuple[str, bool]:
     """Render the chat template, on a day that is the same for all builds; tell if the tokenizer adds its ids to it.
+
+    `cells` is the size of the picture, where the text is to tell one.
 
     Raises `CheckpointError` if it cannot be rendered, or has no place for one picture.
     """
@@ -246,20 +274,20 @@ def _rendered(tokenizer: Any, question: str, mark: PictureMark | None) -> tuple[
         return text, False
     # As the library's processors do, which add ids to a text unless it begins with one of them.
     adds = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
-    if mark.token is None:
-        return mark.lead + text + mark.ahead, adds
-    if text.count(mark.token) != 1:
+    if mark.token is not None and text.count(mark.token) != 1:
         raise CheckpointError(
             f"The chat template has no one place for a picture: {mark.token!r} is there {text.count(mark.token)} times."
         )
-    return mark.lead + text.replace(mark.token, mark.ahead + mark.token + mark.behind), adds
+    return mark.around(text, cells), adds
 
 
-def _as_transformers_does(tokenizer: Any, question: str, mark: PictureMark | None) -> list[int]:
+def _as_transformers_does(
+    tokenizer: Any, question: str, mark: PictureMark | None, cells: tuple[int, int]
+) -> list[int]:
     """Return the ids of a question as the library makes them, without those of a picture's rows."""
     if not tokenizer.chat_template:
         return list(tokenizer(question).input_ids)
-    text, adds = _rendered(tokenizer, question, mark)
+    text, adds = _rendered(tokenizer, question, mark, cells)
     ids = list(tokenizer(text, add_special_tokens=adds).input_ids)
     if mark is not None and mark.token is not None:
         ids.remove(tokenizer.convert_tokens_to_ids(mark.token))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flashu_compile.bundle.manifest import PictureRules, PictureStep
+from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, reducing
 from flashu_compile.models.adapter import LoadedModel, ModelSource

@@ -7,10 +7,9 @@ library's own. A family says how pixels become rows, and what its processor does
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,75 +17,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
-from flashu_compile.bundle.images import engine_pixels
-from flashu_compile.bundle.manifest import DrawingSettings, PictureRules, UnderstandingSettings
+from flashu_compile.bundle.manifest import DrawingSettings, UnderstandingSettings
+from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BundleError, CheckpointError
 from flashu_compile.models import pictures, pretrained, weights
 from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelAdapter, ModelSource, Settings
 from flashu_compile.models.chat import PictureMark, text_settings
-from flashu_compile.models.pretrained import EagerAnswers
+from flashu_compile.models.picture_forward import EagerQuestions, QuestionForward, Reading
 from flashu_compile.models.stacks import LLM, SEMANTIC
 from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.tasks import MMU, UNDERSTAND
-
-#: Of a network and pixels [b, 3, height, width], the picture's rows [b, rows, width].
-Features = Callable[[Any, Tensor], Tensor]
-
-
-class QuestionForward(nn.Module):
-    """The whole forward, from pixels and the ids around the picture to the logits of the last row."""
-
-    def __init__(self, model: Any, features: Features) -> None:
-        super().__init__()
-        self.model, self.features = model, features
-
-    def forward(self, pixels: Tensor, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the logits of the last row, and the picture's rows."""
-        embed, image = self.model.get_input_embeddings(), self.features(self.model, pixels)
-        rows = torch.cat([embed(prefix_ids), image, embed(suffix_ids)], dim=1)
-        return pretrained.last_logits(self.model, rows), image
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What a model reads: its settings, and the number of rows that a picture has.
-
-    `drawing` makes the settings of a model that also draws.
-    """
-
-    settings: UnderstandingSettings
-    rows: int
-    drawing: Callable[[], DrawingSettings] = dataclasses.field(compare=False)
-
-
-class EagerQuestions(EagerAnswers):
-    """A model in eager PyTorch, asked about a picture by the library's own forward."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__(loaded.network)
-        self._reading, self._codec = loaded.details, TextCodec(loaded.tokenizer)
-
-    def given(self, image: Any, question: str) -> tuple[list[int], dict[str, Tensor]]:
-        """Return the ids of the question with placeholders for the picture's rows, and the pixels."""
-        settings = self._reading.settings
-        ahead, behind = self._codec.around_picture(settings.template, question)
-        pixels = torch.from_numpy(engine_pixels(image, settings.pictures)).to(self._network.dtype)
-        ids = [*ahead, *[self._network.config.image_token_id] * self._reading.rows, *behind]
-        return ids, {"pixel_values": pixels}
-
-    @torch.inference_mode()
-    def logits(self, image: Any, question: str, answer: Sequence[int]) -> Tensor:
-        """Return the logits [tokens, vocab] of each token of `answer`, which may hold the picture's id, too."""
-        ids, others = self.given(image, question)
-        rows = self._network.get_input_embeddings()(torch.tensor([[*ids, *answer][:-1]]))
-        start = len(self._reading.settings.prefix)
-        found = self._network.model.get_image_features(
-            others["pixel_values"], return_dict=True
-        ).pooler_output[0]
-        rows[0, start : start + self._reading.rows] = found
-        return self._network(inputs_embeds=rows, use_cache=False).logits[0, len(ids) - 1 :]
 
 
 class PictureLMAdapter(ModelAdapter):
@@ -150,32 +92,40 @@ class PictureLMAdapter(ModelAdapter):
         network = self.prepared(pretrained.read_network(source, AutoModelForImageTextToText, dtype))
         config = network.config.get_text_config()
         kept = pretrained.kept_tokenizer(tokenizer, network)
-        side = _side(source, network.config.vision_config)
         try:
-            rules = self.rules(processor, side)
+            rules = self.preparing(source, network, processor)
         except (BundleError, TypeError, ValueError, AttributeError) as error:  # of odd settings
             raise CheckpointError(
                 f"Pictures of {source} cannot be prepared as its settings say: {error}"
             ) from error
-        rows = self._rows(network, rules)
-        positions = pretrained.check_decoder(source, config) - rows
+        rows = self.most_rows(network, rules)
+        positions = pretrained.check_decoder(source, config)
+        if rows >= positions:
+            raise CheckpointError(
+                f"A picture takes up to {rows} rows, and {source} has {positions} positions."
+            )
         every = pretrained.generation_of(network, options)
         generation = {name: value for name, value in every.items() if name not in self.unused}
         told = text_settings(
             tokenizer,
             TextCodec(kept),
             generation,
-            positions,
+            positions - rows,
             getattr(config, "eos_token_id", None),
             self.mark(source, network, tokenizer, options.get("image_processor")),
         )
-        drawing = functools.partial(self.drawing, network, tokenizer, TextCodec(kept), every)
-        details = Reading(UnderstandingSettings(**vars(told), pictures=rules), rows, functools.cache(drawing))
+        most = None if rules.cell is None else rows
+        drawing = functools.cache(functools.partial(self.drawing, network, tokenizer, TextCodec(kept), every))
+        details = Reading(UnderstandingSettings(**vars(told), pictures=rules, most_rows=most), rows, drawing)
         model = LoadedModel(source.name, network, None, kept, details=details, adapter=self)
         return pretrained.with_origin(model, source, files)
 
-    def _rows(self, network: Any, rules: PictureRules) -> int:
-        """Count the rows of a picture, on tensors without values."""
+    def preparing(self, source: ModelSource, network: Any, processor: Any) -> PictureRules:
+        """Return the rules by which an image processor makes pixels for the network."""
+        return self.rules(processor, _side(source, network.config.vision_config))
+
+    def most_rows(self, network: Any, rules: PictureRules) -> int:
+        """Count the rows of a picture, on tensors without values; the most where pictures differ in size."""
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             with torch.no_grad(), fake:
@@ -184,26 +134,35 @@ class PictureLMAdapter(ModelAdapter):
         except Exception as error:  # whatever the library's code makes of odd settings
             raise CheckpointError(f"The model makes no rows of a picture by its settings: {error}") from error
 
+    def forward(self, network: Any) -> tuple[nn.Module, Role]:
+        """Return the forward from pixels to logits, and the role of the picture's rows in what it gives."""
+        return QuestionForward(network, self.features), Role.IMAGE_EMBEDS
+
     def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
         """Return the forward of a question about a picture."""
         generator, rules = torch.Generator().manual_seed(0), loaded.details.settings.pictures
         words = loaded.network.get_input_embeddings().weight.shape[0]
         ids = torch.randint(words, (2, 20), generator=generator)
-        size = (2, 3, rules.height, rules.width)
+        sides: tuple[int, int] = rules.height, rules.width
+        axes: tuple[str | None, ...] = None, None
+        if (cell := rules.cell) is not None:  # any size tells; a small one takes little time
+            sides, axes = (5 * cell, 7 * cell), (f"{cell} * height", f"{cell} * width")
+        module, rows = self.forward(loaded.network)
         return (
             CaptureSpec(
                 name=UNDERSTAND,
                 task=MMU.name,
-                module=QuestionForward(loaded.network, self.features),
+                module=module,
                 inputs=(
-                    Input(Role.PIXELS, (BATCH, None, None, None)),
+                    Input(Role.PIXELS, (BATCH, None, *axes)),
                     Input(Role.PREFIX_IDS, (BATCH, "prefix")),
                     Input(Role.SUFFIX_IDS, (BATCH, "suffix")),
                 ),
-                outputs=(Role.LOGITS, Role.IMAGE_EMBEDS),
+                outputs=(Role.LOGITS, rows),
                 stacks={stack: f"model.{root}" for stack, root in self.stacks(loaded).items()},
                 sample={
-                    Role.PIXELS: torch.rand(*size, generator=generator, dtype=loaded.network.dtype) * 2 - 1,
+                    Role.PIXELS: torch.rand(2, 3, *sides, generator=generator, dtype=loaded.network.dtype) * 2
+                    - 1,
                     Role.PREFIX_IDS: ids[:, :8].contiguous(),
                     Role.SUFFIX_IDS: ids[:, 8:].contiguous(),
                 },

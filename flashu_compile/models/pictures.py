@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flashu_compile.bundle.images import engine_pixels
-from flashu_compile.bundle.manifest import PictureRules, PictureStep
+from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.errors import CheckpointError, ConfigurationError, FlashuError, MissingDependencyError
 from flashu_compile.models import weights
 from flashu_compile.system.paths import absolute
@@ -26,7 +26,7 @@ _TRIED = ((1, 1), (3, 5), (41, 17), (64, 64), (90, 700))
 
 
 def read_processor(given: Any) -> Any:
-    """Return an image processor of transformers for Pillow, from a directory or from another object of its kind.
+    """Return an image processor of transformers that needs Pillow alone, from a directory or an object of its kind.
 
     Raises `CheckpointError` if there is none, or none that is known, `ConfigurationError` if `given` is something else,
     `MissingDependencyError` if this transformers has no such classes.
@@ -34,6 +34,7 @@ def read_processor(given: Any) -> Any:
     settings = _settings(given)
     try:
         from transformers.image_processing_backends import PilBackend
+        from transformers.image_processing_utils import BaseImageProcessor
         from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
     except ImportError as error:
         raise MissingDependencyError(
@@ -41,7 +42,10 @@ def read_processor(given: Any) -> Any:
         ) from error
     name = str(settings.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
     kind = get_image_processor_class_from_name(f"{name}Pil") if name else None
-    if kind is None or not issubclass(kind, PilBackend):
+    if name and kind is None:  # of one from before there were classes for several libraries
+        kind = get_image_processor_class_from_name(name)
+    old = kind is not None and kind.__base__ is BaseImageProcessor
+    if kind is None or not (old or issubclass(kind, PilBackend)):
         raise CheckpointError(f"transformers has no image processor {name!r} for Pillow alone.")
     try:
         return kind.from_dict(dict(settings))
@@ -71,8 +75,12 @@ def _settings(given: Any) -> Mapping[str, Any]:
     )
 
 
-def picture_rules(processor: Any, side: int, steps: tuple[PictureStep, ...] | None = None) -> PictureRules:
+def picture_rules(
+    processor: Any, side: int, steps: tuple[PictureStep, ...] | None = None, cell: int | None = None
+) -> PictureRules:
     """Return the rules by which a processor makes pixels of `side` × `side`, by `steps` where these are given.
+
+    With a `cell`, pictures differ in size, and these sides are usual.
 
     Raises `CheckpointError` if it prepares them in a way that rules cannot say, or they become pixels of another size.
     """
@@ -84,8 +92,9 @@ def picture_rules(processor: Any, side: int, steps: tuple[PictureStep, ...] | No
             float(processor.rescale_factor) if processor.do_rescale else 1.0,
             _colours(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
             _colours(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+            cell,
         )
-        for height, width in _TRIED:
+        for height, width in _TRIED if cell is None else [(side, side)]:
             if not np.isfinite(engine_pixels(np.zeros((height, width, 3), np.uint8), rules)).all():
                 raise CheckpointError("its numbers give pixels that are none")
     except (FlashuError, TypeError, ValueError) as error:
@@ -104,7 +113,7 @@ def steps_of(processor: Any, own: frozenset[str] = frozenset()) -> tuple[Picture
 
     kind = type(processor)
     for name in _METHODS:
-        if name not in own and getattr(kind, name) is not getattr(PilBackend, name):
+        if name not in own and getattr(kind, name, None) is not getattr(PilBackend, name):
             raise CheckpointError(f"{kind.__name__} has its own way in {name}, which no rules say.")
     if "_preprocess" not in own and processor.do_pad and processor.pad_size is not None:
         raise CheckpointError(f"it pads pictures to {processor.pad_size}, which is not carried out")

@@ -17,6 +17,7 @@ from flashu_compile.models.adapter import ModelAdapter, ModelSource
 GROUP = "flashu_compile.models"
 _OWN = {
     "causal-lm": "flashu_compile.models.causal_lm:CausalLMAdapter",
+    "emu3": "flashu_compile.models.emu3:Emu3Adapter",
     "janus": "flashu_compile.models.janus:JanusAdapter",
     "llava": "flashu_compile.models.llava:LlavaAdapter",
     "showo2": "flashu_compile.models.showo2.adapter:Showo2Adapter",

@@ -29,6 +29,7 @@ class Role(StrEnum):
     CODES = "codes"
     PIXELS = "pixels"
     IMAGE_EMBEDS = "image_embeds"
+    CONTEXT_IDS = "context_ids"
     PREFIX_IDS = "prefix_ids"
     IMAGE_END_IDS = "image_end_ids"
     SUFFIX_IDS = "suffix_ids"
@@ -38,7 +39,10 @@ class Role(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """An input by role. `axes` names each dynamic dimension and holds None for a static one."""
+    """An input by role. `axes` names each dynamic dimension and holds None for a static one.
+
+    A name may be a number of times another: `8 * height`.
+    """
 
     role: str
     axes: tuple[str | None, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,12 @@ def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Ten
 
     `linear` and `scaled_dot_product_attention` stay whole.
     """
-    dims: dict[str, Dim] = {}
+    dims: dict[str, Any] = {}
     for axis in {axis for i in inputs for axis in i.axes if axis is not None}:
-        low, high = _BOUNDS.get(axis, _DEFAULT_BOUNDS)
-        dims[axis] = Dim(axis, min=low, max=high)
+        times, _, name = axis.rpartition(" * ")
+        low, high = _BOUNDS.get(name, _DEFAULT_BOUNDS)
+        size = Dim(name, min=low, max=high)
+        dims[axis] = int(times) * size if times else size
     shapes = tuple(
         {n: dims[axis] for n, axis in enumerate(i.axes) if axis is not None} or None for i in inputs
     )

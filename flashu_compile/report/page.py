@@ -184,9 +184,9 @@ def _plots(report: Mapping[str, Any], recipe: Recipe, plan: StepPlan | TokenPlan
                     continue
                 drawn = plots.importance_map(stack, rows, [skipped[number] for number in run])
             made[name] = made.get(name, "") + drawn
-    if MMU.name in figures:
+    if (norms := figures.get(MMU.name, {}).get("value_norms")) is not None:
         layer = recipe.mmu.token_layer if recipe.mmu.token_pruning else None
-        made["value_norms"] = plots.value_norms(figures[MMU.name]["value_norms"], layer)
+        made["value_norms"] = plots.value_norms(norms, layer)
     return made
 
 

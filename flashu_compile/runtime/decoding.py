@@ -24,10 +24,10 @@ from flashu_compile.bundle.sampling import GREEDY, Draws, Sampling
 from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError, InputError, NotFiniteError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like
-from flashu_compile.tasks import COMPLETE, LANGUAGE
+from flashu_compile.tasks import COMPLETE, LANGUAGE, VISION
 
 ROWS_BEFORE = "rows_before"
-IMAGE_END_IDS = "image_end_ids"
+PREFIX_IDS, IMAGE_END_IDS = "prefix_ids", "image_end_ids"
 
 
 class Answers(Protocol):
@@ -86,10 +86,21 @@ def _no_rows(cache: TensorSpec) -> NDArray[Any]:
 class Picture:
     """A picture that questions are asked about: whatever its answers share is computed once."""
 
-    def __init__(self, engines: Engines, prefix: Sequence[int], embeds: NDArray[np.float32]) -> None:
+    def __init__(self, engines: Engines, rows: Tensors) -> None:
+        """Take the rows up to the picture's last, as the language engine does: embedded in part, or all as ids."""
         self._engines, self._engine = engines, engines.engine(LANGUAGE)
-        self._inputs: Tensors = {"prefix_ids": np.array([prefix], dtype=np.int64), "image_embeds": embeds}
+        self._inputs = rows
         self._context: Mapping[str, Any] | None = None
+
+    @classmethod
+    def seen(cls, engines: Engines, prefix: Sequence[int], pixels: NDArray[np.float32]) -> Picture:
+        """Encode a picture; `prefix` holds the ids ahead of it. Raises `NotFiniteError` if its rows are not finite."""
+        vision, ids = engines.engine(VISION), {PREFIX_IDS: np.array([prefix], dtype=np.int64)}
+        if PREFIX_IDS in {tensor.name for tensor in vision.spec.inputs}:
+            return cls(engines, vision.run({"pixels": pixels, **ids}))
+        embeds = vision.run({"pixels": pixels})["image_embeds"]
+        Source.engine(engines, VISION).check("image_embeds", embeds)
+        return cls(engines, {**ids, "image_embeds": embeds})
 
     def answers(self, suffixes: Sequence[list[int]]) -> Answers:
         """Begin answers to questions; each suffix holds the ids behind the image.

@@ -81,7 +81,9 @@ def _check_parts(manifest: Manifest, plan: StepPlan | TokenPlan | None) -> None:
         needed.extend((step.engine, "velocity", (None, *settings.latent_shape)) for step in steps)
         needed.extend((step.engine, "head_features", (None, None, None)) for step in steps if step.store)
     if manifest.understanding is not None:
-        needed.append((VISION, "image_embeds", (None, None, None)))
+        embeds = manifest.understanding.pictures.cell is None
+        rows: Shape = (None, None, None) if embeds else (None, None)
+        needed.append((VISION, "image_embeds" if embeds else "context_ids", rows))
         needed.append((LANGUAGE, "logits", (None, None)))
     if manifest.text is not None:
         needed.append((COMPLETE, "logits", (None, None)))

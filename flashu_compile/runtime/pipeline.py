@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from flashu_compile import arguments
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import Picture, engine_pixels
 from flashu_compile.bundle.manifest import (
     TextSettings,
@@ -28,7 +27,7 @@ from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.pictures import MakesPictures, sampling_of, seeds_of
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import MMU, TEXT, VISION
+from flashu_compile.tasks import MMU, TEXT
 
 CountProgress = Callable[[int, int], None]
 
@@ -236,16 +235,17 @@ class Pipeline(MakesPictures):
         suffixes = [ids[ahead:] for ids in whole]
         if not all(suffixes):
             raise InputError("A question is empty, and so is what the model reads of it; ask something.")
-        asked = decoding.Nothing(self._engines) if image is None else self._picture(image)
-        before = [*template.before[:ahead], *([] if template.placeholder is None else [template.placeholder])]
+        asked, prefix = (decoding.Nothing(self._engines), []) if image is None else self._picture(image)
+        before = [*prefix, *([] if template.placeholder is None else [template.placeholder])]
         return Talk(asked, suffixes, settings, limit, before, chosen, seeds)
 
-    def _picture(self, image: Picture) -> decoding.Picture:
+    def _picture(self, image: Picture) -> tuple[decoding.Asked, list[int]]:
+        """Encode a picture; return it with the ids ahead of its rows."""
         settings = self._understanding()
         pixels = engine_pixels(image, settings.pictures)
-        embeds = self._engines.engine(VISION).run({"pixels": pixels})["image_embeds"]
-        Source.engine(self._engines, VISION).check("image_embeds", embeds)
-        return decoding.Picture(self._engines, settings.prefix, embeds)
+        cells = settings.pictures.cells(*pixels.shape[2:])
+        prefix, _ = self.codec.around_picture(settings.template, "", cells=cells)
+        return decoding.Picture.seen(self._engines, prefix, pixels), prefix
 
     def _understanding(self) -> UnderstandingSettings:
         if self.manifest.understanding is None:

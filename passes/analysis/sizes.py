@@ -23,13 +23,15 @@ class Sizes:
     def _learn(self, size: sympy.Expr, axis: str) -> None:
         """Record what the symbol in `size` is called, given the name `axis` of the dimension.
 
-        Each may be a symbol plus an integer.
+        Each may be a symbol plus an integer, or an integer times one.
         """
         called = _named(axis)
         if len(size.free_symbols) == len(called.free_symbols) == 1:
             (symbol,) = size.free_symbols
-            if (size - symbol).is_Integer:
-                self._symbols.setdefault(symbol, called - (size - symbol))
+            times = size.coeff(symbol)
+            if times.is_positive and (size - times * symbol).is_Integer:
+                found = sympy.expand((called - (size - times * symbol)) / times)
+                self._symbols.setdefault(symbol, found)
 
     def rename(self, text: str) -> str:
         """Rewrite an expression in torch's symbols (`s47 + s76`) in the dimensions' names.
@@ -51,7 +53,7 @@ class Sizes:
 
 
 def _named(axis: str) -> sympy.Expr:
-    """Parse a dimension's name: a symbol, or a symbol and a number, such as "prefix + 11"."""
+    """Parse a dimension's name: a symbol, or one and a number, such as "prefix + 11" or "8 * height"."""
     if axis.isidentifier():
         return sympy.Symbol(axis, integer=True, nonnegative=True)
     expression = sympy.sympify(axis)

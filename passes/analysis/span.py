@@ -82,6 +82,13 @@ def visual_span(program: Program) -> VisualSpan:
     return span
 
 
+def no_fixed_length(program: Program) -> str | None:
+    """Return that pictures differ in their number of rows, where the program reads them as ids among others."""
+    if Role.CONTEXT_IDS not in program.outputs:
+        return None
+    return f"pictures differ in their number of rows in program {program.name!r}, and tokens are chosen of a fixed one"
+
+
 def _image_embeds(program: Program) -> fx.Node:
     """Find the value with the role of image embeddings. Raises `StructureError` if there is none."""
     graph = program.exported.graph

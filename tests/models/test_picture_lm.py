@@ -22,7 +22,7 @@ from flashu_compile.compiler.tasks import jobs, undone
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from flashu_compile.looking.structure import model_structure
 from flashu_compile.models.loading import load_model
-from flashu_compile.models.picture_lm import QuestionForward
+from flashu_compile.models.picture_forward import QuestionForward
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from tests.support import tiny_picture_lm as tiny

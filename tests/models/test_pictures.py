@@ -16,7 +16,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from flashu_compile.bundle.images import engine_pixels, shown
-from flashu_compile.bundle.manifest import PictureRules
+from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models.janus import JanusAdapter
 from flashu_compile.models.llava import LlavaAdapter

@@ -12,10 +12,10 @@ from flashu_compile.bundle.manifest import (
     EngineSpec,
     GenerationSettings,
     Manifest,
-    PictureRules,
     Template,
     UnderstandingSettings,
 )
+from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan, compile_plan

@@ -190,7 +190,9 @@ def expected(suffix: list[int], limit: int) -> list[int]:
 
 
 def answers(engines: FakeEngines, suffixes: list[list[int]], limit: int) -> list[list[int]]:
-    picture = Picture(engines, PREFIX, np.zeros((1, 1, 1), np.float32))
+    picture = Picture(
+        engines, {"prefix_ids": np.array([PREFIX]), "image_embeds": np.zeros((1, 1, 1), np.float32)}
+    )
     said: list[list[int]] = [[] for _ in suffixes]
     for number, token in tokens(picture, suffixes, (END,), limit):
         said[number].append(token)
@@ -251,7 +253,9 @@ def test_an_answer_outgrows_its_cache(engines: FakeEngines, monkeypatch: pytest.
 
 
 def test_threads_do_not_share_caches(engines: FakeEngines) -> None:
-    picture = Picture(engines, PREFIX, np.zeros((1, 1, 1), np.float32))
+    picture = Picture(
+        engines, {"prefix_ids": np.array([PREFIX]), "image_embeds": np.zeros((1, 1, 1), np.float32)}
+    )
     suffixes = questions(24, seed=1)
 
     def answer(suffix: list[int]) -> list[int]:

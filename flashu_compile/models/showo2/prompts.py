@@ -6,7 +6,8 @@ import functools
 
 from tokenizers import Tokenizer
 
-from flashu_compile.bundle.manifest import PictureRules, PictureStep, Template
+from flashu_compile.bundle.manifest import Template
+from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError
 
