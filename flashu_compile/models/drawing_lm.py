@@ -1,15 +1,14 @@
 """Language models of transformers that draw a picture code by code: what their families share.
 
-A family says how ids and codes become rows, how a row becomes logits of the next code, and how codes become pixels. All
-that is read is ids: those of text, and above them (or among them) those of codes, so that a picture is continued as a
-text is.
+All that is read is ids: those of text, and above them one for each code, so that a picture is continued as a text is. A
+family says how they become rows, how a row becomes logits of the next code, and how codes become pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from transformers.masking_utils import create_masks_for_generate
 
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
-from flashu_compile.bundle.manifest import DrawingSettings, PictureRules
+from flashu_compile.bundle.manifest import DrawingSettings
+from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.errors import ConfigurationError
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.models.stacks import LLM
 from flashu_compile.program.program import BATCH, Input, Role
@@ -28,33 +29,47 @@ from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.runtime.drawing import branch_ids, read_ids
 from flashu_compile.tasks import CODES_DECODE, DRAW, T2I
 
-#: Of a network and ids [b, n] of text and codes, the rows [b, n, width] that its decoder reads.
-Rows = Callable[[Any, Tensor], Tensor]
-#: Of a network and rows [b, n, width] that leave its decoder, the logits [b, n, codes] of the next code.
-Head = Callable[[Any, Tensor], Tensor]
-#: Of a decoder and codes [b, n], the pixels [b, 3, height, width], normalised as those that are read.
-Pixels = Callable[[Any, Tensor], Tensor]
+#: Of a network, a prompt's ids [1, n] and those of guidance's second branch, the codes [codes] that the library draws.
+Library = Callable[[Any, DrawingSettings, Tensor, Tensor], Tensor]
+#: Settings of generation by which tokens are chosen, and those of them that are carried out.
+_CARRIED = ("temperature", "top_k", "top_p")
+_OTHERS = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty")
 
 
-class DrawingForward(nn.Module):
-    """The whole forward, from ids in two parts, of which one may be empty, to the logits of the next code."""
+class CodesForward(nn.Module):
+    """From ids of text and of codes to the logits of the next code, by the parts of a family's module."""
 
-    def __init__(self, model: Any, rows: Rows, head: Head) -> None:
+    def rows(self, ids: Tensor) -> Tensor:
+        """Embed ids [b, n] of text, and above them of codes."""
+        raise NotImplementedError
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Compute the logits [.., codes] of the next code from rows [.., width] that leave the decoder."""
+        raise NotImplementedError
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.rows, self.head = model, rows, head
+        self.model = model
+
+    def decoded(self, ids: Tensor) -> Tensor:
+        """Return the rows [b, n, width] that leave the decoder for ids [b, n]."""
+        rows, config = self.rows(ids), self.model.config.get_text_config()
+        # Made here without positions, in which the library would look for packed sequences.
+        mask = create_masks_for_generate(config, rows, None, None, position_ids=None)
+        decoder = self.model.get_decoder()
+        return decoder(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
 
     def forward(self, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor]:
-        """Compute the logits behind the last row."""
-        rows = self.rows(self.model, torch.cat([prefix_ids, suffix_ids], dim=1))
-        return (self.head(self.model, decoded(self.model, rows)[:, -1]),)
+        """Compute the logits behind the last row, of ids in two parts, of which one may be empty."""
+        return (self.head(self.decoded(torch.cat([prefix_ids, suffix_ids], dim=1))[:, -1]),)
 
 
-class PixelsOfCodes(nn.Module):
+class PixelsForward(nn.Module):
     """The decoder of codes, whose pixels are normalised by the `rules` of those that are read."""
 
-    def __init__(self, model: Any, pixels: Pixels, rules: PictureRules) -> None:
+    def __init__(self, decoder: nn.Module, rules: PictureRules) -> None:
         super().__init__()
-        self.model, self.pixels = model, pixels
+        self.decoder = decoder
         levels = torch.tensor([rules.mean, rules.std], dtype=torch.float64)
         self._usual = bool((levels == 0.5).all())
         self._mean, self._std = (
@@ -64,94 +79,78 @@ class PixelsOfCodes(nn.Module):
 
     def forward(self, codes: Tensor) -> tuple[Tensor]:
         """Compute the pixels of codes, in [-1, 1] but for overshoot."""
-        pixels = self.pixels(self.model, codes)
+        pixels = self.decoder(codes)
         return (pixels if self._usual else pixels * self._std + self._mean,)
-
-
-def decoded(network: Any, rows: Tensor) -> Tensor:
-    """Run the decoder of a network on embedded rows [b, n, width]; return the rows that leave it."""
-    config = network.config.get_text_config()
-    # Made here without positions, in which the library would look for packed sequences.
-    mask = create_masks_for_generate(config, rows, None, None, position_ids=None)
-    return network.get_decoder()(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 @dataclasses.dataclass(frozen=True)
 class EagerDrawing:
-    """A model in eager PyTorch; `library` draws by the library's own loop, of ids [1, n] to codes [n]."""
+    """A model in eager PyTorch that draws, `library` by the library's own loop."""
 
     loaded: LoadedModel
     settings: DrawingSettings
-    rules: PictureRules
-    adapter: DrawsCodes
-    library: Callable[[Any, DrawingSettings, Tensor], Tensor]
+    forward: CodesForward
+    pixels: PixelsForward
+    library: Library
+
+    def _branches(self, prompt: str) -> tuple[Tensor, Tensor]:
+        one, other = branch_ids(TextCodec(self.loaded.tokenizer), self.settings, prompt)
+        return torch.tensor([one]), torch.tensor([other])
 
     @torch.inference_mode()
     def code_logits(self, prompt: str, codes: Sequence[int], guidance_scale: float) -> Tensor:
         """Return the guided logits [codes, vocab] of each of `codes`, the first of a picture, given those before it."""
-        network, before = self.loaded.network, list(codes)[:-1]
-        read = [
-            number for place, code in enumerate(before) for number in read_ids(self.settings, place, code)
-        ]
-        # Where a row has ended, the code follows the row's last id.
-        ends = [0]
-        for place, code in enumerate(before):
-            ends.append(ends[-1] + len(read_ids(self.settings, place, code)))
+        read = [read_ids(self.settings, place, code) for place, code in enumerate(list(codes)[:-1])]
+        # Where a row of the picture has ended, the next code follows what ends it.
+        places = torch.tensor([0, *map(len, read)]).cumsum(0)
+        behind = torch.tensor([[number for ids in read for number in ids]], dtype=torch.int64)
         logits = []
-        for ids in branch_ids(TextCodec(self.loaded.tokenizer), self.settings, prompt):
-            rows = decoded(network, self.adapter.rows(network, torch.tensor([[*ids, *read]])))
-            logits.append(self.adapter.head(network, rows[0, [len(ids) - 1 + end for end in ends]]))
+        for ids in self._branches(prompt):
+            rows = self.forward.decoded(torch.cat([ids, behind], dim=1))
+            logits.append(self.forward.head(rows[0, ids.shape[1] - 1 + places]))
         prompted, other = logits
         return other + guidance_scale * (prompted - other)
 
     @torch.inference_mode()
     def generate(self, prompt: str) -> Image.Image:
         """Draw a picture by the library's own loop."""
-        ids, _ = branch_ids(TextCodec(self.loaded.tokenizer), self.settings, prompt)
-        codes = self.library(self.loaded.network, self.settings, torch.tensor([ids]))
-        decoder = self.adapter.codes_decoder(self.loaded.network)
-        (pixels,) = PixelsOfCodes(decoder, self.adapter.pixels, self.rules)(codes[None])
+        codes = self.library(self.loaded.network, self.settings, *self._branches(prompt))
+        (pixels,) = self.pixels(codes[None])
         return to_picture(pixels[0].float().numpy(), Source("The decoder of codes", "float32"))
 
 
 class DrawsCodes(ABC):
     """The part of an adapter that concerns drawing."""
 
-    @staticmethod
     @abstractmethod
-    def rows(network: Any, ids: Tensor) -> Tensor:
-        """Embed ids [b, n] of text and of codes."""
+    def codes_forward(self, network: Any) -> CodesForward:
+        """Return the forward that draws."""
 
-    @staticmethod
     @abstractmethod
-    def head(network: Any, rows: Tensor) -> Tensor:
-        """Compute the logits of the next code from rows [.., width] that leave the decoder."""
+    def codes_decoder(self, network: Any, settings: DrawingSettings) -> nn.Module:
+        """Return the decoder from codes [b, n] to pixels [b, 3, height, width], normalised as those that are read."""
 
-    @staticmethod
-    @abstractmethod
-    def codes_decoder(network: Any) -> Any:
-        """Return the part of the network that `pixels` takes."""
-
-    @staticmethod
-    @abstractmethod
-    def pixels(decoder: Any, codes: Tensor) -> Tensor:
-        """Decode codes [b, n] to pixels [b, 3, height, width], normalised as those that are read."""
+    def eager_drawing(
+        self, loaded: LoadedModel, settings: DrawingSettings, rules: PictureRules, library: Library
+    ) -> EagerDrawing:
+        """Return the model in eager PyTorch; `rules` are those of pictures that are read."""
+        pixels = PixelsForward(self.codes_decoder(loaded.network, settings), rules)
+        return EagerDrawing(loaded, settings, self.codes_forward(loaded.network), pixels, library)
 
     def drawing_captures(
         self, loaded: LoadedModel, settings: DrawingSettings, root: str, rules: PictureRules
     ) -> tuple[CaptureSpec, ...]:
         """Return the forward that draws, whose decoder layers are at `root`, and the decoder of codes.
 
-        `rules` are those of pictures that are read, by which the decoder's pixels are normalised.
+        `rules` are those of pictures that are read.
         """
         generator, network = torch.Generator().manual_seed(0), loaded.network
-        most = settings.first_code_id + settings.codes
-        ids = torch.randint(most, (2, 20), generator=generator)
+        ids = torch.randint(settings.first_code_id + settings.codes, (2, 20), generator=generator)
         codes = torch.randint(settings.codes, (2, settings.length), generator=generator)
         draw = CaptureSpec(
             name=DRAW,
             task=T2I.name,
-            module=DrawingForward(network, self.rows, self.head),
+            module=self.codes_forward(network),
             inputs=(Input(Role.PREFIX_IDS, (BATCH, "prefix")), Input(Role.SUFFIX_IDS, (BATCH, "suffix"))),
             outputs=(Role.LOGITS,),
             stacks={LLM: f"model.{root}"},
@@ -160,10 +159,26 @@ class DrawsCodes(ABC):
         decode = CaptureSpec(
             name=CODES_DECODE,
             task=T2I.name,
-            module=PixelsOfCodes(self.codes_decoder(network), self.pixels, rules),
+            module=PixelsForward(self.codes_decoder(network, settings), rules),
             inputs=(Input(Role.CODES, (BATCH, None)),),
             outputs=(Role.PIXELS,),
             stacks={},
             sample={Role.CODES: codes},
         )
         return draw, decode
+
+
+def choices(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how codes are chosen by settings of generation: by plain probability where they do not say.
+
+    Raises `ConfigurationError` on a setting that is not carried out.
+    """
+    if not generation.get("do_sample"):
+        return {}
+    others = [name for name in _OTHERS if generation.get(name) not in (None, 0, 1)]
+    if others:
+        raise ConfigurationError(
+            f"The generation_config asks for {others[0]} = {generation[others[0]]!r}, by which codes are not chosen; "
+            f"if pictures without it will do, pass model_options={{'generation': {{'{others[0]}': None}}}}."
+        )
+    return {name: generation[name] for name in _CARRIED if generation.get(name) is not None}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashu_compile import arguments
 from flashu_compile.bundle.manifest import DrawingSettings, Unprompted
@@ -16,9 +17,9 @@ from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
-from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelSource, Sampler, Settings
+from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler, Settings
 from flashu_compile.models.chat import PictureMark, template_of
-from flashu_compile.models.drawing_lm import DrawsCodes, EagerDrawing
+from flashu_compile.models.drawing_lm import CodesForward, DrawsCodes, choices
 from flashu_compile.models.picture_lm import EagerQuestions, PictureLMAdapter, picture_token
 from flashu_compile.models.stacks import LLM
 from flashu_compile.program.trace import CaptureSpec
@@ -31,17 +32,32 @@ _SETTINGS, _TOLD = "processor_config.json", "use_default_system_prompt"
 _GUIDANCE = 5.0
 
 
-class EagerJanus(EagerQuestions):
-    """A model in eager PyTorch, asked and drawing by the library."""
+class JanusCodes(CodesForward):
+    """The forward that draws: codes have embeddings of their own, and a head of their own."""
 
-    def __init__(self, loaded: LoadedModel, drawing: EagerDrawing) -> None:
-        super().__init__(loaded)
-        self.code_logits = drawing.code_logits
-        self._drawing = drawing
+    def rows(self, ids: Tensor) -> Tensor:
+        """Embed ids of text, and above them those of codes."""
+        words = self.model.get_input_embeddings()
+        count = words.weight.shape[0]
+        text = words(ids.clamp(max=count - 1))
+        codes = self.model.prepare_embeddings_for_image_generation((ids - count).clamp(min=0))
+        return torch.where((ids < count).unsqueeze(-1), text, codes)
 
-    def generate(self, prompt: str, **_: Any) -> Any:
-        """Draw a picture by the library's own loop."""
-        return self._drawing.generate(prompt)
+    def head(self, rows: Tensor) -> Tensor:
+        """Compute logits by the head for codes."""
+        return self.model.model.generation_head(rows)
+
+
+class JanusPixels(nn.Module):
+    """The decoder of codes, by the library's own method."""
+
+    def __init__(self, vq: Any) -> None:
+        super().__init__()
+        self.vq = vq
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Decode codes."""
+        return self.vq.decode(codes)
 
 
 class JanusAdapter(DrawsCodes, PictureLMAdapter):
@@ -61,29 +77,13 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
         """Compute a picture's rows by the library's own method."""
         return network.model.get_image_features(pixels, return_dict=True).pooler_output
 
-    @staticmethod
-    def rows(network: Any, ids: Tensor) -> Tensor:
-        """Embed ids of text, and above them those of codes, which have embeddings of their own."""
-        words = network.get_input_embeddings()
-        count = words.weight.shape[0]
-        text = words(ids.clamp(max=count - 1))
-        codes = network.prepare_embeddings_for_image_generation((ids - count).clamp(min=0))
-        return torch.where((ids < count).unsqueeze(-1), text, codes)
+    def codes_forward(self, network: Any) -> JanusCodes:
+        """Return the forward that draws."""
+        return JanusCodes(network)
 
-    @staticmethod
-    def head(network: Any, rows: Tensor) -> Tensor:
-        """Compute logits by the head for codes."""
-        return network.model.generation_head(rows)
-
-    @staticmethod
-    def codes_decoder(network: Any) -> Any:
-        """Return the VQ model."""
-        return network.model.vqmodel
-
-    @staticmethod
-    def pixels(decoder: Any, codes: Tensor) -> Tensor:
-        """Decode codes by the library's own method."""
-        return decoder.decode(codes)
+    def codes_decoder(self, network: Any, settings: DrawingSettings) -> JanusPixels:
+        """Return the VQ model's decoder."""
+        return JanusPixels(network.model.vqmodel)
 
     def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
         """Return what to trace for either task."""
@@ -104,12 +104,11 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
         told = _GUIDANCE if scale is None else scale
         return Sampler(guidance_scale=arguments.number("guidance_scale", told, 0, 1e4, CheckpointError))
 
-    def eager(self, loaded: LoadedModel) -> EagerModel:
+    def eager(self, loaded: LoadedModel) -> EagerQuestions:
         """Return the model with the library's own loops."""
         reading = loaded.details
-        rules = reading.settings.pictures
-        drawing = EagerDrawing(loaded, reading.drawing(), rules, self, _drawn_by_library)
-        return EagerJanus(loaded, drawing)
+        draws = functools.partial(self.eager_drawing, loaded, rules=reading.settings.pictures, library=_drawn)
+        return EagerQuestions(loaded, draws)
 
     def drawing(
         self, network: Any, tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any]
@@ -146,6 +145,7 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
             row_end=(),
             max_prompt_tokens=config.max_position_embeddings - side**2 - template.length,
             picture_size=(pixels, pixels),
+            **choices(generation),
         )
 
     def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
@@ -175,7 +175,7 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
         return pictures.picture_rules(processor, side, tuple(steps))
 
 
-def _drawn_by_library(network: Any, settings: DrawingSettings, ids: Tensor) -> Tensor:
+def _drawn(network: Any, settings: DrawingSettings, ids: Tensor, other: Tensor) -> Tensor:
     config = copy.deepcopy(network.generation_config)
     # The library forgets this entry of a file that it reads.
     config.generation_kwargs = {"boi_token_id": settings.unprompted.kept_ids[-1]}

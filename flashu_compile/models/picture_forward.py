@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from flashu_compile.bundle.images import engine_pixels
 from flashu_compile.bundle.manifest import DrawingSettings, UnderstandingSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.errors import UnsupportedModelError
 from flashu_compile.models import pretrained
 from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.models.drawing_lm import EagerDrawing
 from flashu_compile.models.pretrained import EagerAnswers
 
 #: Of a network and pixels [b, 3, height, width], the picture's rows [b, rows, width].
@@ -49,9 +52,26 @@ class Reading:
 class EagerQuestions(EagerAnswers):
     """A model in eager PyTorch, asked about a picture by the library's own forward."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(
+        self, loaded: LoadedModel, draws: Callable[[DrawingSettings], EagerDrawing] | None = None
+    ) -> None:
+        """Take a model, and what makes it draw if it does."""
         super().__init__(loaded.network)
-        self._reading, self._codec = loaded.details, TextCodec(loaded.tokenizer)
+        self._reading, self._codec, self._draws = loaded.details, TextCodec(loaded.tokenizer), draws
+
+    @functools.cached_property
+    def _drawing(self) -> EagerDrawing:
+        if self._draws is None:
+            raise UnsupportedModelError("This model makes no pictures.")
+        return self._draws(self._reading.drawing())
+
+    def generate(self, prompt: str, **_: Any) -> Any:
+        """Draw a picture by the library's own loop. Raises `UnsupportedModelError` if the model does not draw."""
+        return self._drawing.generate(prompt)
+
+    def code_logits(self, prompt: str, codes: Sequence[int], guidance_scale: float) -> Tensor:
+        """Return the guided logits [codes, vocab] of each of `codes`; see `EagerDrawer`."""
+        return self._drawing.code_logits(prompt, codes, guidance_scale)
 
     def given(self, image: Any, question: str) -> tuple[list[int], dict[str, Tensor]]:
         """Return the ids of the question with placeholders for the picture's rows, and the pixels."""
