@@ -67,7 +67,11 @@ class PictureRules:
             check_number(name, getattr(self, name), 1, LARGEST_SIDE)
         if self.cell is not None:
             check_number("cell", self.cell, 1, LARGEST_SIDE)
-            if self.cells(self.height, self.width) is None or self.steps[-1:] != self.areas[-1:]:
+            if (
+                self.cells(self.height, self.width) is None
+                or not self.areas
+                or self.steps[-1] != self.areas[-1]
+            ):
                 raise BundleError("The manifest's pictures of any size do not become whole cells.")
         for name, value in (("factor", self.factor), *(("std", value) for value in self.std)):
             arguments.number(f"The manifest's {name}", value, 1e-9, 1e6, BundleError)

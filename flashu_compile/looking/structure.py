@@ -270,11 +270,11 @@ def _shape(program: Program, node: fx.Node) -> Shape:
 
 
 def _dimension_names(program: Program) -> dict[str, str]:
-    """Return the names of dynamic dimensions by their symbols."""
+    """Return the names of dynamic dimensions by their symbols; one may be a number of times a symbol."""
     nodes = {node.name: node for node in program.exported.graph.find_nodes(op="placeholder")}
     users = program.exported.graph_signature.user_inputs
     return {
-        str(size): axis
+        str(size).rpartition("*")[2]: axis.rpartition(" * ")[2]
         for given, user in zip(program.inputs, users, strict=True)
         for axis, size in zip(given.axes, nodes[user].meta["val"].shape, strict=True)
         if axis is not None

@@ -14,6 +14,7 @@ from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, pretrained
 from flashu_compile.models.adapter import LoadedModel, ModelSource
 from flashu_compile.models.chat import PictureMark
+from flashu_compile.models.emu3_codes import ids_of_codes, picture_ids
 from flashu_compile.models.picture_forward import EagerQuestions
 from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
 from flashu_compile.models.stacks import LLM
@@ -121,39 +122,3 @@ class Emu3Adapter(PictureLMAdapter):
     def eager(self, loaded: LoadedModel) -> EagerCodes:
         """Return the model with the library's own loop."""
         return EagerCodes(loaded)
-
-
-def ids_of_codes(network: Any) -> Tensor:
-    """Return the id of each code [codes], and last that of the end of a line.
-
-    Raises `CheckpointError` if the vocabulary lacks one.
-    """
-    mapping, count = network.vocabulary_mapping, network.config.vq_config.codebook_size
-    words = network.get_input_embeddings().weight.shape[0]
-    ids = [*(mapping.img2bpe.get(code) for code in range(count)), mapping.eol_token_id]
-    if lacking := [code for code, number in enumerate(ids) if number is None or not 0 <= number < words]:
-        what = "the end of a line" if lacking[0] == count else f"code {lacking[0]}"
-        raise CheckpointError(f"The model's vocabulary_map has no id for {what} of a picture.")
-    return torch.tensor(ids)
-
-
-def picture_ids(network: Any, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Compute the ids [b, rows] of a picture, line by line, by the `ids` of codes and of a line's end."""
-    found = ids[picture_codes(network.model.vqmodel, pixels)]
-    return torch.cat([found, ids[-1].expand(*found.shape[:2], 1)], dim=2).flatten(1)
-
-
-def picture_codes(vq: Any, pixels: Tensor) -> Tensor:
-    """Compute the codes [b, height, width] of a picture.
-
-    The library sees a film in it, of frames that are all the same; until frames meet, one is computed here.
-    """
-    encoder, silu = vq.encoder, nn.functional.silu
-    one = encoder.middle_block(encoder.down_block(encoder.conv_in(pixels)))
-    one = encoder.conv_out(silu(encoder.norm_out(one)))
-    film = one.unsqueeze(2).expand(-1, -1, vq.config.temporal_downsample_factor, -1, -1)
-    for conv in encoder.time_conv:
-        film = silu(conv(film))
-    for layer in encoder.time_res_stack:
-        film = layer(film)
-    return vq.quantize(vq.quant_conv(film).permute(0, 2, 1, 3, 4))[:, 0]

@@ -43,6 +43,8 @@ def visual_span(program: Program) -> VisualSpan:
 
     Raises `StructureError` where there is none, several, or one of unknown length.
     """
+    if (reason := no_fixed_length(program)) is not None:
+        raise StructureError(f"There is no visual span: {reason}.")
     embeds = _image_embeds(program)
     axis = embeds.meta["val"].ndim - 2
     length = size(embeds, axis)

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from flashu_compile.bundle import images
+from flashu_compile.bundle.areas import fitted
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import engine_pixels, read_picture, save_picture, to_picture
-from flashu_compile.errors import InputError, NotFiniteError, PathError
+from flashu_compile.bundle.manifest import Template, UnderstandingSettings
+from flashu_compile.bundle.preparing import PictureRules, PictureStep
+from flashu_compile.bundle.profiles import known_ranges
+from flashu_compile.errors import BundleError, InputError, NotFiniteError, PathError
 from flashu_compile.models.showo2.prompts import picture_rules
 
 SOURCE = Source("The decoder", "float16")
@@ -242,3 +248,50 @@ class TestSaving:
         (tmp_path / "b").touch()
         modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.png", "b")}
         assert len(modes) == 1
+
+
+class TestPicturesOfAnySize:
+    rules = PictureRules(16, 16, (PictureStep("area", 8, area=(256, 4096)),), cell=8)
+
+    def test_proportions_are_kept(self) -> None:
+        picture = Image.fromarray(noise(31, 90))
+        pixels = engine_pixels(picture, self.rules)
+        assert pixels.shape == (1, 3, 32, 88)
+        expected = np.asarray(picture.resize((88, 32), Image.Resampling.BICUBIC)) / 255
+        np.testing.assert_allclose(pixels[0].transpose(1, 2, 0), expected, atol=1e-6)
+        assert self.rules.cells(*pixels.shape[2:]) == (4, 11)
+
+    def test_what_is_too_thin_is_refused(self) -> None:
+        with pytest.raises(InputError, match="no side may be more than 200 times the other"):
+            engine_pixels(noise(1, 201), self.rules)
+        with pytest.raises(InputError, match="sides are not two cells of 8 pixels or more; crop it"):
+            engine_pixels(noise(1, 100), self.rules)
+
+    @pytest.mark.parametrize(
+        "changes", [{"height": 20}, {"width": 8}, {"steps": ()}, {"steps": (PictureStep("exact", 16, 16),)}]
+    )
+    def test_rules_that_make_no_whole_cells_are_refused(self, changes: dict[str, Any]) -> None:
+        with pytest.raises(BundleError, match="do not become whole cells"):
+            dataclasses.replace(self.rules, **changes)
+
+    def test_ranges_of_engines_hold_every_picture(self) -> None:
+        template = Template((1, 2), after=(3,), picture=2, size=1, size_text="{height}*{width}")
+        asked = UnderstandingSettings(template, (3,), 100, 50, pictures=self.rules, most_rows=700)
+        known = known_ranges(None, asked, None, 702)
+        for width, height in ((1, 200), (200, 1), (7, 1400), (64, 64), (5, 5), (2000, 2000)):
+            columns, rows = (side // 8 for side in fitted(width, height, 8, 256, 4096))
+            assert rows <= known["height"].max
+            assert columns <= known["width"].max
+        assert known["context"].max >= 700 + 2
+        assert known["capacity"].max >= 702 + 100 + 50
+        assert known["height"].opt == known["width"].opt == 2
+
+    def test_settings_say_how_many_rows_there_may_be(self) -> None:
+        template = Template((1,), picture=1)
+        with pytest.raises(BundleError, match="how many rows its pictures of any size take"):
+            UnderstandingSettings(template, (3,), 100, 50, pictures=self.rules)
+        sized = dataclasses.replace(template, size=0, size_text="{width}")
+        with pytest.raises(BundleError, match="tells a size in cells, which its pictures do not have"):
+            UnderstandingSettings(sized, (3,), 100, 50, pictures=picture_rules(8))
+        with pytest.raises(BundleError, match="tells a picture's size where no picture follows"):
+            Template((1,), size=0, size_text="{width}")

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
+from typer.testing import CliRunner
 
 import flashu_compile
+from flashu_compile import cli
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.images import engine_pixels
 from flashu_compile.errors import CheckpointError, DeclinedError, InputError
 from flashu_compile.looking.structure import model_structure
-from flashu_compile.models import emu3
+from flashu_compile.models import emu3_codes
 from flashu_compile.models.loading import load_model
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
@@ -81,12 +83,12 @@ class TestLoading:
 
     def test_codes_are_the_library_s(self, case: Case) -> None:
         loaded = given(case.family)
-        ids, seen = emu3.ids_of_codes(loaded.network), set()
+        ids, seen = emu3_codes.ids_of_codes(loaded.network), set()
         for picture in PICTURES:
             made = inputs(case.family, picture, "what?")
             with torch.inference_mode():
                 truth = case.family.model.model.get_image_tokens(made["pixel_values"], made["image_sizes"])
-                found = emu3.picture_ids(loaded.network, made["pixel_values"], ids)[0]
+                found = emu3_codes.picture_ids(loaded.network, made["pixel_values"], ids)[0]
             _assert_equal_but_for_ties(loaded.network, made["pixel_values"], found, truth)
             seen |= set(found.tolist())
         assert len(seen) >= 10
@@ -141,7 +143,7 @@ def _assert_equal_but_for_ties(network: Any, pixels: Tensor, found: Tensor, trut
 
     hook = network.model.vqmodel.quantize.register_forward_pre_hook(watch)
     with torch.inference_mode():
-        emu3.picture_codes(network.model.vqmodel, pixels)
+        emu3_codes.picture_codes(network.model.vqmodel, pixels)
     hook.remove()
     nearest = distances[0].topk(2, largest=False).values
     tie = (nearest[..., 1] - nearest[..., 0] < 1e-4 * nearest[..., 1]).flatten()
@@ -149,6 +151,30 @@ def _assert_equal_but_for_ties(network: Any, pixels: Tensor, found: Tensor, trut
     same = (lines == truth.reshape(lines.shape))[:, :-1].flatten()
     assert bool((same | tie).all())
     assert torch.equal(lines[:, -1], truth.reshape(lines.shape)[:, -1])
+
+
+def test_pixels_of_codes_are_the_library_s(case: Case) -> None:
+    """Exported, too, for any number of pictures; the library is given ids, with those of the ends behind them."""
+    model = case.family.model
+    ids, codes = emu3_codes.ids_of_codes(model), torch.randint(tiny.CODES, (2, 5 * 7))
+    lines = torch.cat([ids[codes].view(2, 5, 7), ids[-1].expand(2, 5, 1)], dim=2)
+    whole = torch.cat([lines.flatten(1), torch.zeros(2, 3, dtype=torch.int64)], dim=1)
+    truth = model.decode_image_tokens(image_tokens=whole, height=5, width=7)
+    assert truth.shape == (2, 3, 40, 56)
+    module = emu3_codes.PixelsOfCodes(model.model.vqmodel, 5, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(module(codes), truth, atol=1e-5, rtol=1e-5)
+        shapes = {"codes": {0: torch.export.Dim("batch", min=1, max=64)}}
+        exported = torch.export.export(module, (codes,), dynamic_shapes=shapes)
+        torch.testing.assert_close(exported.module()(codes[:1]), truth[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_its_structure_is_shown(case: Case) -> None:
+    told = CliRunner().invoke(cli.app, ["inspect", str(case.folder), "--structure"])
+    assert told.exit_code == 0
+    assert "batch × 3 × 8*height × 8*width" in told.stdout
+    assert "There is no visual span: pictures differ in their number of rows" in " ".join(told.stdout.split())
+    assert "emu3" in CliRunner().invoke(cli.app, ["models"]).stdout
 
 
 class TestRefusals:

@@ -140,6 +140,16 @@ def test_a_picture_stands_where_its_template_says(picture: int) -> None:
     assert ahead == ([1, 2][:picture] if picture <= 2 else [1, 2, *ids, *[3, 4][: picture - 2]])
 
 
+def test_a_picture_s_size_is_told_ahead_of_it() -> None:
+    codec = CODECS["bundled"]
+    template = Template((1, 2, 3), after=(4,), picture=3, size=2, size_text="{height}*{width}")
+    ahead, behind = codec.around_picture(template, "red", cells=(12, 5))
+    assert ahead == [1, 2, *codec.encode("12*5"), 3]
+    assert behind == [*codec.encode("red"), 4]
+    assert codec.in_template(template, "red") == [1, 2, 3, *codec.encode("red"), 4]
+    assert template.letters == len("{height}*{width}") >= len("8000*8000")
+
+
 @pytest.mark.parametrize(("sides", "kept"), [("", "  a "), ("left", "a "), ("right", "  a"), ("both", "a")])
 def test_white_space_is_left_out_on_the_sides_that_a_template_says(sides: Any, kept: str) -> None:
     codec = CODECS["bundled"]
