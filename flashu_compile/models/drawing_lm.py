@@ -1,126 +1,39 @@
-"""Language models of transformers that draw a picture code by code: what their families share.
+"""Language models of transformers that read pictures and draw them code by code: what their families share.
 
-All that is read is ids: those of text, and above them one for each code, so that a picture is continued as a text is. A
-family says how they become rows, how a row becomes logits of the next code, and how codes become pixels.
+All that is read to draw is ids: those of text, and above them one for each code, so that a picture is continued as a
+text is. A family says how they become rows, how a row becomes logits of the next code, and how codes become pixels.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from transformers.masking_utils import create_masks_for_generate
+from torch import nn
 
-from flashu_compile.bundle.finite import Source
-from flashu_compile.bundle.images import to_picture
+from flashu_compile import arguments
 from flashu_compile.bundle.manifest import DrawingSettings
-from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
-from flashu_compile.errors import ConfigurationError
-from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.errors import CheckpointError, ConfigurationError
+from flashu_compile.models.adapter import LoadedModel, Sampler, Settings
+from flashu_compile.models.drawing_forward import CodesForward, EagerDrawing, Library, PixelsForward
+from flashu_compile.models.picture_lm import PictureLMAdapter
 from flashu_compile.models.stacks import LLM
 from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
-from flashu_compile.runtime.drawing import branch_ids, read_ids
-from flashu_compile.tasks import CODES_DECODE, DRAW, T2I
+from flashu_compile.tasks import CODES_DECODE, DRAW, MMU, T2I
 
-#: Of a network, a prompt's ids [1, n] and those of guidance's second branch, the codes [codes] that the library draws.
-Library = Callable[[Any, DrawingSettings, Tensor, Tensor], Tensor]
 #: Settings of generation by which tokens are chosen, and those of them that are carried out.
 _CARRIED = ("temperature", "top_k", "top_p")
 _OTHERS = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty")
 
 
-class CodesForward(nn.Module):
-    """From ids of text and of codes to the logits of the next code, by the parts of a family's module."""
+class DrawingLMAdapter(PictureLMAdapter):
+    """A family of such models."""
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Embed ids [b, n] of text, and above them of codes."""
-        raise NotImplementedError
-
-    def head(self, rows: Tensor) -> Tensor:
-        """Compute the logits [.., codes] of the next code from rows [.., width] that leave the decoder."""
-        raise NotImplementedError
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def decoded(self, ids: Tensor) -> Tensor:
-        """Return the rows [b, n, width] that leave the decoder for ids [b, n]."""
-        rows, config = self.rows(ids), self.model.config.get_text_config()
-        # Made here without positions, in which the library would look for packed sequences.
-        mask = create_masks_for_generate(config, rows, None, None, position_ids=None)
-        decoder = self.model.get_decoder()
-        return decoder(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
-
-    def forward(self, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor]:
-        """Compute the logits behind the last row, of ids in two parts, of which one may be empty."""
-        return (self.head(self.decoded(torch.cat([prefix_ids, suffix_ids], dim=1))[:, -1]),)
-
-
-class PixelsForward(nn.Module):
-    """The decoder of codes, whose pixels are normalised by the `rules` of those that are read."""
-
-    def __init__(self, decoder: nn.Module, rules: PictureRules) -> None:
-        super().__init__()
-        self.decoder = decoder
-        levels = torch.tensor([rules.mean, rules.std], dtype=torch.float64)
-        self._usual = bool((levels == 0.5).all())
-        self._mean, self._std = (
-            (2 * levels[0] - 1).float()[:, None, None],
-            (2 * levels[1]).float()[:, None, None],
-        )
-
-    def forward(self, codes: Tensor) -> tuple[Tensor]:
-        """Compute the pixels of codes, in [-1, 1] but for overshoot."""
-        pixels = self.decoder(codes)
-        return (pixels if self._usual else pixels * self._std + self._mean,)
-
-
-@dataclasses.dataclass(frozen=True)
-class EagerDrawing:
-    """A model in eager PyTorch that draws, `library` by the library's own loop."""
-
-    loaded: LoadedModel
-    settings: DrawingSettings
-    forward: CodesForward
-    pixels: PixelsForward
-    library: Library
-
-    def _branches(self, prompt: str) -> tuple[Tensor, Tensor]:
-        one, other = branch_ids(TextCodec(self.loaded.tokenizer), self.settings, prompt)
-        return torch.tensor([one]), torch.tensor([other])
-
-    @torch.inference_mode()
-    def code_logits(self, prompt: str, codes: Sequence[int], guidance_scale: float) -> Tensor:
-        """Return the guided logits [codes, vocab] of each of `codes`, the first of a picture, given those before it."""
-        read = [read_ids(self.settings, place, code) for place, code in enumerate(list(codes)[:-1])]
-        # Where a row of the picture has ended, the next code follows what ends it.
-        places = torch.tensor([0, *map(len, read)]).cumsum(0)
-        behind = torch.tensor([[number for ids in read for number in ids]], dtype=torch.int64)
-        logits = []
-        for ids in self._branches(prompt):
-            rows = self.forward.decoded(torch.cat([ids, behind], dim=1))
-            logits.append(self.forward.head(rows[0, ids.shape[1] - 1 + places]))
-        prompted, other = logits
-        return other + guidance_scale * (prompted - other)
-
-    @torch.inference_mode()
-    def generate(self, prompt: str) -> Image.Image:
-        """Draw a picture by the library's own loop."""
-        codes = self.library(self.loaded.network, self.settings, *self._branches(prompt))
-        (pixels,) = self.pixels(codes[None])
-        return to_picture(pixels[0].float().numpy(), Source("The decoder of codes", "float32"))
-
-
-class DrawsCodes(ABC):
-    """The part of an adapter that concerns drawing."""
+    tasks: ClassVar[tuple[str, ...]] = (T2I.name, MMU.name)
 
     @abstractmethod
     def codes_forward(self, network: Any) -> CodesForward:
@@ -130,21 +43,38 @@ class DrawsCodes(ABC):
     def codes_decoder(self, network: Any, settings: DrawingSettings) -> nn.Module:
         """Return the decoder from codes [b, n] to pixels [b, 3, height, width], normalised as those that are read."""
 
-    def eager_drawing(
-        self, loaded: LoadedModel, settings: DrawingSettings, rules: PictureRules, library: Library
-    ) -> EagerDrawing:
-        """Return the model in eager PyTorch; `rules` are those of pictures that are read."""
-        pixels = PixelsForward(self.codes_decoder(loaded.network, settings), rules)
-        return EagerDrawing(loaded, settings, self.codes_forward(loaded.network), pixels, library)
+    @abstractmethod
+    def drawing(
+        self,
+        network: Any,
+        tokenizer: Any,
+        codec: TextCodec,
+        generation: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> DrawingSettings:
+        """Return what the loop that draws must know."""
 
-    def drawing_captures(
-        self, loaded: LoadedModel, settings: DrawingSettings, root: str, rules: PictureRules
-    ) -> tuple[CaptureSpec, ...]:
-        """Return the forward that draws, whose decoder layers are at `root`, and the decoder of codes.
+    def draws(self, loaded: LoadedModel, library: Library) -> Callable[[], EagerDrawing]:
+        """Return a function that makes the model draw in eager PyTorch; `library` draws by the library's own loop."""
 
-        `rules` are those of pictures that are read.
-        """
+        def made() -> EagerDrawing:
+            settings = loaded.details.drawing()
+            decoder = self.codes_decoder(loaded.network, settings)
+            pixels = PixelsForward(decoder, loaded.details.settings.pictures)
+            return EagerDrawing(loaded, settings, self.codes_forward(loaded.network), pixels, library)
+
+        return made
+
+    def settings(self, loaded: LoadedModel, task: str) -> Settings:
+        """Return what the loop of either task must know."""
+        return loaded.details.drawing() if task == T2I.name else super().settings(loaded, task)
+
+    def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
+        """Return what to trace for either task: to draw, the forward and the decoder of codes."""
+        if task == MMU.name:
+            return super().captures(loaded, task)
         generator, network = torch.Generator().manual_seed(0), loaded.network
+        settings, rules = loaded.details.drawing(), loaded.details.settings.pictures
         ids = torch.randint(settings.first_code_id + settings.codes, (2, 20), generator=generator)
         codes = torch.randint(settings.codes, (2, settings.length), generator=generator)
         draw = CaptureSpec(
@@ -153,7 +83,7 @@ class DrawsCodes(ABC):
             module=self.codes_forward(network),
             inputs=(Input(Role.PREFIX_IDS, (BATCH, "prefix")), Input(Role.SUFFIX_IDS, (BATCH, "suffix"))),
             outputs=(Role.LOGITS,),
-            stacks={LLM: f"model.{root}"},
+            stacks={LLM: f"model.{self.stacks(loaded)[LLM]}"},
             sample={Role.PREFIX_IDS: ids[:, :8].contiguous(), Role.SUFFIX_IDS: ids[:, 8:].contiguous()},
         )
         decode = CaptureSpec(
@@ -166,6 +96,13 @@ class DrawsCodes(ABC):
             sample={Role.CODES: codes},
         )
         return draw, decode
+
+
+def guidance_of(loaded: LoadedModel, usual: float) -> Sampler:
+    """Return the guidance scale of a checkpoint, the usual one if it names none."""
+    scale = loaded.network.generation_config.guidance_scale
+    told = usual if scale is None else scale
+    return Sampler(guidance_scale=arguments.number("guidance_scale", told, 0, 1e4, CheckpointError))
 
 
 def choices(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Emu3: the codes of a picture are ids of the vocabulary, read like those of text. Its drawing is not compiled."""
+"""Emu3: the codes of a picture are ids of the vocabulary, read like those of text, and drawn."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.bundle import areas
+from flashu_compile.bundle.manifest import DrawingSettings
 from flashu_compile.bundle.preparing import PictureRules, PictureStep
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, pretrained
-from flashu_compile.models.adapter import LoadedModel, ModelSource
+from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler
 from flashu_compile.models.chat import PictureMark
-from flashu_compile.models.emu3_codes import ids_of_codes, picture_ids
+from flashu_compile.models.drawing_lm import DrawingLMAdapter, guidance_of
+from flashu_compile.models.emu3_codes import PixelsOfCodes, ids_of_codes, picture_ids
+from flashu_compile.models.emu3_drawing import GUIDANCE, SIDE, Emu3Codes, drawing_settings, drawn
 from flashu_compile.models.picture_forward import EagerQuestions
-from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
+from flashu_compile.models.picture_lm import picture_token
 from flashu_compile.models.stacks import LLM
 from flashu_compile.program.program import Role
 
@@ -55,11 +59,19 @@ class EagerCodes(EagerQuestions):
         return cells[0] * (cells[1] + 1)
 
 
-class Emu3Adapter(PictureLMAdapter):
+class Emu3Adapter(DrawingLMAdapter):
     """Emu3 as `Emu3ForConditionalGeneration` of transformers."""
 
     name: ClassVar[str] = "emu3"
-    title: ClassVar[str] = "Emu3 of transformers, such as BAAI/Emu3-Chat-hf"
+    title: ClassVar[str] = "Emu3 of transformers, such as BAAI/Emu3-Chat-hf and BAAI/Emu3-Gen-hf"
+    options: ClassVar[Mapping[str, str]] = {
+        **DrawingLMAdapter.options,
+        "resolution": f"the size of pictures that are drawn, in pixels: a side, 768x512 (width first), or such a pair; "
+        f"{SIDE} if not given",
+        "negative_prompt": "the text that guidance leads away from; that of the authors' script if not given",
+    }
+    #: A setting of drawing.
+    unused: ClassVar[frozenset[str]] = frozenset({"guidance_scale"})
     model_type: ClassVar[str] = "emu3"
     architecture: ClassVar[str] = "Emu3ForConditionalGeneration"
 
@@ -119,6 +131,29 @@ class Emu3Adapter(PictureLMAdapter):
         """Return the root of the language model's layers; the model of pictures is convolutions."""
         return {LLM: pretrained.layer_list(loaded.network, "model.text_model")}
 
+    def codes_forward(self, network: Any) -> Emu3Codes:
+        """Return the forward that draws."""
+        return Emu3Codes(network)
+
+    def codes_decoder(self, network: Any, settings: DrawingSettings) -> PixelsOfCodes:
+        """Return the VQ model's decoder for pictures of this size."""
+        return PixelsOfCodes(network.model.vqmodel, *settings.grid)
+
+    def drawing(
+        self,
+        network: Any,
+        tokenizer: Any,
+        codec: TextCodec,
+        generation: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> DrawingSettings:
+        """Return what the loop that draws must know."""
+        return drawing_settings(network, tokenizer, codec, generation, options, _CELL)
+
     def eager(self, loaded: LoadedModel) -> EagerCodes:
-        """Return the model with the library's own loop."""
-        return EagerCodes(loaded)
+        """Return the model with the library's own loops."""
+        return EagerCodes(loaded, self.draws(loaded, drawn))
+
+    def sampler(self, loaded: LoadedModel) -> Sampler:
+        """Return the guidance scale of the checkpoint."""
+        return guidance_of(loaded, GUIDANCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,14 +16,12 @@ from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
-from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler, Settings
+from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler
 from flashu_compile.models.chat import PictureMark, template_of
-from flashu_compile.models.drawing_lm import CodesForward, DrawsCodes, choices
-from flashu_compile.models.picture_lm import EagerQuestions, PictureLMAdapter, picture_token
-from flashu_compile.models.stacks import LLM
-from flashu_compile.program.trace import CaptureSpec
+from flashu_compile.models.drawing_forward import CodesForward
+from flashu_compile.models.drawing_lm import DrawingLMAdapter, choices, guidance_of
+from flashu_compile.models.picture_lm import EagerQuestions, picture_token
 from flashu_compile.system.paths import absolute
-from flashu_compile.tasks import MMU, T2I
 
 _PROCESSOR = "JanusImageProcessorPil"
 _SETTINGS, _TOLD = "processor_config.json", "use_default_system_prompt"
@@ -60,12 +57,11 @@ class JanusPixels(nn.Module):
         return self.vq.decode(codes)
 
 
-class JanusAdapter(DrawsCodes, PictureLMAdapter):
+class JanusAdapter(DrawingLMAdapter):
     """Janus and Janus-Pro as `JanusForConditionalGeneration` of transformers."""
 
     name: ClassVar[str] = "janus"
     title: ClassVar[str] = "Janus and Janus-Pro of transformers, such as deepseek-community/Janus-Pro-1B"
-    tasks: ClassVar[tuple[str, ...]] = (T2I.name, MMU.name)
     model_type: ClassVar[str] = "janus"
     architecture: ClassVar[str] = "JanusForConditionalGeneration"
     vision: ClassVar[str] = "model.vision_model"
@@ -85,33 +81,21 @@ class JanusAdapter(DrawsCodes, PictureLMAdapter):
         """Return the VQ model's decoder."""
         return JanusPixels(network.model.vqmodel)
 
-    def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
-        """Return what to trace for either task."""
-        if task == MMU.name:
-            return super().captures(loaded, task)
-        reading = loaded.details
-        return self.drawing_captures(
-            loaded, reading.drawing(), self.stacks(loaded)[LLM], reading.settings.pictures
-        )
-
-    def settings(self, loaded: LoadedModel, task: str) -> Settings:
-        """Return what the loop of either task must know."""
-        return loaded.details.drawing() if task == T2I.name else super().settings(loaded, task)
-
     def sampler(self, loaded: LoadedModel) -> Sampler:
         """Return the guidance scale of the checkpoint."""
-        scale = loaded.network.generation_config.guidance_scale
-        told = _GUIDANCE if scale is None else scale
-        return Sampler(guidance_scale=arguments.number("guidance_scale", told, 0, 1e4, CheckpointError))
+        return guidance_of(loaded, _GUIDANCE)
 
     def eager(self, loaded: LoadedModel) -> EagerQuestions:
         """Return the model with the library's own loops."""
-        reading = loaded.details
-        draws = functools.partial(self.eager_drawing, loaded, rules=reading.settings.pictures, library=_drawn)
-        return EagerQuestions(loaded, draws)
+        return EagerQuestions(loaded, self.draws(loaded, _drawn))
 
     def drawing(
-        self, network: Any, tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any]
+        self,
+        network: Any,
+        tokenizer: Any,
+        codec: TextCodec,
+        generation: Mapping[str, Any],
+        options: Mapping[str, Any],
     ) -> DrawingSettings:
         """Return what the loop that draws must know; guidance's second branch attends to padding."""
         config, vq = network.config.get_text_config(), network.config.vq_config

@@ -16,7 +16,7 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import UnsupportedModelError
 from flashu_compile.models import pretrained
 from flashu_compile.models.adapter import LoadedModel
-from flashu_compile.models.drawing_lm import EagerDrawing
+from flashu_compile.models.drawing_forward import EagerDrawing
 from flashu_compile.models.pretrained import EagerAnswers
 
 #: Of a network and pixels [b, 3, height, width], the picture's rows [b, rows, width].
@@ -52,9 +52,7 @@ class Reading:
 class EagerQuestions(EagerAnswers):
     """A model in eager PyTorch, asked about a picture by the library's own forward."""
 
-    def __init__(
-        self, loaded: LoadedModel, draws: Callable[[DrawingSettings], EagerDrawing] | None = None
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, draws: Callable[[], EagerDrawing] | None = None) -> None:
         """Take a model, and what makes it draw if it does."""
         super().__init__(loaded.network)
         self._reading, self._codec, self._draws = loaded.details, TextCodec(loaded.tokenizer), draws
@@ -63,7 +61,7 @@ class EagerQuestions(EagerAnswers):
     def _drawing(self) -> EagerDrawing:
         if self._draws is None:
             raise UnsupportedModelError("This model makes no pictures.")
-        return self._draws(self._reading.drawing())
+        return self._draws()
 
     def generate(self, prompt: str, **_: Any) -> Any:
         """Draw a picture by the library's own loop. Raises `UnsupportedModelError` if the model does not draw."""

@@ -63,7 +63,12 @@ class PictureLMAdapter(ModelAdapter):
         return pictures.picture_rules(processor, side)
 
     def drawing(
-        self, network: Any, tokenizer: Any, codec: TextCodec, generation: Mapping[str, Any]
+        self,
+        network: Any,
+        tokenizer: Any,
+        codec: TextCodec,
+        generation: Mapping[str, Any],
+        options: Mapping[str, Any],
     ) -> DrawingSettings:
         """Return what the loop that draws must know, for families that have one."""
         raise NotImplementedError
@@ -115,7 +120,9 @@ class PictureLMAdapter(ModelAdapter):
             self.mark(source, network, tokenizer, options.get("image_processor")),
         )
         most = None if rules.cell is None else rows
-        drawing = functools.cache(functools.partial(self.drawing, network, tokenizer, TextCodec(kept), every))
+        drawing = functools.cache(
+            functools.partial(self.drawing, network, tokenizer, TextCodec(kept), every, options)
+        )
         details = Reading(UnderstandingSettings(**vars(told), pictures=rules, most_rows=most), rows, drawing)
         model = LoadedModel(source.name, network, None, kept, details=details, adapter=self)
         return pretrained.with_origin(model, source, files)

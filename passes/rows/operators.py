@@ -209,6 +209,17 @@ def embedding(it: RowInterpreter, node: fx.Node) -> Segmented:
     return Segmented(ids.spaces, parts)
 
 
+def lookup(it: RowInterpreter, node: fx.Node) -> Segmented | None:
+    """Look up each part's numbers in a table that has no rows, by one index alone."""
+    table, indices = node.args
+    (number,) = indices if len(cast("list[Any]", indices)) == 1 else (None,)  # type: ignore[misc]
+    if not isinstance(number, fx.Node) or it.value(table).spaces:
+        return None
+    whole, numbers = it.whole(cast("fx.Node", table)), it.value(number)
+    parts = {k: Part(_aten.index.Tensor(whole, [p.tensor])) for k, p in numbers.parts.items()}
+    return Segmented(numbers.spaces, parts)
+
+
 def cumsum(it: RowInterpreter, node: fx.Node) -> Segmented | None:
     """Sum cumulatively along rows, each segment starting from the last sum of the one before."""
     first, dim = it.value(node.args[0]), cast("int", node.args[1]) % node.meta["val"].ndim

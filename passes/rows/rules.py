@@ -21,6 +21,7 @@ RULES: dict[Any, Rule] = {
     _aten.sum.dim_IntList: operators.reduction,
     _aten.amax.default: operators.reduction,
     _aten.embedding.default: operators.embedding,
+    _aten.index.Tensor: operators.lookup,
     _aten.cumsum.default: operators.cumsum,
     _aten.split.Tensor: operators.split_tensor,
     _aten.split_with_sizes.default: operators.split_tensor,
