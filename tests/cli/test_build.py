@@ -147,7 +147,7 @@ class TestBuild:
         assert run(*build, "--set", "t2i.head_cache=1", "--set", "mmu.token_pruning=0.5").exit_code == 0
         recipe = exports[0]["recipe"]
         assert (recipe.t2i.head_cache, recipe.mmu.token_pruning) == (1, 0.5)
-        assert recipe.mmu.pruning == {"llm": 0.1}
+        assert recipe.mmu.pruning == {"decoder": 0.1}
         assert "mmu has no field 'tokens'" in failed(run(*build, "--set", "mmu.tokens=1"))
         assert len(exports) == 1
 
