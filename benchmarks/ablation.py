@@ -42,7 +42,7 @@ from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import calibrate, capture_model, export
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.recipe.plan import StepPlan, compile_plan, engines_needed
+from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import MMU, T2I, prologue_of
@@ -100,7 +100,7 @@ class Bundles:
         if row.task == "mmu":
             return f"mmu-{recipe_digest(row.recipe, 'mmu')}"
         recipe, decided = row.recipe, row.recipe.decided("t2i")
-        names = engines_needed(compile_plan(recipe.t2i, decided))
+        names = engines_needed(recipe.plan())
         kept = {
             stack: {b: n.tolist() for b, n in blocks.items()}
             for stack, blocks in decided.kept_neurons.items()
@@ -145,7 +145,7 @@ class Ablation:
         )
 
     def _draw(self, row: Row, bundle: Path) -> dict[str, Any]:
-        plan = compile_plan(row.recipe.t2i, row.recipe.decided("t2i"))
+        plan = row.recipe.plan()
         scoring, drawn = seconds(
             lambda: self.crew.draw(bundle, plan, [caption(spec) for spec in self.specs], row.title)
         )

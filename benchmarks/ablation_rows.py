@@ -13,7 +13,6 @@ from typing import Any
 
 from flashu_compile.recipe.config import TOKEN_SCORERS
 from flashu_compile.recipe.decisions import Decisions
-from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.tasks import REUSE
 
@@ -107,7 +106,7 @@ def chosen_rows(rows: Iterable[Row], patterns: Sequence[str]) -> list[Row]:
 
 def evaluations(recipe: Recipe) -> dict[str, int]:
     """How many of a trajectory's evaluations are full, cut (pruned or without layers) and reused."""
-    names = [step.engine for step in compile_plan(recipe.t2i, recipe.decided("t2i")).steps]
+    names = [step.engine for step in recipe.plan().steps]
     full, reused = names.count("denoise"), names.count(REUSE)
     return {"full": full, "cut": len(names) - full - reused, "reused": reused}
 

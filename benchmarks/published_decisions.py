@@ -75,7 +75,8 @@ def published_decisions(
         as_published=True,
     )
     kept = {int(layer): np.sort(np.asarray(neurons)) for layer, neurons in kept_neurons.items()}
-    return Recipe(name, t2i=config, decisions={T2I.name: Decisions({stack: kept}, phases)})
+    decisions = {T2I.name: Decisions({stack: kept}, phases)}
+    return Recipe(name, t2i=config, decisions=decisions, decoder=stack)
 
 
 def _factors(

@@ -103,14 +103,15 @@ def _describe_generation(name: str) -> str:
 
 
 def _layers_in_words(name: str) -> str:
-    """Return the layers that an engine's name lists: `3-5` as "3, 5", `-eye-0-trunk-3-5` by stack."""
-    stacks: list[tuple[str, list[str]]] = []
-    for part in name.lstrip("-").split("-"):
-        if not stacks or not part.isdecimal():
-            stacks.append(("", [part]) if part.isdecimal() else (part, []))
+    """Return the layers that an engine's name lists, such as `3-5-eye-0`: those of the decoder first, then by stack."""
+    stacks: dict[str, list[str]] = {}
+    stack = "the language model"
+    for part in filter(None, name.split("-")):
+        if part.isdecimal():
+            stacks.setdefault(stack, []).append(part)
         else:
-            stacks[-1][1].append(part)
-    return " and ".join(", ".join(layers) + (f" of {stack}" if stack else "") for stack, layers in stacks)
+            stack = part
+    return " and ".join(f"{', '.join(layers)} of {stack}" for stack, layers in stacks.items())
 
 
 def _describe_answering(name: str) -> str:

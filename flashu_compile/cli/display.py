@@ -303,7 +303,10 @@ def print_structure(program: ProgramStructure) -> None:
             [row for stack in program.stacks for row in _stack_rows(stack)],
         )
     span, head = program.visual_span, program.head
-    pairs = {f"stack {stack.name}": f"{stack.width} wide, under {stack.root}" for stack in program.stacks}
+    pairs = {
+        f"stack {s.name}": f"{s.width} wide, under {s.root}{', the decoder' * s.decoder}"
+        for s in program.stacks
+    }
     if span is not None:
         pairs["visual span"] = (
             f"{span.length} rows, with {span.before} segments before and {span.after} after"

@@ -35,7 +35,7 @@ class DrawingByCodes:
         """Return a job for each engine that the recipe's plan runs."""
         decided = recipe.decided(T2I.name)
         found = []
-        for variant in drawing_variants(recipe.t2i, decided):
+        for variant in drawing_variants(recipe.t2i, decided, recipe.decoder):
             kept, name = decided.kept_neurons if variant.pruned else {}, variant.named(DRAW)
             passes = pipelines.complete(kept=kept, skipped=dict(variant.skipped))
             found.append(Job(name, passes, only=(name,), without=(Role.PREFIX_IDS,)))

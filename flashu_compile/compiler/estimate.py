@@ -242,7 +242,8 @@ def _assumed(recipe: Recipe, task: str) -> Decisions:
         count = math.ceil((recipe.t2i.points - 1) / recipe.t2i.skipping_interval)
     numbers = range(count) if config.skipping else ()
     made = tuple(Phase(n / count, dict.fromkeys(config.skipping, (n,))) for n in numbers)
-    return Decisions(decided.kept_neurons, (), {**kept, **decided.kept_widths}).completed(Decisions({}, made))
+    phases = decided.completed(Decisions({}, made)).phases
+    return Decisions(decided.kept_neurons, phases, {**kept, **decided.kept_widths})
 
 
 def _engines(

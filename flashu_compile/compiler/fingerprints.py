@@ -79,6 +79,7 @@ def captured_fingerprint(spec: CaptureSpec, hashes: TensorHashes) -> str:
         "inputs": [[str(given.role), given.axes] for given in spec.inputs],
         "outputs": [str(role) for role in spec.outputs],
         "stacks": dict(spec.stacks),
+        "decoder": spec.decoder,
         "sample": {str(role): hashes(tensor) for role, tensor in spec.sample.items()},
         "modules": [[name, _module(module, hashes)] for name, module in spec.module.named_modules()],
         "tensors": _tensors(spec.module, hashes),

@@ -122,7 +122,7 @@ class TextToImage:
                     features=config.head_cache > 1,
                 ),
             )
-            for variant in variants(config, decided)
+            for variant in variants(config, decided, recipe.decoder)
             if variant.name in names
         ]
         if REUSE in names:

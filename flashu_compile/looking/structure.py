@@ -70,12 +70,13 @@ class BlockFacts:
 
 @dataclasses.dataclass(frozen=True)
 class StackFacts:
-    """A stack of residual blocks below module path `root`, `width` wide."""
+    """A stack of residual blocks below module path `root`, `width` wide. `decoder`: it attends over all rows."""
 
     name: str
     root: str
     width: int | str
     blocks: tuple[BlockFacts, ...]
+    decoder: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,8 @@ def program_structure(program: Program) -> ProgramStructure:
         groups = look(f"FFN groups of {name}", feed_forwards, name) or ()
         sites = look(f"attention of {name}", attention_sites, name) or ()
         width = _shape(program, blocks[-1].exit)[-1]
-        stacks.append(StackFacts(name, root, width, tuple(_block(b, groups, sites) for b in blocks)))
+        facts = tuple(_block(b, groups, sites) for b in blocks)
+        stacks.append(StackFacts(name, root, width, facts, decoder=name == program.decoder))
         exits[name] = blocks[-1].exit
     inputs, outputs = _signature(program)
     return ProgramStructure(

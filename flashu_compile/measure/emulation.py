@@ -184,7 +184,7 @@ class EmulatedEngines:
 
     def __init__(self, program: Program, recipe: Recipe) -> None:
         self._program, self._decided = program, recipe.decided(T2I.name)
-        self._variants = {v.name: v for v in variants(recipe.t2i, self._decided)}
+        self._variants = {v.name: v for v in variants(recipe.t2i, self._decided, recipe.decoder)}
         self._features = recipe.t2i.head_cache > 1
         self._made: dict[str, EmulatedEngine] = {}
 

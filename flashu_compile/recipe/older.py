@@ -19,6 +19,7 @@ _FIELDS = {T2I.name: tuple(_STACKS), MMU.name: ("ffn_pruning", "semantic_pruning
 
 def bring_up_to_date(data: dict[str, Any], schema: int) -> None:
     """Change a recipe of an earlier schema to what the present one calls it. What is malformed stays, to be refused."""
+    data.setdefault("decoder", _STACKS["ffn_pruning"])
     for task in TASKS:
         config = data.get(task, {})
         if isinstance(config, dict):

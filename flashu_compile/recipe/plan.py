@@ -29,7 +29,7 @@ from flashu_compile.arguments import LARGEST_POINTS, shown
 from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.config import LARGEST_SCALE, SMALLEST_SHIFT, SOLVERS, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
-from flashu_compile.tasks import DENOISE, REUSE
+from flashu_compile.tasks import DECODER, DENOISE, REUSE
 
 _APART = 1e-9  # how far, by rounding, the end of a step may lie from the beginning of the next
 _TOLERANCE = 1e-9  # of k / n against a share of the trajectory that was computed as another quotient
@@ -127,38 +127,45 @@ class StepPlan:
 class Variant:
     """A specialised denoise engine: whether its FFNs are pruned, and the blocks it leaves out, by stack.
 
-    `several`: variants of the same recipe leave out blocks of several stacks, so that names have to tell which.
+    `decoder` is the stack whose blocks its name lists without saying so.
     """
 
     pruned: bool = False
     skipped: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    several: bool = False
+    decoder: str = DECODER
 
     @property
     def name(self) -> str:
-        """The engine's name: `denoise_pruned_skip3-5`, or with several stacks `denoise_pruned_skip-eye-0-trunk-3-5`."""
+        """The engine's name: `denoise_pruned_skip3-5`, with blocks of other stacks `denoise_pruned_skip3-5-eye-0`."""
         return self.named(DENOISE)
 
     def named(self, program: str) -> str:
         """Return the name of the engine that is this variant of another captured program."""
-        layers = ""
+        own, others = "", ""
         for stack, blocks in self.skipped:
-            layers += f"-{stack}-" * self.several + "-".join(map(str, blocks))
+            listed = "-".join(map(str, blocks))
+            if stack == self.decoder:
+                own = listed
+            else:
+                others += f"-{stack}-{listed}"
+        layers = own + others
         return program + ("_pruned" if self.pruned else "") + (f"_skip{layers}" if layers else "")
 
 
-def variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
-    """List every denoise engine that a plan of these parameters and decisions may run, for any number of points."""
+def variants(config: T2IConfig, decisions: Decisions, decoder: str = DECODER) -> tuple[Variant, ...]:
+    """List every denoise engine that a plan of these parameters and decisions may run, for any number of points.
+
+    `decoder` is what the model calls its decoder.
+    """
     decided = decisions.under(config)
-    specialised = [variant for _, variant in _cut(decided)]
-    return tuple(dict.fromkeys([Variant(), *specialised]))
+    specialised = [variant for _, variant in _cut(decided, decoder)]
+    return tuple(dict.fromkeys([Variant(decoder=decoder), *specialised]))
 
 
-def _cut(decided: Decisions) -> list[tuple[float, Variant]]:
+def _cut(decided: Decisions, decoder: str) -> list[tuple[float, Variant]]:
     """Return the variant of each phase, with the share of the trajectory from which on it runs."""
-    several = len({stack for phase in decided.phases for stack in phase.layers}) > 1
     return [
-        (phase.start, Variant(_pruned(decided), tuple(phase.layers.items()), several and bool(phase.layers)))
+        (phase.start, Variant(_pruned(decided), tuple(phase.layers.items()), decoder))
         for phase in decided.phases or (Phase(0.0),)
     ]
 
@@ -185,8 +192,11 @@ def compile_plan(
     *,
     points: int | None = None,
     guidance_scale: float | None = None,
+    decoder: str = DECODER,
 ) -> StepPlan:
     """Compile the plan by the rules above. `points` and `guidance_scale` (s0) override the configuration's.
+
+    `decoder` is what the model calls its decoder, whose layers names of engines list without it.
 
     Raises `RecipeError` if the config asks for something the decisions lack, `ConfigurationError` if points, scale
     or time shift are neither in the config nor given, or out of range.
@@ -204,16 +214,16 @@ def compile_plan(
             f"The recipe asks for {' and '.join(undecided)} but nothing is decided about it; calibrate it first."
         )
     times = time_grid(config.points, config.time_shift)
-    rows = zip(itertools.pairwise(times), _engines(config, decided, config.points - 1), strict=True)
+    rows = zip(itertools.pairwise(times), _engines(config, decided, decoder, config.points - 1), strict=True)
     steps = tuple(Step(t, following - t, **row) for (t, following), row in rows)
     return StepPlan(config.points, config.time_shift, config.solver, steps)
 
 
-def _engines(config: T2IConfig, decided: Decisions, count: int) -> list[dict[str, Any]]:
+def _engines(config: T2IConfig, decided: Decisions, decoder: str, count: int) -> list[dict[str, Any]]:
     """Decide what each of `count` evaluations runs: the fields of its `Step` except t and dt."""
     length = round(config.full_ffn * count)
     full = range(length) if config.full_ffn_at == "first" else range(count - length, count)
-    phases = _cut(decided)
+    phases = _cut(decided, decoder)
     cached, ruled = config.head_cache > 1, not config.as_published
     leaves = cached and ruled and config.full_ffn_at == "first"  # whether full evaluations store
     # The branches of each cache stored so far.

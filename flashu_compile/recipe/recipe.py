@@ -44,18 +44,23 @@ FILE = "recipe.json"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A name, the parameters of every task, and the decisions by task. Raises `RecipeError` on inconsistent values."""
+    """A name, the parameters of every task, and the decisions by task; what the model calls its `decoder`, once known.
+
+    Raises `RecipeError` on inconsistent values.
+    """
 
     name: str
     t2i: T2IConfig = dataclasses.field(default_factory=T2IConfig)
     mmu: MMUConfig = dataclasses.field(default_factory=MMUConfig)
     decisions: Mapping[str, Decisions] = dataclasses.field(default_factory=dict)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    decoder: str = DECODER
 
     def __post_init__(self) -> None:
         name: Any = self.name
         if not isinstance(name, str) or not name.strip():
             raise RecipeError(f"A recipe's name must be a text, not {shown(name)}.")
+        arguments.name_of("A recipe's decoder", self.decoder, RecipeError)
         for task, kind in CONFIGS.items():
             if not isinstance(getattr(self, task), kind):
                 raise RecipeError(
@@ -87,11 +92,15 @@ class Recipe:
 
     def plan(self, *, points: int | None = None, guidance_scale: float | None = None) -> StepPlan:
         """Compile this recipe's step plan for t2i."""
-        return compile_plan(self.t2i, self.decided(T2I.name), points=points, guidance_scale=guidance_scale)
+        given: dict[str, Any] = {"points": points, "guidance_scale": guidance_scale}
+        return compile_plan(self.t2i, self.decided(T2I.name), decoder=self.decoder, **given)
 
     def token_plan(self, codes: int, *, guidance_scale: float | None = None) -> TokenPlan:
         """Compile this recipe's plan for t2i by a model that draws pictures of `codes` codes."""
-        return compile_token_plan(self.t2i, self.decided(T2I.name), codes, guidance_scale=guidance_scale)
+        decided = self.decided(T2I.name)
+        return compile_token_plan(
+            self.t2i, decided, codes, guidance_scale=guidance_scale, decoder=self.decoder
+        )
 
     def needs_calibration(self, task: str) -> bool:
         """Return whether the parameters of `task` require decisions that the recipe lacks."""
@@ -157,7 +166,7 @@ class Recipe:
                 layer_skipping={name(stack): share for stack, share in config.skipping.items()},
             )
         decisions = {task: decided.renamed(name) for task, decided in self.decisions.items()}
-        return dataclasses.replace(self, decisions=decisions, **configs)
+        return dataclasses.replace(self, decisions=decisions, decoder=name(DECODER), **configs)
 
     def to_json(self) -> str:
         """Serialise the recipe as JSON text, which `from_json` reads."""
@@ -168,6 +177,7 @@ class Recipe:
         return {
             "schema": SCHEMA,
             "name": self.name,
+            "decoder": self.decoder,
             **{task: dataclasses.asdict(self.config(task)) for task in TASKS},
             "decisions": {
                 task: {
@@ -200,7 +210,7 @@ class Recipe:
         decisions = {
             task: _decisions(value, f"'decisions', {task!r}") for task, value in written.decisions.items()
         }
-        return cls(name=written.name, decisions=decisions, **configs)
+        return cls(name=written.name, decisions=decisions, decoder=written.decoder, **configs)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the recipe to `path`, a .json file or a directory (for its `recipe.json`); return the JSON file's path.
@@ -276,7 +286,9 @@ def merge(t2i: Recipe, mmu: Recipe, name: str | None = None) -> Recipe:
     own = t2i.name if t2i.name == mmu.name else f"{t2i.name}+{mmu.name}"
     sources = {T2I.name: t2i, MMU.name: mmu, TEXT.name: mmu}
     decisions = {task: r.decisions[task] for task, r in sources.items() if task in r.decisions}
-    return dataclasses.replace(mmu, name=own if name is None else name, t2i=t2i.t2i, decisions=decisions)
+    decoder = t2i.decoder if mmu.decoder == DECODER else mmu.decoder
+    name = own if name is None else name
+    return dataclasses.replace(mmu, name=name, t2i=t2i.t2i, decisions=decisions, decoder=decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +296,7 @@ class _Written:
     """A recipe as it is written, but for its schema."""
 
     name: str
+    decoder: str = DECODER
     t2i: dict[str, Any] = dataclasses.field(default_factory=dict)
     mmu: dict[str, Any] = dataclasses.field(default_factory=dict)
     text: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -22,7 +22,7 @@ from flashu_compile.errors import BundleError, ConfigurationError, RecipeError
 from flashu_compile.recipe.config import LARGEST_SCALE, T2IConfig
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.plan import Variant, branches, scale_at
-from flashu_compile.tasks import DRAW
+from flashu_compile.tasks import DECODER, DRAW
 
 _MOST_CODES = 2**20
 
@@ -92,10 +92,12 @@ class TokenPlan:
         return reading.decode(text, cls, "The plan of codes", BundleError, advice="build the bundle again")
 
 
-def drawing_variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, ...]:
+def drawing_variants(
+    config: T2IConfig, decisions: Decisions, decoder: str = DECODER
+) -> tuple[Variant, ...]:
     """List the engines that a plan of these parameters and decisions runs, whatever the number of codes.
 
-    Raises `RecipeError` if the decisions skip other layers in another phase, or nothing is decided.
+    `decoder` is what the model calls its decoder. Raises `RecipeError` if the decisions skip other layers in another phase, or nothing is decided.
     """
     decided = decisions.under(config)
     if undecided := decided.undecided(config):
@@ -109,15 +111,19 @@ def drawing_variants(config: T2IConfig, decisions: Decisions) -> tuple[Variant, 
             "the same layers throughout, whose keys and values later codes read. Calibrate for this model."
         )
     skipped = layers.pop() if layers else ()
-    several = len(skipped) > 1
     pruned = any(decided.kept_widths.values()) and config.full_ffn < 1
-    whole = [Variant(False, skipped, several)] if config.full_ffn > 0 or not pruned else []
-    cut = [Variant(True, skipped, several)] if pruned else []
+    whole = [Variant(False, skipped, decoder)] if config.full_ffn > 0 or not pruned else []
+    cut = [Variant(True, skipped, decoder)] if pruned else []
     return tuple(whole + cut)
 
 
 def compile_token_plan(
-    config: T2IConfig, decisions: Decisions, count: int, *, guidance_scale: float | None = None
+    config: T2IConfig,
+    decisions: Decisions,
+    count: int,
+    *,
+    guidance_scale: float | None = None,
+    decoder: str = DECODER,
 ) -> TokenPlan:
     """Compile the plan of `count` codes by the rules above; `guidance_scale` (s0) overrides the configuration's.
 
@@ -129,7 +135,7 @@ def compile_token_plan(
         raise ConfigurationError(
             "A plan needs guidance_scale; set it in the recipe, or resolve it for a model."
         )
-    variants = drawing_variants(config, decisions)
+    variants = drawing_variants(config, decisions, decoder)
     length = round(config.full_ffn * count)
     if len(variants) > 1:
         length = min(max(length, 1), count - 1)

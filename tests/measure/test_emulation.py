@@ -12,7 +12,6 @@ from flashu_compile.program.program import Program, Role
 from flashu_compile.program.trace import capture_program
 from flashu_compile.recipe.config import MMUConfig
 from flashu_compile.recipe.decisions import Decisions
-from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.runtime.sampler import sample
 from tests.support.oracle import Oracle, load_oracle, relative_error
 from tests.support.published import published_recipe
@@ -41,7 +40,7 @@ def test_the_published_decisions_give_the_published_latents(oracle: Oracle) -> N
     program = capture_program(capture_specs("t2i", oracle.model, PaddedSpaceToDepth())[0])
     recipe = published_recipe("tiny")
     engines = EmulatedEngines(program, recipe)
-    plan = compile_plan(recipe.t2i, recipe.decided("t2i"))
+    plan = recipe.plan()
     latents = sample(engines, plan, text_of(oracle), oracle.tensors["noise"].numpy())
     assert relative_error(torch.from_numpy(latents), oracle.tensors["flashu_final"]) < 1e-4
 

@@ -30,7 +30,7 @@ PRUNED = Decisions(kept_widths={"llm": {0: 64}})
 
 def plan(config: T2IConfig, decisions: Decisions | None = None, **changes: Any) -> StepPlan:
     own = dataclasses.replace(config, guidance_scale=8.0, time_shift=3.0)
-    return compile_plan(own, decisions, **changes)
+    return compile_plan(own, decisions, decoder="llm", **changes)
 
 
 def numbers(steps: StepPlan, **wanted: Any) -> list[int]:
@@ -68,7 +68,7 @@ class TestPublished:
 
     def test_oracle_tiny(self) -> None:
         recipe = published_recipe("tiny")
-        result = compile_plan(recipe.t2i, recipe.decisions["t2i"])
+        result = recipe.plan()
         assert len(result.steps) == 34
         assert numbers(result, guidance_scale=7.5) == list(range(1, 25))
         assert numbers(result, guidance_scale=10.0, engine="denoise") == list(range(25, 35))
@@ -80,7 +80,7 @@ class TestPublished:
     def test_oracle_phases(self) -> None:
         """Here a step that chooses layers, the 16th, computes: with every layer."""
         recipe = published_recipe("phases")
-        result = compile_plan(recipe.t2i, recipe.decisions["t2i"])
+        result = recipe.plan()
         assert len(result.steps) == 23
         assert numbers(result, guidance_scale=3.0) == list(range(1, 11))
         assert numbers(result, guidance_scale=6.0) == list(range(11, 24))
@@ -120,7 +120,7 @@ class TestPublished:
                 cached = cached or store
                 engine = "denoise_pruned" + (f"_skip{'-'.join(map(str, layers))}" if layers else "")
             expected.append((scales[step - 1], engine, store))
-        result = compile_plan(recipe.t2i, recipe.decisions["t2i"])
+        result = recipe.plan()
         assert [(s.guidance_scale, s.engine, s.store) for s in result.steps] == expected
 
 
@@ -232,7 +232,7 @@ class TestRules:
 
     def test_variants_are_all_that_any_plan_may_run(self) -> None:
         recipe = published_recipe("phases")
-        names = [variant.name for variant in variants(recipe.t2i, recipe.decisions["t2i"])]
+        names = [variant.name for variant in variants(recipe.t2i, recipe.decisions["t2i"], recipe.decoder)]
         assert names == ["denoise", "denoise_pruned", "denoise_pruned_skip6-7-8", "denoise_pruned_skip3-7-8"]
         assert variants(T2IConfig(), recipe.decisions["t2i"]) == (Variant(),)
         assert variants(T2IConfig(pruning={"llm": 0.1}), PRUNED) == (Variant(), Variant(pruned=True))

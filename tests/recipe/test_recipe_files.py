@@ -45,6 +45,7 @@ class TestJson:
             "mine",
             T2IConfig(20, guidance=((0, None), (0.3, 1))),
             decisions={"mmu": Decisions(phases=(Phase(0, {"llm": (4, 5)}),))},
+            decoder="llm",
         )
 
     def test_one_of_an_older_version_keeps_its_plan(self) -> None:
@@ -67,7 +68,7 @@ class TestJson:
             ({"schema": "2"}, "has schema '2'"),
             ({"schema": 3.0}, "has schema 3.0"),
             ({"name": 4}, "expected str, got int at \\$.name"),
-            ({"title": 4}, "no field 'title' in .*, only name, t2i, mmu, text, decisions"),
+            ({"title": 4}, "no field 'title' in .*, only name, decoder, t2i, mmu, text, decisions"),
             ({"t2i": []}, "expected object, got array at \\$.t2i"),
             ({"t2i": {"tau": 11}}, "'t2i' is not valid: there is no field 'tau'"),
             ({"t2i": {"points": "35"}}, "'t2i' .* expected int | null, got str at \\$.points"),

@@ -12,7 +12,7 @@ from flashu_compile.errors import ConfigurationError, RecipeError
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.overrides import override
-from flashu_compile.recipe.plan import Variant, variants
+from flashu_compile.recipe.plan import variants
 from flashu_compile.recipe.presets import PRESETS, preset
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.recipe.view import recipe_rows
@@ -65,7 +65,7 @@ class TestNames:
 
     def test_tasks_that_are_not_built_may_say_what_they_like(self) -> None:
         recipe = Recipe("mine", mmu=MMUConfig(pruning={"painter": 0.2}))
-        assert recipe.for_stacks("m", {"t2i": STACKS["t2i"]}, "trunk") == recipe
+        assert recipe.for_stacks("m", {"t2i": STACKS["t2i"]}, "trunk").mmu == recipe.mmu
         with pytest.raises(RecipeError, match="stack 'painter', which mmu of model 'm'"):
             recipe.for_stacks("m", STACKS, "trunk")
 
@@ -133,27 +133,28 @@ class TestDecisions:
 class TestEngines:
     CONFIG = T2IConfig(layer_skipping={"trunk": 0.5, "eye": 0.5}, pruning={"eye": 0.5})
 
-    def test_engines_name_stacks_where_there_are_several(self) -> None:
-        phases = (Phase(0.0, {"trunk": (3, 5), "eye": ()}), Phase(0.5, {"trunk": (1,), "eye": (0,)}))
-        decided = Decisions(phases=phases, kept_widths={"eye": {0: 4}})
-        found = variants(self.CONFIG, decided)
-        assert [variant.name for variant in found] == [
-            "denoise",
-            "denoise_pruned_skip-trunk-3-5",
-            "denoise_pruned_skip-eye-0-trunk-1",
-        ]
-        assert found[0] == Variant()
-        assert "with pruned FFNs and without layers 3, 5 of trunk;" in T2I.describe(found[1].name)
-        told = T2I.describe(f"{found[2].name}_prologue")
-        assert told.endswith(
-            "with pruned FFNs and without layers 0 of eye and 1 of trunk; runs once a prompt."
+    def test_engines_name_the_stacks_beside_the_decoder(self) -> None:
+        phases = (Phase(0.0, {"trunk": (3, 5), "eye": ()}), Phase(0.5, {"trunk": (1,), "eye": (0, 2)}))
+        decided = Decisions(
+            phases=(*phases, Phase(0.75, {"trunk": (), "eye": (1,)})), kept_widths={"eye": {0: 4}}
         )
+        found = [variant.name for variant in variants(self.CONFIG, decided, "trunk")]
+        assert found == [
+            "denoise",
+            "denoise_pruned_skip3-5",
+            "denoise_pruned_skip1-eye-0-2",
+            "denoise_pruned_skip-eye-1",
+        ]
+        assert "with pruned FFNs and without layers 3, 5 of the language model;" in T2I.describe(found[1])
+        told = T2I.describe(f"{found[2]}_prologue")
+        assert "and without layers 1 of the language model and 0, 2 of eye; runs once a prompt." in told
+        assert "and without layers 1 of eye;" in T2I.describe(found[3])
 
-    def test_of_one_stack_they_have_the_layers_alone(self) -> None:
-        decided = Decisions(phases=(Phase(0.0, {"trunk": (3, 5), "eye": ()}),), kept_widths={"eye": {0: 4}})
-        (_, cut) = variants(self.CONFIG, decided)
-        assert cut.name == "denoise_pruned_skip3-5"
-        assert "without layers 3, 5;" in T2I.describe(cut.name)
+    def test_a_plan_knows_the_decoder_from_the_recipe(self) -> None:
+        config = T2IConfig(5, 3.0, 1.0, layer_skipping=0.5, as_published=True)
+        recipe = Recipe("mine", config, decisions={"t2i": Decisions(phases=(Phase(0.0, (1,)),))})
+        for one in (recipe, recipe.for_stacks("m", STACKS, "trunk")):
+            assert {step.engine for step in Recipe.from_json(one.to_json()).plan().steps} == {"denoise_skip1"}
 
 
 def test_tables_tell_the_stacks() -> None:
@@ -184,7 +185,7 @@ class TestOlder:
         assert read.mmu == MMUConfig(pruning={"llm": 0.25}, layer_skipping={"llm": 0.5})
         assert read.text.pruned == {"llm": 0.5}
         assert read.decisions["t2i"].phases == (Phase(0.0, {"llm": (3, 5)}), Phase(0.5, {"llm": ()}))
-        assert not read.t2i.as_published
+        assert (read.decoder, read.t2i.as_published) == ("llm", False)
         assert Recipe.from_json(json.dumps({**written, "schema": 2})).t2i.as_published
         assert Recipe.from_json(read.to_json()) == read
 

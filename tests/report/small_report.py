@@ -18,7 +18,7 @@ from flashu_compile.bundle.manifest import (
 from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
-from flashu_compile.recipe.plan import StepPlan, compile_plan
+from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.pictures import Seen
 
@@ -46,6 +46,7 @@ def recipe() -> Recipe:
         t2i,
         MMUConfig(pruning={"llm": 0.25}, token_pruning=0.5),
         {"t2i": Decisions(kept, phases), "mmu": Decisions(kept)},
+        decoder="llm",
     )
 
 
@@ -54,7 +55,7 @@ def exact() -> Recipe:
 
 
 def plan(of: Recipe) -> StepPlan:
-    return compile_plan(of.t2i, of.decided("t2i"))
+    return of.plan()
 
 
 def manifest(of: Recipe) -> Manifest:

@@ -76,7 +76,7 @@ class TestLoading:
                         "t2i": {"points": 5, "guidance_scale": 2, "time_shift": 3, "layer_skipping": 0.5},
                     }
                 ),
-                "layer skipping but nothing is decided",
+                "layer skipping of stack 'llm' but nothing is decided",
             ),
         ],
     )

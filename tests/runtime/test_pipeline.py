@@ -24,7 +24,6 @@ from flashu_compile.extras import COMPILE_MODULES
 from flashu_compile.models.showo2.prompts import PromptCodec
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
-from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline, load, sessions
 from flashu_compile.runtime.sampler import prompt_pair, sample
@@ -173,7 +172,7 @@ def test_nothing_is_sampled_before_all_prompts_are_checked(pipeline: Pipeline) -
 def adopt(directory: Path, recipe: Recipe) -> Pipeline:
     """The bundle, loaded after it was given another recipe and the plan that follows from it."""
     (directory / "recipe.json").write_text(recipe.to_json())
-    plan = compile_plan(recipe.t2i, recipe.decided("t2i"))
+    plan = recipe.plan()
     (directory / "plan.json").write_text(plan.to_json())
     for name in ("recipe.json", "plan.json"):
         accept_changes(directory, name)
@@ -200,6 +199,7 @@ def test_a_plan_whose_engine_is_missing_is_refused(own_bundle: Path) -> None:
         "late",
         dataclasses.replace(RECIPE.t2i, layer_skipping={"llm": 0.5}),
         decisions={"t2i": Decisions(phases=(Phase(0.0, {"llm": ()}), Phase(0.8, {"llm": (1, 4)})))},
+        decoder="llm",
     )
     pipe = adopt(own_bundle, recipe)
     pipe.generate("a", steps=10)
