@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -53,6 +54,8 @@ class GraphEditor:
         self._state: dict[str, Tensor] = dict(program.exported.state_dict)
         users = [n for n, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT]
         self._inputs = dict(zip(program.input_roles, users, strict=True))
+        #: Of the symbols in sizes, the smallest and largest value.
+        self.ranges: dict[sympy.Symbol, Any] = dict(program.exported.range_constraints)
 
     def stored(self, node: fx.Node) -> Tensor | None:
         """Return the parameter, buffer or constant that a placeholder stands for, or None."""
@@ -271,7 +274,7 @@ class GraphEditor:
             graph=self.graph,
             graph_signature=signature,
             state_dict={k: v for k, v in self._state.items() if k in targets},
-            range_constraints=old.range_constraints,
+            range_constraints=self.ranges,
             module_call_graph=[_call_entry(signature, count, len(results))],
             constants={k: v for k, v in self._constants.items() if k in targets},
             verifiers=[old.verifier],

@@ -28,8 +28,9 @@ def with_own_size(program: Program, role: str, dim: int) -> GraphEditor:
     value, sample = node.meta["val"], program.sample[role]
     old = value.shape[dim].node.expr
     node.meta = node.meta | {"val": _fresh(value, sample, dim)}
+    new, shapes = node.meta["val"].shape[dim].node.expr, value.shape[dim].node.shape_env
+    editor.ranges[new] = shapes.var_to_range[new] = shapes.bound_sympy(old)
     changed = editor.finish()
-    new = node.meta["val"].shape[dim].node.expr
     part = next((s for s in sorted(old.free_symbols, key=str) if s not in (old - s).free_symbols), None)
     if part is None:
         raise PassError(f"the size {old} of '{role}' is no sum with one of the program's dimensions")
@@ -42,7 +43,6 @@ def with_own_size(program: Program, role: str, dim: int) -> GraphEditor:
             return int(expression)
         if left := expression.free_symbols & gone:
             raise PassError(f"the size {expression} depends on {left.pop()}, which '{role}' does not tell")
-        shapes = found.node.shape_env
         return shapes.create_symintnode(expression, hint=found.node.hint)
 
     def run(placeholders: Mapping[fx.Node, Tensor]) -> list[Tensor]:

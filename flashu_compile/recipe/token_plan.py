@@ -92,12 +92,11 @@ class TokenPlan:
         return reading.decode(text, cls, "The plan of codes", BundleError, advice="build the bundle again")
 
 
-def drawing_variants(
-    config: T2IConfig, decisions: Decisions, decoder: str = DECODER
-) -> tuple[Variant, ...]:
+def drawing_variants(config: T2IConfig, decisions: Decisions, decoder: str = DECODER) -> tuple[Variant, ...]:
     """List the engines that a plan of these parameters and decisions runs, whatever the number of codes.
 
-    `decoder` is what the model calls its decoder. Raises `RecipeError` if the decisions skip other layers in another phase, or nothing is decided.
+    `decoder` is what the model calls its decoder. Raises `RecipeError` if the decisions skip other layers in another
+    phase, or nothing is decided.
     """
     decided = decisions.under(config)
     if undecided := decided.undecided(config):

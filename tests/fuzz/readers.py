@@ -60,7 +60,7 @@ from flashu_compile.runtime.tensorrt_engine import (
 )
 from flashu_compile.runtime.verify import verify
 from tests.runtime.tiny_bundle import write_bundle, write_manifest
-from tests.support import tiny_lm, tiny_picture_lm
+from tests.support import tiny_emu3, tiny_lm, tiny_picture_lm
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
 Read = Callable[[Random], object]
@@ -335,7 +335,13 @@ def _picture_models(folder: Path) -> Reader:
     return Reader(paths, lambda _: load_model(folder))
 
 
-#: Each with the number of its cases among 48.
+def _emu3_models(folder: Path) -> Reader:
+    tiny_picture_lm.save(folder, tiny_emu3.emu3(), apart=True)
+    names = ("preprocessor_config.json", "preprocessor_config.json", "config.json", "tokenizer_config.json")
+    return Reader([folder / name for name in names], lambda _: load_model(folder))
+
+
+#: Each with the number of its cases among 50.
 READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "load": (7, _loading),
     "references": (1, _references),
@@ -355,4 +361,5 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "choices of a backend": (2, _choices),
     "language models": (2, _language_models),
     "models that read pictures": (2, _picture_models),
+    "models of pictures of any size": (1, _emu3_models),
 }

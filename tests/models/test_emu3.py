@@ -306,6 +306,15 @@ def test_a_large_one_is_proved_on_a_copy(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_pytorch_runs_it_too(case: Case, tmp_path: Path) -> None:
+    flashu_compile.export(case.folder, "mmu", output=tmp_path / "b", cache=False, backend="torch")
+    pipe = flashu_compile.load(tmp_path / "b", threads=1, trust=True)
+    for number, (prompt, answer) in enumerate(zip(PROMPTS[:5], case.answers, strict=False)):
+        said, _ = pipe.logits(picture_of(number), prompt, tokens=TOKENS)
+        assert said[: len(answer)] == answer
+
+
+@pytest.mark.slow
 def test_what_a_recipe_cuts_is_what_is_cut_by_hand(case: Case, tmp_path: Path) -> None:
     source = flashu_compile.capture_model(case.folder, "mmu")
     config = flashu_compile.MMUConfig(ffn_pruning=0.25, width_multiple=8, layer_skipping=0.25)

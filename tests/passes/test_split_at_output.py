@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,9 @@ def test_what_is_cut_gets_a_size_of_its_own() -> None:
     assert second.input_roles == ("after", Role.CONTEXT_IDS)
     assert all(error == 0 for error in compare(program, result).values())
     check_graph(second)
+    file = io.BytesIO()
+    torch.export.save(second.exported, file)
+    torch.export.load(io.BytesIO(file.getvalue()))  # which needs the bounds of every size
     for height, width, before, rest in ((4, 6, 3, 2), (8, 8, 9, 11), (6, 20, 2, 5)):
         given = {
             "pixels": torch.randn(1, 3, height, width),

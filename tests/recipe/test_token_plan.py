@@ -50,7 +50,10 @@ def test_full_codes_lie_at_one_end(at: str, order: list[str]) -> None:
 def test_skipped_layers_are_the_same_for_all_codes() -> None:
     config = dataclasses.replace(PRUNED, layer_skipping={"llm": 0.5}, full_ffn=0.5)
     decisions = Decisions(KEPT, (Phase(0.0, {"llm": (1, 3)}),))
-    assert compile_token_plan(config, decisions, 4, decoder="llm").engines == ("draw_pruned_skip1-3", "draw_skip1-3")
+    assert compile_token_plan(config, decisions, 4, decoder="llm").engines == (
+        "draw_pruned_skip1-3",
+        "draw_skip1-3",
+    )
     with pytest.raises(RecipeError, match="skip other layers in each phase"):
         compile_token_plan(config, Decisions(KEPT, (Phase(0.0, {"llm": (1,)}), Phase(0.5, {"llm": (2,)}))), 4)
 
