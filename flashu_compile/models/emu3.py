@@ -16,7 +16,8 @@ from flashu_compile.models.adapter import LoadedModel, ModelSource
 from flashu_compile.models.chat import PictureMark
 from flashu_compile.models.emu3_codes import ids_of_codes, picture_ids
 from flashu_compile.models.picture_forward import EagerQuestions
-from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
+from flashu_compile.models.picture_lm import PictureLMAdapter
+from flashu_compile.models.tokenizing import picture_token
 from flashu_compile.program.program import Role
 from flashu_compile.tasks import LLM
 

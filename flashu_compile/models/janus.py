@@ -13,7 +13,8 @@ from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
 from flashu_compile.models.adapter import ModelSource
 from flashu_compile.models.chat import PictureMark
-from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
+from flashu_compile.models.picture_lm import PictureLMAdapter
+from flashu_compile.models.tokenizing import picture_token
 from flashu_compile.system.paths import absolute
 
 _PROCESSOR = "JanusImageProcessorPil"
