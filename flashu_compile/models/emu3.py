@@ -20,8 +20,8 @@ from flashu_compile.models.drawing_lm import DrawingLMAdapter, guidance_of
 from flashu_compile.models.emu3_codes import PixelsOfCodes, ids_of_codes, picture_ids
 from flashu_compile.models.emu3_drawing import GUIDANCE, SIDE, Emu3Codes, drawing_settings, drawn
 from flashu_compile.models.picture_forward import EagerQuestions
-from flashu_compile.models.picture_lm import picture_token
 from flashu_compile.models.stacks import LLM
+from flashu_compile.models.tokenizing import picture_token
 from flashu_compile.program.program import Role
 
 _PROCESSOR = "Emu3ImageProcessor"

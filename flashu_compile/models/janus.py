@@ -20,7 +20,8 @@ from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler
 from flashu_compile.models.chat import PictureMark, template_of
 from flashu_compile.models.drawing_forward import CodesForward
 from flashu_compile.models.drawing_lm import DrawingLMAdapter, choices, guidance_of
-from flashu_compile.models.picture_lm import EagerQuestions, picture_token
+from flashu_compile.models.picture_forward import EagerQuestions
+from flashu_compile.models.tokenizing import picture_token
 from flashu_compile.system.paths import absolute
 
 _PROCESSOR = "JanusImageProcessorPil"

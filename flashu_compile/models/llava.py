@@ -14,9 +14,10 @@ from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, reducing
 from flashu_compile.models.adapter import LoadedModel, ModelSource
 from flashu_compile.models.chat import PictureMark
-from flashu_compile.models.picture_lm import PictureLMAdapter, picture_token
+from flashu_compile.models.picture_lm import PictureLMAdapter
 from flashu_compile.models.pretrained import layer_list
 from flashu_compile.models.stacks import LLM
+from flashu_compile.models.tokenizing import picture_token
 
 _PROCESSOR = "LlavaImageProcessorPil"
 

@@ -21,11 +21,12 @@ from flashu_compile.bundle.manifest import DrawingSettings, UnderstandingSetting
 from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BundleError, CheckpointError
-from flashu_compile.models import pictures, pretrained, weights
+from flashu_compile.models import pictures, pretrained
 from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelAdapter, ModelSource, Settings
 from flashu_compile.models.chat import PictureMark, text_settings
 from flashu_compile.models.picture_forward import EagerQuestions, QuestionForward, Reading
 from flashu_compile.models.stacks import LLM, SEMANTIC
+from flashu_compile.models.tokenizing import take_chat_template
 from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.tasks import MMU, UNDERSTAND
@@ -91,7 +92,7 @@ class PictureLMAdapter(ModelAdapter):
         """
         tokenizer = pretrained.read_tokenizer(options.get("tokenizer", source.directory))
         if "tokenizer" not in options:
-            _take_chat_template(tokenizer, source)
+            take_chat_template(tokenizer, source.directory)
         processor = pictures.read_processor(options.get("image_processor", source.directory))
         files = pretrained.weight_files(source)
         network = self.prepared(pretrained.read_network(source, AutoModelForImageTextToText, dtype))
@@ -129,7 +130,7 @@ class PictureLMAdapter(ModelAdapter):
 
     def preparing(self, source: ModelSource, network: Any, processor: Any) -> PictureRules:
         """Return the rules by which an image processor makes pixels for the network."""
-        return self.rules(processor, _side(source, network.config.vision_config))
+        return self.rules(processor, pictures.square_side(source, network.config.vision_config))
 
     def most_rows(self, network: Any, rules: PictureRules) -> int:
         """Count the rows of a picture, on tensors without values; the most where pictures differ in size."""
@@ -207,35 +208,3 @@ class PictureLMAdapter(ModelAdapter):
     def image_rows(self, loaded: LoadedModel) -> int:
         """Count a picture's rows, and at most two of a template beside them."""
         return loaded.details.rows + 2
-
-
-def picture_token(network: Any, tokenizer: Any) -> str:
-    """Return the token that stands for a picture. Raises `CheckpointError` if the tokenizer has none."""
-    number = network.config.image_token_id
-    known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(tokenizer)
-    token = tokenizer.convert_ids_to_tokens(number) if known else None
-    if not isinstance(token, str):
-        raise CheckpointError(
-            f"The tokenizer has no token {number}, which stands for a picture in the model."
-        )
-    return token
-
-
-def _take_chat_template(tokenizer: Any, source: ModelSource) -> None:
-    """Give a directory's tokenizer the chat template that an older processor left in a file of its own."""
-    path = None if source.directory is None else source.directory / "chat_template.json"
-    if path is not None and path.is_file():
-        found = weights.read_config(path).get("chat_template", tokenizer.chat_template)
-        if not isinstance(found, str):
-            raise CheckpointError(f"{path} has no chat template that is a text.")
-        tokenizer.chat_template = found
-
-
-def _side(source: ModelSource, vision: Any) -> int:
-    """Return the side of pictures in pixels. Raises `CheckpointError` if the configuration names no square."""
-    side = getattr(vision, "image_size", None)
-    if isinstance(side, list | tuple) and len(set(side)) == 1:
-        side = side[0]
-    if not isinstance(side, int):
-        raise CheckpointError(f"{source} reads pictures of {side} pixels, which is no square.")
-    return side

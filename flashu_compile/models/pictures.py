@@ -104,6 +104,16 @@ def picture_rules(
     return rules
 
 
+def square_side(source: object, vision: Any) -> int:
+    """Return the side of pictures in pixels. Raises `CheckpointError` if the configuration names no square."""
+    side = getattr(vision, "image_size", None)
+    if isinstance(side, list | tuple) and len(set(side)) == 1:
+        side = side[0]
+    if not isinstance(side, int):
+        raise CheckpointError(f"{source} reads pictures of {side} pixels, which is no square.")
+    return side
+
+
 def steps_of(processor: Any, own: frozenset[str] = frozenset()) -> tuple[PictureStep, ...]:
     """Return the steps of a processor that prepares pictures as its base class does, but for the methods `own`.
 

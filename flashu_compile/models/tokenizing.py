@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from flashu_compile.bundle.prompts import read_tokenizer
 from flashu_compile.errors import CheckpointError
-from flashu_compile.models import hub
+from flashu_compile.models import hub, weights
 from flashu_compile.system.paths import absolute
 
 FILE = "tokenizer.json"
@@ -89,3 +89,28 @@ def check_size(tokenizer: Tokenizer, rows: int) -> None:
 
 def _highest(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def picture_token(network: Any, tokenizer: Any) -> str:
+    """Return the token that stands for a picture. Raises `CheckpointError` if the tokenizer has none."""
+    number = network.config.image_token_id
+    known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(tokenizer)
+    token = tokenizer.convert_ids_to_tokens(number) if known else None
+    if not isinstance(token, str):
+        raise CheckpointError(
+            f"The tokenizer has no token {number}, which stands for a picture in the model."
+        )
+    return token
+
+
+def take_chat_template(tokenizer: Any, directory: Path | None) -> None:
+    """Give a directory's tokenizer the chat template that an older processor left in a file of its own.
+
+    Raises `CheckpointError` if the file holds none.
+    """
+    path = None if directory is None else directory / "chat_template.json"
+    if path is not None and path.is_file():
+        found = weights.read_config(path).get("chat_template", tokenizer.chat_template)
+        if not isinstance(found, str):
+            raise CheckpointError(f"{path} has no chat template that is a text.")
+        tokenizer.chat_template = found

@@ -75,7 +75,7 @@ def tokenizer(chat: str, *, adds: bool = False) -> Any:
     return fast
 
 
-def _text(kind: Any, width: int = 32) -> Any:
+def text_config(kind: Any, width: int = 32) -> Any:
     return kind(
         vocab_size=262,
         hidden_size=width,
@@ -91,7 +91,7 @@ def _text(kind: Any, width: int = 32) -> Any:
     )
 
 
-_VISION = {
+VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
@@ -103,10 +103,10 @@ _VISION = {
 
 def llava_clip(seed: int = 0, **changes: Any) -> Family:
     """Llava of a Llama and a CLIP, whose tokenizer adds a token and whose pictures are cropped."""
-    vision = CLIPVisionConfig(**_VISION)
+    vision = CLIPVisionConfig(**VISION)
     options = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **changes}
     config = LlavaConfig(
-        vision_config=vision, text_config=_text(LlamaConfig), image_token_index=IMAGE, **options
+        vision_config=vision, text_config=text_config(LlamaConfig), image_token_index=IMAGE, **options
     )
     pictures = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     fast = tokenizer(WORDS_CHAT, adds=True)
@@ -118,15 +118,15 @@ def llava_clip(seed: int = 0, **changes: Any) -> Family:
         chat_template=WORDS_CHAT,
         num_additional_image_tokens=1,
     )
-    return Family(_scaled(LlavaForConditionalGeneration(config), seed), processor)
+    return Family(scaled(LlavaForConditionalGeneration(config), seed), processor)
 
 
 def llava_siglip(seed: int = 0, **changes: Any) -> Family:
     """Llava of a Qwen2 and a SigLIP, in turns, with pictures that are squeezed."""
-    vision = SiglipVisionConfig(**_VISION, vision_use_head=False)
+    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
     options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", **changes}
     config = LlavaConfig(
-        vision_config=vision, text_config=_text(Qwen2Config), image_token_index=IMAGE, **options
+        vision_config=vision, text_config=text_config(Qwen2Config), image_token_index=IMAGE, **options
     )
     pictures = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     processor = LlavaProcessor(
@@ -136,14 +136,14 @@ def llava_siglip(seed: int = 0, **changes: Any) -> Family:
         vision_feature_select_strategy="full",
         chat_template=TURNS_CHAT,
     )
-    return Family(_scaled(LlavaForConditionalGeneration(config), seed), processor)
+    return Family(scaled(LlavaForConditionalGeneration(config), seed), processor)
 
 
 def janus(seed: int = 0, *, width: int = 32, **changes: Any) -> Family:
     """Janus, whose pictures are made square on a colour of their own, and stand between tokens."""
-    text = _text(LlamaConfig, width)
+    text = text_config(LlamaConfig, width)
     vision = {
-        **{name: value for name, value in _VISION.items() if name != "intermediate_size"},
+        **{name: value for name, value in VISION.items() if name != "intermediate_size"},
         "mlp_ratio": 2.0,
         "projection_dim": text.hidden_size,
         "num_image_tokens": (SIDE // PATCH) ** 2,
@@ -175,15 +175,15 @@ def janus(seed: int = 0, *, width: int = 32, **changes: Any) -> Family:
     processor = JanusProcessor(
         pictures, fast, chat_template=LINES_CHAT, num_image_tokens=(SIDE // PATCH) ** 2
     )
-    model = _scaled(JanusForConditionalGeneration(config), seed)
+    model = scaled(JanusForConditionalGeneration(config), seed)
     settings = model.generation_config
     settings.guidance_scale, settings.generation_kwargs = 3.0, {"boi_token_id": BOI}
     settings.bos_token_id, settings.pad_token_id = BOS, PAD
     return Family(model, processor)
 
 
-def _scaled(model: Any, seed: int) -> Any:
-    """Weights so large that answers depend on questions and pictures."""
+def scaled(model: Any, seed: int) -> Any:
+    """Give a model weights so large that answers depend on questions and pictures."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
