@@ -144,6 +144,16 @@ def test_parts_that_it_does_not_have_are_told_before_anything_is_traced(
         flashu_compile.export(network, ["t2i", "mmu"], precision=precision, output=tmp_path / "bundle")
 
 
+def test_what_a_build_will_take_is_told(network: nn.Module) -> None:
+    config = T2IConfig(pruning={"painter": 0.5}, layer_skipping={"decoder": 0.25, "painter": 0.4})
+    told = flashu_compile.estimate(
+        network, "t2i", recipe=Recipe("mine", config), precision={"painter": "int8"}
+    )
+    assert {name for name in told.engines if "pruned" in name} == {
+        f"denoise_pruned_skip…{part}" for part in ("", "_prologue", "_schedule")
+    }
+
+
 @pytest.mark.slow
 def test_it_draws_and_answers_as_its_eager_model(
     captured: CapturedModel, network: nn.Module, picture: NDArray[np.uint8], tmp_path: Path
