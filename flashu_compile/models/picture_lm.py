@@ -31,6 +31,9 @@ from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.tasks import MMU, UNDERSTAND
 
+#: The share of a model's positions that a picture may take at most where pictures differ in size.
+_MOST_OF_POSITIONS = 0.75
+
 
 class PictureLMAdapter(ModelAdapter):
     """A family of such models.
@@ -106,6 +109,8 @@ class PictureLMAdapter(ModelAdapter):
             ) from error
         rows = self.most_rows(network, rules)
         positions = pretrained.check_decoder(source, config)
+        if rules.cell is not None:  # larger pictures are refused when they are asked about
+            rows = min(rows, int(positions * _MOST_OF_POSITIONS))
         if rows >= positions:
             raise CheckpointError(
                 f"A picture takes up to {rows} rows, and {source} has {positions} positions."

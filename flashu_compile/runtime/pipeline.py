@@ -245,7 +245,7 @@ class Pipeline(MakesPictures):
         pixels = engine_pixels(image, settings.pictures)
         cells = settings.pictures.cells(*pixels.shape[2:])
         prefix, _ = self.codec.around_picture(settings.template, "", cells=cells)
-        return decoding.Picture.seen(self._engines, prefix, pixels), prefix
+        return decoding.Picture.seen(self._engines, prefix, pixels, settings.most_rows), prefix
 
     def _understanding(self) -> UnderstandingSettings:
         if self.manifest.understanding is None:

@@ -24,6 +24,7 @@ from flashu_compile.looking.structure import model_structure
 from flashu_compile.models import emu3_codes
 from flashu_compile.models.loading import load_model
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime import decoding
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.verify import verify
 from tests.support import tiny_emu3 as tiny
@@ -197,10 +198,10 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=f"no id for {message} of a picture"):
             given(family)
 
-    def test_pictures_that_take_more_rows_than_there_are(self) -> None:
-        family = tiny.emu3()
-        with pytest.raises(CheckpointError, match=r"takes up to \d+ rows, and .* has 1024 positions"):
-            given(family, image_processor=Emu3ImageProcessor())
+    def test_larger_pictures_leave_a_quarter_of_the_positions(self) -> None:
+        loaded = given(tiny.emu3(), image_processor=Emu3ImageProcessor())
+        assert loaded.details.settings.most_rows == 768
+        assert loaded.details.settings.max_question_tokens > 0
 
     @pytest.mark.parametrize("changes", [{"do_resize": False}, {"spatial_factor": 12}])
     def test_pictures_that_are_not_whole_cells(self, changes: dict[str, Any]) -> None:
@@ -293,6 +294,11 @@ class TestBundle:
         answers = [reference(one.family, PICTURES[0], p, TOKENS, repetition_penalty=1.3) for p in PROMPTS]
         expected = [one.text(answer) for answer in answers]
         assert penalised.ask(PICTURES[0], PROMPTS, max_new_tokens=TOKENS) == expected
+
+    def test_a_picture_larger_than_there_are_positions(self, built: Built) -> None:
+        pixels = engine_pixels(picture_of(0), built.pipe.manifest.understanding.pictures)  # type: ignore[union-attr]
+        with pytest.raises(InputError, match="and the model has positions for 5; give a smaller one"):
+            decoding.Picture.seen(built.pipe.engines, [1, 2], pixels, most_rows=5)
 
     def test_verify(self, built: Built) -> None:
         assert verify(built.path).ok
