@@ -326,9 +326,7 @@ def print_structure(program: ProgramStructure) -> None:
             [row for stack in program.stacks for row in _stack_rows(stack)],
         )
     span, head, stacks = program.visual_span, program.head, program.stacks
-    pairs = {
-        f"stack {s.name}": f"{s.width} wide, under {s.root}{', the decoder' * s.decoder}" for s in stacks
-    }
+    pairs = {f"stack {s.name}": f"{s.width} wide, under {s.root}{', decoder' * s.decoder}" for s in stacks}
     if span is not None:
         pairs["visual span"] = (
             f"{span.length} rows, with {span.before} segments before and {span.after} after"
