@@ -302,11 +302,8 @@ def print_structure(program: ProgramStructure) -> None:
             ("stack", "blocks", "feed-forward", "attention"),
             [row for stack in program.stacks for row in _stack_rows(stack)],
         )
-    span, head = program.visual_span, program.head
-    pairs = {
-        f"stack {s.name}": f"{s.width} wide, under {s.root}{', the decoder' * s.decoder}"
-        for s in program.stacks
-    }
+    span, head, stacks = program.visual_span, program.head, program.stacks
+    pairs = {f"stack {s.name}": f"{s.width} wide, under {s.root}{', decoder' * s.decoder}" for s in stacks}
     if span is not None:
         pairs["visual span"] = (
             f"{span.length} rows, with {span.before} segments before and {span.after} after"
