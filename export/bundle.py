@@ -21,17 +21,19 @@ from flashu_compile.bundle.manifest import (
     REPORT,
     REPORT_PAGE,
     TOKENIZER,
-    DrawingSettings,
     EngineSpec,
     FileEntry,
-    GenerationSettings,
     Manifest,
     Origin,
-    TextSettings,
-    UnderstandingSettings,
     file_entry,
 )
 from flashu_compile.bundle.output import ensure_writable
+from flashu_compile.bundle.settings import (
+    DrawingSettings,
+    GenerationSettings,
+    TextSettings,
+    UnderstandingSettings,
+)
 from flashu_compile.errors import BundleError, OutputExistsError
 from flashu_compile.exporters.backends import Written, find_backend
 from flashu_compile.exporters.engine_build import EngineBuild

@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from flashu_compile import arguments
 from flashu_compile.bundle import areas
 from flashu_compile.bundle.dimensions import evaluate, symbols
-from flashu_compile.bundle.manifest import (
+from flashu_compile.bundle.manifest import EngineSpec, Manifest
+from flashu_compile.bundle.preparing import PictureRules
+from flashu_compile.bundle.settings import (
     DrawingSettings,
-    EngineSpec,
     GenerationSettings,
-    Manifest,
     TextSettings,
     UnderstandingSettings,
 )
-from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.errors import ConfigurationError
 
 #: The length of an answer that is timed or judged, where a bundle gives answers as long.

@@ -9,7 +9,7 @@ from typing import Self
 from tokenizers import Tokenizer
 
 from flashu_compile import reading
-from flashu_compile.bundle.manifest import Template
+from flashu_compile.bundle.settings import Template
 from flashu_compile.errors import BundleError, FlashuError, InputError
 
 

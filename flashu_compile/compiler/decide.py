@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flashu_compile.bundle.manifest import Template
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import Template
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flashu_compile.bundle.manifest import DrawingSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.specialise import Job

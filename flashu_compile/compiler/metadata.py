@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from flashu_compile.bundle.manifest import (
+from flashu_compile.bundle.profiles import Range, known_ranges
+from flashu_compile.bundle.settings import (
     DrawingSettings,
     GenerationSettings,
     Template,
     TextSettings,
     UnderstandingSettings,
 )
-from flashu_compile.bundle.profiles import Range, known_ranges
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.bundle import BundleMetadata
 from flashu_compile.extras import installed_versions

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.drawing import DrawingByCodes

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flashu_compile.bundle.images import Picture, engine_pixels
-from flashu_compile.bundle.manifest import TextSettings, UnderstandingSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import TextSettings, UnderstandingSettings
 from flashu_compile.measure.recorder import captured_source
 from flashu_compile.program.program import Program, Role
 

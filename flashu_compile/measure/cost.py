@@ -23,9 +23,9 @@ from PIL import Image
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.images import Picture as Given
 from flashu_compile.bundle.images import shown, to_picture
-from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
 from flashu_compile.measure.recorder import captured_source

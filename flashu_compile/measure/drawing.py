@@ -18,21 +18,16 @@ from torch import Tensor
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
-from flashu_compile.bundle.manifest import DrawingSettings
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.sampling import Sampling
+from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.errors import CalibrationError, FlashuError
 from flashu_compile.measure.cached import CachedEngines
-from flashu_compile.measure.calibration import (
-    Calibrated,
-    CountProgress,
-    Statistics,
-    decided_of_answers,
-    last_rows,
-)
+from flashu_compile.measure.calibration import Calibrated, CountProgress, decided_of_answers, last_rows
 from flashu_compile.measure.cost import Cost, Tell, emulator_of, mean, rounded
 from flashu_compile.measure.recorder import Recorder, captured_source
 from flashu_compile.measure.sensitivity import Probe
+from flashu_compile.measure.statistics import Statistics
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from flashu_compile.bundle.images import Picture
-from flashu_compile.bundle.manifest import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.precision import OTHER
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
 from flashu_compile.operators.int8 import QUANTIZE, quantized_weight

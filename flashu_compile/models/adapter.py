@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from flashu_compile.bundle.files import HashedFile
-from flashu_compile.bundle.manifest import (
+from flashu_compile.bundle.manifest import Origin
+from flashu_compile.bundle.settings import (
     DrawingSettings,
     GenerationSettings,
-    Origin,
     TextSettings,
     UnderstandingSettings,
 )

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flashu_compile.bundle.manifest import TextSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import TextSettings
 from flashu_compile.models import pretrained
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
 from flashu_compile.models.chat import text_settings

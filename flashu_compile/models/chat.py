@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from flashu_compile import arguments
-from flashu_compile.bundle.manifest import Template, TextSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import Template, TextSettings
 from flashu_compile.errors import CheckpointError, ConfigurationError
 
 _MARK = "flashuquestion"

@@ -13,9 +13,9 @@ from transformers.masking_utils import create_masks_for_generate
 
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
-from flashu_compile.bundle.manifest import DrawingSettings
 from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.runtime.drawing import branch_ids, read_ids
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from flashu_compile import arguments
-from flashu_compile.bundle.manifest import DrawingSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models.adapter import LoadedModel, Sampler, Settings
 from flashu_compile.models.drawing_forward import CodesForward, EagerDrawing, Library, PixelsForward

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.bundle import areas
-from flashu_compile.bundle.manifest import DrawingSettings
 from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, pretrained
 from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashu_compile import arguments
-from flashu_compile.bundle.manifest import DrawingSettings, Template, Unprompted
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings, Template, Unprompted
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models.drawing_forward import CodesForward
 from flashu_compile.models.drawing_lm import choices

@@ -11,7 +11,7 @@ from torch import nn
 
 from flashu_compile import arguments
 from flashu_compile.arguments import Resolution
-from flashu_compile.bundle.manifest import GenerationSettings
+from flashu_compile.bundle.settings import GenerationSettings
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError
 from flashu_compile.models import hub, tokenizing, weights
 from flashu_compile.models.adapter import LoadedModel, ModelSource

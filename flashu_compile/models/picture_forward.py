@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.bundle.images import engine_pixels
-from flashu_compile.bundle.manifest import DrawingSettings, UnderstandingSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings, UnderstandingSettings
 from flashu_compile.errors import UnsupportedModelError
 from flashu_compile.models import pretrained
 from flashu_compile.models.adapter import LoadedModel

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
-from flashu_compile.bundle.manifest import DrawingSettings, UnderstandingSettings
 from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings, UnderstandingSettings
 from flashu_compile.errors import BundleError, CheckpointError
 from flashu_compile.models import pictures, pretrained
 from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelAdapter, ModelSource, Settings

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from flashu_compile import arguments
 from flashu_compile.bundle.finite import Source, is_broken
-from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, TextSettings
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.bundle.profiles import BATCH, ROOM
 from flashu_compile.bundle.sampling import GREEDY, Draws, Sampling
+from flashu_compile.bundle.settings import TextSettings
 from flashu_compile.bundle.signatures import state_of
 from flashu_compile.errors import BundleError, InputError, NotFiniteError
 from flashu_compile.runtime.engine import Engine, Engines, State, Tensors, keep, update, zeros_like

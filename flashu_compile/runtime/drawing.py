@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.finite import Source
-from flashu_compile.bundle.manifest import DrawingSettings
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.sampling import Draws, Sampling
+from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.recipe.token_plan import CodeStep, TokenPlan
 from flashu_compile.runtime.decoding import ROWS_BEFORE, Caches, empty_caches
 from flashu_compile.runtime.engine import Engines, update

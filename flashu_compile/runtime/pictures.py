@@ -13,9 +13,9 @@ from flashu_compile import arguments
 from flashu_compile.arguments import LARGEST_POINTS, shown
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
-from flashu_compile.bundle.manifest import DrawingSettings, GenerationSettings
 from flashu_compile.bundle.noise import check_seed, initial_noise
 from flashu_compile.bundle.sampling import Sampling
+from flashu_compile.bundle.settings import DrawingSettings, GenerationSettings
 from flashu_compile.errors import ConfigurationError, InputError, UnknownTaskError
 from flashu_compile.recipe.plan import StepPlan, engines_needed
 from flashu_compile.recipe.token_plan import TokenPlan

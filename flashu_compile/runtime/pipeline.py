@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from flashu_compile import arguments
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.images import Picture, engine_pixels
-from flashu_compile.bundle.manifest import (
-    TextSettings,
-    UnderstandingSettings,
-    read_manifest,
-)
+from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.bundle.sampling import GREEDY, Sampling
+from flashu_compile.bundle.settings import TextSettings, UnderstandingSettings
 from flashu_compile.errors import ConfigurationError, InputError
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.backends import find_run_backend, open_engines

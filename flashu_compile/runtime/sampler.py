@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashu_compile.bundle.finite import Source, is_broken
-from flashu_compile.bundle.manifest import GenerationSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import GenerationSettings
 from flashu_compile.errors import BundleError, FlashuError, InputError
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.runtime.engine import Engine, Engines, Tensors, keep

@@ -15,9 +15,9 @@ from flashu_compile.bundle import images
 from flashu_compile.bundle.areas import fitted
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import engine_pixels, read_picture, save_picture, to_picture
-from flashu_compile.bundle.manifest import Template, UnderstandingSettings
 from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.bundle.profiles import known_ranges
+from flashu_compile.bundle.settings import Template, UnderstandingSettings
 from flashu_compile.errors import BundleError, InputError, NotFiniteError, PathError
 from flashu_compile.models.showo2.prompts import picture_rules
 

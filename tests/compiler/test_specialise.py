@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flashu_compile.bundle.manifest import Template, TextSettings, UnderstandingSettings
 from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.profiles import Range, known_ranges
+from flashu_compile.bundle.settings import Template, TextSettings, UnderstandingSettings
 from flashu_compile.compiler.specialise import Job, neuron_order
 from flashu_compile.errors import BundleError, PassError, RecipeError
 from flashu_compile.passes.split_rows import SplitRows

@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from flashu_compile.compiler.export import calibrate
 from flashu_compile.compiler.metadata import generation, understanding
 from flashu_compile.errors import CalibrationError, RecipeError
-from flashu_compile.measure.calibration import (
-    Statistics,
-    calibrate_mmu,
-    calibrate_t2i,
-    keep_neurons,
-    skip_layers,
-)
+from flashu_compile.measure.calibration import calibrate_mmu, calibrate_t2i
 from flashu_compile.measure.recorder import Recorder
 from flashu_compile.measure.samples import CalibrationSamples, calibration_samples
+from flashu_compile.measure.statistics import Statistics, keep_neurons, skip_layers
 from flashu_compile.models.loading import LoadedModel, load_model
 from flashu_compile.models.showo2.adapter import capture_specs
 from flashu_compile.models.showo2.eager import EagerPipeline

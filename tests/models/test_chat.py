@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from flashu_compile.bundle.manifest import Template, TextSettings
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import Template, TextSettings
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models import chat
 from flashu_compile.models.tokenizing import check_kept

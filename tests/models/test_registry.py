@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from flashu_compile import cli
-from flashu_compile.bundle.manifest import GenerationSettings, Template
+from flashu_compile.bundle.settings import GenerationSettings, Template
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import ConfigurationError, UnknownTaskError, UnsupportedModelError

@@ -8,14 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flashu_compile.bundle.manifest import (
-    EngineSpec,
-    GenerationSettings,
-    Manifest,
-    Template,
-    UnderstandingSettings,
-)
+from flashu_compile.bundle.manifest import EngineSpec, Manifest
 from flashu_compile.bundle.preparing import PictureRules
+from flashu_compile.bundle.settings import GenerationSettings, Template, UnderstandingSettings
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import StepPlan

@@ -14,12 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flashu_compile.bundle.manifest import (
-    GenerationSettings,
-    Template,
-    TextSettings,
-    read_manifest,
-)
+from flashu_compile.bundle.manifest import read_manifest
+from flashu_compile.bundle.settings import GenerationSettings, Template, TextSettings
 from flashu_compile.errors import BundleError, ConfigurationError, FlashuError, InputError
 from flashu_compile.recipe.plan import StepPlan
 from flashu_compile.recipe.recipe import Recipe

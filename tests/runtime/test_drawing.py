@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashu_compile.bundle.manifest import DrawingSettings, EngineSpec, Template, TensorSpec, Unprompted
+from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.bundle.sampling import GREEDY, Sampling
+from flashu_compile.bundle.settings import DrawingSettings, Template, Unprompted
 from flashu_compile.errors import BundleError, NotFiniteError
 from flashu_compile.recipe.token_plan import Span, TokenPlan
 from flashu_compile.runtime.drawing import draw, forced

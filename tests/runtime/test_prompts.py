@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import flashu_compile
-from flashu_compile.bundle.manifest import Template
+from flashu_compile.bundle.settings import Template
 from flashu_compile.errors import InputError
 from flashu_compile.models.loading import BUNDLED
 from flashu_compile.models.showo2.prompts import BOI, BOS, EOI, EOS, IMAGE_PAD, PAD, PromptCodec

@@ -20,16 +20,8 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from flashu_compile.bundle.manifest import (
-    EngineSpec,
-    FileEntry,
-    GenerationSettings,
-    Manifest,
-    Origin,
-    TensorSpec,
-    UnderstandingSettings,
-    file_entry,
-)
+from flashu_compile.bundle.manifest import EngineSpec, FileEntry, Manifest, Origin, TensorSpec, file_entry
+from flashu_compile.bundle.settings import GenerationSettings, UnderstandingSettings
 from flashu_compile.models.showo2.prompts import (
     BOI,
     BOS,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from flashu_compile.bundle.manifest import GenerationSettings, UnderstandingSettings
+from flashu_compile.bundle.settings import GenerationSettings, UnderstandingSettings
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource, Sampler, Settings
 from flashu_compile.models.showo2 import checkpoint, loading

@@ -6,9 +6,9 @@ import functools
 
 from tokenizers import Tokenizer
 
-from flashu_compile.bundle.manifest import Template
 from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import Template
 from flashu_compile.errors import CheckpointError
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flashu_compile.bundle.manifest import GenerationSettings, Template, UnderstandingSettings
+from flashu_compile.bundle.settings import GenerationSettings, Template, UnderstandingSettings
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource, Sampler, Settings
 from flashu_compile.program.program import BATCH, Input, Role
