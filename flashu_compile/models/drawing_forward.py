@@ -70,7 +70,7 @@ class PixelsForward(nn.Module):
         return (pixels if self._usual else pixels * self._std + self._mean,)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EagerDrawing:
     """A model in eager PyTorch that draws, `library` by the library's own loop."""
 

@@ -137,7 +137,8 @@ def test_engines_reproduce_the_published_model(name: str, tmp_path: Path) -> Non
 
     embeds = oracle.tensors["image_embeds"].numpy()
     suffix = oracle.suffix[0].tolist()
-    logits = Picture(engines, oracle.prefix[0].tolist(), embeds).answers([suffix]).first()[0]
+    rows = {"prefix_ids": oracle.prefix.numpy(), "image_embeds": embeds}
+    logits = Picture(engines, rows).answers([suffix]).first()[0]
     assert relative(logits.ravel(), oracle.tensors["mmu_logits_last"].numpy().ravel()) < TOLERANCE
 
 

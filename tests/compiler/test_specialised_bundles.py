@@ -275,7 +275,7 @@ def test_understanding_equals_the_eager_twin(
     with torch.inference_mode():
         image = twin.image(oracle.tensors["mmu_latents"])
     truth = twin.last(image, oracle.prefix, oracle.suffix)
-    picture = Picture(engines, oracle.prefix[0].tolist(), image.numpy())
+    picture = Picture(engines, {"prefix_ids": oracle.prefix.numpy(), "image_embeds": image.numpy()})
     ids = oracle.suffix[0].tolist()
     whole = picture.answers([ids]).first()[0]
     assert relative(whole, truth.logits[0].numpy()) < TOLERANCE

@@ -56,6 +56,7 @@ def test_convolutions_count() -> None:
         "operators": {"Conv": 1},
         "bytes": {"other": 4 * (2 * 3 * 6 * 6 + 8 * 3 * 4 + 8 + 2 * 8 * 3 * 3)},
         "rows": {},
+        "decoder": "",
         "parameters": {"other": 8 * 3 * 4 + 8},
         "flops": {"other": 2 * 2 * 9 * 8 * 3 * 4},
     }

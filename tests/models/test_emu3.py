@@ -171,8 +171,11 @@ def test_pixels_of_codes_are_the_library_s(case: Case) -> None:
 
 
 def test_its_structure_is_shown(case: Case) -> None:
-    told = CliRunner().invoke(cli.app, ["inspect", str(case.folder), "--structure"])
+    asked = ["inspect", str(case.folder), "--structure"]
+    told = CliRunner().invoke(cli.app, [*asked, "--resolution", "40x32"])
     assert told.exit_code == 0
+    assert "draw (t2i)" in told.stdout
+    assert "choose a smaller resolution" in CliRunner().invoke(cli.app, asked).output
     assert "batch × 3 × 8*height × 8*width" in told.stdout
     assert "There is no visual span: pictures differ in their number of rows" in " ".join(told.stdout.split())
     assert "emu3" in CliRunner().invoke(cli.app, ["models"]).stdout

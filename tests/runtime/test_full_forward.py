@@ -62,8 +62,11 @@ class TestFullForward:
 
     EMBEDS = np.array([[[2.0], [4.0]]], np.float32)
 
+    def rows(self) -> dict[str, np.ndarray]:
+        return {"prefix_ids": np.array([PREFIX]), "image_embeds": self.EMBEDS}
+
     def going(self, engine: OnnxRuntimeEngine, suffixes: list[list[int]]) -> decoding.Answers:
-        return Picture(FakeEngines(engine), PREFIX, self.EMBEDS).answers(suffixes)
+        return Picture(FakeEngines(engine), self.rows()).answers(suffixes)
 
     def following(self, *ids: int) -> int:
         return (sum(PREFIX) + 6 + sum(ids)) % SIZE
@@ -101,9 +104,7 @@ class TestFullForward:
     def test_a_list_of_questions_gives_what_each_gives_alone(self, engine: OnnxRuntimeEngine) -> None:
         suffixes, limit = questions(decoding.BATCH + 3), 12
         said: list[list[int]] = [[] for _ in suffixes]
-        for number, token in tokens(
-            Picture(FakeEngines(engine), PREFIX, self.EMBEDS), suffixes, (END,), limit
-        ):
+        for number, token in tokens(Picture(FakeEngines(engine), self.rows()), suffixes, (END,), limit):
             said[number].append(token)
         for suffix, answer in zip(suffixes, said, strict=True):
             ids = list(suffix)

@@ -38,7 +38,7 @@ class TestLoading:
     def test_older_schema(self, own_bundle: Path) -> None:
         edit_json(own_bundle / "manifest.json", schema=3)
         with pytest.raises(
-            BundleVersionError, match=r"schema 3; this version reads 5: build the bundle again"
+            BundleVersionError, match=r"schema 3; this version reads 6: build the bundle again"
         ):
             load(own_bundle)
 

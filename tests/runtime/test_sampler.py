@@ -296,7 +296,7 @@ def test_an_engine_that_gives_no_numbers_is_blamed(value: float, branch: int, sc
         NotFiniteError, match=r"Engine 'denoise', computing in float16, gave velocities"
     ) as caught:
         sample(Engines(broken), uniform_plan(9, scale, 3.0), TEXT, NOISE)
-    assert 'precision="llm=float16"' in str(caught.value)
+    assert 'precision="decoder=float16"' in str(caught.value)
     assert "guidance" not in str(caught.value)
 
 

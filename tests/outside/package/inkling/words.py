@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from flashu_compile.bundle.manifest import PictureRules, PictureStep
+from flashu_compile.bundle.preparing import PictureRules, PictureStep
 from flashu_compile.bundle.prompts import TextCodec
 
 MARKS = ("<pad>", "<begin>", "<frame>", "<end>", "<answer>", "<stop>")
