@@ -158,6 +158,13 @@ class ModelAdapter(ABC):
     def recognise(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """Tell whether a model is one of this family, by `ModelSource.config` and `ModelSource.names`."""
 
+    def instead(self, config: Mapping[str, Any], names: Collection[str]) -> str | None:
+        """Return what to give instead of a model of this family in a layout that is not read; None for all others.
+
+        Asked, with what `recognise` is given, of models that no adapter claims.
+        """
+        return None
+
     @abstractmethod
     def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:
         """Load a model that `recognise` claims, its weights in `dtype` (None: as stored); run no code from it.

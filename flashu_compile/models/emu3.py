@@ -74,6 +74,9 @@ class Emu3Adapter(DrawingLMAdapter):
     unused: ClassVar[frozenset[str]] = frozenset({"guidance_scale"})
     model_type: ClassVar[str] = "emu3"
     architecture: ClassVar[str] = "Emu3ForConditionalGeneration"
+    #: Not the class, which is also what the library calls its part for text.
+    own_names: ClassVar[frozenset[str]] = frozenset({"Emu3"})
+    converted: ClassVar[str] = "BAAI/Emu3-Chat-hf or BAAI/Emu3-Gen-hf"
 
     @staticmethod
     def features(network: Any, pixels: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,8 +66,14 @@ class JanusAdapter(DrawingLMAdapter):
     model_type: ClassVar[str] = "janus"
     architecture: ClassVar[str] = "JanusForConditionalGeneration"
     vision: ClassVar[str] = "model.vision_model"
+    own_names: ClassVar[frozenset[str]] = frozenset({"multi_modality", "MultiModalityCausalLM"})
+    converted: ClassVar[str] = "deepseek-community/Janus-Pro-1B"
     #: Those of drawing.
     unused: ClassVar[frozenset[str]] = frozenset({"guidance_scale", "generation_kwargs"})
+
+    def instead(self, config: Mapping[str, Any], names: Collection[str]) -> str | None:
+        """Return what to give instead of a Janus that draws by codes; DeepSeek-VL and JanusFlow share its names."""
+        return super().instead(config, names) if "gen_vision_config" in config else None
 
     @staticmethod
     def features(network: Any, pixels: Tensor) -> Tensor:

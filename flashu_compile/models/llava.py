@@ -30,6 +30,11 @@ class LlavaAdapter(PictureLMAdapter):
     model_type: ClassVar[str] = "llava"
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
     vision: ClassVar[str] = "model.vision_tower"
+    own_names: ClassVar[frozenset[str]] = frozenset(
+        name for part in ("Llama", "Mistral", "Mpt", "Qwen")
+        for name in (f"llava_{part.lower()}", f"Llava{part}ForCausalLM")
+    )  # fmt: skip
+    converted: ClassVar[str] = "llava-hf/llava-1.5-7b-hf"
 
     @staticmethod
     def features(network: Any, pixels: Tensor) -> Tensor:

@@ -39,13 +39,16 @@ class PictureLMAdapter(ModelAdapter):
     """A family of such models.
 
     `model_type` and `architecture` are the library's names of it, `vision` is the module path of its vision tower, and
-    `unused` are settings of generation that its text does not follow.
+    `unused` are settings of generation that its text does not follow. `own_names` are the types and classes by which
+    its authors' own code names it, whose layout is not read, and `converted` are checkpoints in that of the library.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     vision: ClassVar[str]
     unused: ClassVar[frozenset[str]] = frozenset()
+    own_names: ClassVar[frozenset[str]]
+    converted: ClassVar[str]
 
     tasks: ClassVar[tuple[str, ...]] = (MMU.name,)
     options: ClassVar[Mapping[str, str]] = {
@@ -87,6 +90,14 @@ class PictureLMAdapter(ModelAdapter):
         if isinstance(named, list) and named:
             return named == [self.architecture]
         return config.get("model_type") == self.model_type and "lm_head.weight" in names
+
+    def instead(self, config: Mapping[str, Any], names: Collection[str]) -> str | None:
+        """Return what to give instead of a model in its authors' own layout, by the names in its configuration."""
+        classes = config.get("architectures")
+        named = [config.get("model_type"), *(classes if isinstance(classes, list) else ())]
+        if any(isinstance(name, str) and name in self.own_names for name in named):
+            return f"one converted for transformers, such as {self.converted},"
+        return None
 
     def load(self, source: ModelSource, options: Mapping[str, Any], dtype: torch.dtype | None) -> LoadedModel:
         """Load a model, its tokenizer and its way with pictures.

@@ -44,7 +44,10 @@ def adapters() -> tuple[ModelAdapter, ...]:
 
 
 def find_adapter(source: ModelSource) -> ModelAdapter:
-    """Return the one adapter that claims a model. Raises `UnsupportedModelError` if none does, or several do."""
+    """Return the one adapter that claims a model. Raises `UnsupportedModelError` if none does, or several do.
+
+    The error names what to give instead, where an adapter knows the model's layout but does not read it.
+    """
     known = adapters()
     claiming = [adapter for adapter in known if adapter.recognise(source.config, source.names)]
     if len(claiming) == 1:
@@ -53,6 +56,12 @@ def find_adapter(source: ModelSource) -> ModelAdapter:
         raise UnsupportedModelError(
             f"Several adapters claim {source}: {', '.join(one.name for one in claiming)}; uninstall all but one."
         )
+    told = {adapter.name: adapter.instead(source.config, source.names) for adapter in known}
+    for name, instead in told.items():
+        if instead is not None:
+            raise UnsupportedModelError(
+                f"{source} is a model of {name} in a layout that is not read; give {instead} instead."
+            )
     listed = "; ".join(f"{adapter.name} ({adapter.title})" for adapter in known)
     raise UnsupportedModelError(f"No adapter knows {source}; there are: {listed}.")
 

@@ -30,7 +30,8 @@ def decomposed(exported: ExportedProgram) -> ExportedProgram:
     """Return the program as `ExportedProgram.run_decompositions({})` does, where possible without tracing it again.
 
     Composite operators whose results may share memory with their operands (reshape, chunk, to) are taken apart;
-    functional ones (linear, scaled_dot_product_attention) stay whole. Regions without gradients or without autocast
+    functional ones (linear, scaled_dot_product_attention) stay whole, and convolutions whose padding is the word
+    "valid" become those of zero. Regions without gradients or without autocast
     become part of the graph. Assertions of dtypes, which tracing has settled, are left out. A program that changes
     tensors in place or has regions of other kinds is left to `run_decompositions`.
     """
@@ -91,10 +92,24 @@ def _take_apart(graph: fx.Graph) -> None:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise StructureError(f"{node.name} runs a region")
         refuse_in_place(node.target)
+        if node.target is _aten.conv2d.padding:
+            _write_padding_out(node)
         if isinstance(node.target, OpOverload) and _is_shared_composite(node.target):
             _expand(tracer, node)
         else:
             tracer.know(node)
+
+
+def _write_padding_out(node: fx.Node) -> None:
+    """Give a convolution whose padding is "valid" that of zero: emitters would trace all anew for the word's sake."""
+    call: Any = node.target
+    names = [argument.name for argument in call._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("padding", "valid") == "valid":
+        defaults = {argument.name: argument.default_value for argument in call._schema.arguments}
+        whole = {**defaults, **given, "padding": [0, 0]}
+        node.target, node.args = _aten.conv2d.default, tuple(whole[name] for name in names)
+        node.kwargs = {}
 
 
 def _is_shared_composite(target: OpOverload) -> bool:

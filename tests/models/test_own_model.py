@@ -32,7 +32,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> type[Any]:
 
 
 def vipllava() -> Family:
-    vision = CLIPVisionConfig(**tiny.VISION)
+    vision = CLIPVisionConfig(**tiny.vision_config())
     config = VipLlavaConfig(
         vision_config=vision, text_config=tiny.text_config(LlamaConfig), image_token_index=tiny.IMAGE,
         vision_feature_layers=[-2, -1],

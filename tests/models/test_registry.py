@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,68 @@ def test_a_model_that_none_claims_is_told_which_there_are(tmp_path: Path) -> Non
         UnsupportedModelError, match=rf"No adapter knows {tmp_path}; there are: .*showo2 \(Show-o2"
     ):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {
+                "model_type": "multi_modality",
+                "architectures": ["MultiModalityCausalLM"],
+                "gen_vision_config": {},
+            },
+            r"of janus .* such as deepseek-community/Janus-Pro-1B, instead\.",
+        ),
+        (
+            {"model_type": "Emu3", "architectures": ["Emu3ForCausalLM"]},
+            r"of emu3 .* such as BAAI/Emu3-Chat-hf or BAAI/Emu3-Gen-hf, instead\.",
+        ),
+        *(
+            (
+                {"model_type": kind, "architectures": [architecture]},
+                r"of llava .* such as llava-hf/llava-1\.5-7b-hf, instead\.",
+            )
+            for kind, architecture in (
+                ("llava_llama", "LlavaLlamaForCausalLM"),
+                ("llava", "LlavaLlamaForCausalLM"),
+                ("llava_qwen", "LlavaQwenForCausalLM"),
+            )
+        ),
+    ],
+)
+def test_a_layout_that_is_not_read_is_told_what_to_give_instead(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    assert not [adapter.name for adapter in adapters() if adapter.recognise(config, ())]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=rf"^{tmp_path} is a model {message}$"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "multi_modality", "architectures": ["MultiModalityCausalLM"], "aligner_config": {}},
+        {"model_type": ["llava_llama"], "architectures": [["LlavaLlamaForCausalLM"]]},
+        {"architectures": "LlavaLlamaForCausalLM"},
+    ],
+)
+def test_others_of_such_names_are_told_which_adapters_there_are(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first is DeepSeek-VL, which shares the names of Janus."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="No adapter knows"):
+        load_model(tmp_path)
+
+
+def test_what_is_read_is_not_told_of_other_layouts() -> None:
+    known = {adapter.name: adapter for adapter in adapters()}
+    for name in ("emu3", "janus", "llava"):
+        adapter: Any = known[name]
+        config = {"model_type": adapter.model_type, "architectures": [adapter.architecture]}
+        assert not [one.name for one in known.values() if one.instead(config, ())]
 
 
 def test_two_of_one_name_are_an_error_that_names_their_packages(install: Install) -> None:

@@ -120,6 +120,18 @@ def test_only_what_it_cannot_do_is_traced_again(
     assert len(calls) == again
 
 
+@pytest.mark.parametrize(("padding", "target"), [("valid", "default"), ("same", "padding")])
+def test_a_convolution_without_padding_has_it_in_numbers(padding: str, target: str) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=padding, dilation=2, bias=False), nn.ReLU())
+    pictures = torch.randn(2, 3, 9, 8)
+    program = torch.export.export(module, (pictures,))
+    written = decomposed(program)
+    assert operators(written)[f"aten.conv2d.{target}"] == 1
+    (name,) = (node.name for node in written.graph.nodes if "conv2d" in str(node.target))
+    assert name in [node.name for node in program.graph.nodes]
+    assert torch.equal(written.module()(pictures), module(pictures))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [*capture_specs("t2i", tiny_model(), VAE), *capture_specs("mmu", tiny_model(), VAE)],
                          ids=lambda spec: spec.name)  # fmt: skip

@@ -48,7 +48,7 @@ def tokenizer(chat: str = TALK_CHAT) -> Any:
     return fast
 
 
-def emu3(seed: int = 0, chat: str = TALK_CHAT, **changes: Any) -> Family:
+def emu3(seed: int = 0, chat: str = TALK_CHAT, *, width: int = 32, **changes: Any) -> Family:
     """Emu3 whose pictures have 4 × 4 to about 8 × 8 codes."""
     fast = tokenizer(chat)
     vision = Emu3VQVAEConfig(
@@ -63,7 +63,7 @@ def emu3(seed: int = 0, chat: str = TALK_CHAT, **changes: Any) -> Family:
     )
     text = Emu3TextConfig(
         vocab_size=len(fast),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,

@@ -91,22 +91,23 @@ def text_config(kind: Any, width: int = 32) -> Any:
     )
 
 
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-}
+def vision_config(width: int = 32) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    }
 
 
-def llava_clip(seed: int = 0, **changes: Any) -> Family:
+def llava_clip(seed: int = 0, *, width: int = 32, **changes: Any) -> Family:
     """Llava of a Llama and a CLIP, whose tokenizer adds a token and whose pictures are cropped."""
-    vision = CLIPVisionConfig(**VISION)
+    vision = CLIPVisionConfig(**vision_config(width))
     options = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **changes}
     config = LlavaConfig(
-        vision_config=vision, text_config=text_config(LlamaConfig), image_token_index=IMAGE, **options
+        vision_config=vision, text_config=text_config(LlamaConfig, width), image_token_index=IMAGE, **options
     )
     pictures = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     fast = tokenizer(WORDS_CHAT, adds=True)
@@ -121,12 +122,12 @@ def llava_clip(seed: int = 0, **changes: Any) -> Family:
     return Family(scaled(LlavaForConditionalGeneration(config), seed), processor)
 
 
-def llava_siglip(seed: int = 0, **changes: Any) -> Family:
+def llava_siglip(seed: int = 0, *, width: int = 32, **changes: Any) -> Family:
     """Llava of a Qwen2 and a SigLIP, in turns, with pictures that are squeezed."""
-    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
+    vision = SiglipVisionConfig(**vision_config(width), vision_use_head=False)
     options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", **changes}
     config = LlavaConfig(
-        vision_config=vision, text_config=text_config(Qwen2Config), image_token_index=IMAGE, **options
+        vision_config=vision, text_config=text_config(Qwen2Config, width), image_token_index=IMAGE, **options
     )
     pictures = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     processor = LlavaProcessor(
@@ -143,7 +144,7 @@ def janus(seed: int = 0, *, width: int = 32, **changes: Any) -> Family:
     """Janus, whose pictures are made square on a colour of their own, and stand between tokens."""
     text = text_config(LlamaConfig, width)
     vision = {
-        **{name: value for name, value in VISION.items() if name != "intermediate_size"},
+        **{name: value for name, value in vision_config().items() if name != "intermediate_size"},
         "mlp_ratio": 2.0,
         "projection_dim": text.hidden_size,
         "num_image_tokens": (SIDE // PATCH) ** 2,
