@@ -147,6 +147,12 @@ class Manifest:
         known = ", ".join(e.name for e in self.engines)
         raise BundleError(f"The bundle has no engine {name!r}; it has: {known}.")
 
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """The size of pictures that are drawn, width and height in pixels; None if there are none."""
+        drawn = self.drawing or self.generation
+        return None if drawn is None else drawn.picture_size
+
     def answering(self, task: str) -> TextSettings | None:
         """Return the settings of a task that answers questions; None if the bundle lacks it, or it answers none."""
         return {MMU.name: self.understanding, TEXT.name: self.text}.get(task)

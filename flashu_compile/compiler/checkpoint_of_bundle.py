@@ -12,6 +12,7 @@ from flashu_compile.bundle.manifest import LLM_CONFIG, Manifest, Origin
 from flashu_compile.compiler.captured import CapturedModel, ModelParts
 from flashu_compile.compiler.exact_bundles import exact_bundle
 from flashu_compile.compiler.export import export
+from flashu_compile.compiler.metadata import drawing
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.system.paths import EXACT_BUNDLES, cache_folder
@@ -37,8 +38,8 @@ def checkpoint(
     """
     name = model_of(manifest) if model is None else model
     called = name if isinstance(name, str | Path) else type(name).__name__
-    if manifest.generation is not None:
-        parts.setdefault("resolution", manifest.generation.picture_size)
+    if manifest.picture_size is not None:
+        parts.setdefault("resolution", manifest.picture_size)
     try:
         source = CapturedModel.load(name, manifest.tasks, tell, **parts)
     except CheckpointError as error:
@@ -48,6 +49,11 @@ def checkpoint(
             f"The bundle was made of a model called {name!r}, which is not to be had by that name; say where it is: "
             f"model=… (--model). {error}"
         ) from error
+    if manifest.drawing is not None and drawing(source.loaded) != manifest.drawing:
+        raise ConfigurationError(
+            f"{called} draws by other settings than the bundle, which was made with model_options that are not known "
+            "here; build its exact bundle with those, and give its directory."
+        )
     unknown = Origin(None)
     for part in {"model": unknown, **manifest.origins}:
         origin, found = (origins.get(part, unknown) for origins in (manifest.origins, source.loaded.origins))

@@ -56,7 +56,7 @@ def _key(manifest: Manifest) -> str | None:
         },
         "settings": [
             None if settings is None else dataclasses.asdict(settings)
-            for settings in (manifest.generation, manifest.understanding, manifest.text)
+            for settings in (manifest.generation, manifest.drawing, manifest.understanding, manifest.text)
         ],
         "tokenizer": manifest.files[TOKENIZER].sha256,
         "built": [manifest.tasks, manifest.backend, environment()],

@@ -157,8 +157,7 @@ def _other(
         parts: Any = {name: given[name] for name in ("vae", "tokenizer")}
         checkpoint(manifest, given["model"], ProgressReporter(tell, within=True), **parts)
         name = given["model"] or model_of(manifest)
-        size = None if manifest.generation is None else manifest.generation.picture_size
-        yield {**given, "model": name, "resolution": size}, f"{EAGER} {name}"
+        yield {**given, "model": name, "resolution": manifest.picture_size}, f"{EAGER} {name}"
     else:
         with other_bundle(path, against, tell=tell, **given) as other:
             yield other, str(against)

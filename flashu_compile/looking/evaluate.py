@@ -273,6 +273,8 @@ def _on_the_plan_of(own: Pipeline, theirs: Pipeline) -> Pipeline:
     """Return the other side's engines on the points, guidance and solver of the bundle's plan, without techniques."""
     if own.recipe is None or theirs.plan is None:
         return theirs
+    if own.manifest.drawing is not None:
+        raise ConfigurationError("A model that draws code by code has no points; leave equal points out.")
     recipe = dataclasses.replace(own.recipe, t2i=own.recipe.t2i.without_techniques())
     plan = recipe.plan()
     present = {engine.name for engine in theirs.manifest.engines}

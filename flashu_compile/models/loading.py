@@ -11,7 +11,7 @@ from torch import nn
 
 from flashu_compile import arguments
 from flashu_compile.arguments import Resolution
-from flashu_compile.bundle.settings import GenerationSettings
+from flashu_compile.bundle.settings import DrawingSettings, GenerationSettings
 from flashu_compile.errors import CheckpointError, ConfigurationError, PathError
 from flashu_compile.models import hub, tokenizing, weights
 from flashu_compile.models.adapter import LoadedModel, ModelSource
@@ -96,7 +96,7 @@ def _options(given: object, named: Mapping[str, Any]) -> dict[str, Any]:
 def _check_size(loaded: LoadedModel, resolution: Resolution) -> None:
     """Raise `ConfigurationError` if a model that takes no resolution draws no pictures of this size."""
     settings = loaded.adapter.settings(loaded, T2I.name) if T2I.name in loaded.adapter.tasks else None
-    size = settings.picture_size if isinstance(settings, GenerationSettings) else None
+    size = settings.picture_size if isinstance(settings, GenerationSettings | DrawingSettings) else None
     if size != arguments.picture_size(resolution):
         has = "which draws none" if size is None else "whose pictures have {}x{} pixels".format(*size)
         raise ConfigurationError(

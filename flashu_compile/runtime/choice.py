@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,6 +91,10 @@ class Timed(Protocol):
         """Sample latents."""
         ...
 
+    def code_logits(self, prompt: str, codes: Sequence[int]) -> Any:
+        """Draw so many codes."""
+        ...
+
     def logits(self, image: NDArray[np.uint8] | None, question: str, *, tokens: int) -> Any:
         """Answer with so many tokens."""
         ...
@@ -157,6 +161,9 @@ def samples(pipe: Timed) -> dict[str, Callable[[], object]]:
         except InputError:
             points = None
         found[T2I.name] = lambda: pipe.latents("a", steps=points)
+    if (drawing := pipe.manifest.drawing) is not None:
+        codes = [0] * min(_TOKENS, drawing.length)
+        found[T2I.name] = lambda: pipe.code_logits("a", codes)
     if (settings := pipe.manifest.understanding) is not None:
         rules = settings.pictures
         picture = np.zeros((rules.height, rules.width, 3), np.uint8)
