@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from torch import nn
 import flashu_compile
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.sampling import GREEDY
+from flashu_compile.bundle.settings import Unprompted
+from flashu_compile.compiler import exact_bundles
+from flashu_compile.compiler.checkpoint_of_bundle import checkpoint
+from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.models.emu3_codes import ids_of_codes
 from flashu_compile.models.emu3_drawing import NEGATIVE_PROMPT
 from flashu_compile.models.loading import load_model
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime import choice
 from flashu_compile.runtime.pipeline import Pipeline
 from tests.support import tiny_emu3 as tiny
 from tests.support.tiny_picture_lm import PROMPTS, Family, save
@@ -190,3 +196,33 @@ class TestSettings:
         loaded = load_model(folder, resolution=SIZE, model_options=kept)
         settings: Any = loaded.adapter.settings(loaded, "t2i")
         assert (settings.temperature, settings.top_k, settings.top_p) == (0.7, 7, 1.0)
+
+
+@pytest.mark.slow
+class TestLooking:
+    """Commands that look at bundles, at one that draws by codes."""
+
+    def test_the_model_of_a_bundle_is_found_with_its_size_of_pictures(
+        self, pipe: Pipeline, folder: Path
+    ) -> None:
+        tell = ProgressReporter(None)
+        source = checkpoint(pipe.manifest, str(folder), tell)
+        assert source.loaded.adapter.settings(source.loaded, "t2i") == pipe.manifest.drawing
+        settings: Any = pipe.manifest.drawing
+        other = dataclasses.replace(settings, unprompted=Unprompted(text="ugly"))
+        changed = dataclasses.replace(pipe.manifest, drawing=other)
+        with pytest.raises(ConfigurationError, match="draws by other settings than the bundle"):
+            checkpoint(changed, str(folder), tell)
+        # Nor is an exact bundle of one taken for that of the other.
+        assert exact_bundles._key(pipe.manifest) != exact_bundles._key(changed)
+
+    def test_backends_are_timed_on_codes(self, pipe: Pipeline) -> None:
+        work = choice.samples(pipe)
+        assert set(work) == {"t2i", "mmu"}
+        assert np.shape(work["t2i"]()) == (8, tiny.CODES)
+
+    def test_equal_points_mean_nothing(self, pipe: Pipeline) -> None:
+        with pytest.raises(ConfigurationError, match="has no points; leave equal points out"):
+            flashu_compile.evaluate(
+                pipe, against=pipe, task="t2i", data={"prompts": PROMPTS}, split="all", equal_points=True
+            )
