@@ -26,7 +26,6 @@ from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, TEXT
 
 # Far more than any model has; they only keep memory finite where a manifest is damaged.
-_LARGEST_LENGTH = 2**20
 _LONGEST_NAME = 255  # bytes, as in most file systems
 _ENGINE_NAME = "[A-Za-z0-9_-]{1,200}"
 
@@ -131,6 +130,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.text is not None and self.text.template.picture is not None:
             raise BundleError("The manifest's template of text has a place for a picture.")
+        if self.generation is not None and self.drawing is not None:
+            raise BundleError("The manifest makes pictures both of latents and of codes.")
         for name in self.files:
             inside(name)
         for engine in self.engines:

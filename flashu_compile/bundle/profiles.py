@@ -21,6 +21,7 @@ from flashu_compile.bundle.settings import (
     UnderstandingSettings,
 )
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.tasks import DRAW
 
 #: The length of an answer that is timed or judged, where a bundle gives answers as long.
 ANSWER_TOKENS = 32
@@ -163,7 +164,7 @@ def ranges_of(spec: EngineSpec, known: Mapping[str, Range]) -> dict[str, Range]:
             f"Nothing tells how large dimension {unknown[0]!r} of engine {spec.name!r} can be; give its range."
         )
     ranges = {name: known[name] for name in sorted(named)}
-    if {"batch", "suffix"} <= named:  # rows of answers
+    if {"batch", "suffix"} <= named and not spec.name.startswith(DRAW):  # rows of answers
         ranges["batch"] = Range(1, 1, BATCH)
     return ranges
 

@@ -56,10 +56,12 @@ class Sampling:
 
         if self.is_greedy:
             return np.eye(1, len(logits), int(logits.argmax()))[0]
-        scores = logits.astype(np.float64) / self.temperature
+        # The largest is 0, so that no temperature, however low, makes one infinite.
+        with np.errstate(over="ignore"):
+            scores = (logits.astype(np.float64) - logits.max()) / self.temperature
         if 0 < self.top_k < len(scores):
             scores = np.where(scores < np.partition(scores, -self.top_k)[-self.top_k], -np.inf, scores)
-        chances = np.exp(scores - scores.max())
+        chances = np.exp(scores)
         chances /= chances.sum()
         if self.top_p < 1:
             order = np.argsort(-scores, kind="stable")

@@ -107,6 +107,8 @@ class Unprompted:
     def __post_init__(self) -> None:
         if (self.text is None) == (self.pad_id is None):
             raise BundleError("The manifest's second branch of guidance needs either a text or a pad_id.")
+        if self.text is not None and not isinstance(self.text, str):
+            raise BundleError("The manifest's text of guidance's second branch is none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,7 @@ class TextSettings:
     """What a pipeline that answers must know of the model. Raises `BundleError` on sizes of the wrong type or range.
 
     `stop_ids` end an answer. `repetition_penalty` divides positive logits of tokens that were there before, and
-    multiplies negative ones. `not_used` are settings of the checkpoint that decoding, which is greedy, does not follow.
+    multiplies negative ones. `not_used` are settings of the checkpoint that greedy decoding does not follow.
     """
 
     template: Template
@@ -208,6 +210,14 @@ class UnderstandingSettings(TextSettings):
             raise BundleError("The manifest does not say how many rows its pictures of any size take.")
         if self.most_rows is not None:
             check_number("most_rows", self.most_rows, 1, _LARGEST_LENGTH)
+
+    def check_rows(self, cells: tuple[int, int] | None) -> None:
+        """Raise `InputError` if a picture of so many cells takes more rows than there are positions for."""
+        if cells is not None and self.most_rows is not None and cells[0] * cells[1] > self.most_rows:
+            raise InputError(
+                f"The picture has {cells[0]} × {cells[1]} cells as it is prepared, and the model has positions for "
+                f"{self.most_rows:,}; give a smaller one."
+            )
 
     @property
     def prefix(self) -> tuple[int, ...]:

@@ -50,7 +50,10 @@ class DrawingByCodes:
             "a solver": config.solver != plain.solver,
             "head cache": config.head_cache > 1,
         }
-        return tuple((name, _NO_TRAJECTORY) for name, given in asked.items() if given)
+        told = [(name, _NO_TRAJECTORY) for name, given in asked.items() if given]
+        if config.full_ffn > 0 and not config.pruned:
+            told.append(("hybrid FFN", "no neurons are pruned, and layers are skipped for a whole picture"))
+        return tuple(told)
 
     def _parts(self, source: CapturedModel) -> tuple[Program, TextCodec, DrawingSettings]:
         loaded = source.loaded

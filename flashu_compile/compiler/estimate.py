@@ -24,7 +24,7 @@ from flashu_compile.compiler.metadata import checkpoint_bytes
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy
 from flashu_compile.compiler.request import default_output, named_tasks
-from flashu_compile.compiler.tasks import jobs
+from flashu_compile.compiler.tasks import jobs, main_program
 from flashu_compile.compiler.work import BuildWork, tensors_read
 from flashu_compile.errors import ResourceError
 from flashu_compile.exporters.backends import check_precision
@@ -39,7 +39,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.drafts import nearest_folder
 from flashu_compile.system.memory import available_memory
 from flashu_compile.system.paths import absolute, scratch_directory
-from flashu_compile.tasks import T2I, TaskName
+from flashu_compile.tasks import DENOISE, TaskName
 
 COST_SAMPLES = 3
 """How many prompts and questions a build measures a lossy recipe's cost on, if it is not told."""
@@ -139,7 +139,7 @@ def estimate(
     named = absolute(output) if output is not None else default_output(loaded.name, tasks)
     whole = source.resolved(chosen)
     undecided = {task for task in tasks if whole.needs_calibration(task)}
-    made_up = {task: _assumed(whole, task) for task in undecided}
+    made_up = {task: _assumed(whole, task, main_program(source, task)) for task in undecided}
     assumed = dataclasses.replace(whole, decisions={**whole.decisions, **made_up})
     on_copy = needs_copy(proof, loaded)
     counts = cost_counts(samples_at_hand(None, source, tasks, chosen), tasks, cost_samples, on_copy)
@@ -233,12 +233,12 @@ def _described(
     return CapturedModel.load(model, tasks, tell or ProgressReporter(None), **parts)
 
 
-def _assumed(recipe: Recipe, task: str) -> Decisions:
+def _assumed(recipe: Recipe, task: str, program: str) -> Decisions:
     """Return decisions of the kind that calibration takes, for as many engines; which layers they skip is made up."""
     config, decided = recipe.config(task), recipe.decided(task)
     kept = {stack: {0: 1} for stack in config.pruned}
     count = 1
-    if task == T2I.name and recipe.t2i.points is not None:
+    if program == DENOISE and recipe.t2i.points is not None:
         count = math.ceil((recipe.t2i.points - 1) / recipe.t2i.skipping_interval)
     numbers = range(count) if config.skipping else ()
     made = tuple(Phase(n / count, dict.fromkeys(config.skipping, (n,))) for n in numbers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashu_compile.compiler.captured import CapturedModel
+from flashu_compile.compiler.metadata import drawing
 from flashu_compile.compiler.tasks import jobs, main_program
+from flashu_compile.program.program import Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.tasks import MAIN, T2I
+from flashu_compile.tasks import DENOISE, MAIN, T2I
 
 #: Work in a layer: to trace it, to make an engine of it that is compared with its source, or one that is not.
 _TRACING, _MAKING, _MAKING_UNCOMPARED = 1.0, 1.8, 0.5
@@ -48,7 +51,7 @@ def calibration_work(source: CapturedModel, recipe: Recipe, counts: Mapping[str,
     work = {}
     for task, count in counts.items():
         spec = _main(source, task)
-        work[calibrating(task)] = _layers(spec) * _TRACING + count * _runs(task, recipe) * _run(spec)
+        work[calibrating(task)] = _layers(spec) * _TRACING + count * _runs(source, task, recipe) * _run(spec)
     return work
 
 
@@ -68,7 +71,7 @@ def making_work(
     work: dict[str, float] = {COPYING: 0.0} if on_copy else {}
     for name, captured in source.of(tasks).items():
         task, main = captured.spec.task, name in MAIN
-        count = len(jobs(task, name, recipe)) if decided or not main else 1 + _variants(task, recipe)
+        count = len(jobs(task, name, recipe)) if decided or not main else 1 + _variants(source, task, recipe)
         work[making(name)] = 1 + _layers(captured.spec) * (_TRACING + each * count)
         if on_copy and captured.spec.stacks:
             work[COPYING] += _COPIED * (_TRACING + _MAKING * count)
@@ -92,7 +95,7 @@ class BuildWork:
         """Count by a resolved recipe, whose decisions are taken if `decided`."""
         made = making_work(self.source, self.tasks, recipe, on_copy=self.on_copy, decided=decided)
         runs = (
-            (2 * count + _TECHNIQUES) * _runs(task, recipe) * _run(_main(self.source, task))
+            (2 * count + _TECHNIQUES) * _runs(self.source, task, recipe) * _run(_main(self.source, task))
             for task, count in self._costs(recipe)
         )
         return made | {CHECKING: 2 + sum(runs)}
@@ -113,10 +116,12 @@ class BuildWork:
         return [(task, count) for task in lossy if (count := self.samples.get(task, 0))]
 
 
-def _variants(task: str, recipe: Recipe) -> int:
+def _variants(source: CapturedModel, task: str, recipe: Recipe) -> int:
     if task != T2I.name:
         return 0
-    phases = -(-_runs(task, recipe) // recipe.t2i.skipping_interval) if recipe.t2i.layer_skipping else 1
+    runs = _runs(source, task, recipe)
+    phased = recipe.t2i.layer_skipping and main_program(source, task) == DENOISE
+    phases = -(-runs // recipe.t2i.skipping_interval) if phased else 1
     return phases if recipe.t2i.is_lossy(recipe.t2i.points) else 0
 
 
@@ -124,9 +129,16 @@ def _main(source: CapturedModel, task: str) -> CaptureSpec:
     return source.programs[main_program(source, task)].spec
 
 
-def _runs(task: str, recipe: Recipe) -> int:
-    """Return how many runs of its program a sample takes."""
-    return (recipe.t2i.points or 2) - 1 if task == T2I.name else _ANSWER
+def _runs(source: CapturedModel, task: str, recipe: Recipe) -> int:
+    """Return how many runs of its program, on as many rows as its sample has, a sample of the task takes."""
+    if task != T2I.name:
+        return _ANSWER
+    if main_program(source, task) == DENOISE:
+        return (recipe.t2i.points or 2) - 1
+    # Each code is a row of both branches, drawn and then looked at.
+    return 1 + math.ceil(
+        4 * drawing(source.loaded).length / _main(source, task).sample[Role.SUFFIX_IDS].numel()
+    )
 
 
 def _layers(spec: CaptureSpec) -> int:

@@ -46,14 +46,22 @@ class Agreement:
     def __init__(self, other: Any, limit: int | None, figures: dict[str, float]) -> None:
         self._other, self._limit, self._figures = other, limit, figures
         self._answers: dict[tuple[str, str], list[int]] = {}
+        self._codes: dict[str, list[int]] = {}
 
     def __call__(self, pipeline: Any, samples: Sequence[Any]) -> Parts:
-        """Return `ssim` and `clean` of prompts, or `next_tokens` of questions; of the other side itself all are 1."""
+        """Return `ssim` and `clean` of prompts, or `next_tokens` of questions; of the other side itself all are 1.
+
+        Where pictures are drawn code by code it is `next_codes`: after one other code all that follow are others.
+        """
+        by_codes = samples[0].task == T2I.name and pipeline.draws_codes
         if pipeline is self._other:  # nothing to compute, so that too few samples are told at once
-            names = ("ssim", "clean") if samples[0].task == T2I.name else ("next_tokens",)
+            names = ("next_codes",) if by_codes else ("ssim", "clean")
+            names = names if samples[0].task == T2I.name else ("next_tokens",)
             return dict.fromkeys(names, [1.0] * len(samples))
         if samples[0].task != T2I.name:
             return {"next_tokens": pipeline.over(lambda sample: self._next_tokens(pipeline, sample), samples)}
+        if by_codes:
+            return {"next_codes": pipeline.over(lambda sample: self._next_codes(pipeline, sample), samples)}
         pairs = pipeline.over(lambda sample: self.pictures(pipeline, sample), samples)
         self._figures["median PSNR in dB"] = statistics.median(psnr(*pair) for pair in pairs)
         return {"ssim": [similarity(*pair) for pair in pairs], "clean": [clean(*pair) for pair in pairs]}
@@ -70,6 +78,12 @@ class Agreement:
                 "which cannot be compared pixel by pixel."
             )
         return one, two
+
+    def _next_codes(self, pipeline: Any, sample: Any) -> float:
+        if sample.prompt not in self._codes:
+            self._codes[sample.prompt] = self._other.codes(sample.prompt)
+        codes = self._codes[sample.prompt]
+        return float(np.mean(np.array(pipeline.next_codes(sample.prompt, codes)) == np.array(codes)))
 
     def _next_tokens(self, pipeline: Any, sample: Any) -> float:
         key = (sample.key, sample.question)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from flashu_compile.bundle.images import Picture
+from flashu_compile.bundle.sampling import GREEDY
 from flashu_compile.errors import EvaluationError
 from flashu_compile.evaluation import gate
 from flashu_compile.evaluation.evaluators import Evaluator
@@ -72,6 +73,20 @@ class Side:
     def logits(self, image: Picture, question: str, *, tokens: int, answer: Sequence[int] = ()) -> Any:
         """Return the ids of the next tokens and their logits; see `Pipeline.logits`."""
         return self._pipeline.logits(image, question, tokens=tokens, answer=answer)
+
+    @property
+    def draws_codes(self) -> bool:
+        """Whether pictures are drawn code by code."""
+        return self._pipeline.manifest.drawing is not None
+
+    def codes(self, prompt: str) -> list[int]:
+        """Return the codes of a picture, each the likeliest."""
+        self._tell(f"{self.title}: drawing", None)
+        return self._pipeline.codes(prompt, sampling=GREEDY)[0].tolist()
+
+    def next_codes(self, prompt: str, codes: Sequence[int]) -> list[int]:
+        """Return the likeliest code at each place of a picture, given those of `codes` before it."""
+        return self._pipeline.code_logits(prompt, codes).argmax(axis=1).tolist()
 
     def answer_ids(self, image: Picture, question: str, limit: int) -> list[int]:
         """Return the ids of the answer with its end token, at most `limit`."""

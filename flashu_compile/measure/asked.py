@@ -52,6 +52,7 @@ def about_picture(codec: TextCodec, settings: UnderstandingSettings, image: Pict
     """Return a question about a picture. Raises `InputError` as `Pipeline.ask` does."""
     pixels = torch.from_numpy(engine_pixels(image, settings.pictures))
     cells = settings.pictures.cells(*pixels.shape[2:])
+    settings.check_rows(cells)
     prefix, suffix = codec.around_picture(
         settings.template, question, settings.max_question_tokens, cells=cells
     )

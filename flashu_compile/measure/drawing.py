@@ -92,9 +92,9 @@ def calibrate_drawing(
 ) -> Calibrated:
     """Decide for t2i from the pictures of `prompts`, drawn by the captured `program` with nothing cut.
 
-    Neurons are scored on all rows of both guidance branches, layers on those of codes. `config` must be resolved.
-    Prompt i is drawn with seed `seed + i`. Raises `CalibrationError` if there are no prompts, one of them fails, or
-    activations are not finite.
+    Neurons are scored on all rows of both guidance branches, layers on those that codes follow. `config` must be
+    resolved. Prompt i is drawn with seed `seed + i`. Raises `CalibrationError` if there are no prompts, one of them
+    fails, or activations are not finite.
     """
     if not prompts:
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
@@ -108,7 +108,9 @@ def calibrate_drawing(
             drawn = exact.drawn(prompt, seed + index)
         except FlashuError as error:
             raise CalibrationError(f"Calibration failed on {statistics.where}: {error}") from error
-        statistics.last_rows = last_rows(settings.length)
+        # The row before the first code, and those of codes and of ends of rows.
+        read = sum(len(drawing.read_ids(settings, place, 0)) for place in range(settings.length - 1))
+        statistics.last_rows = last_rows(1 + read)
         for branch in range(len(drawn.branches)):
             recorder.record(_inputs(drawn.rows(settings, branch, settings.length - 1)))
         if progress is not None:
@@ -193,8 +195,9 @@ def drawing_cost(
 def _techniques(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Yield each technique that is on, alone."""
     config, plain = recipe.t2i, recipe.t2i.published_sampler()
+    end = {"full_ffn": config.full_ffn, "full_ffn_at": config.full_ffn_at} if config.pruned else {}
     alone: dict[str, dict[str, Any]] = {
-        "FFN pruning": {"pruning": config.pruning},
+        "FFN pruning": {"pruning": config.pruning, **end},
         "layer skipping": {"layer_skipping": config.layer_skipping},
         "guidance schedule": {"guidance": config.guidance},
     }
@@ -208,10 +211,14 @@ def _alone(
     program: Program, settings: DrawingSettings, recipe: Recipe, drawn: _Drawn, truth: NDArray[np.float32]
 ) -> float:
     """Return the error of guided logits at some places of a picture, by emulation."""
-    emulator, steps = emulator_of(program, recipe, T2I.name), recipe.token_plan(settings.length).steps
+    steps = recipe.token_plan(settings.length).steps
+    whole = dataclasses.replace(recipe, t2i=dataclasses.replace(recipe.t2i, pruning={}))
+    # By whether all neurons are there. Keys and values of rows that other engines left are not told apart.
+    emulators = [emulator_of(program, one, T2I.name) for one in (recipe, whole)]
     places = sorted({round(x) for x in np.linspace(0, settings.length - 1, _PLACES)})
 
     def logits(place: int, step: CodeStep) -> NDArray[np.float32]:
+        emulator = emulators["_pruned" not in step.engine]
         rows = [
             emulator.emulate(_inputs(drawn.rows(settings, branch, place)))[Role.LOGITS].numpy()
             for branch in step.branches

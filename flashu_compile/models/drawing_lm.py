@@ -15,8 +15,9 @@ from torch import nn
 
 from flashu_compile import arguments
 from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.sampling import Sampling
 from flashu_compile.bundle.settings import DrawingSettings
-from flashu_compile.errors import CheckpointError, ConfigurationError
+from flashu_compile.errors import CheckpointError, ConfigurationError, InputError
 from flashu_compile.models.adapter import LoadedModel, Sampler, Settings
 from flashu_compile.models.drawing_forward import CodesForward, EagerDrawing, Library, PixelsForward
 from flashu_compile.models.picture_lm import PictureLMAdapter
@@ -100,7 +101,7 @@ class DrawingLMAdapter(PictureLMAdapter):
 
 def guidance_of(loaded: LoadedModel, usual: float) -> Sampler:
     """Return the guidance scale of a checkpoint, the usual one if it names none."""
-    scale = loaded.network.generation_config.guidance_scale
+    scale = loaded.details.generation.get("guidance_scale")
     told = usual if scale is None else scale
     return Sampler(guidance_scale=arguments.number("guidance_scale", told, 0, 1e4, CheckpointError))
 
@@ -108,14 +109,26 @@ def guidance_of(loaded: LoadedModel, usual: float) -> Sampler:
 def choices(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Return how codes are chosen by settings of generation: by plain probability where they do not say.
 
-    Raises `ConfigurationError` on a setting that is not carried out.
+    Raises `ConfigurationError` on a setting that is not carried out, `CheckpointError` on a value out of range.
     """
-    if not generation.get("do_sample"):
-        return {}
+    if generation.get("do_sample") is False:
+        return {"temperature": 0.0}
     others = [name for name in _OTHERS if generation.get(name) not in (None, 0, 1)]
     if others:
         raise ConfigurationError(
             f"The generation_config asks for {others[0]} = {generation[others[0]]!r}, by which codes are not chosen; "
             f"if pictures without it will do, pass model_options={{'generation': {{'{others[0]}': None}}}}."
         )
-    return {name: generation[name] for name in _CARRIED if generation.get(name) is not None}
+    told = {name: generation[name] for name in _CARRIED if generation.get(name) is not None}
+    try:
+        Sampling(**told)
+    except InputError as error:
+        raise CheckpointError(f"The generation_config does not say how codes are chosen: {error}") from error
+    return told
+
+
+def library_choices(settings: DrawingSettings) -> dict[str, Any]:
+    """Return the arguments by which the library's `generate` chooses codes as a bundle with these settings does."""
+    if settings.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, **{name: getattr(settings, name) for name in _CARRIED}}

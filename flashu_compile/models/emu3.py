@@ -29,7 +29,7 @@ _PROCESSOR = "Emu3ImageProcessor"
 _CELL = 8
 
 
-class CodesForward(nn.Module):
+class PictureAsIds(nn.Module):
     """The whole forward, from pixels and the ids around the picture to the logits of the last row."""
 
     ids_of_codes: Tensor
@@ -85,7 +85,7 @@ class Emu3Adapter(DrawingLMAdapter):
 
     def forward(self, network: Any) -> tuple[nn.Module, Role]:
         """Return the forward, in which a picture is ids."""
-        return CodesForward(network), Role.CONTEXT_IDS
+        return PictureAsIds(network), Role.CONTEXT_IDS
 
     def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
         """Return the token of the picture, and those that the processor puts around it and its size."""

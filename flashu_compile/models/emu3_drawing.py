@@ -14,7 +14,7 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import DrawingSettings, Template, Unprompted
 from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models.drawing_forward import CodesForward
-from flashu_compile.models.drawing_lm import choices
+from flashu_compile.models.drawing_lm import choices, library_choices
 from flashu_compile.models.emu3_codes import ids_of_codes
 
 #: The side of a square picture of the area that the library's processor draws, in pixels.
@@ -79,9 +79,14 @@ def drawing_settings(
             f"A picture of {width}x{height} takes {rows:,} positions, which the model does not have; choose a smaller "
             "resolution."
         )
+    negative = arguments.name_of("negative_prompt", options.get("negative_prompt", NEGATIVE_PROMPT))
+    if len(codec.encode(negative)) > longest:
+        raise ConfigurationError(
+            f"negative_prompt is longer than the {longest} tokens that a prompt may have."
+        )
     return DrawingSettings(
         template=template,
-        unprompted=Unprompted(text=options.get("negative_prompt", NEGATIVE_PROMPT)),
+        unprompted=Unprompted(text=negative),
         grid=grid,
         codes=len(ids) - 1,
         first_code_id=network.get_input_embeddings().weight.shape[0],
@@ -112,7 +117,7 @@ def drawn(network: Any, settings: DrawingSettings, ids: Tensor, other: Tensor) -
     """Draw codes [codes] by the library's own loop, from a prompt's ids [1, n] and those that guidance leads from."""
     *codes, end = ids_of_codes(network).tolist()
     rows, columns = settings.grid
-    count = rows * (columns + 1)
+    count, scale = rows * (columns + 1), network.generation_config.guidance_scale
 
     def allowed(_: int, given: Tensor) -> list[int]:
         return [end] if (len(given) - ids.shape[1] + 1) % (columns + 1) == 0 else codes
@@ -122,9 +127,9 @@ def drawn(network: Any, settings: DrawingSettings, ids: Tensor, other: Tensor) -
         attention_mask=torch.ones_like(ids),
         negative_prompt_ids=other,
         negative_prompt_attention_mask=torch.ones_like(other),
-        guidance_scale=network.generation_config.guidance_scale or GUIDANCE,
+        guidance_scale=GUIDANCE if scale is None else scale,
         prefix_allowed_tokens_fn=allowed,
-        do_sample=True,
+        **library_choices(settings),
         min_new_tokens=count,
         max_new_tokens=count,
     )

@@ -19,7 +19,7 @@ from flashu_compile.models import pictures, weights
 from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler
 from flashu_compile.models.chat import PictureMark, template_of
 from flashu_compile.models.drawing_forward import CodesForward
-from flashu_compile.models.drawing_lm import DrawingLMAdapter, choices, guidance_of
+from flashu_compile.models.drawing_lm import DrawingLMAdapter, choices, guidance_of, library_choices
 from flashu_compile.models.picture_forward import EagerQuestions
 from flashu_compile.models.tokenizing import picture_token
 from flashu_compile.system.paths import absolute
@@ -114,7 +114,8 @@ class JanusAdapter(DrawingLMAdapter):
             )
         mark = PictureMark(None, ahead=tokenizer.boi_token)
         template = template_of(tokenizer, codec, mark)
-        ids = {**generation, **(generation.get("generation_kwargs") or {})}
+        told = arguments.mapping("generation_kwargs", generation.get("generation_kwargs"), CheckpointError)
+        ids = {**generation, **told}
         begins = ids.get("boi_token_id", tokenizer.boi_token_id)
         named = {
             "pad_token_id": ids.get("pad_token_id"),
@@ -126,6 +127,12 @@ class JanusAdapter(DrawingLMAdapter):
             arguments.integer(f"{name} in generation_config", value, 0, words - 1, CheckpointError)
             for name, value in named.items()
         )
+        longest = config.max_position_embeddings - side**2 - template.length - template.letters
+        if longest < 1:
+            raise CheckpointError(
+                f"The model has {config.max_position_embeddings} positions, which a picture of {side**2} codes takes "
+                "up."
+            )
         pixels = side * 2 ** (len(vq.channel_multiplier) - 1)
         return DrawingSettings(
             template=template,
@@ -134,7 +141,7 @@ class JanusAdapter(DrawingLMAdapter):
             codes=vq.num_embeddings,
             first_code_id=words,
             row_end=(),
-            max_prompt_tokens=config.max_position_embeddings - side**2 - template.length,
+            max_prompt_tokens=longest,
             picture_size=(pixels, pixels),
             **choices(generation),
         )
@@ -172,7 +179,11 @@ def _drawn(network: Any, settings: DrawingSettings, ids: Tensor, other: Tensor) 
     config.generation_kwargs = {"boi_token_id": settings.unprompted.kept_ids[-1]}
     mask = torch.ones_like(ids)
     drawn = network.generate(
-        ids, attention_mask=mask, generation_config=config, generation_mode="image", do_sample=True
+        ids,
+        attention_mask=mask,
+        generation_config=config,
+        generation_mode="image",
+        **library_choices(settings),
     )
     return drawn[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ class QuestionForward(nn.Module):
 class Reading:
     """What a model reads: its settings, and the number of rows that a picture has, the most where they differ.
 
-    `drawing` makes the settings of a model that also draws.
+    `drawing` makes the settings of a model that also draws; `generation` are the settings of generation as they hold.
     """
 
     settings: UnderstandingSettings
     rows: int
     drawing: Callable[[], DrawingSettings] = dataclasses.field(compare=False)
+    generation: Mapping[str, Any] = dataclasses.field(compare=False)
 
 
 class EagerQuestions(EagerAnswers):

@@ -140,7 +140,9 @@ class PictureLMAdapter(ModelAdapter):
         drawing = functools.cache(
             functools.partial(self.drawing, network, tokenizer, TextCodec(kept), every, options)
         )
-        details = Reading(UnderstandingSettings(**vars(told), pictures=rules, most_rows=most), rows, drawing)
+        details = Reading(
+            UnderstandingSettings(**vars(told), pictures=rules, most_rows=most), rows, drawing, every
+        )
         model = LoadedModel(source.name, network, None, kept, details=details, adapter=self)
         return pretrained.with_origin(model, source, files)
 

@@ -33,6 +33,7 @@ _PARTS = {
     "ssim": "SSIM of pictures",
     "clean": "pictures free of speckle",
     "next_tokens": "next tokens that are the same",
+    "next_codes": "next codes that are the same",
 }
 
 

@@ -7,6 +7,7 @@ same bytes: no dates, no random identifiers, nobody's matplotlibrc.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,14 +97,18 @@ def timeline(plan: StepPlan | TokenPlan) -> Markup:
     with _figure(1.5 + 0.3 * len(engines), label) as (figure, done):
         heights = [0.3 * len(engines) + 0.1, 0.8]
         lanes, scales = figure.subplots(2, 1, sharex=True, height_ratios=heights)
-        for number, step in enumerate(steps, start=1):
-            lane = engines.index(step.engine)
+        number = 1
+        # Codes are hundreds or thousands: one block for each stretch of those that are drawn alike.
+        stretches = itertools.groupby(steps, None if isinstance(plan, TokenPlan) else id)
+        for step, stretch in ((step, len(list(same))) for _, (step, *same) in stretches):
+            lane, width = engines.index(step.engine), stretch + 1
             colour = SECOND if step.engine == REUSE else THIRD if step.engine in (DENOISE, DRAW) else FIRST
             lanes.add_patch(
-                Rectangle((number - 0.46, lane - 0.36), 0.92, 0.72, facecolor=colour, linewidth=0)
+                Rectangle((number - 0.46, lane - 0.36), width - 0.08, 0.72, facecolor=colour, linewidth=0)
             )
             if isinstance(step, Step) and step.store:
                 lanes.plot(number, lane, ".", color="white", markersize=4)
+            number += width
         lanes.set(ylim=(len(engines) - 0.4, -0.6), yticks=range(len(engines)), yticklabels=engines)
         lanes.tick_params(axis="y", labelcolor=INK, length=0)
         lanes.tick_params(axis="x", length=0)

@@ -55,7 +55,7 @@ def draw(
     """Draw the codes int64 [codes] of one picture.
 
     `branches` are `branch_ids`. `progress` is called after each code. Raises `NotFiniteError` if the
-    largest logit is not finite. `NotFiniteError` if the largest logit is not finite.
+    largest logit is not finite.
     """
     drawing, draws = Drawing(engines, settings, branches), Draws(seed)
     chosen: list[int] = []
@@ -126,7 +126,9 @@ class Drawing:
             self._caches = Caches(engine.spec, empty_caches(engine.spec), len(self._unread))
         ids = np.array([self._unread[branch] for branch in branches], dtype=np.int64)
         chosen, count = slice(branches[0], branches[-1] + 1), ids.shape[1]
-        state = self._caches.state(room_for=count)
+        # A branch that lags behind needs no room beyond what the other one has.
+        needed = int(self._caches.lengths[chosen].max()) + count
+        state = self._caches.state(room_for=max(needed - int(self._caches.lengths.max()), 0))
         part: dict[str, Any] = {key: value[chosen] for key, value in state.items()}
         views = dict(part)
         inputs = {"suffix_ids": ids, ROWS_BEFORE: self._caches.lengths[chosen].copy()}

@@ -131,6 +131,10 @@ class MakesPictures(OpenedBundle):
         For measuring and checking. Raises as `codes` does.
         """
         settings = self._drawing()
+        if not isinstance(prompt, str):
+            raise InputError(f"A prompt is a string, not {type(prompt).__name__}.")
+        if not isinstance(codes, Sequence | np.ndarray):
+            raise InputError(f"codes is a list of integers, not {shown(codes)}.")
         given = [arguments.integer("A code", code, 0, settings.codes - 1, InputError) for code in codes]
         if not 0 < len(given) <= settings.length:
             raise InputError(f"Give 1 to {settings.length:,} codes, not {len(given):,}.")
@@ -204,9 +208,10 @@ class MakesPictures(OpenedBundle):
         settings = self._drawing()
         plan = self.plan_for(steps, guidance_scale)
         assert isinstance(plan, TokenPlan)
+        prompts = arguments.texts("prompt", prompt)
         seeds = seeds_of("prompt", prompt, seed)
         chosen = sampling_of(sampling, Sampling(settings.temperature, settings.top_k, settings.top_p))
-        texts = [drawing.branch_ids(self.codec, settings, text) for text in arguments.texts("prompt", prompt)]
+        texts = [drawing.branch_ids(self.codec, settings, text) for text in prompts]
         drawn = _counting(progress, len(texts) * settings.length)
         for text, one in zip(texts, seeds, strict=True):
             yield drawing.draw(self._engines, plan, settings, text, chosen, one, drawn)[None]

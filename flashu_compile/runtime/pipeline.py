@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -25,8 +25,6 @@ from flashu_compile.runtime.pictures import MakesPictures, sampling_of, seeds_of
 from flashu_compile.runtime.providers import ProviderOptions
 from flashu_compile.system.paths import absolute
 from flashu_compile.tasks import MMU, TEXT
-
-CountProgress = Callable[[int, int], None]
 
 
 def load(
@@ -241,6 +239,7 @@ class Pipeline(MakesPictures):
         settings = self._understanding()
         pixels = engine_pixels(image, settings.pictures)
         cells = settings.pictures.cells(*pixels.shape[2:])
+        settings.check_rows(cells)
         prefix, _ = self.codec.around_picture(settings.template, "", cells=cells)
         return decoding.Picture.seen(self._engines, prefix, pixels, settings.most_rows), prefix
 

@@ -69,6 +69,12 @@ def test_greedy_draws_nothing() -> None:
     assert draws.next() == Draws(0).next()
 
 
+@pytest.mark.parametrize("temperature", [1e-308, 1e-30, 1e-3])
+def test_the_lowest_temperatures_take_the_likeliest(temperature: float) -> None:
+    logits = np.array([1, 3, 2, -np.inf], np.float32)
+    assert Sampling(temperature).choose(logits, Draws(0)) == 1
+
+
 def test_masked_tokens_are_never_chosen() -> None:
     logits = np.array([-np.inf, 0.0, -np.inf, 0.0], np.float32)
     for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.9), Sampling(temperature=50)):

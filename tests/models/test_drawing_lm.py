@@ -19,15 +19,20 @@ from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.sampling import GREEDY
 from flashu_compile.errors import (
     CheckpointError,
+    ConfigurationError,
     DeclinedError,
     InputError,
     RecipeError,
     UnknownTaskError,
 )
+from flashu_compile.evaluation.agreement import Agreement
+from flashu_compile.evaluation.data import PromptSample
+from flashu_compile.evaluation.judging import Side
 from flashu_compile.models.loading import load_model
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.runtime.drawing import branch_ids
 from flashu_compile.runtime.pipeline import Pipeline
 from tests.support import tiny_picture_lm as tiny
 from tests.support.tiny_picture_lm import PROMPTS, Family, picture_of, reference, save
@@ -175,6 +180,28 @@ class TestExact:
             pipe.generate("a", sampling=0.7)  # type: ignore[call-overload]
         with pytest.raises(InputError, match="The prompt has"):
             pipe.generate("long " * 400)
+        for prompt in (None, 5):
+            with pytest.raises(InputError, match="A prompt is a string or a list of strings"):
+                pipe.generate(prompt)  # type: ignore[call-overload]
+        with pytest.raises(InputError, match="A prompt is a string, not list"):
+            pipe.code_logits(["a", "b"], [1])  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="codes is a list of integers, not None"):
+            pipe.code_logits("a", None)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="Give 1 to 16 codes, not 0"):
+            pipe.code_logits("a", [])
+
+    def test_the_longest_prompt_fits(self, pipe: Pipeline, janus: Family) -> None:
+        settings: Any = pipe.manifest.drawing
+        positions = janus.model.config.text_config.max_position_embeddings
+        one, other = branch_ids(pipe.codec, settings, "a" * settings.max_prompt_tokens)
+        assert len(one) == len(other) <= positions - CODES
+        with pytest.raises(InputError, match="takes at most"):
+            branch_ids(pipe.codec, settings, "a" * (settings.max_prompt_tokens + 1))
+
+    def test_bundles_are_compared_by_the_next_code(self, pipe: Pipeline) -> None:
+        own, theirs = (Side(title, pipe, lambda *_: None) for title in ("a", "b"))
+        samples: Any = [PromptSample(prompt, 0, "k") for prompt in PROMPTS[:3]]
+        assert Agreement(theirs, None, {})(own, samples) == {"next_codes": [1.0] * 3}
 
 
 def _cut(janus: Family, kept: dict[int, np.ndarray], skipped: tuple[int, ...]) -> Any:
@@ -290,6 +317,33 @@ class TestSettings:
         )
         with pytest.raises(CheckpointError, match="pad_token_id in generation_config"):
             loaded.adapter.settings(loaded, "t2i")
+
+    @pytest.mark.parametrize(
+        ("generation", "error", "said"),
+        [
+            ({"generation_kwargs": [1]}, CheckpointError, "generation_kwargs must be a mapping"),
+            ({"do_sample": True, "temperature": "hot"}, CheckpointError, "does not say how codes are chosen"),
+            ({"do_sample": True, "min_p": 0.2}, ConfigurationError, "asks for min_p"),
+        ],
+    )
+    def test_odd_settings_of_generation(
+        self, janus: Family, generation: dict[str, Any], error: type[Exception], said: str
+    ) -> None:
+        parts = {"image_processor": janus.processor.image_processor, "generation": generation}
+        loaded = load_model(janus.model, tokenizer=janus.processor.tokenizer, model_options=parts)
+        with pytest.raises(error, match=said):
+            loaded.adapter.settings(loaded, "t2i")
+
+    def test_settings_of_generation_are_followed(self, janus: Family) -> None:
+        generation = {"guidance_scale": 7.0, "do_sample": False}
+        parts = {"image_processor": janus.processor.image_processor, "generation": generation}
+        loaded = load_model(janus.model, tokenizer=janus.processor.tokenizer, model_options=parts)
+        assert loaded.adapter.sampler(loaded).guidance_scale == 7  # type: ignore[union-attr]
+        assert loaded.adapter.settings(loaded, "t2i").temperature == 0  # type: ignore[union-attr]
+
+    def test_what_presets_take_is_estimated(self, folder: Path) -> None:
+        told = flashu_compile.estimate(folder, "t2i", recipe="flashu")
+        assert told.engines == ("draw_skip…", "draw_pruned_skip…", "codes_decode")
 
     def test_the_eager_side_draws_as_the_library(self, janus: Family, folder: Path) -> None:
         loaded = load_model(folder)

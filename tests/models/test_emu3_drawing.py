@@ -179,6 +179,14 @@ class TestSettings:
         with pytest.raises(ConfigurationError, match=said):
             loaded.adapter.settings(loaded, "t2i")
 
+    @pytest.mark.parametrize(
+        ("negative", "said"), [(5, "negative_prompt must be a text"), ("x" * 3000, "longer than the")]
+    )
+    def test_odd_negative_prompts(self, folder: Path, negative: Any, said: str) -> None:
+        loaded = load_model(folder, resolution=SIZE, model_options={"negative_prompt": negative})
+        with pytest.raises(ConfigurationError, match=said):
+            loaded.adapter.settings(loaded, "t2i")
+
     def test_the_eager_side_draws_as_the_library(self, folder: Path, family: Family) -> None:
         loaded = load_model(folder, resolution=SIZE)
         eager: Any = loaded.adapter.eager(loaded)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
+from flashu_compile.bundle.profiles import ROOM
 from flashu_compile.bundle.sampling import GREEDY, Sampling
 from flashu_compile.bundle.settings import DrawingSettings, Template, Unprompted
 from flashu_compile.errors import BundleError, NotFiniteError
@@ -136,6 +137,24 @@ def test_a_branch_that_is_left_out_is_not_read() -> None:
     assert runs[:6] == [(1, 2), *[(1, 1)] * 5]
     assert runs[6:8] == [(1, 1), (1, 8)]
     assert runs[8:] == [(2, 1)] * 5
+
+
+def test_a_branch_that_catches_up_needs_no_more_room() -> None:
+    """Caches hold what is read, and at most what they grow by."""
+    sizes: list[int] = []
+
+    class Measuring(Remembering):
+        def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            sizes.append(inputs[CACHE].shape[2])
+            return super().run(inputs)
+
+        def engine(self, name: str) -> Remembering:
+            return self
+
+    told = settings(20, 10)
+    plan = TokenPlan((Span(150, "draw", 1.0), Span(50, "draw", 3.0)))
+    draw(Measuring(), plan, told, ([1, 2, 3], [4, 5]), GREEDY, seed=0)
+    assert max(sizes) <= 3 + 200 + ROOM
 
 
 def test_seeds_choose() -> None:
