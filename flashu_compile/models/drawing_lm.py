@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from flashu_compile import arguments
-from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.sampling import Sampling
 from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.errors import CheckpointError, ConfigurationError, InputError
 from flashu_compile.models.adapter import LoadedModel, Sampler, Settings
 from flashu_compile.models.drawing_forward import CodesForward, EagerDrawing, Library, PixelsForward
+from flashu_compile.models.picture_forward import Given
 from flashu_compile.models.picture_lm import PictureLMAdapter
 from flashu_compile.models.stacks import LLM
 from flashu_compile.program.program import BATCH, Input, Role
@@ -45,14 +45,7 @@ class DrawingLMAdapter(PictureLMAdapter):
         """Return the decoder from codes [b, n] to pixels [b, 3, height, width], normalised as those that are read."""
 
     @abstractmethod
-    def drawing(
-        self,
-        network: Any,
-        tokenizer: Any,
-        codec: TextCodec,
-        generation: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> DrawingSettings:
+    def drawing(self, given: Given) -> DrawingSettings:
         """Return what the loop that draws must know."""
 
     def draws(self, loaded: LoadedModel, library: Library) -> Callable[[], EagerDrawing]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from flashu_compile.bundle import areas
 from flashu_compile.bundle.preparing import PictureRules, PictureStep
-from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, pretrained
@@ -19,7 +18,7 @@ from flashu_compile.models.chat import PictureMark
 from flashu_compile.models.drawing_lm import DrawingLMAdapter, guidance_of
 from flashu_compile.models.emu3_codes import PixelsOfCodes, ids_of_codes, picture_ids
 from flashu_compile.models.emu3_drawing import GUIDANCE, SIDE, Emu3Codes, drawing_settings, drawn
-from flashu_compile.models.picture_forward import EagerQuestions
+from flashu_compile.models.picture_forward import EagerQuestions, Given
 from flashu_compile.models.stacks import LLM
 from flashu_compile.models.tokenizing import picture_token
 from flashu_compile.program.program import Role
@@ -142,16 +141,9 @@ class Emu3Adapter(DrawingLMAdapter):
         """Return the VQ model's decoder for pictures of this size."""
         return PixelsOfCodes(network.model.vqmodel, *settings.grid)
 
-    def drawing(
-        self,
-        network: Any,
-        tokenizer: Any,
-        codec: TextCodec,
-        generation: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> DrawingSettings:
+    def drawing(self, given: Given) -> DrawingSettings:
         """Return what the loop that draws must know."""
-        return drawing_settings(network, tokenizer, codec, generation, options, _CELL)
+        return drawing_settings(given, _CELL)
 
     def eager(self, loaded: LoadedModel) -> EagerCodes:
         """Return the model with the library's own loops."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models.drawing_forward import CodesForward
 from flashu_compile.models.drawing_lm import choices, library_choices
 from flashu_compile.models.emu3_codes import ids_of_codes
+from flashu_compile.models.picture_forward import Given
 
 #: The side of a square picture of the area that the library's processor draws, in pixels.
 SIDE = 720
@@ -51,19 +51,13 @@ class Emu3Codes(CodesForward):
         return F.linear(rows, self.model.lm_head.weight[self.codes])
 
 
-def drawing_settings(
-    network: Any,
-    tokenizer: Any,
-    codec: TextCodec,
-    generation: Mapping[str, Any],
-    options: Mapping[str, Any],
-    cell: int,
-) -> DrawingSettings:
+def drawing_settings(given: Given, cell: int) -> DrawingSettings:
     """Return what the loop that draws must know; a code shows `cell` × `cell` pixels.
 
     Raises `ConfigurationError` on a size that is no multiple of that, or too large, `CheckpointError` on a tokenizer
     that encodes prompts otherwise than piece by piece.
     """
+    network, options = given.network, given.options
     width, height = arguments.picture_size(options.get("resolution", SIDE))
     if width % cell or height % cell:
         raise ConfigurationError(
@@ -71,7 +65,7 @@ def drawing_settings(
         )
     grid = height // cell, width // cell
     ids = ids_of_codes(network)
-    template = _template(tokenizer, codec, grid)
+    template = _template(given.tokenizer, given.codec, grid)
     rows = grid[0] * (grid[1] + 1)
     longest = network.config.get_text_config().max_position_embeddings - rows - template.length
     if longest < 1:
@@ -80,7 +74,7 @@ def drawing_settings(
             "resolution."
         )
     negative = arguments.name_of("negative_prompt", options.get("negative_prompt", NEGATIVE_PROMPT))
-    if len(codec.encode(negative)) > longest:
+    if len(given.codec.encode(negative)) > longest:
         raise ConfigurationError(
             f"negative_prompt is longer than the {longest} tokens that a prompt may have."
         )
@@ -93,7 +87,7 @@ def drawing_settings(
         row_end=(int(ids[-1]),),
         max_prompt_tokens=longest,
         picture_size=(width, height),
-        **choices(generation),
+        **choices(given.generation),
     )
 
 

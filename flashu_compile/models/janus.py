@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from flashu_compile import arguments
 from flashu_compile.bundle.preparing import PictureRules, PictureStep
-from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import DrawingSettings, Unprompted
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import pictures, weights
@@ -20,7 +19,7 @@ from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler
 from flashu_compile.models.chat import PictureMark, template_of
 from flashu_compile.models.drawing_forward import CodesForward
 from flashu_compile.models.drawing_lm import DrawingLMAdapter, choices, guidance_of, library_choices
-from flashu_compile.models.picture_forward import EagerQuestions
+from flashu_compile.models.picture_forward import EagerQuestions, Given
 from flashu_compile.models.tokenizing import picture_token
 from flashu_compile.system.paths import absolute
 
@@ -96,15 +95,9 @@ class JanusAdapter(DrawingLMAdapter):
         """Return the model with the library's own loops."""
         return EagerQuestions(loaded, self.draws(loaded, _drawn))
 
-    def drawing(
-        self,
-        network: Any,
-        tokenizer: Any,
-        codec: TextCodec,
-        generation: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> DrawingSettings:
+    def drawing(self, given: Given) -> DrawingSettings:
         """Return what the loop that draws must know; guidance's second branch attends to padding."""
+        network, generation = given.network, given.generation
         config, vq = network.config.get_text_config(), network.config.vq_config
         side = vq.num_patches
         if network.config.vision_config.num_image_tokens != side**2:
@@ -112,11 +105,11 @@ class JanusAdapter(DrawingLMAdapter):
                 f"The model draws {network.config.vision_config.num_image_tokens} codes, of which its decoder makes no "
                 f"picture of {side} × {side}."
             )
-        mark = PictureMark(None, ahead=tokenizer.boi_token)
-        template = template_of(tokenizer, codec, mark)
+        mark = PictureMark(None, ahead=given.tokenizer.boi_token)
+        template = template_of(given.tokenizer, given.codec, mark)
         told = arguments.mapping("generation_kwargs", generation.get("generation_kwargs"), CheckpointError)
         ids = {**generation, **told}
-        begins = ids.get("boi_token_id", tokenizer.boi_token_id)
+        begins = ids.get("boi_token_id", given.tokenizer.boi_token_id)
         named = {
             "pad_token_id": ids.get("pad_token_id"),
             "bos_token_id": ids.get("bos_token_id"),

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashu_compile.bundle.images import engine_pixels
+from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import DrawingSettings, UnderstandingSettings
-from flashu_compile.errors import UnsupportedModelError
+from flashu_compile.errors import CheckpointError, UnsupportedModelError
 from flashu_compile.models import pretrained
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.models.drawing_forward import EagerDrawing
@@ -37,6 +39,17 @@ class QuestionForward(nn.Module):
         return pretrained.last_logits(self.model, rows), image
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """What settings are made of: a network, its tokenizer, also as a bundle has it, settings of generation, options."""
+
+    network: Any
+    tokenizer: Any
+    codec: TextCodec
+    generation: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """What a model reads: its settings, and the number of rows that a picture has, the most where they differ.
@@ -48,6 +61,16 @@ class Reading:
     rows: int
     drawing: Callable[[], DrawingSettings] = dataclasses.field(compare=False)
     generation: Mapping[str, Any] = dataclasses.field(compare=False)
+
+
+def count_rows(features: Features, network: Any, rules: PictureRules) -> int:
+    """Count the rows of a picture, on tensors without values. Raises `CheckpointError` if there are none."""
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            pixels = torch.empty(1, 3, rules.height, rules.width, dtype=network.dtype)
+            return int(features(network, pixels).shape[1])
+    except Exception as error:  # whatever the library's code makes of odd settings
+        raise CheckpointError(f"The model makes no rows of a picture by its settings: {error}") from error
 
 
 class EagerQuestions(EagerAnswers):

@@ -6,7 +6,6 @@ library's own. A family says how pixels become rows, and what its processor does
 
 from __future__ import annotations
 
-import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -14,17 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
 from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import DrawingSettings, UnderstandingSettings
 from flashu_compile.errors import BundleError, CheckpointError
-from flashu_compile.models import pictures, pretrained
+from flashu_compile.models import pictures, pretrained, reducing
 from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelAdapter, ModelSource, Settings
 from flashu_compile.models.chat import PictureMark, text_settings
-from flashu_compile.models.picture_forward import EagerQuestions, QuestionForward, Reading
+from flashu_compile.models.picture_forward import EagerQuestions, Given, QuestionForward, Reading, count_rows
 from flashu_compile.models.stacks import LLM, SEMANTIC
 from flashu_compile.models.tokenizing import take_chat_template
 from flashu_compile.program.program import BATCH, Input, Role
@@ -69,14 +67,7 @@ class PictureLMAdapter(ModelAdapter):
         """Return the rules by which an image processor makes pixels of `side` × `side`."""
         return pictures.picture_rules(processor, side)
 
-    def drawing(
-        self,
-        network: Any,
-        tokenizer: Any,
-        codec: TextCodec,
-        generation: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> DrawingSettings:
+    def drawing(self, given: Given) -> DrawingSettings:
         """Return what the loop that draws must know, for families that have one."""
         raise NotImplementedError
 
@@ -137,9 +128,8 @@ class PictureLMAdapter(ModelAdapter):
             self.mark(source, network, tokenizer, options.get("image_processor")),
         )
         most = None if rules.cell is None else rows
-        drawing = functools.cache(
-            functools.partial(self.drawing, network, tokenizer, TextCodec(kept), every, options)
-        )
+        given = Given(network, tokenizer, TextCodec(kept), every, options)
+        drawing = functools.cache(functools.partial(self.drawing, given))
         details = Reading(
             UnderstandingSettings(**vars(told), pictures=rules, most_rows=most), rows, drawing, every
         )
@@ -151,14 +141,8 @@ class PictureLMAdapter(ModelAdapter):
         return self.rules(processor, pictures.square_side(source, network.config.vision_config))
 
     def most_rows(self, network: Any, rules: PictureRules) -> int:
-        """Count the rows of a picture, on tensors without values; the most where pictures differ in size."""
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        try:
-            with torch.no_grad(), fake:
-                pixels = torch.empty(1, 3, rules.height, rules.width, dtype=network.dtype)
-                return int(self.features(network, pixels).shape[1])
-        except Exception as error:  # whatever the library's code makes of odd settings
-            raise CheckpointError(f"The model makes no rows of a picture by its settings: {error}") from error
+        """Count the rows of a picture; the most where pictures differ in size."""
+        return count_rows(self.features, network, rules)
 
     def forward(self, network: Any) -> tuple[nn.Module, Role]:
         """Return the forward from pixels to logits, and the role of the picture's rows in what it gives."""
@@ -215,9 +199,7 @@ class PictureLMAdapter(ModelAdapter):
 
     def count_layers(self, network: Any, count: int) -> None:
         """Tell the vision tower of a copy of a network, in a configuration of its own, how many layers it has."""
-        tower = network.get_submodule(self.vision)
-        tower.config = copy.copy(tower.config)
-        tower.config.num_hidden_layers = count
+        reducing.tell_depth(network.get_submodule(self.vision), count)
 
     def eager(self, loaded: LoadedModel) -> EagerModel:
         """Return the model with the library's own loop."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +31,13 @@ def with_layers(
         whole = list(parent.get_submodule(name).children())
         parent._modules[name] = nn.ModuleList(whole[index] for index in layers[stack])
     return made
+
+
+def tell_depth(tower: nn.Module, count: int) -> None:
+    """Tell a stack of a copy, in a configuration of its own, how many layers it has."""
+    own: Any = tower
+    own.config = copy.copy(own.config)
+    own.config.num_hidden_layers = count
 
 
 def _shallow(module: nn.Module) -> nn.Module:
