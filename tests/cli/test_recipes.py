@@ -293,7 +293,7 @@ class TestBuild:
         assert result.exit_code == 0
         rows = [line.split() for line in result.stdout.splitlines()]
         assert ["calibrated", "mmu", "on", "3", "samples"] in rows
-        assert "mmu.layer_skipping=0.5 with mmu.pruning.llm=0.25" in result.stdout
+        assert "mmu.layer_skipping.decoder=0.5 with mmu.pruning.llm=0.25" in result.stdout
         passes = {row[0]: row for row in rows if row[1:2] == ["lossy"]}
         assert passes.keys() == {"PruneFFN", "RemoveLayers"}
         assert all(row[2] == "1" and float(row[3]) > 0 for row in passes.values())

@@ -326,7 +326,7 @@ def test_pytorch_runs_it_too(case: Case, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_a_recipe_cuts_is_what_is_cut_by_hand(case: Case, tmp_path: Path) -> None:
     source = flashu_compile.capture_model(case.folder, "mmu")
-    config = flashu_compile.MMUConfig(ffn_pruning=0.25, width_multiple=8, layer_skipping=0.25)
+    config = flashu_compile.MMUConfig(pruning=0.25, width_multiple=8, layer_skipping=0.25)
     samples = [(np.asarray(picture_of(n)), prompt) for n, prompt in enumerate(PROMPTS[:6])]
     wanted = dataclasses.replace(Recipe("cut"), mmu=config)
     recipe = flashu_compile.calibrate(source, "mmu", recipe=wanted, calibration=samples)
@@ -334,7 +334,7 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(case: Case, tmp_path: Path) -
         source, "mmu", recipe=recipe, calibration=samples, output=tmp_path / "b", cache=False
     )
     decided = recipe.decided("mmu")
-    cut = _cut(case.family.model, decided.kept_neurons["llm"], *decided.phases[0].skipped)
+    cut = _cut(case.family.model, decided.kept_neurons["llm"], *decided.phases[0].layers["llm"])
     pipe = flashu_compile.load(bundle.path, threads=1)
     cut_family = Family(cut, case.family.processor)
     changed = 0
