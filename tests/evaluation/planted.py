@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ def _rng(prompt: str, seed: int) -> np.random.Generator:
 
 class Draws:
     """Renders a scene that the prompt describes, with a little noise, as a model's pictures have."""
+
+    #: Pictures are of latents, not of codes.
+    manifest: Any = SimpleNamespace(drawing=None)
 
     def generate(self, prompt: str, *, seed: int, steps: Any = None) -> Image.Image:
         rng = _rng(prompt, seed)
