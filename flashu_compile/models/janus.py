@@ -171,13 +171,9 @@ def _drawn(network: Any, settings: DrawingSettings, ids: Tensor, other: Tensor) 
     # The library forgets this entry of a file that it reads.
     config.generation_kwargs = {"boi_token_id": settings.unprompted.kept_ids[-1]}
     mask = torch.ones_like(ids)
-    drawn = network.generate(
-        ids,
-        attention_mask=mask,
-        generation_config=config,
-        generation_mode="image",
-        **library_choices(settings),
-    )
+    for name, value in library_choices(settings).items():
+        setattr(config, name, value)
+    drawn = network.generate(ids, attention_mask=mask, generation_config=config, generation_mode="image")
     return drawn[0]
 
 
