@@ -155,9 +155,14 @@ class DrawingSettings:
                 "The manifest's template of t2i has a picture, where codes follow the template."
             )
         try:
-            Sampling(self.temperature, self.top_k, self.top_p)
+            _ = self.sampling
         except InputError as error:
             raise BundleError(f"The manifest's way to choose codes is none: {error}") from error
+
+    @property
+    def sampling(self) -> Sampling:
+        """How codes are chosen unless a caller says otherwise."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
 
     @property
     def length(self) -> int:

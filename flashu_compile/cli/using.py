@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +32,6 @@ from flashu_compile.system.paths import absolute
 if TYPE_CHECKING:
     from flashu_compile.bundle.sampling import Sampling
     from flashu_compile.runtime import Pipeline
-
-_CHOICES = ("temperature", "top_k", "top_p")
 
 AllowControlTokens = Annotated[
     bool,
@@ -120,9 +118,7 @@ def generate(
         allow_control_tokens=allow_control_tokens,
     )
     drawing = pipeline.manifest.drawing
-    sampling = _sampling(
-        temperature, top_k, top_p, {} if drawing is None else {n: getattr(drawing, n) for n in _CHOICES}
-    )
+    sampling = _sampling(temperature, top_k, top_p, None if drawing is None else drawing.sampling)
     started = time.perf_counter()
     with display.progress_bar("Generating") as advance:
         picture = pipeline.generate(
@@ -214,7 +210,7 @@ def ask(
         None if alone else picture,
         questions,
         max_new_tokens=max_new_tokens,
-        sampling=_sampling(temperature, top_k, top_p, {}),
+        sampling=_sampling(temperature, top_k, top_p),
         seed=seed,
     )
     if as_json:
@@ -227,13 +223,14 @@ def ask(
 
 
 def _sampling(
-    temperature: float | None, top_k: int | None, top_p: float | None, default: Mapping[str, Any]
+    temperature: float | None, top_k: int | None, top_p: float | None, default: Sampling | None = None
 ) -> Sampling | None:
     """Return how tokens are chosen, by what was given, and by the default for the rest; None if nothing was."""
     from flashu_compile.bundle.sampling import Sampling
 
-    asked = {name: v for name, v in zip(_CHOICES, (temperature, top_k, top_p), strict=True) if v is not None}
-    return Sampling(**{**default, **asked}) if asked else None
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(default or Sampling(), **asked) if asked else None
 
 
 def _load(bundle: Path, **options: Any) -> Pipeline:

@@ -88,7 +88,7 @@ def picture_cost(
         truth = emulated(exact, number)
         latents = sample(engines, plan, texts[number], noises[number])
         rows.append({"prompt": prompt, "seed": seed + number, "error": _error(latents, truth)})
-        pictures = tuple(_picture(decoder, value) for value in (truth, latents))
+        pictures = tuple(decoded(decoder, Role.LATENTS, value) for value in (truth, latents))
         comparisons.append(Comparison(prompt, pictures))
         truths.append(truth)
     techniques = []
@@ -122,9 +122,10 @@ def _picture_techniques(recipe: Recipe, exact: Recipe) -> Iterator[tuple[str, Re
             yield name, dataclasses.replace(exact, t2i=changed)
 
 
-def _picture(decoder: Program, latents: NDArray[np.float32]) -> Image.Image:
+def decoded(decoder: Program, role: str, values: NDArray[Any]) -> Image.Image:
+    """Return the picture that a captured decoder makes of its input of a role, [1, …]."""
     with torch.inference_mode():
-        pixels = decoder.run({Role.LATENTS: torch.from_numpy(latents)})[Role.PIXELS]
+        pixels = decoder.run({role: torch.from_numpy(values)})[Role.PIXELS]
     return to_picture(pixels[0].numpy(), captured_source(decoder))
 
 

@@ -19,13 +19,12 @@ from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
 from flashu_compile.bundle.prompts import TextCodec
-from flashu_compile.bundle.sampling import Sampling
 from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.errors import CalibrationError, FlashuError
 from flashu_compile.measure.cached import CachedEngines
 from flashu_compile.measure.calibration import Calibrated, CountProgress, decided_of_answers, last_rows
-from flashu_compile.measure.cost import Cost, Tell, emulator_of, mean, rounded
-from flashu_compile.measure.recorder import Recorder, captured_source
+from flashu_compile.measure.cost import Cost, Tell, decoded, emulator_of, mean, rounded
+from flashu_compile.measure.recorder import Recorder
 from flashu_compile.measure.sensitivity import Probe
 from flashu_compile.measure.statistics import Statistics
 from flashu_compile.program.program import Program, Role
@@ -67,7 +66,7 @@ class _Exact:
     ) -> None:
         self.engines, self.plan = CachedEngines(program), plan
         self._codec, self._settings = codec, settings
-        self.sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+        self.sampling = settings.sampling
 
     def drawn(self, prompt: str, seed: int) -> _Drawn:
         branches = branch_ids(self._codec, self._settings, prompt)
@@ -174,7 +173,7 @@ def drawing_cost(
             }
         )
         own = draw(engines, plan, settings, drawn.branches, exact.sampling, seed + number)
-        shown = (_picture(decoder, drawn.codes), _picture_of(engines, own))
+        shown = (decoded(decoder, Role.CODES, drawn.codes[None]), _picture_of(engines, own))
         comparisons.append(Comparison(prompt, shown))
         pictures.append(drawn)
         truths.append(truth)
@@ -227,12 +226,6 @@ def _alone(
 
     found = np.stack([logits(place, steps[place]) for place in places])
     return rounded(relative_error(found, truth[places]))
-
-
-def _picture(decoder: Program, codes: NDArray[np.int64]) -> Any:
-    with torch.inference_mode():
-        pixels = decoder.run({Role.CODES: torch.from_numpy(codes[None])})[Role.PIXELS]
-    return to_picture(pixels[0].numpy(), captured_source(decoder))
 
 
 def _picture_of(engines: Engines, codes: NDArray[np.int64]) -> Any:

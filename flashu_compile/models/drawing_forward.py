@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,20 +24,20 @@ from flashu_compile.runtime.drawing import branch_ids, read_ids
 Library = Callable[[Any, DrawingSettings, Tensor, Tensor], Tensor]
 
 
-class CodesForward(nn.Module):
+class CodesForward(nn.Module, ABC):
     """From ids of text and of codes to the logits of the next code, by the parts of a family's module."""
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Embed ids [b, n] of text, and above them of codes."""
-        raise NotImplementedError
-
-    def head(self, rows: Tensor) -> Tensor:
-        """Compute the logits [.., codes] of the next code from rows [.., width] that leave the decoder."""
-        raise NotImplementedError
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Embed ids [b, n] of text, and above them of codes."""
+
+    @abstractmethod
+    def head(self, rows: Tensor) -> Tensor:
+        """Compute the logits [.., codes] of the next code from rows [.., width] that leave the decoder."""
 
     def decoded(self, ids: Tensor) -> Tensor:
         """Return the rows [b, n, width] that leave the decoder for ids [b, n]."""

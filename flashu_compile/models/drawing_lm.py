@@ -6,6 +6,7 @@ text is. A family says how they become rows, how a row becomes logits of the nex
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -122,6 +123,6 @@ def choices(generation: Mapping[str, Any]) -> dict[str, Any]:
 
 def library_choices(settings: DrawingSettings) -> dict[str, Any]:
     """Return the arguments by which the library's `generate` chooses codes as a bundle with these settings does."""
-    if settings.temperature == 0:
+    if settings.sampling.is_greedy:
         return {"do_sample": False}
-    return {"do_sample": True, **{name: getattr(settings, name) for name in _CARRIED}}
+    return {"do_sample": True, **dataclasses.asdict(settings.sampling)}

@@ -210,7 +210,7 @@ class MakesPictures(OpenedBundle):
         assert isinstance(plan, TokenPlan)
         prompts = arguments.texts("prompt", prompt)
         seeds = seeds_of("prompt", prompt, seed)
-        chosen = sampling_of(sampling, Sampling(settings.temperature, settings.top_k, settings.top_p))
+        chosen = sampling_of(sampling, settings.sampling)
         texts = [drawing.branch_ids(self.codec, settings, text) for text in prompts]
         drawn = _counting(progress, len(texts) * settings.length)
         for text, one in zip(texts, seeds, strict=True):
