@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from flashu_compile.bundle.manifest import read_manifest
 from flashu_compile.runtime.engine import Engine
-from flashu_compile.runtime.sessions import OnnxRuntimeEngine
+from flashu_compile.runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 _BYTE_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", *_BYTE_PRODUCTS)

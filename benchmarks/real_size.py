@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import flashu_compile
 from benchmarks.geometries import SEED, published_defaults, tokenizer, understanding_defaults
 from benchmarks.measuring import machine, parser, report, seconds
-from benchmarks.memory import resident
 from examples.showo2_shapes.saving import save_wan
 from flashu_compile.bundle.manifest import REPORT, WEIGHTS
+from flashu_compile.evaluation.machine import resident
 from flashu_compile.evaluation.watching import WatchedEngines
 from flashu_compile.models.showo2.config import configuration
 from flashu_compile.models.showo2.modeling import Showo2

@@ -19,12 +19,19 @@ from pathlib import Path
 from flashu_compile import reading
 from flashu_compile.errors import CacheError
 from flashu_compile.system.drafts import PREFIX, draft_folder, remove_dead_drafts
-from flashu_compile.system.paths import CHOICES, EXACT_BUNDLES, LIBRARIES, absolute, cache_directory
+from flashu_compile.system.paths import (
+    CHOICES,
+    EXACT_BUNDLES,
+    LIBRARIES,
+    PACKED,
+    absolute,
+    cache_directory,
+)
 
 LIMIT_BYTES = 4 << 30
 LARGEST_ENTRY = 1 << 30
 _SUFFIX = ".engines"
-_OF_LIBRARIES = (*LIBRARIES, CHOICES)
+_OF_LIBRARIES = (*LIBRARIES, CHOICES, PACKED)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 _log = logging.getLogger(__name__)
@@ -104,7 +111,7 @@ class EngineCache:
     def library_bytes(self) -> int:
         """Return the bytes of libraries' files, which have no limit: compiled code, timings, lists of fonts.
 
-        Choices of a backend, which libraries are measured for, count among them.
+        Choices of a backend, which libraries are measured for, and weights packed by them count among them.
         """
         return self._bytes_of(_OF_LIBRARIES)
 

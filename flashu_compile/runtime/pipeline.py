@@ -47,8 +47,9 @@ def load(
     `provider_options` are its options by ONNX Runtime's names, such as `device_id`, `gpu_mem_limit`,
     `enable_cuda_graph` or `trt_engine_cache_path`; `library` is that of a plug-in, whose code it runs. `threads` is the
     number of threads an engine computes with (None: one for each core that the process may use, by its affinity and its
-    container's quota). With `memory="fast"` each engine keeps weights in the form that is fastest to compute with; with
-    `"low"` (ONNX Runtime on the CPU) all engines read one map of the weights, which takes less memory and more time.
+    container's quota). With `memory="fast"` engines keep weights in the form that is fastest to compute with, which
+    ONNX Runtime on the CPU shares between them in the user's cache (see its option `packed_weights`); with `"low"` all
+    of its engines read one map of the weights as they are, which takes less memory and more time.
     `verify_hashes=False` skips comparing each file with its SHA-256; `digest` is that of the manifest, as `export` gave
     it. `trust=True` lets engines be code, or have any operators: give it only for bundles whose builder you know. A
     prompt or question is plain text, whatever it spells; with `allow_control_tokens=True` the tokenizer's added tokens

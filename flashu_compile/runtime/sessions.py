@@ -25,25 +25,30 @@ from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
 from flashu_compile.bundle.profiles import dimension_ranges, engine_profile
-from flashu_compile.bundle.signatures import check_inputs, check_outputs, state_of, updated
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
-from flashu_compile.runtime.binding import BoundRuns, StateRuns
+from flashu_compile.runtime.binding import BoundRuns
 from flashu_compile.runtime.checked_graph import read_graph
-from flashu_compile.runtime.engine import State, Tensors
+from flashu_compile.runtime.engine import Tensors
 from flashu_compile.runtime.lifetime import Lifetime, OwnedEngines
 from flashu_compile.runtime.onnx_file import OnnxFile
+from flashu_compile.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from flashu_compile.runtime.packed_weights import (
+    FAILURES,
+    PackedWeights,
+    give_back_memory,
+    packed_weights,
+    read_packed,
+)
 from flashu_compile.runtime.plugins import LIBRARY, add_provider, devices, plug_in
 from flashu_compile.runtime.providers import (
     CUDA_GRAPH,
     TENSORRT,
-    Placement,
     ProviderOptions,
     check_options,
     check_placements,
     configure,
     engine_options,
     entered,
-    placements,
     session_request,
 )
 from flashu_compile.runtime.saturation import products_saturate
@@ -78,88 +83,9 @@ _PROBE = base64.b64decode(
     "CAc6OQoOCgF4CgF4EgF5IgNBZGQSBXByb2JlWg8KAXgSCgoICAESBAoCCAFiDwoBeRIKCggIARIECgIIAUIECgAQDQ=="
 )
 
-_ORT_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(double)": "float64",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
-}
-
 _NOT_CAPTURED = "cannot use the graph capture feature"
 
 _log = logging.getLogger(__name__)
-
-
-class OnnxRuntimeEngine:
-    """An ONNX Runtime session with its signature. `InferenceSession.run` may be called from several threads.
-
-    `placements` says which provider runs how many nodes. With `bound`, runs go through fixed buffers, one at a
-    time.
-    """
-
-    def __init__(
-        self,
-        spec: EngineSpec,
-        session: ort.InferenceSession,
-        *,
-        weights: SharedWeights | None = None,
-        bound: BoundRuns | None = None,
-        lifetime: Lifetime | None = None,
-    ) -> None:
-        self.spec = spec
-        self._lifetime = lifetime or Lifetime()
-        self.placements: tuple[Placement, ...] = placements(session)
-        self._session, self._bound = session, bound
-        self._weights = weights  # the session reads them for as long as it lives
-        self._outputs = [tensor.name for tensor in spec.outputs]
-        self._state = state_of(spec)
-        self._stateful = StateRuns(session, spec)
-        for side, tensors, values in (
-            ("inputs", spec.inputs, session.get_inputs()),
-            ("outputs", spec.outputs, session.get_outputs()),
-        ):
-            listed = {(tensor.name, tensor.dtype) for tensor in tensors}
-            found = {(value.name, _ORT_DTYPES.get(value.type, value.type)) for value in values}
-            if listed != found:
-                raise BundleError(
-                    f"Engine {spec.name!r}: the {side} of {spec.file} are {sorted(found)}, "
-                    f"the manifest's are {sorted(listed)}; build the bundle again."
-                )
-
-    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """Run the session; see `Engine.run`. Raises `BundleError` if ONNX Runtime fails."""
-        self._lifetime.check()
-        sizes = check_inputs(self.spec, inputs)
-        if self._state:
-            state = {name: inputs[name].copy() for name in self._state}
-            rest = {name: value for name, value in inputs.items() if name not in state}
-            outputs = self.update(rest, state)
-            return outputs | {updated(name): array for name, array in state.items()}
-        try:
-            if self._bound is not None:
-                values = self._bound.run(inputs)
-            else:
-                values = self._session.run(self._outputs, dict(inputs))
-        except ERRORS as error:
-            raise self._failed(error) from error
-        return check_outputs(self.spec, dict(zip(self._outputs, values, strict=True)), sizes)
-
-    def update(self, inputs: Tensors, state: State) -> dict[str, NDArray[Any]]:
-        """Run the session and update `state` in place; see `Updating.update` and `StateRuns`."""
-        self._lifetime.check()
-        sizes = check_inputs(self.spec, {**inputs, **state})
-        try:
-            outputs = self._stateful.run(inputs, state, sizes)
-        except ERRORS as error:
-            raise self._failed(error) from error
-        return check_outputs(self.spec, outputs, sizes)
-
-    def _failed(self, error: Exception) -> BundleError:
-        return BundleError(f"Engine {self.spec.name!r} failed in ONNX Runtime: {error}")
 
 
 class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
@@ -168,8 +94,9 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
     `provider` is `cpu`, `cuda`, `tensorrt` or a provider's name in ONNX Runtime, `provider_options` are options of it
     and the `library` of a plug-in (see `plug_in`); `threads` is the number of threads an engine computes with (None:
     see `default_threads`); `memory` is `fast`, or `low` for engines that share one map of the weights. Without
-    `contrib_operators`, ONNX Runtime keeps to the operators that the graphs have. With `trust`, graphs may have any
-    operators. Raises `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
+    `packed_weights`, nothing is kept on disk for `fast` (see the module `packed_weights`). Without `contrib_operators`,
+    ONNX Runtime keeps to the operators that the graphs have. With `trust`, graphs may have any operators. Raises
+    `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
     does not work here.
     """
 
@@ -182,12 +109,15 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
         threads: int | None = None,
         memory: str = "fast",
         contrib_operators: bool = True,
+        packed_weights: bool = True,
         trust: bool = False,
     ) -> None:
-        if not isinstance(contrib_operators, bool):
-            raise ConfigurationError(
-                f"Option 'contrib_operators' is True or False, not {contrib_operators!r}."
-            )
+        for name, value in {
+            "contrib_operators": contrib_operators,
+            "packed_weights": packed_weights,
+        }.items():
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"Option {name!r} is True or False, not {value!r}.")
         given = entered(provider_options)
         plug_in(PROVIDERS.get(provider, (provider,))[0], given.pop(LIBRARY, None))
         wanted = resolve_provider(provider)
@@ -197,14 +127,21 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
             probe_provider(provider)
         self.provider, self.options = provider, given
         self._shares, self._contrib, self._trust = memory == "low", contrib_operators, trust
+        self._packs = packed_weights and memory == "fast" and wanted == PROVIDERS["cpu"]
         self._weights: SharedWeights | None = None
+        self._packed: PackedWeights | None = None
         self._threads = threads
         super().__init__(files)
 
     def _release(self) -> None:
-        self._weights = None
+        self._weights = self._packed = None
 
     def _create(self, spec: EngineSpec, lifetime: Lifetime) -> OnnxRuntimeEngine:
+        if self._packs:
+            self._packs = False  # asked for once
+            read = functools.partial(read_graph, self._files, trust=self._trust)
+            told = {"contrib": self._contrib, "saturates": products_saturate()}
+            self._packed = packed_weights(self._files, read, self._open_to_pack, **told)
         stored = WEIGHTS in self._files.manifest.files or (self._files.directory / WEIGHTS).exists()
         if stored and self._shares and self._weights is None:
             with self._files.held(WEIGHTS) as (path,):
@@ -231,6 +168,25 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
             _log.warning("Engine %r, asked for on %r, runs on: %s.", spec.name, self.provider, told)
         return engine
 
+    def _open_to_pack(self, spec: EngineSpec, save: Callable[[ort.SessionOptions], None]) -> None:
+        with self._files.held(spec.file, WEIGHTS) as (path, _):
+            create_session(path, self.provider, self._threads, self.options, save, contrib=self._contrib)
+
+    def _packed_session(self, spec: EngineSpec) -> ort.InferenceSession | None:
+        """Create the session of an engine on packed weights, or return None, with a warning if there should be some."""
+        if self._packed is None:
+            return None
+        try:
+            session = create_session(
+                self._packed.graph(spec.name), self.provider, self._threads, self.options, read_packed
+            )
+        except FAILURES as error:
+            _log.warning("Engine %r keeps packed weights of its own: %s", spec.name, error)
+            return None
+        finally:
+            give_back_memory()
+        return session
+
     def _session(
         self, spec: EngineSpec, path: Path, graph: OnnxFile, options: ProviderOptions
     ) -> tuple[ort.InferenceSession, ProviderOptions]:
@@ -238,6 +194,8 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
 
         An engine that cannot be captured gets no CUDA graph, which is logged.
         """
+        if (packed := self._packed_session(spec)) is not None:
+            return packed, options
         shared = self._weights
         place = None if shared is None else functools.partial(shared.configure, weights=graph.weights)
         try:

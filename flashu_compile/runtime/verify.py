@@ -19,9 +19,9 @@ from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuEr
 from flashu_compile.runtime.backends import find_run_backend, open_engines
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.lifetime import closing
+from flashu_compile.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from flashu_compile.runtime.parts import read_parts
 from flashu_compile.runtime.providers import Placement, ProviderOptions
-from flashu_compile.runtime.sessions import OnnxRuntimeEngine
 from flashu_compile.system.paths import absolute
 
 TOLERANCE = TOLERANCES["float32"]

@@ -42,6 +42,11 @@ def draft_folder(parent: Path) -> Iterator[Path]:
         draft.remove()
 
 
+def is_draft(path: Path) -> bool:
+    """Tell whether a path lies in a draft, and so will not stay where it is."""
+    return any(part.startswith(PREFIX) for part in path.parts)
+
+
 def nearest_folder(path: Path) -> Path:
     """Return `path`, or the nearest path above it that exists."""
     return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))

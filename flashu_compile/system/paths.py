@@ -27,6 +27,9 @@ EXACT_BUNDLES = "exact"
 CHOICES = "backends"
 """The folder of the cache with the backends that were chosen by measurement."""
 
+PACKED = "packed"
+"""The folder of the cache with weights that were packed for this machine's processor."""
+
 _NAME = "flashu_compile"
 _SHOWN = 100  # characters of a path that is too long to be told in full
 

@@ -23,7 +23,7 @@ from torch._export.serde.serialize import serialize
 from examples.showo2_shapes.saving import save_model, save_wan
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.images import read_picture
-from flashu_compile.bundle.manifest import EngineSpec, TensorSpec, read_manifest
+from flashu_compile.bundle.manifest import EngineSpec, FileEntry, TensorSpec, read_manifest
 from flashu_compile.bundle.profiles import InputShapes
 from flashu_compile.cli.looking import _inspect_bundle
 from flashu_compile.compiler.cache import EngineCache
@@ -51,6 +51,7 @@ from flashu_compile.runtime.backends.torch import read_program
 from flashu_compile.runtime.backends.torch_tensorrt import BuiltFor, Target, built_text, read_built
 from flashu_compile.runtime.checked_graph import read_graph
 from flashu_compile.runtime.choice import Choice, read_choice
+from flashu_compile.runtime.packed_weights import RECORD, PackedRecord, read_record
 from flashu_compile.runtime.tensorrt_engine import (
     BuildOptions,
     BuiltEngine,
@@ -293,13 +294,22 @@ def _pickles(folder: Path) -> Reader:
     return Reader([folder / "weights.bin"], lambda _: read_weight_file(folder / "weights.bin", None))
 
 
-def _choices(folder: Path) -> Reader:
+def _kept_records(folder: Path) -> Reader:
+    """What is kept in the user's cache for bundles: choices of a backend, and records of packed weights."""
     folder.mkdir()
     choice = Choice(
         "onnxruntime", {"onnxruntime": {"t2i": 1.5}}, {"openvino": "It does not work here. " * 20}
     )
-    (folder / "choice.json").write_text(json.dumps(dataclasses.asdict(choice)))
-    return Reader([folder / "choice.json"], lambda _: read_choice(folder / "choice.json"))
+    packed = PackedRecord("/a/bundle", "a" * 64, "1.31.1", {"weights.bin": FileEntry("b" * 64, 1 << 30)})
+    paths = [folder / "choice.json", folder / RECORD]
+    for path, record in zip(paths, (choice, packed), strict=True):
+        path.write_text(json.dumps(dataclasses.asdict(record)))
+
+    def read(_: Random) -> None:
+        read_choice(paths[0])
+        read_record(paths[1])
+
+    return Reader(paths, read)
 
 
 def _evaluation_data(folder: Path) -> Reader:
@@ -358,7 +368,7 @@ READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "Wan VAEs": (1, _wan_vaes),
     "pickles": (2, _pickles),
     "evaluation data": (2, _evaluation_data),
-    "choices of a backend": (2, _choices),
+    "records of the cache": (2, _kept_records),
     "language models": (2, _language_models),
     "models that read pictures": (2, _picture_models),
     "models of pictures of any size": (1, _emu3_models),

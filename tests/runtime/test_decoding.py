@@ -27,7 +27,8 @@ from flashu_compile.errors import BundleError, InputError
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.decoding import Caches, Picture, penalised, tokens
 from flashu_compile.runtime.engine import Updating, update
-from flashu_compile.runtime.sessions import OnnxRuntimeEngine, create_session
+from flashu_compile.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from flashu_compile.runtime.sessions import create_session
 
 SIZE = 23
 PREFIX, BEGIN = [3, 5, 7], 4

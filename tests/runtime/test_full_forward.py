@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 from flashu_compile.bundle.manifest import EngineSpec, TensorSpec
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.decoding import Picture, tokens
-from flashu_compile.runtime.sessions import OnnxRuntimeEngine, create_session
+from flashu_compile.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from flashu_compile.runtime.sessions import create_session
 from tests.runtime.test_decoding import BEGIN, END, PREFIX, SIZE, FakeEngines, questions
 
 

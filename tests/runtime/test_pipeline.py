@@ -26,6 +26,7 @@ from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import Pipeline, load, sessions
+from flashu_compile.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from flashu_compile.runtime.sampler import prompt_pair, sample
 from tests.runtime.tiny_bundle import (
     FACTS,
@@ -260,13 +261,13 @@ def test_answers_end_at_the_limit(pipeline: Pipeline) -> None:
 
 def test_picture_is_encoded_once_for_many_questions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    run = sessions.OnnxRuntimeEngine.run
+    run = OnnxRuntimeEngine.run
 
-    def counted(self: sessions.OnnxRuntimeEngine, inputs: dict[str, Any]) -> dict:
+    def counted(self: OnnxRuntimeEngine, inputs: dict[str, Any]) -> dict:
         ran.append(self.spec.name)
         return run(self, inputs)
 
-    monkeypatch.setattr(sessions.OnnxRuntimeEngine, "run", counted)
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", counted)
     load(bundle).ask(BRIGHT, ["a?", "b?", "c?"])
     assert ran.count("vision") == 1
     assert ran.count("language") == 3 * len("light.")

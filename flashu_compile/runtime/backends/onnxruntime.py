@@ -23,6 +23,7 @@ class OnnxRuntime:
     options: Mapping[str, str] = {
         "memory": "fast: each engine keeps weights as it computes best; low: all engines share one map of them",
         "provider_options": "options of the provider, by ONNX Runtime's names",
+        "packed_weights": "False: nothing is kept on disk for memory='fast', and each engine packs for itself",
         "contrib_operators": "False: ONNX Runtime fuses nothing into operators of its own",
     }
 

@@ -1,0 +1,291 @@
+"""Weights packed once for all engines: sessions map them, and give the same bits, as they do where that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from flashu_compile.bundle.files import BundleFiles
+from flashu_compile.bundle.manifest import (
+    WEIGHTS,
+    EngineSpec,
+    Manifest,
+    TensorSpec,
+    file_entry,
+    read_manifest,
+)
+from flashu_compile.errors import CacheError, ConfigurationError
+from flashu_compile.runtime import load, packed_weights
+from flashu_compile.runtime.packed_weights import RECORD, STORE, read_record
+from flashu_compile.runtime.sessions import OnnxRuntimeEngines
+from flashu_compile.system.drafts import PREFIX
+from flashu_compile.system.paths import PACKED, VARIABLE
+from tests.runtime.tiny_bundle import flip_byte
+
+WIDTH = 192  # so that a weight fills some pages
+WEIGHT = 4 * WIDTH * WIDTH
+#: The weights that each engine multiplies by, by their place in the store.
+ENGINES = {"whole": (0, 1, 2), "skipping": (0, 2), "alone": (3,)}
+INPUT = np.random.default_rng(1).standard_normal((7, WIDTH), np.float32)
+
+
+def _graph(weights: tuple[int, ...]) -> bytes:
+    """x -> y, a chain of products, with a bias of a few bytes that stays in the graph."""
+    tensors, nodes, value = [], [], "x"
+    for place, index in enumerate(weights):
+        tensor = TensorProto(
+            name=f"w{place}", data_type=1, dims=[WIDTH, WIDTH], data_location=TensorProto.EXTERNAL
+        )
+        for key, entry in (("location", WEIGHTS), ("offset", index * WEIGHT), ("length", WEIGHT)):
+            tensor.external_data.add(key=key, value=str(entry))
+        tensors.append(tensor)
+        nodes.append(helper.make_node("MatMul", [value, f"w{place}"], [f"p{place}"]))
+        nodes.append(helper.make_node("Tanh", [f"p{place}"], [value := f"t{place}"]))
+    tensors.append(helper.make_tensor("bias", TensorProto.FLOAT, [1], [0.5]))
+    nodes.append(helper.make_node("Add", [value, "bias"], ["y"]))
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", WIDTH]) for n in "xy")
+    graph = helper.make_graph(nodes, "chain", [x], [y], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+@pytest.fixture
+def products(tmp_path: Path) -> Path:
+    """A bundle of engines that have weights in common, which lie in the store once."""
+    folder = tmp_path / "products"
+    folder.mkdir()
+    store = np.random.default_rng(0).standard_normal((4, WIDTH, WIDTH), np.float32) / WIDTH**0.5
+    (folder / WEIGHTS).write_bytes(store.tobytes())
+    specs = []
+    for name, weights in ENGINES.items():
+        (folder / f"{name}.onnx").write_bytes(_graph(weights))
+        x, y = (TensorSpec(n, "float32", ("rows", WIDTH)) for n in "xy")
+        specs.append(EngineSpec(name, "t2i", f"{name}.onnx", (x,), (y,), "none"))
+    files = {path.name: file_entry(path) for path in folder.iterdir()}
+    manifest = Manifest("tiny", (), "onnxruntime", "float32", "exact", tuple(specs), None, None, {}, files)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that takes bundles of any size."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(packed_weights, "SMALLEST", 0)
+    monkeypatch.setattr(packed_weights, "LEAST_READ", 1)
+    return tmp_path / "cache" / PACKED
+
+
+def opened(bundle: Path, **options: Any) -> OnnxRuntimeEngines:
+    return OnnxRuntimeEngines(BundleFiles(bundle, read_manifest(bundle)), threads=1, **options)
+
+
+def outputs(engines: OnnxRuntimeEngines) -> dict[str, np.ndarray]:
+    return {name: engines.engine(name).run({"x": INPUT})["y"] for name in ENGINES}
+
+
+def mapped(path: Path) -> int:
+    """The ranges of a file that this process maps."""
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def the_folder(cache: Path) -> Path:
+    (folder,) = cache.iterdir()
+    return folder
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_engines_map_one_file_and_give_the_same_bits(products: Path, cache: Path) -> None:
+    expected = outputs(opened(products, packed_weights=False))
+    assert not cache.exists()
+    engines = opened(products)
+    assert_same(outputs(engines), expected)
+    folder = the_folder(cache)
+    assert {path.name for path in folder.iterdir()} == {RECORD, STORE, *(f"{name}.onnx" for name in ENGINES)}
+    assert mapped(folder / STORE) == 6, "each weight of each engine"
+    engines.close()
+    del engines
+    assert not [path for path in products.rglob("*") if PACKED in path.parts], "nothing is kept in the bundle"
+    weights = (products / WEIGHTS).stat().st_size
+    assert 2 * weights <= (folder / STORE).stat().st_size <= 2.1 * weights, (
+        "each weight, and each packed one, once"
+    )
+
+
+def test_they_are_packed_once(products: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outputs(opened(products))
+    before = (the_folder(cache) / STORE).stat().st_mtime_ns
+    monkeypatch.setattr(packed_weights, "_prepare", None)  # which would be called
+    assert_same(outputs(opened(products)), expected)
+    assert (the_folder(cache) / STORE).stat().st_mtime_ns == before
+
+
+def test_an_engine_is_read_from_there_alone(products: Path, cache: Path) -> None:
+    """In the place of the bundle's weights lie others, so that nothing else can have been read."""
+    expected = outputs(opened(products))
+    engines = OnnxRuntimeEngines(
+        BundleFiles(products, read_manifest(products), verify_hashes=False), threads=1
+    )
+    (products / WEIGHTS).write_bytes(bytes((products / WEIGHTS).stat().st_size))
+    assert_same(outputs(engines), expected)
+
+
+@pytest.mark.parametrize("damaged", [STORE, RECORD])
+def test_what_is_damaged_is_made_anew(
+    products: Path, cache: Path, damaged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = outputs(opened(products))
+    flip_byte(the_folder(cache) / damaged, 3)
+    assert_same(outputs(opened(products)), expected)
+    assert "are damaged and are made anew" in caplog.text
+    caplog.clear()
+    assert_same(outputs(opened(products)), expected)
+    assert not caplog.records
+
+
+def test_without_its_graph_an_engine_packs_for_itself(
+    products: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = outputs(opened(products))
+    engines = opened(products)
+    first = engines.engine("whole").run({"x": INPUT})["y"]
+    flip_byte(the_folder(cache) / "skipping.onnx")
+    (the_folder(cache) / "alone.onnx").unlink()
+    assert_same({**outputs(engines), "whole": first}, expected)
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2
+    assert "Engine 'skipping' keeps packed weights of its own" in told[0]
+    assert "Engine 'alone' keeps packed weights of its own" in told[1]
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    products: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = outputs(opened(products, packed_weights=False))
+    cache.parent.mkdir()
+    cache.touch()  # a file where a folder belongs
+    assert_same(outputs(opened(products)), expected)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert f"Each engine of {products} keeps packed weights of its own" in caplog.text
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    products: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_weights, "_DISK", 1e12)
+    assert outputs(opened(products))
+    assert "GB left, and packing needs" in caplog.text
+    assert list(cache.iterdir()) == []
+
+
+def test_what_would_save_little_is_not_packed(
+    products: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_weights, "LEAST_READ", 1.6)  # six weights are read, of four
+    assert outputs(opened(products))
+    monkeypatch.setattr(packed_weights, "LEAST_READ", 1)
+    monkeypatch.setattr(packed_weights, "SMALLEST", 1 << 30)
+    assert outputs(opened(products))
+    monkeypatch.setattr(packed_weights, "SMALLEST", 0)
+    draft = products.rename(products.with_name(f"{PREFIX}products"))
+    assert outputs(opened(draft))
+    assert not cache.exists()
+    monkeypatch.setenv(VARIABLE, "off")
+    assert outputs(opened(draft.rename(products)))
+    assert not cache.exists()
+
+
+def test_options_and_versions_have_files_of_their_own(
+    products: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert outputs(opened(products))
+    assert outputs(opened(products, contrib_operators=False))
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(packed_weights, "instructions", lambda: "sse2")
+    assert outputs(opened(products))
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_what_bundles_have_left_goes(products: Path, cache: Path) -> None:
+    assert outputs(opened(products))
+    old = the_folder(cache)
+    record = read_record(old / RECORD)
+    assert record.is_current()
+    assert not dataclasses.replace(record, onnxruntime="1.0").is_current()
+    manifest = json.loads((products / "manifest.json").read_text())
+    (products / "manifest.json").write_text(json.dumps({**manifest, "model": "built again"}))
+    assert not record.is_current()
+    assert outputs(opened(products))
+    assert the_folder(cache) != old
+
+
+def test_two_at_once_make_one(products: Path, cache: Path) -> None:
+    expected = outputs(opened(products, packed_weights=False))
+    found: list[dict[str, np.ndarray]] = []
+    start = threading.Barrier(3)
+
+    def work() -> None:
+        start.wait()
+        found.append(outputs(opened(products)))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for one in found:
+        assert_same(one, expected)
+    assert (the_folder(cache) / RECORD).is_file(), "and no draft"
+
+
+def test_a_record_is_read_or_refused(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text('{"bundle": "/b"}')
+    with pytest.raises(CacheError, match="manifest"):
+        read_record(tmp_path / RECORD)
+
+
+def test_the_option_is_a_truth_value(bundle: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Option 'packed_weights' is True or False, not 1"):
+        load(bundle, options={"packed_weights": 1})
+
+
+@pytest.mark.parametrize("same_processor", [True, False])
+def test_packed_forms_are_read_where_they_are_those_of_the_processor(
+    products: Path, cache: Path, same_processor: bool
+) -> None:
+    """Stored forms are wiped out, so that numbers tell whether they were read."""
+    expected = outputs(opened(products))
+    folder = the_folder(cache)
+    store = np.memmap(folder / STORE, np.uint8, "r+")
+    for name in ENGINES:
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key.startswith("prepacked"):
+                    kernel, place = entry.value.split("|")
+                    offset, length, _ = map(int, place.split(";"))
+                    store[offset : offset + length] = 0
+                    entry.value = f"{kernel if same_processor else 'MatMul+1'}|{place}"
+        onnx.save(model, folder / f"{name}.onnx")
+    store.flush()
+    record = read_record(folder / RECORD)
+    files = {name: file_entry(folder / name) for name in record.files}
+    (folder / RECORD).write_text(json.dumps(dataclasses.asdict(dataclasses.replace(record, files=files))))
+    if same_processor:
+        np.testing.assert_array_equal(outputs(opened(products))["alone"], np.full_like(INPUT, 0.5))
+    else:
+        assert_same(outputs(opened(products)), expected)
