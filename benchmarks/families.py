@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flashu_compile
-from benchmarks.family_models import MAKERS, save
+from benchmarks.family_models import MAKERS, OPTIONS, save
 from benchmarks.measuring import machine, parser, report
 from flashu_compile.models.loading import load_model
 
@@ -22,7 +23,7 @@ RECIPES = ("exact", "flashu")
 
 
 def main() -> None:
-    """Build and time every family that was asked for."""
+    """Build and time every family that was asked for; what is found is written after each bundle."""
     options = parser(__doc__, repeats=9)
     options.add_argument(
         "--family", action="append", choices=sorted(MAKERS), help="only this one; repeatable"
@@ -30,45 +31,69 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=32, help="length of an answer")
     options.add_argument("--folder", type=Path, help="keep models and bundles here")
     given = options.parse_args()
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
-        found = {name: _family(name, folder, given) for name in given.family or MAKERS}
-    report({"machine": machine(), "threads": given.threads, "families": found}, given.output)
+        for name in given.family or MAKERS:
+            for recipe in RECIPES:
+                rows += _rows(name, recipe, folder, given)
+                report({"machine": machine(), "threads": given.threads, "rows": rows}, given.output)
+    print(table(rows))
 
 
-def _family(name: str, folder: Path, given: Any) -> dict[str, Any]:
-    model = folder / name
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as a table of Markdown."""
+    lines = [
+        "| family | task | recipe | library, s | bundle, s | faster |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        ratio, low, high = (row["faster"][key] for key in ("median", "low", "high"))
+        lines.append(
+            f"| {row['family']} | {row['task']} | `{row['recipe']}` | {row['library']['median']:.3g} "
+            f"| {row['bundle']['median']:.3g} | {ratio:.2f}× ({low:.2f} to {high:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _rows(name: str, recipe: str, folder: Path, given: Any) -> list[dict[str, Any]]:
+    """Time one bundle of a family, which is built if it is not there, and return a row for each task."""
+    model, bundle = folder / name, folder / f"{name}-{recipe}"
     if not model.exists():
         save(model, name)
     tasks = load_model(model).adapter.tasks
-    found: dict[str, Any] = {}
-    for recipe in RECIPES:
-        bundle = folder / f"{name}-{recipe}"
-        if not bundle.exists():
-            flashu_compile.export(
-                model, tasks, output=bundle, recipe=recipe, samples=2, cost_samples=0, allow_declined=True
-            )
-        told = flashu_compile.benchmark(
-            bundle,
-            against="eager",
-            model=model,
-            rounds=given.repeats,
-            tokens=given.tokens,
-            threads=given.threads,
+    if not bundle.exists():
+        flashu_compile.export(
+            model,
+            tasks,
+            output=bundle,
+            recipe=recipe,
+            samples=2,
+            cost_samples=0,
+            allow_declined=True,
+            model_options=OPTIONS.get(name),
         )
-        found[recipe] = {
+    told = flashu_compile.benchmark(
+        bundle,
+        against="eager",
+        model=model,
+        rounds=given.repeats,
+        tokens=given.tokens,
+        threads=given.threads,
+    )
+    assert told.against is not None
+    return [
+        {
+            "family": name,
+            "recipe": recipe,
+            "task": task,
+            "bundle": dataclasses.asdict(told.bundle.tasks[task].seconds),
+            "library": dataclasses.asdict(told.against.tasks[task].seconds),
+            "faster": dataclasses.asdict(told.speedups[task]),
             "declined": _declined(bundle),
-            "tasks": {
-                task: {
-                    "speed-up": dataclasses.asdict(told.speedups[task]),
-                    "bundle": told.bundle.tasks[task].seconds,
-                    "eager": told.against.tasks[task].seconds if told.against else None,
-                }
-                for task in tasks
-            },
         }
-        print(name, recipe, json.dumps(found[recipe], default=float), flush=True)
-    return found
+        for task in tasks
+    ]
 
 
 def _declined(bundle: Path) -> list[str]:

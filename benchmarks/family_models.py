@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPVisionConfig,
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    Emu3TextConfig,
+    Emu3VQVAEConfig,
     JanusConfig,
     JanusForConditionalGeneration,
     LlamaConfig,
@@ -22,10 +26,17 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 VOCABULARY = 32_000
 SPECIAL = ("<|begin|>", "<|end|>", "<image>", "<picture>", "</picture>")
+ROLES = ("image_token", "boi_token", "eoi_token")
+#: What Emu3 puts around a picture, and after each line of it; then its codes.
+CODES = 8192
+EMU3_SPECIAL = (*SPECIAL, "<|image token|>", "<|extra_201|>", "<|extra_200|>")
+EMU3_ROLES = (*ROLES, "image_wrapper_token", "eof_token", "eol_token")
+VISUAL = tuple(f"<|visual token {code:06d}|>" for code in range(CODES))
 BEGIN, END, IMAGE, PICTURE = 256, 257, 258, 259
 CHAT = (
     "{% for m in messages %}User: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -37,18 +48,24 @@ WIDTH, INNER, LAYERS, HEADS = 1024, 2816, 12, 16
 SIDE, PATCH = 224, 14
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes with a chat template."""
+def tokenizer(
+    special: Sequence[str] = SPECIAL,
+    roles: Sequence[str] = ROLES,
+    chat: str = CHAT,
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes with a chat template and special tokens, which have roles from the third on."""
     letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
     made = Tokenizer(models.BPE(letters, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(list(SPECIAL))
-    names = dict(zip(("image_token", "boi_token", "eoi_token"), SPECIAL[2:], strict=True))
+    made.add_special_tokens(list(special))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=SPECIAL[0], eos_token=SPECIAL[1], extra_special_tokens=names
+        tokenizer_object=made,
+        bos_token=special[0],
+        eos_token=special[1],
+        extra_special_tokens=dict(zip(roles, special[2:], strict=False)),
     )
-    fast.chat_template = CHAT
+    fast.chat_template = chat
     return fast
 
 
@@ -108,6 +125,21 @@ def janus() -> tuple[Any, Any]:
     return model, JanusImageProcessorPil(size={"height": SIDE, "width": SIDE}, min_size=PATCH)
 
 
+def emu3() -> tuple[Any, Any]:
+    """Return an Emu3 that draws 16 × 16 codes, and its image processor, for pictures of 20 × 20 to 28 × 28."""
+    vision = Emu3VQVAEConfig(
+        codebook_size=CODES,
+        base_channels=32,
+        channel_multiplier=[1, 1, 2, 2],
+        hidden_size=128,
+        num_res_blocks=1,
+    )
+    words = {word: IMAGE + place for place, word in enumerate((*EMU3_SPECIAL[2:], *VISUAL))}
+    config = Emu3Config(vq_config=vision, text_config=_text(Emu3TextConfig, 4), vocabulary_map=words)
+    model = Emu3ForConditionalGeneration(config)
+    return model, Emu3ImageProcessor(min_pixels=(20 * 8) ** 2, max_pixels=(28 * 8) ** 2)
+
+
 def draws(model: Any) -> None:
     """Give a Janus the settings by which it draws."""
     settings = model.generation_config
@@ -120,7 +152,10 @@ MAKERS: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2": qwen2,
     "llava": llava,
     "janus": janus,
+    "emu3": emu3,
 }
+#: What a family is loaded with.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"emu3": {"resolution": 128}}
 
 
 def save(folder: Path, name: str) -> Path:
@@ -128,7 +163,8 @@ def save(folder: Path, name: str) -> Path:
     torch.manual_seed(0)
     model, pictures = MAKERS[name]()
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    words = tokenizer([*EMU3_SPECIAL, *VISUAL], EMU3_ROLES) if name == "emu3" else tokenizer()
+    words.save_pretrained(folder)
     if pictures is not None:
         pictures.save_pretrained(folder)
     return folder
