@@ -7,6 +7,7 @@ limits; a batch is the prompt with guidance's second branch or without it, or th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from flashu_compile import arguments
@@ -32,6 +33,9 @@ BATCH = 8
 ROOM = 64
 #: The dimension of caches along which rows lie.
 CAPACITY = "capacity"
+# So many times as long as the shorter side may be the longer one in TensorRT, whose engines take memory for the largest
+# height and the largest width together.
+_THINNEST = 4
 # A question's prefix is the fixed text before a picture; chat templates have some dozen tokens.
 _MAX_PREFIX = 64
 
@@ -105,9 +109,10 @@ def known_ranges(
         fewest, usual = image_rows, image_rows
         if (cell := understanding.pictures.cell) is not None:
             fewest, usual = 2, min(image_rows, _usual_rows(understanding.pictures, cell))
-            longest = max(areas.bounds(step.height, *step.area)[0] for step in understanding.pictures.areas)
+            longest = _longest_side(understanding, cell)
             for name in ("height", "width"):
-                known[name] = Range(2, getattr(understanding.pictures, name) // cell, longest // cell)
+                usual_side = getattr(understanding.pictures, name) // cell
+                known[name] = Range(2, usual_side, max(usual_side, longest))
             known["context"] = Range(2, usual + min(64, cached), image_rows + cached)
         known[CAPACITY] = Range(fewest, usual + min(64, cached), image_rows + cached + ROOM)
     if text is not None:
@@ -122,6 +127,13 @@ def _join_rows(known: dict[str, Range], rows: int) -> None:
     """Let ranges hold those of an engine whose caches begin empty and take so many rows, one by one."""
     for name, usual, most in (("suffix", 1, rows), (CAPACITY, min(64, rows), rows + ROOM)):
         known[name] = _joined(known.get(name, Range(1, usual, most)), Range(1, usual, most))
+
+
+def _longest_side(settings: UnderstandingSettings, cell: int) -> int:
+    """Return the longest side of a picture in cells, of those that are not too thin for TensorRT."""
+    longest = max(areas.bounds(step.height, *step.area)[0] for step in settings.pictures.areas) // cell
+    rows = longest**2 if settings.most_rows is None else settings.most_rows
+    return min(longest, math.ceil(math.sqrt(_THINNEST * rows)))
 
 
 def _usual_rows(rules: PictureRules, cell: int) -> int:

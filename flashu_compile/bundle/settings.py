@@ -196,12 +196,14 @@ class TextSettings:
 class UnderstandingSettings(TextSettings):
     """The same of answers about a picture, which `pictures` prepares.
 
-    `most_rows`: the most rows that a picture takes where pictures differ in size. Raises `BundleError`, too, on a
-    template that has no picture before its text, or that tells a size of pictures that have no cells.
+    `most_rows`: the most rows that a picture takes where pictures differ in size; each cell is one, and `line_end` more
+    follow each line of cells. Raises `BundleError`, too, on a template that has no picture before its text, or that
+    tells a size of pictures that have no cells.
     """
 
     pictures: PictureRules = dataclasses.field(kw_only=True)
     most_rows: Count | None = dataclasses.field(default=None, kw_only=True)
+    line_end: Count = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,12 +217,17 @@ class UnderstandingSettings(TextSettings):
             raise BundleError("The manifest does not say how many rows its pictures of any size take.")
         if self.most_rows is not None:
             check_number("most_rows", self.most_rows, 1, _LARGEST_LENGTH)
+        check_number("line_end", self.line_end, 0, _LARGEST_LENGTH)
+
+    def rows_of(self, cells: tuple[int, int]) -> int:
+        """Count the rows of a picture that is so many cells high and wide."""
+        return cells[0] * (cells[1] + self.line_end)
 
     def check_rows(self, cells: tuple[int, int] | None) -> None:
         """Raise `InputError` if a picture of so many cells takes more rows than there are positions for."""
-        if cells is not None and self.most_rows is not None and cells[0] * cells[1] > self.most_rows:
+        if cells is not None and self.most_rows is not None and self.rows_of(cells) > self.most_rows:
             raise InputError(
-                f"The picture has {cells[0]} × {cells[1]} cells as it is prepared, and the model has positions for "
+                f"The picture takes {self.rows_of(cells):,} rows as it is prepared, and the model has positions for "
                 f"{self.most_rows:,}; give a smaller one."
             )
 

@@ -43,11 +43,10 @@ def _print_step_plan(plan: StepPlan) -> None:
 
 def _print_token_plan(plan: TokenPlan) -> None:
     rows, number = [], 1
-    for same, stretch in itertools.groupby(plan.steps):
-        count = len(list(stretch))
-        ends = dict.fromkeys((number, number + count - 1))
-        number += count
-        rows.append(("–".join(map(str, ends)), _guided(same), same.engine))
+    for span in plan.spans:
+        ends = dict.fromkeys((number, number + span.count - 1))
+        number += span.count
+        rows.append(("–".join(map(str, ends)), _guided(span.step), span.engine))
     print_table(("code", "guidance", "engine"), rows, title=f"{number - 1} codes")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
 from flashu_compile.models.adapter import EagerModel, LoadedModel
 from flashu_compile.recipe.plan import Step, StepPlan
-from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import CODES_DECODE, T2I, TEXT
@@ -44,16 +43,17 @@ Open = Callable[..., Pipeline]
 
 @dataclasses.dataclass(frozen=True)
 class BundleProbe:
-    """Asks a bundle of `loaded`, built by `recipe`, one question for each task.
+    """Asks a bundle of `loaded` one question for each task.
 
-    `exact_precision`: the engines compute in float32. `bundle` says for the report what was asked: "whole",
+    `exact_precision`: the engines compute in float32. `lossy` are the tasks that it computes otherwise than the model
+    even so. `bundle` says for the report what was asked: "whole",
     or "copy" for the bundle of a small copy that stands for the model.
     """
 
     loaded: LoadedModel
-    recipe: Recipe
     tasks: tuple[str, ...]
     exact_precision: bool
+    lossy: Collection[str]
     bundle: str
 
     def of(self, open_bundle: Open) -> dict[str, dict[str, Any]]:
@@ -160,7 +160,7 @@ class BundleProbe:
 
     def _is_exact(self, task: str) -> bool:
         """Tell whether the bundle computes what the eager model does, for the same number of time points."""
-        return self.exact_precision and not self.recipe.config(task).is_lossy(self.recipe.t2i.points)
+        return self.exact_precision and task not in self.lossy
 
 
 def shortened(plan: StepPlan) -> StepPlan:

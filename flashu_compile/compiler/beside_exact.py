@@ -14,6 +14,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, read_manifest
 from flashu_compile.bundle.profiles import answer_length
 from flashu_compile.compiler.exact_bundles import exact_bundle, kept_exact_bundle
@@ -126,7 +128,7 @@ class BesideExact:
     def _quality(
         self, data: Data, bundle: Path, other: Path, speed: dict[str, Any], provider: str, end: float
     ) -> dict[str, Any]:
-        from flashu_compile.evaluation.agreement import Agreement, similarity
+        from flashu_compile.evaluation.agreement import Agreement
 
         threads, tokens = speed["threads"], speed["tokens"]
         samples = self._affordable(data, speed, threads * (end - time.monotonic()))
@@ -145,14 +147,7 @@ class BesideExact:
             agreement = Agreement(theirs, tokens, {})
             parts = judging.judge(own, theirs, samples, [Evaluator(AGREEMENT, agreement)], None)
             self.seen = tuple(
-                Seen(
-                    sample.prompt,
-                    sample.seed,
-                    exact=theirs.generate(sample.prompt, seed=sample.seed),
-                    own=own.generate(sample.prompt, seed=sample.seed),
-                    ssim=similarity(*agreement.pictures(own, sample)),
-                )
-                for sample in _of_all_kinds(samples.get(T2I.name, []))
+                _seen(own, theirs, sample) for sample in _of_all_kinds(samples.get(T2I.name, []))
             )
         return {
             "parts": [dataclasses.asdict(part) for part in parts],
@@ -184,6 +179,15 @@ class BesideExact:
     def _was_seen(self, sample: Any) -> bool:
         words = canonical(sample.prompt) if isinstance(sample, PromptSample) else sample.key
         return not self.calibrated_on.isdisjoint((sample.key, words))
+
+
+def _seen(own: judging.Side, theirs: judging.Side, sample: Any) -> Seen:
+    """Draw a sample by both sides."""
+    from flashu_compile.evaluation.agreement import similarity
+
+    exact, drawn = (side.generate(sample.prompt, seed=sample.seed) for side in (theirs, own))
+    levels = (np.asarray(picture, dtype=np.float64) for picture in (drawn, exact))
+    return Seen(sample.prompt, sample.seed, exact, drawn, None if own.draws_codes else similarity(*levels))
 
 
 def _told(cost: SideCost) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flashu_compile.compiler.captured import BuiltEngines, CapturedModel, Captur
 from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.specialise import Job, Specialised, neuron_order
-from flashu_compile.compiler.tasks import jobs, undone
+from flashu_compile.compiler.tasks import changes_outputs, jobs, undone
 from flashu_compile.compiler.work import making
 from flashu_compile.errors import DeclinedError
 from flashu_compile.exporters.backends import Backend, Emitted
@@ -67,10 +67,14 @@ class Maker:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BuildResult:
-    """All engines of a bundle; `captured` holds the statistics of the captured programs by name."""
+    """All engines of a bundle; `captured` holds the statistics of the captured programs by name.
+
+    `lossy` are the tasks of which engines compute something else than the model, whatever was asked for.
+    """
 
     engines: BuiltEngines
     captured: Mapping[str, Any]
+    lossy: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,7 @@ def build_engines(
     order = neuron_order(recipe, tasks, source.ordered_weights)
     parts: list[BuiltEngines] = []
     described: dict[str, Any] = {}
+    changed: set[str] = set()
     for program in source.of(tasks).values():
         part, task = making(program.spec.name), program.spec.task
         tell.fraction = tell.within(part)
@@ -135,7 +140,10 @@ def build_engines(
             tell(f"{task}: looking for {job.name}", done)
             made_of_job = shelf.fetch(program, f"{maker.fingerprint()} {ordering} {job.fingerprint()}", make)
             parts.append(_accepted(made_of_job, maker))
-    return BuildResult(_joined(parts), described)
+            if any(record.kind == "lossy" and record.changes for record in made_of_job.records):
+                changed.add(task)
+    lossy = {task for task in tasks if changes_outputs(source, task, recipe, engines=task in changed)}
+    return BuildResult(_joined(parts), described, frozenset(lossy))
 
 
 def _accepted(built: BuiltEngines, maker: Maker) -> BuiltEngines:

@@ -28,8 +28,9 @@ from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.threads import torch_threads
-from flashu_compile.tasks import DECODER, MAIN
+from flashu_compile.tasks import DECODER, MAIN, T2I
 
+_RESOLUTION = "resolution"
 #: What texts such as `part=int8,…` and names of engines can hold.
 _STACK_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
@@ -130,7 +131,19 @@ class CapturedModel:
         progress: ProgressReporter,
         **parts: Unpack[ModelParts],
     ) -> CapturedModel:
-        """Load `model` and prepare its programs, each of which is traced on first use."""
+        """Load `model` and prepare its programs, each of which is traced on first use.
+
+        Raises `ConfigurationError` if pictures are to have a size and none are drawn.
+        """
+        options = parts.get("model_options")
+        named = parts.get(_RESOLUTION) is not None or (
+            isinstance(options, Mapping) and _RESOLUTION in options
+        )
+        if named and tasks and T2I.name not in tasks:
+            raise ConfigurationError(
+                f"{_RESOLUTION} is the size of pictures that are drawn, and the task is {' and '.join(tasks)}; leave "
+                f"it out, or add {T2I.name}."
+            )
         progress("loading the model", 0.0)
         return cls.from_loaded(load_model(model, **parts), tasks, progress)
 

@@ -207,15 +207,14 @@ def export(
     ranges = size_ranges(loaded, tasks)
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
     validated: dict[str, Any] = {}
-    answers: BundleProbe | None = BundleProbe(loaded, decided, tasks, precise.is_exact, WHOLE)
     tell.plan(work.by(decided, decided=True))
     if work.on_copy:
         validated = validate_on_copy(loaded, tasks, decided, maker, backend, tell)
-        maker, answers = maker.without_validation(), None
+        maker = maker.without_validation()
     built = build_engines(source, tasks, decided, maker, EngineShelf(source, maker.backend, kept), tell)
     beside = BesideExact(
         large=work.on_copy,
-        exact=precise.is_exact and not any(decided.config(task).is_lossy(source.points) for task in tasks),
+        exact=precise.is_exact and not built.lossy,
         build=lambda path: export(
             source,
             tasks,
@@ -232,6 +231,7 @@ def export(
         calibrated_on=frozenset(map(canonical, measured.prompts)),
         tell=tell,
     )
+    asked = BundleProbe(loaded, tasks, precise.is_exact, built.lossy, WHOLE)
     checked = work.check_steps(decided)
     inspection = BuildChecks(
         source=source,
@@ -244,7 +244,8 @@ def export(
         seed=seed,
         tell=lambda stage: tell(stage, tell.within(CHECKING, next(checked))),
         exact_precision=precise.is_exact,
-        answers=answers,
+        answers=None if work.on_copy else asked,
+        lossy=built.lossy,
         beside_exact=beside if benchmark else None,
     )
     tell("writing the bundle", tell.within(CHECKING))

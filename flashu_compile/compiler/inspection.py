@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from flashu_compile.bundle.manifest import Manifest
@@ -31,8 +31,9 @@ class BuildChecks:
     """Examines a bundle that has been written, and renders its page.
 
     `samples` are all that there are, of which calibration has (or would have) chosen `calibrated_on` with
-    `seed`; `measured_on` is how many the cost of each task is measured on, if it was `told_to_measure`. `answers`, if
-    given, asks the bundle; `beside_exact`, if given, holds it against the exact one.
+    `seed`; `measured_on` is how many the cost of each task is measured on, if it was `told_to_measure`. `lossy` are the
+    tasks that engines compute otherwise than the model. `answers`, if given, asks the bundle; `beside_exact`, if given,
+    holds it against the exact one.
     """
 
     source: CapturedModel
@@ -44,6 +45,7 @@ class BuildChecks:
     told_to_measure: bool
     seed: int
     tell: Callable[[str], None]
+    lossy: Collection[str]
     exact_precision: bool = True
     answers: BundleProbe | None = None
     beside_exact: BesideExact | None = None
@@ -57,7 +59,7 @@ class BuildChecks:
     def measure(self, draft: Draft) -> dict[str, Any]:
         """Return the report's entries `answered` and `cost`, by task, and `beside_exact`.
 
-        An exact recipe in float32 has no cost.
+        What computes as the model does in float32 has no cost.
 
         Raises `BundleError` if the bundle does not answer as it should, `CheckpointError` if the model's files were
         changed before its weights were written.
@@ -78,9 +80,8 @@ class BuildChecks:
 
     def _costs_by(self, open_once: Callable[[], Pipeline]) -> dict[str, Any]:
         figures: dict[str, Any] = {}
-        points = self.source.points
         for task in self.tasks:
-            if self.exact_precision and not self.recipe.config(task).is_lossy(points):
+            if self.exact_precision and task not in self.lossy:
                 continue
             samples, held_out = self._samples(task)
             if not samples:

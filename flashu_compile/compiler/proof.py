@@ -181,7 +181,7 @@ def _answered_by_copy(
     copy: ProofCopy, tasks: tuple[str, ...], built: BuildResult, maker: Maker, backend: str
 ) -> dict[str, Any]:
     loaded = copy.loaded
-    answers = BundleProbe(loaded, copy.recipe, tasks, maker.precision.is_exact, COPY)
+    answers = BundleProbe(loaded, tasks, maker.precision.is_exact, built.lossy, COPY)
     found: dict[str, Any] = {}
 
     # Beside the model, sessions with weights of their own would take more memory than anything else in a build.

@@ -28,6 +28,7 @@ from flashu_compile.passes.remove_layers import RemoveLayers
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.plan import engines_needed, variants
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.recipe.token_plan import TokenPlan
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.tasks import (
     COMPLETE,
@@ -303,6 +304,19 @@ def jobs(task: str, program: str, recipe: Recipe) -> tuple[Job, ...]:
     Programs that no technique changes are only cleaned. Raises `RecipeError` if the recipe lacks a decision.
     """
     return _COMPILED[program].jobs(recipe) if program in MAIN else (Job(program, pipelines.CLEAN),)
+
+
+def changes_outputs(source: CapturedModel, task: str, recipe: Recipe, *, engines: bool) -> bool:
+    """Tell whether what is built for a task computes something else than the model.
+
+    `engines`: lossy passes changed some of them. What a recipe asks for and passes declined changes nothing.
+    """
+    if engines or not recipe.config(task).is_lossy(source.points):
+        return engines
+    plan = metadata.picture_plan(source.loaded, (task,), recipe)
+    if isinstance(plan, TokenPlan):
+        return {span.guidance_scale for span in plan.spans} != {recipe.t2i.guidance_scale}
+    return plan is not None  # a trajectory differs by its time points, too, and by what evaluations reuse
 
 
 def undone(task: str, program: str, recipe: Recipe, made: Sequence[Job]) -> tuple[PassRecord, ...]:

@@ -10,13 +10,13 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.bundle.manifest import Origin
@@ -28,6 +28,7 @@ from flashu_compile.bundle.settings import (
 )
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import reducing, weights
+from flashu_compile.models.eager import EagerModel
 from flashu_compile.models.hub import Snapshot
 from flashu_compile.models.vae import LatentCodec
 from flashu_compile.program.trace import CaptureSpec
@@ -74,40 +75,6 @@ class Sampler:
     points: int | None = None
     time_shift: float | None = None
     accelerated_guidance_scale: float | None = None
-
-
-class EagerModel(Protocol):
-    """A model in eager PyTorch, which no pass has touched: what its bundles are held against and timed with.
-
-    An `image` is any that `Pipeline.ask` takes, and None where the question is about none.
-    """
-
-    def trajectory(
-        self,
-        prompt: str,
-        *,
-        seed: int,
-        steps: int | None,
-        guidance_scale: float | None,
-        time_shift: float | None,
-    ) -> Any:
-        """Sample one prompt of t2i; the result has the final latents [1, c, h, w] as `latents`."""
-
-    def generate(self, prompt: str, *, steps: int | None) -> Image.Image:
-        """Make a picture of t2i."""
-
-    def logits(self, image: Any, question: str, answer: Sequence[int]) -> Tensor:
-        """Return the logits [tokens, vocab] of each token of `answer`, given the tokens before it."""
-
-    def answer(self, image: Any, question: str, tokens: int) -> None:
-        """Decode just so many tokens greedily, whatever would end an answer."""
-
-
-class EagerDrawer(EagerModel, Protocol):
-    """One that draws pictures code by code."""
-
-    def code_logits(self, prompt: str, codes: Sequence[int], guidance_scale: float) -> Tensor:
-        """Return the guided logits [codes, vocab] of each of `codes`, the first of a picture, given those before it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,47 +10,20 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import TextSettings
-from flashu_compile.models import pretrained
+from flashu_compile.models import captures, pretrained
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource
 from flashu_compile.models.chat import text_settings
-from flashu_compile.models.pretrained import EagerAnswers
+from flashu_compile.models.eager_lm import EagerCompletion
+from flashu_compile.models.generation import generation_of
+from flashu_compile.models.language_forward import CompletionForward
 from flashu_compile.models.stacks import LLM
-from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.tasks import COMPLETE, TEXT
-
-_AXES = {Role.PREFIX_IDS: "prefix", Role.SUFFIX_IDS: "suffix"}
-
-
-class CompletionForward(nn.Module):
-    """The whole forward, from ids in two parts, of which one may be empty, to the logits of the last row."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor]:
-        """Compute the logits of the last row."""
-        rows = self.model.get_input_embeddings()(torch.cat([prefix_ids, suffix_ids], dim=1))
-        return (pretrained.last_logits(self.model, rows),)
-
-
-class EagerCompletion(EagerAnswers):
-    """A language model in eager PyTorch, asked without a picture."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__(loaded.network)
-        self._template, self._codec = loaded.details.template, TextCodec(loaded.tokenizer)
-
-    def given(self, image: Any, question: str) -> tuple[list[int], dict[str, Tensor]]:
-        """Return the ids of the question in its template."""
-        return self._codec.in_template(self._template, question), {}
 
 
 class CausalLMAdapter(ModelAdapter):
@@ -76,7 +49,7 @@ class CausalLMAdapter(ModelAdapter):
         network = pretrained.read_network(source, AutoModelForCausalLM, dtype)
         positions = pretrained.check_decoder(source, network.config)
         kept = pretrained.kept_tokenizer(tokenizer, network)
-        generation = pretrained.generation_of(network, options)
+        generation = generation_of(network, options)
         ends = getattr(network.config, "eos_token_id", None)
         settings = text_settings(tokenizer, TextCodec(kept), generation, positions, ends)
         model = LoadedModel(source.name, network, None, kept, details=settings, adapter=self)
@@ -84,19 +57,8 @@ class CausalLMAdapter(ModelAdapter):
 
     def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
         """Return the completion forward."""
-        words = loaded.network.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(words, (2, 20), generator=torch.Generator().manual_seed(0))
-        return (
-            CaptureSpec(
-                name=COMPLETE,
-                task=TEXT.name,
-                module=CompletionForward(loaded.network),
-                inputs=tuple(Input(role, (BATCH, axis)) for role, axis in _AXES.items()),
-                outputs=(Role.LOGITS,),
-                stacks={stack: f"model.{root}" for stack, root in self.stacks(loaded).items()},
-                sample=dict(zip(_AXES, (ids[:, :8].contiguous(), ids[:, 8:].contiguous()), strict=True)),
-            ),
-        )
+        forward, words = CompletionForward(loaded.network), pretrained.words(loaded.network)
+        return (captures.of_ids(COMPLETE, TEXT.name, forward, words, self.stacks(loaded)),)
 
     def settings(self, loaded: LoadedModel, task: str) -> TextSettings:
         """Return the template, the ends of answers and their limits."""

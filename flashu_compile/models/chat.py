@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from flashu_compile import arguments
@@ -175,9 +175,34 @@ def template_of(tokenizer: Any, codec: TextCodec, mark: PictureMark | None = Non
         )
     plain = not tokenizer.chat_template
     template = _of_plain_text(tokenizer, codec) if plain else _of_chat(tokenizer, codec, mark)
+    _check_followed(
+        template, codec, lambda probe, cells: _as_transformers_does(tokenizer, probe, mark, cells)
+    )
+    return template
+
+
+def template_between(tokenizer: Any, codec: TextCodec, ahead: str, behind: str) -> Template:
+    """Return the template of a text between two others, which hold all ids that the tokenizer would add.
+
+    Raises `CheckpointError` if the tokenizer does not encode the whole piece by piece.
+    """
+    encode = codec.tokenizer.encode
+    before, after = (tuple(encode(text, add_special_tokens=False).ids) for text in (ahead, behind))
+    template = Template(before, after=after)
+    _check_followed(template, codec, lambda probe, _: list(tokenizer(f"{ahead}{probe}{behind}").input_ids))
+    return template
+
+
+def _check_followed(
+    template: Template, codec: TextCodec, expected: Callable[[str, tuple[int, int]], list[int]]
+) -> None:
+    """Check that texts in a template have the ids `expected` by the library, with pictures of so many cells if any.
+
+    Raises `CheckpointError` if they have others, or the library makes none.
+    """
     for probe, cells in zip(_PROBES, _CELLS, strict=True):
         try:
-            expected = _as_transformers_does(tokenizer, probe, mark, cells)
+            wanted = expected(probe, cells)
         except Exception as error:  # whatever the library makes of odd settings
             raise CheckpointError(
                 f"transformers cannot encode {probe!r} with the tokenizer: {error}"
@@ -187,11 +212,10 @@ def template_of(tokenizer: Any, codec: TextCodec, mark: PictureMark | None = Non
         else:
             ahead, behind = codec.around_picture(template, probe, cells=cells)
             found = [*ahead, *behind]
-        if found != expected:
+        if found != wanted:
             raise CheckpointError(
                 f"The tokenizer encodes {probe!r} in its template in a way that cannot be followed piece by piece."
             )
-    return template
 
 
 def _of_chat(tokenizer: Any, codec: TextCodec, mark: PictureMark | None) -> Template:

@@ -6,123 +6,115 @@ text is. A family says how they become rows, how a row becomes logits of the nex
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from flashu_compile import arguments
-from flashu_compile.bundle.sampling import Sampling
-from flashu_compile.bundle.settings import DrawingSettings
-from flashu_compile.errors import CheckpointError, ConfigurationError, InputError
+from flashu_compile.bundle.settings import DrawingSettings, Template, Unprompted
+from flashu_compile.errors import CheckpointError, ConfigurationError
+from flashu_compile.models import captures, pretrained
 from flashu_compile.models.adapter import LoadedModel, Sampler, Settings
-from flashu_compile.models.drawing_forward import CodesForward, EagerDrawing, Library, PixelsForward
-from flashu_compile.models.picture_forward import Given
+from flashu_compile.models.eager_lm import Drawing, EagerDrawing
+from flashu_compile.models.generation import code_choices
+from flashu_compile.models.language_forward import CodesForward, PixelsForward
 from flashu_compile.models.picture_lm import PictureLMAdapter
 from flashu_compile.models.stacks import LLM
-from flashu_compile.program.program import BATCH, Input, Role
+from flashu_compile.program.program import Role
 from flashu_compile.program.trace import CaptureSpec
 from flashu_compile.tasks import CODES_DECODE, DRAW, MMU, T2I
 
-#: Settings of generation by which tokens are chosen, and those of them that are carried out.
-_CARRIED = ("temperature", "top_k", "top_p")
-_OTHERS = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty")
-
 
 class DrawingLMAdapter(PictureLMAdapter):
-    """A family of such models."""
+    """A family of such models.
+
+    `codes_forward` is the forward that draws, `guidance` its scale where a checkpoint names none, and `eager_model` the
+    model in eager PyTorch.
+    """
 
     tasks: ClassVar[tuple[str, ...]] = (T2I.name, MMU.name)
-
-    @abstractmethod
-    def codes_forward(self, network: Any) -> CodesForward:
-        """Return the forward that draws."""
+    unused: ClassVar[frozenset[str]] = frozenset({"guidance_scale"})
+    codes_forward: ClassVar[type[CodesForward]]
+    guidance: ClassVar[float]
+    eager_model: ClassVar[type[EagerDrawing]]
 
     @abstractmethod
     def codes_decoder(self, network: Any, settings: DrawingSettings) -> nn.Module:
         """Return the decoder from codes [b, n] to pixels [b, 3, height, width], normalised as those that are read."""
 
     @abstractmethod
-    def drawing(self, given: Given) -> DrawingSettings:
-        """Return what the loop that draws must know."""
-
-    def draws(self, loaded: LoadedModel, library: Library) -> Callable[[], EagerDrawing]:
-        """Return a function that makes the model draw in eager PyTorch; `library` draws by the library's own loop."""
-
-        def made() -> EagerDrawing:
-            settings = loaded.details.drawing()
-            decoder = self.codes_decoder(loaded.network, settings)
-            pixels = PixelsForward(decoder, loaded.details.settings.pictures)
-            return EagerDrawing(loaded, settings, self.codes_forward(loaded.network), pixels, library)
-
-        return made
+    def drawing(self, loaded: LoadedModel) -> DrawingSettings:
+        """Return what the loop that draws must know; `drawing_settings` makes it."""
 
     def settings(self, loaded: LoadedModel, task: str) -> Settings:
         """Return what the loop of either task must know."""
-        return loaded.details.drawing() if task == T2I.name else super().settings(loaded, task)
+        return self.drawing(loaded) if task == T2I.name else super().settings(loaded, task)
 
     def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
         """Return what to trace for either task: to draw, the forward and the decoder of codes."""
         if task == MMU.name:
             return super().captures(loaded, task)
-        generator, network = torch.Generator().manual_seed(0), loaded.network
-        settings, rules = loaded.details.drawing(), loaded.details.settings.pictures
-        ids = torch.randint(settings.first_code_id + settings.codes, (2, 20), generator=generator)
-        codes = torch.randint(settings.codes, (2, settings.length), generator=generator)
-        draw = CaptureSpec(
-            name=DRAW,
-            task=T2I.name,
-            module=self.codes_forward(network),
-            inputs=(Input(Role.PREFIX_IDS, (BATCH, "prefix")), Input(Role.SUFFIX_IDS, (BATCH, "suffix"))),
-            outputs=(Role.LOGITS,),
-            stacks={LLM: f"model.{self.stacks(loaded)[LLM]}"},
-            sample={Role.PREFIX_IDS: ids[:, :8].contiguous(), Role.SUFFIX_IDS: ids[:, 8:].contiguous()},
+        draws, network = self._draws(loaded), loaded.network
+        codes, length = draws.settings.codes, draws.settings.length
+        stacks = {LLM: self.stacks(loaded)[LLM]}
+        sample = torch.randint(codes, (2, length), generator=torch.Generator().manual_seed(0))
+        return (
+            captures.of_ids(DRAW, T2I.name, draws.forward, pretrained.words(network) + codes, stacks),
+            captures.of_decoder(CODES_DECODE, draws.pixels, Role.CODES, sample),
         )
-        decode = CaptureSpec(
-            name=CODES_DECODE,
-            task=T2I.name,
-            module=PixelsForward(self.codes_decoder(network, settings), rules),
-            inputs=(Input(Role.CODES, (BATCH, None)),),
-            outputs=(Role.PIXELS,),
-            stacks={},
-            sample={Role.CODES: codes},
-        )
-        return draw, decode
+
+    def _draws(self, loaded: LoadedModel) -> Drawing:
+        settings = self.drawing(loaded)
+        decoder = self.codes_decoder(loaded.network, settings)
+        pixels = PixelsForward(decoder, loaded.details.settings.pictures)
+        scale = self.sampler(loaded).guidance_scale
+        return Drawing(settings, scale, self.codes_forward(loaded.network), pixels)
+
+    def eager(self, loaded: LoadedModel) -> EagerDrawing:
+        """Return the model with the library's own loops."""
+        return self.eager_model(loaded, lambda: self._draws(loaded))
+
+    def sampler(self, loaded: LoadedModel) -> Sampler:
+        """Return the guidance scale of the checkpoint."""
+        scale = loaded.details.generation.get("guidance_scale")
+        told = self.guidance if scale is None else scale
+        return Sampler(guidance_scale=arguments.number("guidance_scale", told, 0, 1e4, CheckpointError))
 
 
-def guidance_of(loaded: LoadedModel, usual: float) -> Sampler:
-    """Return the guidance scale of a checkpoint, the usual one if it names none."""
-    scale = loaded.details.generation.get("guidance_scale")
-    told = usual if scale is None else scale
-    return Sampler(guidance_scale=arguments.number("guidance_scale", told, 0, 1e4, CheckpointError))
+def drawing_settings(
+    loaded: LoadedModel,
+    *,
+    template: Template,
+    unprompted: Unprompted,
+    grid: tuple[int, int],
+    codes: int,
+    picture_size: tuple[int, int],
+    row_end: tuple[int, ...] = (),
+) -> DrawingSettings:
+    """Return the settings of a loop that draws pictures of `grid`; see `DrawingSettings`.
 
-
-def choices(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how codes are chosen by settings of generation: by plain probability where they do not say.
-
-    Raises `ConfigurationError` on a setting that is not carried out, `CheckpointError` on a value out of range.
+    Raises `ConfigurationError` if the model has no positions for a prompt and a picture, or chooses codes in a way that
+    is not carried out.
     """
-    if generation.get("do_sample") is False:
-        return {"temperature": 0.0}
-    others = [name for name in _OTHERS if generation.get(name) not in (None, 0, 1)]
-    if others:
+    positions = loaded.network.config.get_text_config().max_position_embeddings
+    rows = grid[0] * (grid[1] + len(row_end))
+    longest = positions - rows - template.length - template.letters
+    if longest < 1:
+        hint = "; choose a smaller resolution" if "resolution" in loaded.adapter.options else ""
         raise ConfigurationError(
-            f"The generation_config asks for {others[0]} = {generation[others[0]]!r}, by which codes are not chosen; "
-            f"if pictures without it will do, pass model_options={{'generation': {{'{others[0]}': None}}}}."
+            f"A picture of {picture_size[0]}x{picture_size[1]} takes {rows:,} positions, and the model has "
+            f"{positions:,}, which leaves none for a prompt{hint}."
         )
-    told = {name: generation[name] for name in _CARRIED if generation.get(name) is not None}
-    try:
-        Sampling(**told)
-    except InputError as error:
-        raise CheckpointError(f"The generation_config does not say how codes are chosen: {error}") from error
-    return told
-
-
-def library_choices(settings: DrawingSettings) -> dict[str, Any]:
-    """Return the arguments by which the library's `generate` chooses codes as a bundle with these settings does."""
-    if settings.sampling.is_greedy:
-        return {"do_sample": False}
-    return {"do_sample": True, **dataclasses.asdict(settings.sampling)}
+    return DrawingSettings(
+        template=template,
+        unprompted=unprompted,
+        grid=grid,
+        codes=codes,
+        first_code_id=pretrained.words(loaded.network),
+        row_end=row_end,
+        max_prompt_tokens=longest,
+        picture_size=picture_size,
+        **code_choices(loaded.details.generation),
+    )

@@ -5,57 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from flashu_compile import arguments
 from flashu_compile.bundle import areas
 from flashu_compile.bundle.preparing import PictureRules, PictureStep
-from flashu_compile.bundle.settings import DrawingSettings
-from flashu_compile.errors import CheckpointError
+from flashu_compile.bundle.prompts import TextCodec
+from flashu_compile.bundle.settings import DrawingSettings, Unprompted
+from flashu_compile.errors import CheckpointError, ConfigurationError
 from flashu_compile.models import pictures, pretrained
-from flashu_compile.models.adapter import LoadedModel, ModelSource, Sampler
-from flashu_compile.models.chat import PictureMark
-from flashu_compile.models.drawing_lm import DrawingLMAdapter, guidance_of
-from flashu_compile.models.emu3_codes import PixelsOfCodes, ids_of_codes, picture_ids
-from flashu_compile.models.emu3_drawing import GUIDANCE, SIDE, Emu3Codes, drawing_settings, drawn
-from flashu_compile.models.picture_forward import EagerQuestions, Given
+from flashu_compile.models.adapter import LoadedModel, ModelSource
+from flashu_compile.models.chat import PictureMark, template_between
+from flashu_compile.models.drawing_lm import DrawingLMAdapter, drawing_settings
+from flashu_compile.models.eager_emu3 import EagerEmu3
+from flashu_compile.models.eager_lm import EagerDrawing
+from flashu_compile.models.emu3_codes import (
+    Emu3Codes,
+    PictureAsIds,
+    PixelsOfCodes,
+    ids_of_codes,
+    picture_ids,
+)
+from flashu_compile.models.language_forward import CodesForward
 from flashu_compile.models.stacks import LLM
-from flashu_compile.models.tokenizing import picture_token
+from flashu_compile.models.tokenizing import named_tokens, picture_token
 from flashu_compile.program.program import Role
 
 _PROCESSOR = "Emu3ImageProcessor"
 #: The side in pixels of what one code shows, a constant of the library's processor.
 _CELL = 8
-
-
-class PictureAsIds(nn.Module):
-    """The whole forward, from pixels and the ids around the picture to the logits of the last row."""
-
-    ids_of_codes: Tensor
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("ids_of_codes", ids_of_codes(model))
-
-    def forward(self, pixels: Tensor, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the logits of the last row, and the ids up to the picture's last."""
-        context = torch.cat([prefix_ids, picture_ids(self.model, pixels, self.ids_of_codes)], dim=1)
-        rows = self.model.get_input_embeddings()(torch.cat([context, suffix_ids], dim=1))
-        return pretrained.last_logits(self.model, rows), context
-
-
-class EagerCodes(EagerQuestions):
-    """The model in eager PyTorch; the library is told the size of a picture."""
-
-    def seen(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Return the pixels and their height and width."""
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[2:]])}
-
-    def rows(self, cells: tuple[int, int] | None) -> int:
-        """Count a row for each cell, and one for the end of each line of cells."""
-        assert cells is not None, "pictures have cells"
-        return cells[0] * (cells[1] + 1)
+#: Tokens before a text, ahead of a picture and its size, and around its rows.
+_AROUND = ("bos_token", "boi_token", "image_wrapper_token", "eof_token", "eoi_token")
+#: The side of a square picture of the area that the library's processor draws, in pixels.
+_SIDE = 720
+#: The text that guidance leads away from in the authors' script (https://github.com/baaivision/Emu3).
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
 
 
 class Emu3Adapter(DrawingLMAdapter):
@@ -66,16 +53,19 @@ class Emu3Adapter(DrawingLMAdapter):
     options: ClassVar[Mapping[str, str]] = {
         **DrawingLMAdapter.options,
         "resolution": f"the size of pictures that are drawn, in pixels: a side, 768x512 (width first), or such a pair; "
-        f"{SIDE} if not given",
+        f"{_SIDE} if not given",
         "negative_prompt": "the text that guidance leads away from; that of the authors' script if not given",
     }
-    #: A setting of drawing.
-    unused: ClassVar[frozenset[str]] = frozenset({"guidance_scale"})
     model_type: ClassVar[str] = "emu3"
     architecture: ClassVar[str] = "Emu3ForConditionalGeneration"
     #: Not the class, which is also what the library calls its part for text.
     own_names: ClassVar[frozenset[str]] = frozenset({"Emu3"})
     converted: ClassVar[str] = "BAAI/Emu3-Chat-hf or BAAI/Emu3-Gen-hf"
+    line_end: ClassVar[int] = 1
+    codes_forward: ClassVar[type[CodesForward]] = Emu3Codes
+    #: That of the authors' script.
+    guidance: ClassVar[float] = 3.0
+    eager_model: ClassVar[type[EagerDrawing]] = EagerEmu3
 
     @staticmethod
     def features(network: Any, pixels: Tensor) -> Tensor:
@@ -88,23 +78,11 @@ class Emu3Adapter(DrawingLMAdapter):
 
     def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
         """Return the token of the picture, and those that the processor puts around it and its size."""
-        names = ("bos_token", "boi_token", "image_wrapper_token", "eof_token", "eoi_token")
-        tokens = {name: getattr(tokenizer, name, None) for name in names}
-        if absent := [name for name, token in tokens.items() if not isinstance(token, str)]:
-            raise CheckpointError(
-                f"The tokenizer does not name its {absent[0]}, which stands around a picture."
-            )
-        lead, ahead, closing, *behind = map(str, tokens.values())
-        return PictureMark(
-            picture_token(network, tokenizer),
-            lead,
-            ahead,
-            "".join(behind),
-            size="{height}*{width}",
-            closing=closing,
-        )
+        lead, ahead, closing, *behind = named_tokens(tokenizer, _AROUND)
+        token = picture_token(network, tokenizer)
+        return PictureMark(token, lead, ahead, "".join(behind), size="{height}*{width}", closing=closing)
 
-    def preparing(self, source: ModelSource, network: Any, processor: Any) -> PictureRules:
+    def rules(self, source: ModelSource, network: Any, processor: Any) -> PictureRules:
         """Return the rules of the family's own image processor, which keeps proportions."""
         if type(processor).__name__ != _PROCESSOR:
             raise CheckpointError(
@@ -123,32 +101,41 @@ class Emu3Adapter(DrawingLMAdapter):
         side, _ = areas.fitted(middle, middle, unit, least, most)
         return pictures.picture_rules(processor, side, (step,), _CELL)
 
-    def most_rows(self, network: Any, rules: PictureRules) -> int:
-        """Count the most rows that a picture takes, or some more."""
-        (step,) = rules.steps
-        side, pixels = areas.bounds(step.height, *step.area)
-        return pixels // _CELL**2 + side // _CELL
-
     def stacks(self, loaded: LoadedModel) -> Mapping[str, str]:
         """Return the root of the language model's layers; the model of pictures is convolutions."""
         return {LLM: pretrained.layer_list(loaded.network, "model.text_model")}
-
-    def codes_forward(self, network: Any) -> Emu3Codes:
-        """Return the forward that draws."""
-        return Emu3Codes(network)
 
     def codes_decoder(self, network: Any, settings: DrawingSettings) -> PixelsOfCodes:
         """Return the VQ model's decoder for pictures of this size."""
         return PixelsOfCodes(network.model.vqmodel, *settings.grid)
 
-    def drawing(self, given: Given) -> DrawingSettings:
-        """Return what the loop that draws must know."""
-        return drawing_settings(given, _CELL)
+    def drawing(self, loaded: LoadedModel) -> DrawingSettings:
+        """Return what the loop that draws must know; of a picture, the library's processor tells the size alone.
 
-    def eager(self, loaded: LoadedModel) -> EagerCodes:
-        """Return the model with the library's own loops."""
-        return EagerCodes(loaded, self.draws(loaded, drawn))
-
-    def sampler(self, loaded: LoadedModel) -> Sampler:
-        """Return the guidance scale of the checkpoint."""
-        return guidance_of(loaded, GUIDANCE)
+        Raises `ConfigurationError` on a size that is not made of whole cells, and on a negative prompt too long.
+        """
+        details, codec = loaded.details, TextCodec(loaded.tokenizer)
+        width, height = arguments.picture_size(details.options.get("resolution", _SIDE))
+        if width % _CELL or height % _CELL:
+            raise ConfigurationError(
+                f"Emu3 draws pictures whose sides are multiples of {_CELL} pixels, not {width}x{height}."
+            )
+        rows, columns = height // _CELL, width // _CELL
+        begin, ahead, closing, *_ = named_tokens(details.tokenizer, _AROUND)
+        *codes, end = ids_of_codes(loaded.network).tolist()
+        told = details.options.get("negative_prompt", NEGATIVE_PROMPT)
+        negative = arguments.name_of("negative_prompt", told)
+        settings = drawing_settings(
+            loaded,
+            template=template_between(details.tokenizer, codec, begin, f"{ahead}{rows}*{columns}{closing}"),
+            unprompted=Unprompted(text=negative),
+            grid=(rows, columns),
+            codes=len(codes),
+            picture_size=(width, height),
+            row_end=(end,),
+        )
+        if len(codec.encode(negative)) > settings.max_prompt_tokens:
+            raise ConfigurationError(
+                f"negative_prompt is longer than the {settings.max_prompt_tokens} tokens that a prompt may have."
+            )
+        return settings

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashu_compile.errors import CheckpointError
+from flashu_compile.models import pretrained
+from flashu_compile.models.language_forward import CodesForward, RowsForward
 
 
 def ids_of_codes(network: Any) -> Tensor:
@@ -16,7 +19,7 @@ def ids_of_codes(network: Any) -> Tensor:
     Raises `CheckpointError` if the vocabulary lacks one.
     """
     mapping, count = network.vocabulary_mapping, network.config.vq_config.codebook_size
-    words = network.get_input_embeddings().weight.shape[0]
+    words = pretrained.words(network)
     ids = [*(mapping.img2bpe.get(code) for code in range(count)), mapping.eol_token_id]
     if lacking := [code for code, number in enumerate(ids) if number is None or not 0 <= number < words]:
         what = "the end of a line" if lacking[0] == count else f"code {lacking[0]}"
@@ -44,6 +47,43 @@ def picture_codes(vq: Any, pixels: Tensor) -> Tensor:
     for layer in encoder.time_res_stack:
         film = layer(film)
     return vq.quantize(vq.quant_conv(film).permute(0, 2, 1, 3, 4))[:, 0]
+
+
+class PictureAsIds(RowsForward):
+    """From pixels and the ids around the picture to the logits of the last row."""
+
+    ids_of_codes: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.register_buffer("ids_of_codes", ids_of_codes(model))
+
+    def forward(self, pixels: Tensor, prefix_ids: Tensor, suffix_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits of the last row, and the ids up to the picture's last."""
+        context = torch.cat([prefix_ids, picture_ids(self.model, pixels, self.ids_of_codes)], dim=1)
+        return self.logits(self.rows(torch.cat([context, suffix_ids], dim=1))), context
+
+
+class Emu3Codes(CodesForward):
+    """The forward that draws; codes are read as the ids above those of the vocabulary, whatever ids they have in it."""
+
+    codes: Tensor
+    vocabulary: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        codes = ids_of_codes(model)[:-1]
+        words = torch.arange(pretrained.words(model))
+        self.register_buffer("codes", codes)
+        self.register_buffer("vocabulary", torch.cat([words, codes]))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Embed ids, those of codes as the words that they are."""
+        return self.model.get_input_embeddings()(self.vocabulary[ids])
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Compute the logits of codes alone."""
+        return F.linear(rows, self.model.lm_head.weight[self.codes])
 
 
 class PixelsOfCodes(nn.Module):

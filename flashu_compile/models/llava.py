@@ -50,14 +50,15 @@ class LlavaAdapter(PictureLMAdapter):
         """Return the token of the picture, which the processor repeats and puts nothing beside."""
         return PictureMark(picture_token(network, tokenizer))
 
-    def rules(self, processor: Any, side: int) -> PictureRules:
+    def rules(self, source: ModelSource, network: Any, processor: Any) -> PictureRules:
         """Return the rules of an image processor; Llava's own may make pictures square before all else."""
         if type(processor).__name__ != _PROCESSOR:
-            return pictures.picture_rules(processor, side)
+            return super().rules(source, network, processor)
         steps = pictures.steps_of(processor, own=frozenset({"_preprocess"}))
         if processor.do_pad:
             red, green, blue = (int(level * 255) for level in processor.image_mean or (0, 0, 0))
             steps = (PictureStep("square", colour=(red, green, blue)), *steps)
+        side = pictures.square_side(source, network.config.vision_config)
         return pictures.picture_rules(processor, side, steps)
 
     def prepared(self, network: Any) -> Any:
@@ -72,7 +73,7 @@ class LlavaAdapter(PictureLMAdapter):
                 f"The model reads layer {layer} of a vision tower of {depth} layers, which is not carried out."
             )
         made: Any = reducing.with_layers(network, {"vision": root}, {"vision": range(count)})
-        self.count_layers(made, count)
+        reducing.tell_depth(made.get_submodule(self.vision), count)
         made.config = made.model.config = copy.copy(network.config)
         made.config.vision_feature_layer = -1
         return made

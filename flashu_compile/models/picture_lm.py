@@ -6,7 +6,7 @@ library's own. A family says how pixels become rows, and what its processor does
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,36 +15,56 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from flashu_compile.bundle import areas
 from flashu_compile.bundle.preparing import PictureRules
 from flashu_compile.bundle.prompts import TextCodec
-from flashu_compile.bundle.settings import DrawingSettings, UnderstandingSettings
+from flashu_compile.bundle.settings import UnderstandingSettings
 from flashu_compile.errors import BundleError, CheckpointError
-from flashu_compile.models import pictures, pretrained, reducing
-from flashu_compile.models.adapter import EagerModel, LoadedModel, ModelAdapter, ModelSource, Settings
+from flashu_compile.models import captures, pictures, pretrained, reducing
+from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource, Settings
 from flashu_compile.models.chat import PictureMark, text_settings
-from flashu_compile.models.picture_forward import EagerQuestions, Given, QuestionForward, Reading, count_rows
+from flashu_compile.models.eager import EagerModel
+from flashu_compile.models.eager_lm import EagerQuestions
+from flashu_compile.models.generation import generation_of
+from flashu_compile.models.language_forward import QuestionForward, count_rows
 from flashu_compile.models.stacks import LLM, SEMANTIC
 from flashu_compile.models.tokenizing import take_chat_template
-from flashu_compile.program.program import BATCH, Input, Role
+from flashu_compile.program.program import Role
 from flashu_compile.program.trace import CaptureSpec
-from flashu_compile.tasks import MMU, UNDERSTAND
+from flashu_compile.tasks import MMU
 
 #: The share of a model's positions that a picture may take at most where pictures differ in size.
 _MOST_OF_POSITIONS = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a model reads: its settings, and the number of rows that a picture has, the most where they differ.
+
+    `tokenizer` is the library's, `generation` the settings of generation as they hold, `options` are a user's.
+    """
+
+    settings: UnderstandingSettings
+    rows: int
+    tokenizer: Any = dataclasses.field(compare=False)
+    generation: Mapping[str, Any] = dataclasses.field(compare=False)
+    options: Mapping[str, Any] = dataclasses.field(compare=False)
 
 
 class PictureLMAdapter(ModelAdapter):
     """A family of such models.
 
     `model_type` and `architecture` are the library's names of it, `vision` is the module path of its vision tower, and
-    `unused` are settings of generation that its text does not follow. `own_names` are the types and classes by which
-    its authors' own code names it, whose layout is not read, and `converted` are checkpoints in that of the library.
+    `unused` are settings of generation that its text does not follow. `line_end` is how many rows follow each line of
+    cells where pictures differ in size. `own_names` are the types and classes by which its authors' own code names it,
+    whose layout is not read, and `converted` are checkpoints in that of the library.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     vision: ClassVar[str]
     unused: ClassVar[frozenset[str]] = frozenset()
+    line_end: ClassVar[int] = 0
     own_names: ClassVar[frozenset[str]]
     converted: ClassVar[str]
 
@@ -63,13 +83,9 @@ class PictureLMAdapter(ModelAdapter):
     def mark(self, source: ModelSource, network: Any, tokenizer: Any, processor: Any) -> PictureMark:
         """Return how the processor, which may be given, puts a picture into a text."""
 
-    def rules(self, processor: Any, side: int) -> PictureRules:
-        """Return the rules by which an image processor makes pixels of `side` × `side`."""
-        return pictures.picture_rules(processor, side)
-
-    def drawing(self, given: Given) -> DrawingSettings:
-        """Return what the loop that draws must know, for families that have one."""
-        raise NotImplementedError
+    def rules(self, source: ModelSource, network: Any, processor: Any) -> PictureRules:
+        """Return the rules by which an image processor makes pixels for the network."""
+        return pictures.picture_rules(processor, pictures.square_side(source, network.config.vision_config))
 
     def prepared(self, network: Any) -> Any:
         """Return the network without layers that no row depends on."""
@@ -104,45 +120,40 @@ class PictureLMAdapter(ModelAdapter):
         config = network.config.get_text_config()
         kept = pretrained.kept_tokenizer(tokenizer, network)
         try:
-            rules = self.preparing(source, network, processor)
+            rules = self.rules(source, network, processor)
         except (BundleError, TypeError, ValueError, AttributeError) as error:  # of odd settings
             raise CheckpointError(
                 f"Pictures of {source} cannot be prepared as its settings say: {error}"
             ) from error
-        rows = self.most_rows(network, rules)
-        positions = pretrained.check_decoder(source, config)
+        rows, positions = self._rows(network, rules), pretrained.check_decoder(source, config)
         if rules.cell is not None:  # larger pictures are refused when they are asked about
             rows = min(rows, int(positions * _MOST_OF_POSITIONS))
         if rows >= positions:
             raise CheckpointError(
                 f"A picture takes up to {rows} rows, and {source} has {positions} positions."
             )
-        every = pretrained.generation_of(network, options)
-        generation = {name: value for name, value in every.items() if name not in self.unused}
+        generation = generation_of(network, options)
         told = text_settings(
             tokenizer,
             TextCodec(kept),
-            generation,
+            {name: value for name, value in generation.items() if name not in self.unused},
             positions - rows,
             getattr(config, "eos_token_id", None),
             self.mark(source, network, tokenizer, options.get("image_processor")),
         )
         most = None if rules.cell is None else rows
-        given = Given(network, tokenizer, TextCodec(kept), every, options)
-        drawing = functools.cache(functools.partial(self.drawing, given))
-        details = Reading(
-            UnderstandingSettings(**vars(told), pictures=rules, most_rows=most), rows, drawing, every
-        )
+        settings = UnderstandingSettings(**vars(told), pictures=rules, most_rows=most, line_end=self.line_end)
+        details = Reading(settings, rows, tokenizer, generation, options)
         model = LoadedModel(source.name, network, None, kept, details=details, adapter=self)
         return pretrained.with_origin(model, source, files)
 
-    def preparing(self, source: ModelSource, network: Any, processor: Any) -> PictureRules:
-        """Return the rules by which an image processor makes pixels for the network."""
-        return self.rules(processor, pictures.square_side(source, network.config.vision_config))
-
-    def most_rows(self, network: Any, rules: PictureRules) -> int:
-        """Count the rows of a picture; the most where pictures differ in size."""
-        return count_rows(self.features, network, rules)
+    def _rows(self, network: Any, rules: PictureRules) -> int:
+        """Count the rows of a picture; where pictures differ in size, the most, or some more."""
+        if rules.cell is None:
+            return count_rows(self.features, network, rules)
+        (step,) = rules.areas
+        side, pixels = areas.bounds(step.height, *step.area)
+        return pixels // rules.cell**2 + self.line_end * (side // rules.cell)
 
     def forward(self, network: Any) -> tuple[nn.Module, Role]:
         """Return the forward from pixels to logits, and the role of the picture's rows in what it gives."""
@@ -150,34 +161,14 @@ class PictureLMAdapter(ModelAdapter):
 
     def captures(self, loaded: LoadedModel, task: str) -> tuple[CaptureSpec, ...]:
         """Return the forward of a question about a picture."""
-        generator, rules = torch.Generator().manual_seed(0), loaded.details.settings.pictures
-        words = loaded.network.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(words, (2, 20), generator=generator)
+        network, rules, stacks = loaded.network, loaded.details.settings.pictures, self.stacks(loaded)
+        module, rows = self.forward(network)
         sides: tuple[int, int] = rules.height, rules.width
-        axes: tuple[str | None, ...] = None, None
+        axes: tuple[str | None, str | None] = None, None
         if (cell := rules.cell) is not None:  # any size tells; a small one takes little time
             sides, axes = (5 * cell, 7 * cell), (f"{cell} * height", f"{cell} * width")
-        module, rows = self.forward(loaded.network)
-        return (
-            CaptureSpec(
-                name=UNDERSTAND,
-                task=MMU.name,
-                module=module,
-                inputs=(
-                    Input(Role.PIXELS, (BATCH, None, *axes)),
-                    Input(Role.PREFIX_IDS, (BATCH, "prefix")),
-                    Input(Role.SUFFIX_IDS, (BATCH, "suffix")),
-                ),
-                outputs=(Role.LOGITS, rows),
-                stacks={stack: f"model.{root}" for stack, root in self.stacks(loaded).items()},
-                sample={
-                    Role.PIXELS: torch.rand(2, 3, *sides, generator=generator, dtype=loaded.network.dtype) * 2
-                    - 1,
-                    Role.PREFIX_IDS: ids[:, :8].contiguous(),
-                    Role.SUFFIX_IDS: ids[:, 8:].contiguous(),
-                },
-            ),
-        )
+        words, dtype = pretrained.words(network), network.dtype
+        return (captures.of_question(module, words, sides, dtype, stacks, axes=axes, rows=rows),)
 
     def settings(self, loaded: LoadedModel, task: str) -> Settings:
         """Return the template, the ends of answers, their limits, and the rules for pictures."""
@@ -194,12 +185,8 @@ class PictureLMAdapter(ModelAdapter):
         """Return a small copy, whose vision tower knows how many layers it has."""
         small = super().reduced(loaded, layers, token_pruning)
         if SEMANTIC in layers:
-            self.count_layers(small.network, len(layers[SEMANTIC]))
+            reducing.tell_depth(small.network.get_submodule(self.vision), len(layers[SEMANTIC]))
         return small
-
-    def count_layers(self, network: Any, count: int) -> None:
-        """Tell the vision tower of a copy of a network, in a configuration of its own, how many layers it has."""
-        reducing.tell_depth(network.get_submodule(self.vision), count)
 
     def eager(self, loaded: LoadedModel) -> EagerModel:
         """Return the model with the library's own loop."""

@@ -1,22 +1,19 @@
-"""Models and tokenizers that `save_pretrained` of transformers left, or objects of its classes: read, checked, run."""
+"""Models and tokenizers that `save_pretrained` of transformers left, or objects of its classes: read and checked."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from flashu_compile import arguments
 from flashu_compile.bundle.files import HashedFile
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from flashu_compile.models import tokenizing, weights
@@ -28,48 +25,6 @@ OPTIONS: Mapping[str, str] = {
     "tokenizer": "a fast tokenizer of transformers, or the directory of one; needed with a model in memory",
     "generation": "entries that replace those of the checkpoint's generation_config; None leaves one out",
 }
-
-
-class EagerAnswers(ABC):
-    """A model in eager PyTorch that answers by the library's own loop."""
-
-    def __init__(self, network: Any) -> None:
-        self._network = network
-
-    @abstractmethod
-    def given(self, image: Any, question: str) -> tuple[list[int], dict[str, Tensor]]:
-        """Return the ids that an answer follows, and what else the network's forward takes."""
-
-    def trajectory(self, prompt: str, **_: Any) -> Any:
-        """Raise `UnsupportedModelError`: there are no pictures to draw."""
-        raise UnsupportedModelError("A language model makes no pictures.")
-
-    generate = trajectory
-
-    @torch.inference_mode()
-    def logits(self, image: Any, question: str, answer: Sequence[int]) -> Tensor:
-        """Return the logits [tokens, vocab] of each token of `answer`, given the tokens before it."""
-        ids, others = self.given(image, question)
-        whole = torch.tensor([[*ids, *answer][:-1]])
-        return self._network(input_ids=whole, use_cache=False, **others).logits[0, len(ids) - 1 :]
-
-    @torch.inference_mode()
-    def answer(self, image: Any, question: str, tokens: int) -> None:
-        """Decode just so many tokens greedily, by the library's own loop."""
-        ids, others = self.given(image, question)
-        whole = torch.tensor([ids])
-        length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        self._network.generate(
-            whole, attention_mask=torch.ones_like(whole), do_sample=False, **length, **others
-        )
-
-
-def last_logits(network: Any, rows: Tensor) -> Tensor:
-    """Compute the logits [b, vocab] of the last of embedded rows [b, rows, width]."""
-    config = network.config.get_text_config()
-    # Made here without positions, in which the library would look for packed sequences.
-    mask = create_masks_for_generate(config, rows, None, None, position_ids=None)
-    return network(inputs_embeds=rows, attention_mask=mask, use_cache=False).logits[:, -1]
 
 
 def read_tokenizer(given: Any) -> Any:
@@ -164,16 +119,15 @@ def check_decoder(source: ModelSource, config: Any) -> int:
     return positions
 
 
-def generation_of(network: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of generation of a model, and those that a user gave instead."""
-    replaced = arguments.mapping("generation", options.get("generation"))
-    return {**network.generation_config.to_diff_dict(), **replaced}
+def words(network: Any) -> int:
+    """Count the ids that a network embeds."""
+    return int(network.get_input_embeddings().weight.shape[0])
 
 
 def kept_tokenizer(tokenizer: Any, network: Any) -> Tokenizer:
     """Return a tokenizer as a bundle will hold it. Raises `CheckpointError` if it cannot, or ids have no embedding."""
     kept = tokenizing.check_kept(tokenizer.backend_tokenizer)
-    tokenizing.check_size(kept, network.get_input_embeddings().weight.shape[0])
+    tokenizing.check_size(kept, words(network))
     return kept
 
 

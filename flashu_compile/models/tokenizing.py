@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from flashu_compile import arguments
 from flashu_compile.bundle.prompts import read_tokenizer
 from flashu_compile.errors import CheckpointError
 from flashu_compile.models import hub, weights
@@ -91,6 +92,17 @@ def _highest(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
+def named_tokens(tokenizer: Any, names: tuple[str, ...]) -> list[str]:
+    """Return the tokens that stand around a picture, by their names in a tokenizer of transformers.
+
+    Raises `CheckpointError` if it does not name one of them.
+    """
+    tokens = {name: getattr(tokenizer, name, None) for name in names}
+    if absent := [name for name, token in tokens.items() if not isinstance(token, str)]:
+        raise CheckpointError(f"The tokenizer does not name its {absent[0]}, which stands around a picture.")
+    return list(map(str, tokens.values()))
+
+
 def picture_token(network: Any, tokenizer: Any) -> str:
     """Return the token that stands for a picture. Raises `CheckpointError` if the tokenizer has none."""
     number = network.config.image_token_id
@@ -114,3 +126,16 @@ def take_chat_template(tokenizer: Any, directory: Path | None) -> None:
         if not isinstance(found, str):
             raise CheckpointError(f"{path} has no chat template that is a text.")
         tokenizer.chat_template = found
+
+
+def processor_flag(given: Any, name: str) -> bool:
+    """Tell a setting of a processor of pictures and texts, or of the one that a directory holds; False if it has none.
+
+    Raises `CheckpointError` if it is neither true nor false.
+    """
+    if given is None or isinstance(given, str | Path):
+        path = None if given is None else absolute(given) / "processor_config.json"
+        told = weights.read_config(path).get(name) if path is not None and path.is_file() else None
+    else:
+        told = getattr(given, name, None)
+    return False if told is None else arguments.flag(name, told, CheckpointError)

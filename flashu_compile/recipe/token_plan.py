@@ -56,6 +56,11 @@ class Span:
         arguments.name_of("A span's engine", self.engine, BundleError)
         arguments.number("A span's guidance_scale", self.guidance_scale, 0, LARGEST_SCALE, BundleError)
 
+    @property
+    def step(self) -> CodeStep:
+        """What is done for each of its codes."""
+        return CodeStep(self.engine, self.guidance_scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenPlan:
@@ -70,7 +75,7 @@ class TokenPlan:
 
     def _steps(self) -> Iterator[CodeStep]:
         for span in self.spans:
-            yield from itertools.repeat(CodeStep(span.engine, span.guidance_scale), span.count)
+            yield from itertools.repeat(span.step, span.count)
 
     @property
     def points(self) -> None:

@@ -124,12 +124,10 @@ def _shown(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
 
 
 def _side_by_side(seen: Seen) -> dict[str, Any]:
-    pictures = {
-        "exact": seen.exact,
-        "this bundle": seen.own,
-        f"difference × {AMPLIFIED}": seen.difference,
-    }
-    told = f"{seen.prompt} (seed {seen.seed}): SSIM {seen.ssim:.3f}"
+    pictures, told = {"exact": seen.exact, "this bundle": seen.own}, f"{seen.prompt} (seed {seen.seed})"
+    if seen.ssim is not None:
+        pictures[f"difference × {AMPLIFIED}"] = seen.difference
+        told += f": SSIM {seen.ssim:.3f}"
     return {"pictures": {title: data_uri(picture) for title, picture in pictures.items()}, "text": told}
 
 

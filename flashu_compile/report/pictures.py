@@ -27,13 +27,16 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Seen:
-    """A picture of this bundle beside that of the exact one, at equal seed, with their SSIM."""
+    """A picture of this bundle beside that of the exact one, at equal seed, with their SSIM.
+
+    It is None where pictures are drawn code by code: one other code makes another picture, as good as it may be.
+    """
 
     prompt: str
     seed: int
     exact: Image.Image
     own: Image.Image
-    ssim: float
+    ssim: float | None
 
     @property
     def difference(self) -> Image.Image:

@@ -94,27 +94,11 @@ class Picture:
         self._context: Mapping[str, Any] | None = None
 
     @classmethod
-    def seen(
-        cls,
-        engines: Engines,
-        prefix: Sequence[int],
-        pixels: NDArray[np.float32],
-        most_rows: int | None = None,
-    ) -> Picture:
-        """Encode a picture of at most so many rows; `prefix` holds the ids ahead of it.
-
-        Raises `InputError` if it has more rows, `NotFiniteError` if they are not finite.
-        """
+    def seen(cls, engines: Engines, prefix: Sequence[int], pixels: NDArray[np.float32]) -> Picture:
+        """Encode a picture; `prefix` holds the ids ahead of it. Raises `NotFiniteError` if its rows are not finite."""
         vision, ids = engines.engine(VISION), {PREFIX_IDS: np.array([prefix], dtype=np.int64)}
         if PREFIX_IDS in {tensor.name for tensor in vision.spec.inputs}:
-            context = vision.run({"pixels": pixels, **ids})
-            count = max(value.shape[1] for value in context.values()) - len(prefix)
-            if most_rows is not None and count > most_rows:
-                raise InputError(
-                    f"The picture takes {count:,} rows as it is prepared, and the model has positions for "
-                    f"{most_rows:,}; give a smaller one."
-                )
-            return cls(engines, context)
+            return cls(engines, vision.run({"pixels": pixels, **ids}))
         embeds = vision.run({"pixels": pixels})["image_embeds"]
         Source.engine(engines, VISION).check("image_embeds", embeds)
         return cls(engines, {**ids, "image_embeds": embeds})

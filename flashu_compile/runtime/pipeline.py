@@ -242,7 +242,7 @@ class Pipeline(MakesPictures):
         cells = settings.pictures.cells(*pixels.shape[2:])
         settings.check_rows(cells)
         prefix, _ = self.codec.around_picture(settings.template, "", cells=cells)
-        return decoding.Picture.seen(self._engines, prefix, pixels, settings.most_rows), prefix
+        return decoding.Picture.seen(self._engines, prefix, pixels), prefix
 
     def _understanding(self) -> UnderstandingSettings:
         if self.manifest.understanding is None:

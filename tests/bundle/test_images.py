@@ -274,14 +274,16 @@ class TestPicturesOfAnySize:
         with pytest.raises(BundleError, match="do not become whole cells"):
             dataclasses.replace(self.rules, **changes)
 
-    def test_ranges_of_engines_hold_every_picture(self) -> None:
+    def test_ranges_of_engines_hold_pictures_up_to_four_times_as_long_as_wide(self) -> None:
         template = Template((1, 2), after=(3,), picture=2, size=1, size_text="{height}*{width}")
         asked = UnderstandingSettings(template, (3,), 100, 50, pictures=self.rules, most_rows=700)
         known = known_ranges(None, asked, None, 702)
-        for width, height in ((1, 200), (200, 1), (7, 1400), (64, 64), (5, 5), (2000, 2000)):
+        for width, height in ((1, 4), (4, 1), (700, 2800), (64, 64), (5, 5), (2000, 2000)):
             columns, rows = (side // 8 for side in fitted(width, height, 8, 256, 4096))
             assert rows <= known["height"].max
             assert columns <= known["width"].max
+        # Engines take memory for both at their largest: of one picture four times as large as any.
+        assert known["height"].max * known["width"].max <= 4.2 * 700
         assert known["context"].max >= 700 + 2
         assert known["capacity"].max >= 702 + 100 + 50
         assert known["height"].opt == known["width"].opt == 2

@@ -84,6 +84,12 @@ def test_the_report_says_asked_and_not_done(allowed: Path) -> None:
     assert "What each lossy pass changes" not in page
 
 
+def test_what_was_not_done_is_neither_a_cost_nor_a_reason_to_judge_less(allowed: Path) -> None:
+    report = json.loads((allowed / "report.json").read_text())
+    assert report["cost"] == {}
+    assert report["answered"]["mmu"]["error"] <= 1e-4
+
+
 def test_inspect_says_so(allowed: Path) -> None:
     told = CliRunner().invoke(app, ["inspect", str(allowed)], env={"COLUMNS": "200"})
     assert told.exit_code == 0

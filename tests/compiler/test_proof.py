@@ -25,7 +25,8 @@ from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import find_backend
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.loading import LoadedModel
-from flashu_compile.models.showo2.adapter import GenerationStep, Showo2Adapter
+from flashu_compile.models.showo2.adapter import Showo2Adapter
+from flashu_compile.models.showo2.forwards import GenerationStep
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.reduced import reduced
 from flashu_compile.recipe.config import MMUConfig, T2IConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,14 @@ def test_what_is_no_resolution(resolution: object, said: str) -> None:
 def test_sizes_of_published_checkpoints_have_names(name: str, side: int) -> None:
     loaded = load_model(tiny_model(), vae=VAE, tokenizer=tokenizer(), resolution=name)
     assert loaded.network.config.latent_shape[1:] == (side // 2, side // 2)
+
+
+@pytest.mark.parametrize("given", [{"resolution": 16}, {"model_options": {"resolution": 16}}])
+def test_a_size_of_pictures_that_are_not_drawn_is_refused(given: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match="is the size of pictures that are drawn, and the task is mmu"
+    ):
+        capture_model(tiny_model(), "mmu", vae=VAE, tokenizer=tokenizer(), **given)
 
 
 def test_without_a_vae_there_are_no_pixels() -> None:

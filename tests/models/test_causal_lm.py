@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import MistralConfig, Qwen2Config
 from typer.testing import CliRunner
 
@@ -21,11 +19,12 @@ from flashu_compile import cli
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.compiler.captured import CapturedModel, ProgressReporter
 from flashu_compile.errors import CheckpointError, ConfigurationError, UnknownTaskError, UnsupportedModelError
-from flashu_compile.models.causal_lm import CausalLMAdapter, CompletionForward
+from flashu_compile.models.causal_lm import CausalLMAdapter
+from flashu_compile.models.language_forward import CompletionForward
 from flashu_compile.models.loading import load_model
-from flashu_compile.models.reducing import with_layers
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
+from tests.support.cut_models import cut_decoder
 from tests.support.tiny_lm import CHAT, PROMPTS, ids_of, language_model, reference, save, tokenizer
 
 TOKENS = 24
@@ -232,19 +231,9 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(qwen: Case, tmp_path: Path) -
         source, "text", recipe=recipe, calibration=PROMPTS, output=tmp_path / "b", cache=False
     )
     decided = recipe.decided("text")
-    (skipped,) = decided.phases[0].layers.get("llm", ())
-    cut = with_layers(
-        copy.deepcopy(qwen.model), {"llm": "model.layers"}, {"llm": [i for i in range(3) if i != skipped]}
-    )
-    for block, layer in enumerate(qwen.model.model.layers):
-        kept = torch.from_numpy(decided.kept_neurons["llm"][block].copy())
-        assert len(kept) == 96
-        if block != skipped:
-            place = block - (block > skipped)
-            mlp = cut.model.layers[place].mlp  # type: ignore[union-attr]
-            for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-                weight = getattr(layer.mlp, name).weight.detach().index_select(dim, kept)
-                getattr(mlp, name).weight = nn.Parameter(weight)
+    kept, skipped = decided.kept_neurons["llm"], decided.phases[0].layers["llm"]
+    assert (len(kept), len(skipped)) == (3, 1)
+    cut = cut_decoder(qwen.model, "model", kept, skipped, width=96)
     pipe = flashu_compile.load(bundle.path, threads=1)
     for prompt, answer in zip(PROMPTS[:6], qwen.answers[:6], strict=True):
         ids = ids_of(qwen.fast, prompt)

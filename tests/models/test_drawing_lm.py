@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import flashu_compile
 from flashu_compile import Sampling
@@ -35,6 +34,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.drawing import branch_ids
 from flashu_compile.runtime.pipeline import Pipeline
 from tests.support import tiny_picture_lm as tiny
+from tests.support.cut_models import cut_decoder
 from tests.support.tiny_picture_lm import PROMPTS, Family, picture_of, reference, save
 
 CODES = 16
@@ -204,22 +204,6 @@ class TestExact:
         assert Agreement(theirs, None, {})(own, samples) == {"next_codes": [1.0] * 3}
 
 
-def _cut(janus: Family, kept: dict[int, np.ndarray], skipped: tuple[int, ...]) -> Any:
-    """The model with neurons cut out and layers taken out, by hand."""
-    model = copy.deepcopy(janus.model)
-    layers = model.model.language_model.layers
-    for block, neurons in kept.items():
-        index = torch.tensor(neurons)
-        mlp = layers[block].mlp
-        for linear in (mlp.gate_proj, mlp.up_proj):
-            linear.weight = nn.Parameter(linear.weight[index])
-        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, index])
-    model.model.language_model.layers = nn.ModuleList(
-        layer for number, layer in enumerate(layers) if number not in skipped
-    )
-    return model.eval()
-
-
 @pytest.mark.slow
 class TestLossy:
     def test_guidance_intervals(self, folder: Path, janus: Family, tmp_path: Path) -> None:
@@ -247,7 +231,8 @@ class TestLossy:
         assert [engine.name for engine in pipe.manifest.engines if "draw" in engine.name] == [
             f"draw_pruned_skip{decided.phases[0].layers['llm'][0]}"
         ]
-        model = _cut(janus, dict(decided.kept_neurons["llm"]), decided.phases[0].layers["llm"])
+        kept, skipped = decided.kept_neurons["llm"], decided.phases[0].layers["llm"]
+        model = cut_decoder(janus.model, "model.language_model", kept, skipped)
         for prompt in PROMPTS[:4]:
             expected, logits = by_hand(model, given(janus, prompt)["input_ids"], [3.0] * CODES)
             assert relative_error(pipe.code_logits(prompt, expected), logits) < 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from typer.testing import CliRunner
 
@@ -21,13 +21,14 @@ from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.images import engine_pixels
 from flashu_compile.errors import CheckpointError, DeclinedError, InputError
 from flashu_compile.looking.structure import model_structure
+from flashu_compile.measure.asked import about_picture
 from flashu_compile.models import emu3_codes
 from flashu_compile.models.loading import load_model
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.runtime import decoding
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.verify import verify
 from tests.support import tiny_emu3 as tiny
+from tests.support.cut_models import cut_decoder
 from tests.support.tiny_emu3 import PICTURES, picture_of
 from tests.support.tiny_picture_lm import PROMPTS, Family, inputs, reference, reference_logits, save
 
@@ -111,12 +112,11 @@ class TestLoading:
         assert loaded.details == load_model(case.folder).details
 
     def test_rows_are_no_more_than_is_said(self, case: Case) -> None:
-        loaded = given(case.family)
-        eager, rules = loaded.adapter.eager(loaded), loaded.details.settings.pictures
+        details = given(case.family).details
         for width, height in ((200, 1), (1, 200), (9, 1799), (32, 32), (65, 63), (5, 999)):
-            cells = rules.cells(*_fitted(width, height)[::-1])
+            cells = details.settings.pictures.cells(*_fitted(width, height)[::-1])
             if cells is not None:
-                assert eager.rows(cells) <= loaded.details.rows
+                assert details.settings.rows_of(cells) <= details.rows
 
     def test_layers_and_stacks(self, case: Case) -> None:
         loaded = load_model(case.folder)
@@ -299,9 +299,27 @@ class TestBundle:
         assert penalised.ask(PICTURES[0], PROMPTS, max_new_tokens=TOKENS) == expected
 
     def test_a_picture_larger_than_there_are_positions(self, built: Built) -> None:
-        pixels = engine_pixels(picture_of(0), built.pipe.manifest.understanding.pictures)  # type: ignore[union-attr]
-        with pytest.raises(InputError, match="and the model has positions for 5; give a smaller one"):
-            decoding.Picture.seen(built.pipe.engines, [1, 2], pixels, most_rows=5)
+        """Every row counts, those of the ends of lines among them; the same for what a program is asked."""
+        pipe = built.pipe
+        told: Any = pipe.manifest.understanding
+        pixels = engine_pixels(picture_of(0), told.pictures)
+        rows, columns = pixels.shape[2] // 8, pixels.shape[3] // 8
+        count = rows * (columns + 1)
+        for most, fits in ((count, True), (count - 1, False)):
+            settings = dataclasses.replace(told, most_rows=most)
+            manifest = dataclasses.replace(pipe.manifest, understanding=settings)
+            asked = Pipeline(manifest, None, None, pipe.codec, pipe.engines)
+            with (
+                contextlib.nullcontext()
+                if fits
+                else pytest.raises(
+                    InputError,
+                    match=f"takes {count} rows as it is prepared, and the model has positions for {most}",
+                )
+            ):
+                asked.ask(picture_of(0), PROMPTS[0], max_new_tokens=1)
+            with contextlib.nullcontext() if fits else pytest.raises(InputError, match="give a smaller one"):
+                about_picture(pipe.codec, settings, picture_of(0), PROMPTS[0])
 
     def test_verify(self, built: Built) -> None:
         assert verify(built.path).ok
@@ -334,7 +352,8 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(case: Case, tmp_path: Path) -
         source, "mmu", recipe=recipe, calibration=samples, output=tmp_path / "b", cache=False
     )
     decided = recipe.decided("mmu")
-    cut = _cut(case.family.model, decided.kept_neurons["llm"], *decided.phases[0].layers["llm"])
+    kept, skipped = decided.kept_neurons["llm"], decided.phases[0].layers["llm"]
+    cut = cut_decoder(case.family.model, "model.text_model", kept, skipped, width=96)
     pipe = flashu_compile.load(bundle.path, threads=1)
     cut_family = Family(cut, case.family.processor)
     changed = 0
@@ -345,24 +364,6 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(case: Case, tmp_path: Path) -
         _, logits = pipe.logits(picture_of(number), prompt, tokens=len(truth), answer=answer)
         assert relative_error(logits, truth) <= 1e-4
     assert changed
-
-
-def _cut(model: Any, kept: Any, skipped: int) -> Any:
-    """A copy of a model whose layers have the kept neurons alone, without one of the layers."""
-    cut = copy.deepcopy(model)
-    text = cut.model.text_model
-    for block, neurons in kept.items():
-        mlp, ids = text.layers[block].mlp, torch.from_numpy(neurons.copy())
-        assert len(ids) == 96
-        for name in ("gate_proj", "up_proj"):
-            linear = getattr(mlp, name)
-            linear.weight = nn.Parameter(linear.weight[ids].detach())
-        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, ids].detach())
-    text.layers = nn.ModuleList(layer for n, layer in enumerate(text.layers) if n != skipped)
-    for place, layer in enumerate(text.layers):
-        layer.self_attn.layer_idx = place
-    text.config.num_hidden_layers = cut.config.text_config.num_hidden_layers = len(text.layers)
-    return cut
 
 
 @pytest.mark.slow

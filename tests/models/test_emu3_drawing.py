@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import flashu_compile
 from flashu_compile.bundle.agreement import relative_error
@@ -20,14 +18,15 @@ from flashu_compile.compiler import exact_bundles
 from flashu_compile.compiler.checkpoint_of_bundle import checkpoint
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.errors import ConfigurationError
+from flashu_compile.models.emu3 import NEGATIVE_PROMPT
 from flashu_compile.models.emu3_codes import ids_of_codes
-from flashu_compile.models.emu3_drawing import NEGATIVE_PROMPT
 from flashu_compile.models.loading import load_model
 from flashu_compile.recipe.config import T2IConfig
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import choice
 from flashu_compile.runtime.pipeline import Pipeline
 from tests.support import tiny_emu3 as tiny
+from tests.support.cut_models import cut_decoder
 from tests.support.tiny_picture_lm import PROMPTS, Family, save
 
 ROWS, COLUMNS = 4, 5
@@ -148,17 +147,10 @@ def test_pruning_is_that_of_a_model_cut_by_hand(folder: Path, family: Family, tm
         folder, "t2i", output=tmp_path / "b", recipe=recipe, samples=2, cost_samples=1, resolution=SIZE
     )
     pipe, decided = flashu_compile.load(tmp_path / "b"), Recipe.load(tmp_path / "b").decided("t2i")
-    model = copy.deepcopy(family.model)
-    layers = model.model.text_model.layers
-    for block, neurons in decided.kept_neurons["llm"].items():
-        index, mlp = torch.tensor(neurons), layers[block].mlp
-        for linear in (mlp.gate_proj, mlp.up_proj):
-            linear.weight = nn.Parameter(linear.weight[index])
-        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, index])
-    skipped = decided.phases[0].layers["llm"]
-    model.model.text_model.layers = nn.ModuleList(x for n, x in enumerate(layers) if n not in skipped)
+    kept, skipped = decided.kept_neurons["llm"], decided.phases[0].layers["llm"]
+    model = cut_decoder(family.model, "model.text_model", kept, skipped)
     codes = drawn(family, PROMPTS[1], SCALE)
-    expected = logits_by_hand(family, model.eval(), PROMPTS[1], codes)
+    expected = logits_by_hand(family, model, PROMPTS[1], codes)
     assert relative_error(pipe.code_logits(PROMPTS[1], codes), expected) < 1e-5
 
 
@@ -194,6 +186,12 @@ class TestSettings:
         expected = logits_by_hand(family, family.model, PROMPTS[2], codes)
         assert relative_error(eager.code_logits(PROMPTS[2], codes, SCALE).numpy(), expected) < 1e-6
         assert eager.generate(PROMPTS[2], steps=None).size == (COLUMNS * 8, ROWS * 8)
+        greedy = {"generation": {"do_sample": False, "guidance_scale": 1.5}}
+        loaded = load_model(folder, resolution=SIZE, model_options=greedy)
+        eager, settings = loaded.adapter.eager(loaded), loaded.adapter.settings(loaded, "t2i")
+        one, other = (ids(family, text) for text in (PROMPTS[2], NEGATIVE_PROMPT))
+        codes = eager.library_codes(settings, loaded.adapter.sampler(loaded).guidance_scale, one, other)  # type: ignore[union-attr]
+        assert codes.tolist() == drawn(family, PROMPTS[2], 1.5)
 
     def test_choices_that_are_not_carried_out_are_refused(self, folder: Path) -> None:
         generation = {"do_sample": True, "min_p": 0.1, "top_k": 7}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashu_compile.models.showo2.adapter import GenerationStep
+from flashu_compile.models.showo2.forwards import GenerationStep
 from flashu_compile.models.showo2.reference import GenerationReference
 from flashu_compile.passes.manager import relative_error
 from flashu_compile.program.program import Program, Role

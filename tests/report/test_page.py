@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flashu_compile.recipe.token_plan import Span, TokenPlan
 from flashu_compile.report.page import render
 from flashu_compile.report.pictures import data_uri, keep_map
 from tests.report import small_report
@@ -127,6 +128,19 @@ def test_what_was_measured_beside_the_exact_bundle_comes_first() -> None:
     assert [title for title, _ in pictures] == ["exact", "this bundle", "difference × 4"]
     difference = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[2][1]))).convert("RGB"))
     assert difference[0, 0].tolist() == [4 * 5, 4 * 5, 255]
+
+
+def test_pictures_drawn_by_codes_are_shown_without_a_score() -> None:
+    """After one other code all are others, so that a difference says nothing."""
+    recipe = small_report.recipe()
+    seen = dataclasses.replace(small_report.seen(), ssim=None)
+    measured = {"beside_exact": small_report.beside_exact(), "calibration": {}, "cost": {}}
+    report = small_report.report(recipe, lossy=True) | measured
+    plan = TokenPlan((Span(4, "draw", 5.0),))
+    told = render(small_report.manifest(recipe), report, recipe, plan, small_report.comparisons(), [seen])
+    pictures = re.findall(r'alt="a red &lt;circle&gt; \(seed 3\), ([^",]+)"', told)
+    assert pictures == ["exact", "this bundle"]
+    assert "pictures may differ and be as good" in told
 
 
 def test_rows_of_wide_tables_name_their_columns_where_they_are_stacked(page: str) -> None:

@@ -7,10 +7,10 @@ import copy
 from collections.abc import Collection, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flashu_compile.models.showo2.modeling import Showo2
+from tests.support.cut_models import GATED, keep_neurons
 from tests.support.flashu_twin import Kept
 
 
@@ -36,21 +36,13 @@ def without_layers(model: Showo2, layers: Collection[int]) -> Showo2:
 def sliced(model: Showo2, kept: Kept) -> Showo2:
     """A copy with smaller linears: hidden neurons that are not kept do not exist in it."""
     model = copy.deepcopy(model)
-    gated = (["gate_proj", "up_proj"], "down_proj")
-    stacks: dict[str, tuple[Any, list[str], str]] = {
-        "llm": (model.showo.model.layers, *gated),
+    stacks: dict[str, tuple[Any, Collection[str], str]] = {
+        "llm": (model.showo.model.layers, *GATED),
         "semantic": (model.und_trans.layers, ["fc1"], "fc2"),
-        "head": (model.diffusion_head_a, *gated),
+        "head": (model.diffusion_head_a, *GATED),
     }
     for name, blocks in kept.items():
         layers, ups, down = stacks[name]
         for block, neurons in blocks.items():
-            mlp, index = layers[block].mlp, torch.tensor(neurons)
-            for up in ups:
-                linear = getattr(mlp, up)
-                linear.weight = nn.Parameter(linear.weight[index])
-                if linear.bias is not None:
-                    linear.bias = nn.Parameter(linear.bias[index])
-            linear = getattr(mlp, down)
-            linear.weight = nn.Parameter(linear.weight[:, index])
+            keep_neurons(layers[block].mlp, neurons, ups, down)
     return model

@@ -1,9 +1,7 @@
 """What the compiler must be told about Show-o2: the roles of inputs and outputs, and the roots of its stacks.
 
-Each task is captured once, in the published form: the padded generation step and the full-sequence understanding
-forward. Rows are in the aligned layout (see `layout`): text is padded on the left, so that the prompt length is
-one dynamic dimension and the image span starts at the same row everywhere. Numbers are those of the published
-layout, where padding follows the sequence.
+Each task is captured once, in the published form (`forwards`): the padded generation step and the full-sequence
+understanding forward.
 """
 
 from __future__ import annotations
@@ -13,108 +11,25 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
 
 from flashu_compile.bundle.settings import GenerationSettings, UnderstandingSettings
 from flashu_compile.errors import CheckpointError
+from flashu_compile.models import captures
 from flashu_compile.models.adapter import LoadedModel, ModelAdapter, ModelSource, Sampler, Settings
 from flashu_compile.models.showo2 import checkpoint, loading
 from flashu_compile.models.showo2.eager import EagerPipeline
-from flashu_compile.models.showo2.layout import row_positions
+from flashu_compile.models.showo2.forwards import GenerationStep, LatentDecoder, UnderstandingForward
 from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.models.showo2.prompts import PromptCodec, picture_rules
 from flashu_compile.models.showo2.reduced import GRID, STACKS, of_few_words, reduced
 from flashu_compile.models.vae import LatentCodec
-from flashu_compile.program.program import Input, Role
+from flashu_compile.program.program import BATCH, Input, Role
 from flashu_compile.program.trace import CaptureSpec
-from flashu_compile.tasks import DENOISE, MMU, T2I, UNDERSTAND, VAE_DECODE
+from flashu_compile.tasks import DENOISE, MMU, T2I, VAE_DECODE
 
 #: The longest answer, in tokens, unless a caller says otherwise.
 _MAX_NEW_TOKENS = 300
-_STACKS = {stack: f"model.{root}" for stack, root in STACKS.items()}
 _SAMPLE_PROMPT = 6
-_SEED = 0
-
-
-class GenerationStep(nn.Module):
-    """The padded generation step: both guidance branches, every row, vocabulary logits included.
-
-    Latents and time are given once, since the branches share them; as published, each branch computes with its own
-    copy.
-    """
-
-    def __init__(self, model: Showo2) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        prompt_ids: Int[Tensor, "b prompt"],
-        prompt_mask: Bool[Tensor, "b prompt"],
-        tail_ids: Int[Tensor, "b tail"],
-        latents: Float[Tensor, "1 c h w"],
-        timestep: Float[Tensor, " 1"],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the velocity, the head features and the logits of one padded step."""
-        model, config = self.model, self.model.config
-        batch = prompt_ids.shape[0]
-        latents, timestep = latents.expand(batch, -1, -1, -1), timestep.expand(batch)
-        time, time_row = model.embed_time(timestep)
-        image = model.embed_image(latents)
-        span = image if time_row is None else torch.cat([time_row, image], dim=1)
-        rows = torch.cat([model.embed_text(prompt_ids), span, model.embed_text(tail_ids)], dim=1)
-        in_span = torch.ones(prompt_ids.shape[0], config.span_length, dtype=torch.bool)
-        in_tail = torch.ones_like(tail_ids, dtype=torch.bool)
-        is_span = torch.cat([torch.zeros_like(prompt_mask), in_span, ~in_tail], dim=1)
-        valid = torch.cat([prompt_mask, in_span, in_tail], dim=1)
-        tables = model.tables(is_span, row_positions(valid), valid)
-        hidden = model.llm(rows, tables)
-        features = model.head(hidden, time, tables)
-        end = prompt_ids.shape[1] + config.span_length
-        image_rows = features[:, end - config.image_tokens : end]
-        return model.velocity(image_rows, time), image_rows, model.logits(hidden)
-
-
-class UnderstandingForward(nn.Module):
-    """The full-sequence understanding forward, from pixels to the logits of the last row."""
-
-    def __init__(self, model: Showo2, vae: LatentCodec) -> None:
-        super().__init__()
-        self.model, self.vae = model, vae
-
-    def forward(
-        self,
-        pixels: Float[Tensor, "b 3 H W"],
-        prefix_ids: Int[Tensor, "b prefix"],
-        suffix_ids: Int[Tensor, "b suffix"],
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the logits of the last row and the image embeddings."""
-        model, config = self.model, self.model.config
-        image = model.embed_image(self.vae.encode(pixels))
-        batch, prefix = prefix_ids.shape
-        # One row for the whole batch, since it is the same for all: t is 1 (a clean picture).
-        _, time_row = model.embed_time(torch.ones(1, dtype=model.dtype))
-        time = [] if time_row is None else [time_row.expand(batch, -1, -1)]
-        rows = torch.cat([model.embed_text(prefix_ids), *time, image, model.embed_text(suffix_ids)], dim=1)
-        start = prefix + int(bool(time) and config.understanding_span_start == "image")
-        index = torch.arange(rows.shape[1])
-        end = start + len(time) + image.shape[1]
-        is_span = ((index >= start) & (index < end)).expand(batch, -1)
-        tables = model.tables(is_span, index.expand(batch, -1))
-        return model.logits(model.llm(rows, tables))[:, -1], image
-
-
-class LatentDecoder(nn.Module):
-    """The VAE's decoder, from normalised latents to pixels."""
-
-    def __init__(self, vae: LatentCodec) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Float[Tensor, "b c h w"]) -> tuple[Tensor]:
-        """Decode latents to pixels."""
-        return (self.vae.decode(latents),)
 
 
 class Showo2Adapter(ModelAdapter):
@@ -208,14 +123,20 @@ def capture_specs(task: str, model: Showo2, vae: LatentCodec) -> tuple[CaptureSp
 
     Pictures are asked about at the size of the position table, the only one that understanding is published for.
     """
+    config, dtype = model.config, model.dtype
     if task == T2I.name:
-        return _generation(model), _decoder(model, vae)
-    return (_understanding(model, vae),)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(2, *config.latent_shape, generator=generator, dtype=dtype)
+        decoder = captures.of_decoder(VAE_DECODE, LatentDecoder(vae), Role.LATENTS, latents)
+        return _generation(model), decoder
+    side = config.understanding_side * vae.spatial_factor
+    forward, words = UnderstandingForward(model, vae), config.llm.vocab_size
+    return (captures.of_question(forward, words, (side, side), dtype, STACKS),)
 
 
 def _generation(model: Showo2) -> CaptureSpec:
     config, dtype = model.config, model.dtype
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(0)
     # Bos, boi and what fits between them; at least eoi and eos after the image.
     text_rows = config.sequence_length - config.span_length
     length = min(_SAMPLE_PROMPT, text_rows - 2)
@@ -228,58 +149,19 @@ def _generation(model: Showo2) -> CaptureSpec:
         task=T2I.name,
         module=GenerationStep(model),
         inputs=(
-            Input(Role.PROMPT_IDS, ("batch", "prompt")),
-            Input(Role.PROMPT_MASK, ("batch", "prompt")),
-            Input(Role.TAIL_IDS, ("batch", "tail")),
+            Input(Role.PROMPT_IDS, (BATCH, "prompt")),
+            Input(Role.PROMPT_MASK, (BATCH, "prompt")),
+            Input(Role.TAIL_IDS, (BATCH, "tail")),
             Input(Role.LATENTS, (None, None, None, None)),
             Input(Role.TIMESTEP, (None,)),
         ),
         outputs=(Role.VELOCITY, Role.HEAD_FEATURES, Role.LOGITS),
-        stacks=_STACKS,
+        stacks=captures.inside(STACKS),
         sample={
             Role.PROMPT_IDS: prompt,
             Role.PROMPT_MASK: mask,
             Role.TAIL_IDS: tail,
             Role.LATENTS: torch.randn(1, *config.latent_shape, generator=generator, dtype=dtype),
             Role.TIMESTEP: torch.tensor([0.3], dtype=dtype),
-        },
-    )
-
-
-def _decoder(model: Showo2, vae: LatentCodec) -> CaptureSpec:
-    generator = torch.Generator().manual_seed(_SEED)
-    latents = torch.randn(2, *model.config.latent_shape, generator=generator, dtype=model.dtype)
-    return CaptureSpec(
-        name=VAE_DECODE,
-        task=T2I.name,
-        module=LatentDecoder(vae),
-        inputs=(Input(Role.LATENTS, ("batch", None, None, None)),),
-        outputs=(Role.PIXELS,),
-        stacks={},
-        sample={Role.LATENTS: latents},
-    )
-
-
-def _understanding(model: Showo2, vae: LatentCodec) -> CaptureSpec:
-    config = model.config
-    generator = torch.Generator().manual_seed(_SEED)
-    side = config.understanding_side * vae.spatial_factor
-    ids = torch.randint(config.llm.vocab_size, (2, 20), generator=generator)
-    return CaptureSpec(
-        name=UNDERSTAND,
-        task=MMU.name,
-        module=UnderstandingForward(model, vae),
-        inputs=(
-            Input(Role.PIXELS, ("batch", None, None, None)),
-            Input(Role.PREFIX_IDS, ("batch", "prefix")),
-            Input(Role.SUFFIX_IDS, ("batch", "suffix")),
-        ),
-        outputs=(Role.LOGITS, Role.IMAGE_EMBEDS),
-        stacks=_STACKS,
-        sample={
-            Role.PIXELS: torch.rand(2, 3, side, side, generator=generator, dtype=model.dtype) * 2 - 1,
-            # Not views of one tensor: its width would be traced into them.
-            Role.PREFIX_IDS: ids[:, :8].contiguous(),
-            Role.SUFFIX_IDS: ids[:, 8:].contiguous(),
         },
     )
