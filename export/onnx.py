@@ -11,6 +11,7 @@ Guarantees about the result:
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.layout import follow_memory
@@ -115,7 +117,7 @@ class _Decomposed(ExportedProgram):
 def _translate(program: Program) -> ir.Model:
     exported = _Decomposed.copy_of(program.exported)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _listed_once(), torch.no_grad():
             result = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -145,6 +147,22 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _listed_once() -> Iterator[None]:
+    """Let the exporter reuse its list of translations; it parses the source of each anew for every program."""
+    listing, found = onnxscript_apis.get_torchlib_ops, _translations()
+    onnxscript_apis.get_torchlib_ops = lambda: found
+    try:
+        yield
+    finally:
+        onnxscript_apis.get_torchlib_ops = listing
+
+
+@functools.cache
+def _translations() -> Any:
+    return onnxscript_apis.get_torchlib_ops()
 
 
 def _failure(exported: ExportedProgram, error: BaseException) -> tuple[str, str]:

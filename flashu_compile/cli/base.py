@@ -177,7 +177,12 @@ Tokenizer = Annotated[
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result, and errors.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log every stage on stderr, and what is decided on the way.")
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Log every stage on stderr, what is decided on the way, and in the end where the time went.",
+    ),
 ]
 LlmConfig = Annotated[
     str | None,

@@ -344,12 +344,13 @@ def _print_beside_exact(found: Mapping[str, Any]) -> None:
         display.print_table(("timed here", "this bundle", "exact", "faster (95%)"), rows)
     if "quality" in found:
         display.print_table(
-            ("against exact", "score", "at least kept (95%)", "samples"),
+            ("likeness to exact (1: the same)", "mean", "lowest", "samples"),
             [
-                (part["name"], f"{part['score']:.3f}", f"{part['bound']:.1%}", str(part["clusters"]))
+                (part["name"], f"{part['score']:.3f}", f"{part['lowest']:.3f}", str(part["clusters"]))
                 for part in found["quality"]["parts"]
             ],
         )
+        say("So few samples show gross faults, not small losses; flashu-compile evaluate judges those.")
     if "left_out" in found:
         say(f"Left out: {found['left_out']}")
 
@@ -367,7 +368,7 @@ def _telling(*, quiet: bool, verbose: bool) -> Iterator[Callable[[str, float | N
         raise typer.BadParameter("--quiet and --verbose exclude each other.")
     speak(quiet=quiet, verbose=verbose)
     quiet_libraries()
-    with display.progress_bar("Starting", shown=not (quiet or verbose)) as advance:
+    with display.progress_bar("Starting", shown=not (quiet or verbose), lines=False) as advance:
         yield advance
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from flashu_compile.recipe.recipe import Recipe
     from flashu_compile.recipe.token_plan import TokenPlan
 
+#: What takes longer says where it is, on a stderr that shows no bar.
+LINE_SECONDS = 10.0
+#: Between the columns of a table, and once more at its edges.
+_PADDING = 3
+
 
 def print_json(value: Any) -> None:
     """Print one JSON document in ASCII: no string steers a terminal, and any stream can encode it."""
@@ -33,18 +39,44 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table whose cells are escaped for the terminal, under `title` if given."""
+    """Print a table whose cells are escaped for the terminal, under `title` if given.
+
+    No word is broken: where the longest of all columns do not fit beside one another, a terminal shows each row as
+    lines of column and cell, and anything else, which has no width, a wider table.
+    """
     from rich import box
     from rich.table import Table
 
     if title is not None:
         say(title)  # as a table's own title it would be broken at the table's width
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(encodable(column, sys.stdout), overflow="fold")
-    for row in rows:
-        table.add_row(*(encodable(visible(cell), sys.stdout) for cell in row))
-    _console().print(table)
+    shown = [[encodable(visible(cell), sys.stdout) for cell in row] for row in (columns, *rows)]
+    console, beside = _console(), _PADDING * len(columns) + 1
+    widths = _widths(list(zip(*shown, strict=True)), console.width - beside)
+    if not console.is_terminal:
+        console.width = max(console.width, sum(widths) + beside)
+    if sum(widths) + beside <= console.width:
+        table = Table(box=box.SIMPLE_HEAD)
+        for column, width in zip(shown[0], widths, strict=True):
+            table.add_column(column, width=width)
+        for row in shown[1:]:
+            table.add_row(*row)
+        console.print(table)
+        return
+    for row in shown[1:]:
+        print_pairs({name: cell for name, cell in zip(columns, row, strict=True) if cell})
+        say()
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Return how wide the columns of a table are: their longest word at least, and what they need if there is room."""
+    from rich.cells import cell_len
+
+    least = [max(cell_len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
+    wanted = [max(map(cell_len, column)) for column in columns]
+    spare, missing = max(room - sum(least), 0), sum(wanted) - sum(least)
+    if missing <= spare:
+        return wanted
+    return [low + (high - low) * spare // missing for low, high in zip(least, wanted, strict=True)]
 
 
 def print_pairs(pairs: Mapping[str, Any]) -> None:
@@ -352,8 +384,13 @@ def _listed(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def progress_bar(stage: str, *, shown: bool = True) -> Iterator[Callable[[str, float | None], None]]:
-    """Show a bar on stderr, if that is a terminal; yield a function of a stage and a fraction in [0, 1]."""
+def progress_bar(
+    stage: str, *, shown: bool = True, lines: bool = True
+) -> Iterator[Callable[[str, float | None], None]]:
+    """Show a bar on stderr, if that is a terminal; yield a function of a stage and a fraction in [0, 1].
+
+    Where it is none, stages are `lines` on stderr, one in `LINE_SECONDS` at most.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     screen = _console(stderr=True)
@@ -362,8 +399,14 @@ def progress_bar(stage: str, *, shown: bool = True) -> Iterator[Callable[[str, f
         *columns, console=screen, transient=True, disable=not (shown and screen.is_terminal)
     ) as progress:
         row = progress.add_task(stage, total=None)
+        told = time.monotonic()
 
         def advance(stage: str, fraction: float | None) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if lines and not screen.is_terminal and now - told >= LINE_SECONDS:
+                told = now
+                say(stage if fraction is None else f"{fraction:4.0%} {stage}", err=True)
             total = None if fraction is None else 1.0
             progress.update(row, description=visible(stage), completed=fraction or 0.0, total=total)
 

@@ -141,6 +141,7 @@ class BesideExact:
                     lambda stage, _: self.tell(stage),
                     limit=tokens,
                     workers=threads,
+                    samples=samples,
                 )
                 for title, path in ((_OWN, bundle), (_EXACT, other))
             )

@@ -22,13 +22,13 @@ class EagerSubject:
         loaded = load_model(settings["model"], **parts)
         self._sampler, self._model = loaded.adapter.sampler(loaded), loaded.adapter.eager(loaded)
         self._rules = understanding(loaded).pictures if MMU.name in loaded.adapter.tasks else None
-        self._steps, self._tokens = settings["steps"], settings["tokens"]
+        self._steps, self._tokens, self._tasks = settings["steps"], settings["tokens"], settings["tasks"]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return the precision, and the length of the trajectory."""
+        """Return the precision, and the length of the trajectory if pictures are timed."""
         told: dict[str, Any] = {"precision": "float32", "backend": "eager"}
-        if self._sampler is None:
+        if self._sampler is None or T2I.name not in self._tasks:
             return told
         points = self._sampler.points if self._steps is None else self._steps
         return told if points is None else {**told, "points": points, "evaluations": points - 1}

@@ -254,6 +254,7 @@ def export(
     told = {"calibration": figures, "samples": drawn, **losses, **validated}
     manifest = _write(directory, built, inspection, metadata, told, overwrite=overwrite)
     tell("done", 1.0)
+    tell.log_spent()
     return Bundle(directory, manifest)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 Progress = Callable[[str, float], None]
@@ -20,6 +23,7 @@ class ProgressReporter:
         self.fraction = 0.0
         self._stage, self._logs = "", not within
         self._parts: dict[str, tuple[float, float]] = {}
+        self._since, self._spent = time.monotonic(), Counter[str]()
         # Not `progress or …`: something to call may well be empty.
         self._progress = progress if progress is not None else lambda stage, fraction: None
 
@@ -28,8 +32,18 @@ class ProgressReporter:
         self.fraction = self.fraction if fraction is None else fraction
         if stage != self._stage and self._logs:
             _log.info("%3.0f%% %s", 100 * self.fraction, stage)
-        self._stage = stage
+        now = time.monotonic()
+        # The samples of a stage count as one.
+        self._spent[re.sub(r" \d+ of \d+", "", self._stage)] += now - self._since
+        self._stage, self._since = stage, now
         self._progress(stage, self.fraction)
+
+    def log_spent(self) -> None:
+        """Log the seconds that went into each stage, the longest first, and none that took less than a hundredth."""
+        total = sum(self._spent.values())
+        for stage, seconds in self._spent.most_common():
+            if self._logs and seconds >= total / 100:
+                _log.debug("%6.1f s %3.0f%% %s", seconds, 100 * seconds / total, stage or "starting")
 
     def plan(self, work: Mapping[str, float]) -> None:
         """Divide the way from the last fraction to 1 among parts, in their order, by the work in each."""

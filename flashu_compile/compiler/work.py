@@ -6,6 +6,7 @@ The unit is about a second of one core. Only the ratios matter; they are those o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,7 @@ def _layers(spec: CaptureSpec) -> int:
     return sum(len(list(spec.module.get_submodule(root).children())) for root in spec.stacks.values())
 
 
+@functools.lru_cache(maxsize=16)
 def _run(spec: CaptureSpec) -> float:
     """Return the work of one run of a program, by the operations that it takes on the shapes of its sample."""
     with FlopCounterMode(display=False) as counter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ from flashu_compile.evaluation import gate
 from flashu_compile.evaluation.evaluators import Evaluator
 from flashu_compile.evaluation.gate import Scores, clustered
 from flashu_compile.runtime.pipeline import Pipeline
-from flashu_compile.tasks import T2I
+from flashu_compile.tasks import MMU, T2I
 
 FLOORED = frozenset({"right"})
 """Parts that are held to a floor and not to the bound: yes-or-no scores beside a graded one of the same samples."""
@@ -30,7 +31,10 @@ Tell = Callable[[str, float | None], None]
 
 
 class Side:
-    """A pipeline whose pictures and answers are kept, so that evaluators, which are given this, share them."""
+    """A pipeline whose pictures and answers are kept, so that evaluators, which are given this, share them.
+
+    `samples` are those of each task that are judged, for `tell` to say how many pictures and answers there will be.
+    """
 
     def __init__(
         self,
@@ -41,8 +45,11 @@ class Side:
         steps: int | None = None,
         limit: int | None = None,
         workers: int = 1,
+        samples: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self.title, self._workers = title, workers
+        self._expected = {task: len(of_task) for task, of_task in (samples or {}).items()}
+        self._made: Counter[str] = Counter()
         self._pipeline, self._tell, self._steps, self._limit = pipeline, tell, steps, limit
         self._pictures: dict[tuple[str, int], Image.Image] = {}
         self._texts: dict[tuple[str, str], str] = {}
@@ -54,11 +61,18 @@ class Side:
         with ThreadPoolExecutor(self._workers) as pool:
             return list(pool.map(function, samples))
 
+    def _begin(self, task: str, what: str) -> None:
+        """Tell that the next picture or answer is being made."""
+        self._made[task] += 1
+        number, expected = self._made[task], self._expected.get(task, 0)
+        of = f" of {expected}" if number <= expected else ""
+        self._tell(f"{self.title}: {what} {number}{of}", None)
+
     def generate(self, prompt: str, *, seed: int = 0) -> Image.Image:
         """Return the picture of a prompt."""
         key = prompt, seed
         if key not in self._pictures:
-            self._tell(f"{self.title}: picture {len(self._pictures) + 1}", None)
+            self._begin(T2I.name, "picture")
             self._pictures[key] = self._pipeline.generate(prompt, seed=seed, steps=self._steps)
         return self._pictures[key]
 
@@ -66,7 +80,7 @@ class Side:
         """Return the answer to a question about a picture."""
         key = os.fspath(image) if isinstance(image, str | os.PathLike) else str(id(image)), question
         if key not in self._texts:
-            self._tell(f"{self.title}: answer {len(self._texts) + 1}", None)
+            self._begin(MMU.name, "answer")
             self._texts[key] = self._pipeline.ask(image, question, max_new_tokens=self._limit)
         return self._texts[key]
 
@@ -81,7 +95,7 @@ class Side:
 
     def codes(self, prompt: str) -> list[int]:
         """Return the codes of a picture, each the likeliest."""
-        self._tell(f"{self.title}: drawing", None)
+        self._begin(T2I.name, "picture")
         return self._pipeline.codes(prompt, sampling=GREEDY)[0].tolist()
 
     def next_codes(self, prompt: str, codes: Sequence[int]) -> list[int]:
@@ -90,7 +104,7 @@ class Side:
 
     def answer_ids(self, image: Picture, question: str, limit: int) -> list[int]:
         """Return the ids of the answer with its end token, at most `limit`."""
-        self._tell(f"{self.title}: answering", None)
+        self._begin(MMU.name, "answer")
         settings, ids = self._pipeline.manifest.understanding, list[int]()
         assert settings is not None, "it answers about pictures"
         # Most answers are short, and decoding does not stop at their end.
@@ -119,6 +133,7 @@ class Part:
 
     Attributes:
         score, other: the mean scores of the bundle and of the other side, each cluster of samples counting once.
+        lowest: the lowest score of the bundle, of the clusters.
         kept: the share of the other side's score that the bundle keeps.
         bound: the one-sided 95% lower bound of that share.
         required: what `bound`, or for a part of `FLOORED` `kept`, must reach; None if nothing is.
@@ -132,6 +147,7 @@ class Part:
     clusters: int
     score: float
     other: float
+    lowest: float
     kept: float
     bound: float
     kinds: dict[str, KindShare]
@@ -220,6 +236,7 @@ def _part(
         clusters=len(scores),
         score=float(scores.mean()),
         other=float(others.mean()),
+        lowest=float(scores.min()),
         kept=kept,
         bound=bound,
         kinds=_kinds(samples, ours, theirs),

@@ -61,17 +61,18 @@ class BundleSubject:
         self._watched = WatchedEngines(pipe.engines)
         self._pipe = Pipeline(pipe.manifest, pipe.plan, pipe.recipe, pipe.codec, self._watched)
         self._steps, self._tokens, self._backend = settings["steps"], settings["tokens"], pipe.backend
+        self._tasks = settings["tasks"]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return the recipe, precision and backend, and the length of the trajectory."""
+        """Return the recipe, precision and backend, and the length of the trajectory if pictures are timed."""
         manifest = self._pipe.manifest
         told: dict[str, Any] = {
             "recipe": manifest.recipe,
             "precision": manifest.precision,
             "backend": self._backend,
         }
-        if manifest.generation is not None:
+        if manifest.generation is not None and T2I.name in self._tasks:
             plan = self._pipe.plan_for(self._steps)
             told |= {"points": plan.points, "evaluations": len(plan.steps)}
         return told

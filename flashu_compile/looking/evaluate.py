@@ -153,7 +153,7 @@ def evaluate(
         chosen = asked.samples(common_tasks(task, manifests, among=asked.data.tasks))
         limit = answer_length("max_new_tokens", max_new_tokens, manifests, list(chosen))
         one, other = (
-            Side(_title(place), pipe, tell, steps=steps, limit=limit, workers=workers)
+            Side(_title(place), pipe, tell, steps=steps, limit=limit, workers=workers, samples=chosen)
             for place, pipe in ((bundle, own), (against, theirs))
         )
         evaluators = asked.evaluators(chosen, other, limit)

@@ -30,6 +30,7 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.errors import CalibrationError, FlashuError
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
+from flashu_compile.measure.prompt_rows import prompts_of
 from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap, joined_taps
 from flashu_compile.measure.statistics import Rows, Statistics, keep_neurons, score_curves, skip_layers
 from flashu_compile.passes.analysis.attention import attention_sites
@@ -38,7 +39,7 @@ from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig, T2IConfig, TaskConfig, TextConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
-from flashu_compile.runtime.sampler import prompt_pair, sample
+from flashu_compile.runtime.sampler import sample
 
 CountProgress = Callable[[int, int], None]
 
@@ -70,7 +71,7 @@ def calibrate_t2i(
     """
     if not prompts:
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
-    plan = compile_plan(config.without_techniques())
+    plan, text = compile_plan(config.without_techniques()), prompts_of(program, codec, settings)
     statistics = Statistics(program, config.pruned, config.skipping)
     phases = _PhaseCosines(statistics, len(plan.steps), config.skipping_interval, settings.span_length)
     engine = RecordingEngine(Recorder(program, statistics.taps()), phases.before)
@@ -79,7 +80,7 @@ def calibrate_t2i(
         phases.evaluation = 0
         try:
             noise = initial_noise(seed + index, 0, (1, *settings.latent_shape))
-            sample(engine, plan, prompt_pair(codec, settings, prompt), noise)
+            sample(engine, plan, text(prompt), noise)
         except CalibrationError:
             raise
         except FlashuError as error:

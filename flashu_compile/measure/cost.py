@@ -28,6 +28,7 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
+from flashu_compile.measure.prompt_rows import prompts_of
 from flashu_compile.measure.recorder import captured_source
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig
@@ -71,14 +72,15 @@ def picture_cost(
     `program` is the captured generation step, `decoder` the captured VAE decoder and `points` the model's own
     number of time points. Prompt i has the noise of seed `seed + i`.
     """
-    texts = [prompt_pair(codec, settings, prompt) for prompt in prompts]
+    text = prompts_of(program, codec, settings)
     noises = [initial_noise(seed + i, 0, (1, *settings.latent_shape)) for i in range(len(prompts))]
     exact = dataclasses.replace(
         recipe, t2i=dataclasses.replace(recipe.t2i.published_sampler(), points=points)
     )
 
     def emulated(changed: Recipe, number: int) -> NDArray[np.float32]:
-        return sample(EmulatedEngines(program, changed), changed.plan(), texts[number], noises[number])
+        given = text(prompts[number])
+        return sample(EmulatedEngines(program, changed), changed.plan(), given, noises[number])
 
     plan = recipe.plan()
     rows: list[dict[str, Any]] = []
@@ -86,7 +88,7 @@ def picture_cost(
     for number, prompt in enumerate(prompts):
         tell(f"measuring the recipe's cost on prompt {number + 1} of {len(prompts)}")
         truth = emulated(exact, number)
-        latents = sample(engines, plan, texts[number], noises[number])
+        latents = sample(engines, plan, prompt_pair(codec, settings, prompt), noises[number])
         rows.append({"prompt": prompt, "seed": seed + number, "error": _error(latents, truth)})
         pictures = tuple(decoded(decoder, Role.LATENTS, value) for value in (truth, latents))
         comparisons.append(Comparison(prompt, pictures))

@@ -202,7 +202,9 @@ def _token_rule(recipe: Recipe) -> str:
 
 def _error(value: float) -> str:
     """Format a relative error: in per cent where that is readable."""
-    return f"{100 * value:.3g} %" if value >= 1e-3 else f"{value:.1e}"
+    if value == 0:
+        return "0"
+    return f"{100 * value:.3g}\u00a0%" if value >= 1e-3 else f"{value:.1e}"
 
 
 def _share(part: float, whole: float) -> str:

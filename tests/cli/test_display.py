@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from flashu_compile.cli import display, plans
 from flashu_compile.recipe.config import T2IConfig
@@ -30,6 +33,40 @@ def test_plan_has_a_row_for_equal_evaluations(capsys: pytest.CaptureFixture[str]
         ["9", "0.727–0.818", "4", "stored", "denoise"],
         ["10–11", "0.818–1.000", "4", "denoise"],
     ]
+
+
+_COLUMNS, _ROW = ("program", "pass", "why"), ("p" * 40, "q" * 50, "some words")
+
+
+def test_a_table_breaks_no_word_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    display.print_table(_COLUMNS, [_ROW])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[2:] == [[*_ROW[:2], "some"], ["words"]]
+
+
+def test_a_table_that_no_terminal_of_its_width_can_show_is_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, markup=False, color_system=None)
+    monkeypatch.setattr(display, "_console", lambda **_: screen)
+    display.print_table(_COLUMNS, [_ROW, (*_ROW[:2], "")])
+    lines = [line.split() for line in screen.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    one = [["program", _ROW[0]], ["pass", _ROW[1]]]
+    assert lines == [*one, ["why", "some", "words"], *one]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    lines: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    with display.progress_bar("Starting", lines=lines) as advance:
+        for number in range(6):
+            advance(f"picture {number}", None if number < 4 else number / 10)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == (["picture 2", " 50% picture 5"] if lines else [])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_bundle_beside_its_equal(bundle: Path, monkeypatch: pytest.MonkeyPatch
     parts = {part["name"]: part for part in found["quality"]["parts"]}
     assert parts.keys() == {"ssim", "clean", "next_tokens"}
     for part in parts.values():
-        assert (part["score"], part["kept"], part["clusters"]) == (1.0, 1.0, 10)
+        assert (part["score"], part["lowest"], part["kept"], part["clusters"]) == (1.0, 1.0, 1.0, 10)
         assert 0.5 < part["bound"] < 1
     assert len(measured.seen) == beside_exact.SHOWN
     assert len({seen.prompt for seen in measured.seen}) == beside_exact.SHOWN

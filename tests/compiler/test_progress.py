@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import flashu_compile
+from flashu_compile.compiler import progress
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.work import (
@@ -96,3 +97,26 @@ def test_a_build_stands_still_nowhere_for_long(tmp_path: Path) -> None:
     assert fractions[-1] == 1
     assert max(b - a for a, b in pairwise(fractions)) < 0.5
     assert len({fraction for stage, fraction in told if "alone" in stage}) > 1
+
+
+def test_the_seconds_of_each_stage_are_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter((0.0, 0.5, 10.5, 40.5, 99.5, 100.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with caplog.at_level("DEBUG", logger="flashu_compile"):
+        tell = ProgressReporter(None)
+        for stage in (
+            "loading",
+            "calibrated on 1 of 2 samples",
+            "calibrated on 2 of 2 samples",
+            "building",
+            "done",
+        ):
+            tell(stage)
+        caplog.clear()
+        tell.log_spent()
+    assert [record.message.split() for record in caplog.records] == [
+        ["89.0", "s", "89%", "calibrated", "on", "samples"],
+        ["10.0", "s", "10%", "loading"],
+    ]

@@ -43,6 +43,18 @@ class TestPlantedFaults:
         assert all(part.failed == () for part in parts.values()), parts
         assert all(part.kept == 1 and part.bound < 1 for part in parts.values())
 
+    def test_the_lowest_score_is_that_of_a_sample(self) -> None:
+        part = judged(SpeckledCorner())["ssim"]
+        assert 0 < part.lowest < part.score < 1
+
+    def test_what_is_being_made_is_told_with_how_many_there_will_be(self) -> None:
+        told: list[str] = []
+        samples = {"t2i": list(prompts(2).prompts)}
+        side = Side("one", Draws(), lambda stage, fraction: told.append(stage), samples=samples)
+        for colour in ("red", "red", "blue", "green"):
+            side.generate(f"a {colour} circle")
+        assert told == ["one: picture 1 of 2", "one: picture 2 of 2", "one: picture 3"]
+
     @pytest.mark.parametrize(
         ("side", "seen_by"),
         [

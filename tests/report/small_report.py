@@ -211,14 +211,14 @@ def beside_exact() -> dict[str, Any]:
             "evaluations": evaluations,
         }
 
-    def part(name: str, task: str, score: float, bound: float) -> dict[str, Any]:
+    def part(name: str, task: str, score: float, lowest: float) -> dict[str, Any]:
         return {
             "name": name,
             "task": task,
             "score": score,
             "other": 1.0,
             "kept": score,
-            "bound": bound,
+            "lowest": lowest,
             "clusters": 40,
         }
 
