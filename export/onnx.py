@@ -27,6 +27,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from flashu_compile.errors import EmissionError
+from flashu_compile.exporters.int4_onnx import int4_weights, store_int4
 from flashu_compile.exporters.layout import follow_memory
 from flashu_compile.exporters.simplify_onnx import simplify
 from flashu_compile.exporters.translations import TRANSLATIONS
@@ -63,6 +64,7 @@ def emit_onnx(program: Program) -> ir.Model:
     _record_origins(model)
     simplify(model, _tensors(program))
     follow_memory(model)
+    store_int4(model, int4_weights(program))
     _finish(program, model)
     return model
 
