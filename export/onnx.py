@@ -29,6 +29,7 @@ from torch.export import ExportedProgram
 from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from flashu_compile.errors import EmissionError
+from flashu_compile.exporters.int4_onnx import int4_weights, store_int4
 from flashu_compile.exporters.layout import follow_memory
 from flashu_compile.exporters.simplify_onnx import simplify
 from flashu_compile.exporters.translations import TRANSLATIONS
@@ -65,6 +66,7 @@ def emit_onnx(program: Program) -> ir.Model:
     _record_origins(model)
     simplify(model, _tensors(program))
     follow_memory(model)
+    store_int4(model, int4_weights(program))
     _finish(program, model)
     return model
 

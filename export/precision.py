@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashu_compile import arguments
 from flashu_compile.arguments import shown
-from flashu_compile.bundle.precision import OTHER, REST, checked_parts
+from flashu_compile.bundle.precision import FEW_BITS, INT4, INT8, OTHER, REST, checked_parts
 from flashu_compile.bundle.signatures import updated
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.passes.base import Pass
@@ -20,20 +20,23 @@ from flashu_compile.passes.whole_weights import CastWeights
 from flashu_compile.program.program import Program, Role
 from flashu_compile.tasks import DECODER
 
-_FULL, _INT8 = "float32", "int8"
+_FULL = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """The precision of each part of a model, in `parts`: its stacks, and `OTHER`; see `for_stacks`.
 
-    `sensitive` names, by task, the weights of linear layers that stay in float32 where their part is int8;
-    `weights` are the int8 forms of weights and `casts` those in 16 bits, which engines share. `validate`: compare the
-    results of the passes with their input, see `PassManager`.
+    Of linear layers in parts of few bits, `sensitive` names, by task, the weights that stay in float32, `int4` those in
+    4 bits, and `read` those that every engine reads as they are. `weights` are the int8 and int4 forms of weights,
+    `casts` those in 16 bits, which engines share. `validate`: compare the results of the passes with their input, see
+    `PassManager`.
     """
 
     parts: Mapping[str, str]
     sensitive: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+    int4: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+    read: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
     weights: QuantizedWeights = dataclasses.field(default_factory=QuantizedWeights, compare=False, repr=False)
     casts: CastWeights = dataclasses.field(default_factory=CastWeights, compare=False, repr=False)
     validate: bool = dataclasses.field(default=True, compare=False, repr=False)
@@ -89,24 +92,38 @@ class Precision:
         return self.names == {_FULL}
 
     @property
-    def has_int8(self) -> bool:
-        """Return whether some part computes in int8."""
-        return _INT8 in self.names
+    def has_few_bits(self) -> bool:
+        """Return whether some part has weights in 8 or 4 bits."""
+        return not self.names.isdisjoint(FEW_BITS)
 
     def of_copy(self, name: Callable[[str], str | None]) -> Precision:
         """Return this precision for a copy of the model that holds some of its weights; int8 weights are its own.
 
         `name` gives the name of a weight in the copy, or None if the copy lacks it.
         """
-        sensitive = {
-            task: frozenset(new for old in names if (new := name(old)) is not None)
-            for task, names in self.sensitive.items()
-        }
-        return dataclasses.replace(self, sensitive=sensitive, weights=QuantizedWeights(), casts=CastWeights())
+
+        def renamed(by_task: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+            return {
+                task: frozenset(new for old in names if (new := name(old)) is not None)
+                for task, names in by_task.items()
+            }
+
+        return dataclasses.replace(
+            self,
+            sensitive=renamed(self.sensitive),
+            int4=renamed(self.int4),
+            read=renamed(self.read),
+            weights=QuantizedWeights(),
+            casts=CastWeights(),
+        )
 
     def fingerprint(self) -> str:
         """Return a text that is equal for precisions that do the same to the same program."""
-        return f"{self} {sorted((task, sorted(names)) for task, names in self.sensitive.items())}"
+        chosen = [
+            sorted((task, sorted(names)) for task, names in by_task.items())
+            for by_task in (self.sensitive, self.int4, self.read)
+        ]
+        return f"{self} {chosen}"
 
     def __str__(self) -> str:
         if len(self.names) == 1:
@@ -120,14 +137,28 @@ class Precision:
             stacks = frozenset(
                 stack for stack in (*program.stacks, "") if self.of_part(stack or OTHER) == name
             )
-            if name == _INT8:
-                kept = self.sensitive.get(program.task, frozenset())
-                # Where state is updated, rows are those of several answers, and few.
-                by_row = any(updated(role) in program.outputs for role in program.input_roles)
-                passes.append(QuantizeLinears(kept, stacks, by_row, self.weights))
+            if name in FEW_BITS:
+                passes.append(self._quantizing(program, name, stacks))
             else:
                 passes.append(LowerPrecision(name, keep=(Role.TIMESTEP,), stacks=stacks, weights=self.casts))
         if not passes:
             return program, ()
         (made,), records = PassManager(tuple(passes), self.validate).run(program)
         return made, records
+
+    def _quantizing(self, program: Program, name: str, stacks: frozenset[str]) -> QuantizeLinears:
+        # Where state is updated, rows are those of several answers, and few: they wait for weights.
+        few_rows = any(updated(role) in program.outputs for role in program.input_roles)
+
+        def of_task(by_task: Mapping[str, frozenset[str]]) -> frozenset[str]:
+            return by_task.get(program.task, frozenset())
+
+        return QuantizeLinears(
+            keep=of_task(self.sensitive),
+            stacks=stacks,
+            by_row=few_rows,
+            int4=of_task(self.int4) if name == INT4 else frozenset(),
+            read=of_task(self.read) if name == INT4 else frozenset(),
+            products=name == INT8 or (name == INT4 and not few_rows),
+            weights=self.weights,
+        )

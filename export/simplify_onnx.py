@@ -83,11 +83,12 @@ def simplify(model: ir.Model, tensors: Mapping[str, Any]) -> None:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Forbid folding that would trade a stored weight for a rearranged or repeated copy of it."""
+    """Forbid folding that would trade a stored weight for a rearranged, repeated or wider copy of it."""
     large = any(
         i is not None and i.const_value is not None and i.const_value.size > 1024 for i in node.inputs
     )
-    return False if node.op_type in _LAYOUT_OPERATORS and large else None
+    short = any(i is not None and i.is_initializer() and i.dtype == ir.DataType.INT8 for i in node.inputs)
+    return False if (node.op_type in _LAYOUT_OPERATORS and large) or short else None
 
 
 def _share_shape_vectors(model: ir.Model) -> None:

@@ -75,7 +75,7 @@ def traced_statistics(program: Program) -> dict[str, Any]:
 
 def _value_name(name: str) -> str:
     """Return the name of the weight that an initializer holds, which may be a shorter form of it."""
-    for short in ("_int8", "_float16", "_bfloat16"):
+    for short in ("_int4", "_int8", "_float16", "_bfloat16"):
         name = name.removesuffix(short)
     return name
 

@@ -10,6 +10,7 @@ import torch
 from onnxscript import opset20 as op
 from onnxscript.values import Opset
 
+from flashu_compile.operators.int4 import BLOCK, DEQUANTIZED_LINEAR, WIDENED
 from flashu_compile.operators.int8 import INT8_LINEAR, MIDDLE, QUANTIZE, QUANTIZE_ROWS
 from flashu_compile.operators.write_rows import WRITE_ROWS
 
@@ -84,6 +85,38 @@ def _int8_linear(q: Any, scale: Any, zero: Any, weight: Any, weight_scale: Any, 
     return product if bias is None else op.Add(product, bias)
 
 
+def _widened(weight: Any, factors: Any) -> Any:
+    """Translate to operators on constants alone, which ONNX Runtime computes once, when the engine is loaded.
+
+    What is stored is transposed first, as `dequantized_linear` reads it: whichever way it lies, both store the same.
+    """
+    depth, blocks = weight.shape[1], factors.shape[1]
+    spread = op.Unsqueeze(op.Transpose(factors, perm=[1, 0]), op.Constant(value_ints=[1]))
+    spread = op.Expand(spread, op.Constant(value_ints=[1, BLOCK, 1]))
+    spread = op.Reshape(spread, op.Constant(value_ints=[blocks * BLOCK, -1]))
+    if blocks * BLOCK != depth:
+        first, end = op.Constant(value_ints=[0]), op.Constant(value_ints=[depth])
+        spread = op.Slice(spread, first, end, first)
+    values = op.Cast(op.Transpose(weight, perm=[1, 0]), to=ir.DataType.INT32)
+    product = op.Cast(op.Mul(values, op.Cast(spread, to=ir.DataType.INT32)), to=ir.DataType.INT8)
+    return op.Transpose(product, perm=[1, 0])
+
+
+def _dequantized_linear(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+    """Translate to the form that ONNX Runtime makes MatMulNBits of, with the weight as it is stored.
+
+    It does so where scales belong to columns, or to blocks of rows, of an untransposed operand (1.31).
+    """
+    turned = op.Transpose(weight, perm=[1, 0])
+    if len(scale.shape) == 1:
+        real = op.DequantizeLinear(turned, scale, axis=1)
+    else:
+        scales = op.Transpose(scale, perm=[1, 0])
+        real = Opset("", 24).DequantizeLinear(turned, scales, axis=0, block_size=BLOCK)
+    product = op.MatMul(x, real)
+    return product if bias is None else op.Add(product, bias)
+
+
 def _to(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
     return op.Cast(x, to=dtype)
 
@@ -100,4 +133,6 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     QUANTIZE: _quantize,
     QUANTIZE_ROWS: _quantize_rows,
     INT8_LINEAR: _int8_linear,
+    WIDENED: _widened,
+    DEQUANTIZED_LINEAR: _dequantized_linear,
 }

@@ -22,6 +22,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from flashu_compile.exporters.int4_onnx import Int4Tensor, in_pairs
+
 #: Tensors of at most this many bytes stay inside the graph file; lists of int64 may have so many times as many, since
 #: they may be sizes and places, which shape inference must read.
 INLINE_BYTES, _LIST_FACTOR = 1024, 64
@@ -43,7 +45,7 @@ class _Region:
     """Memory that is stored as one piece: that of one tensor, or of several that overlap.
 
     Its bytes are those from `start` to `end` of torch's memory, or those of `largest`, which need not be
-    contiguous.
+    contiguous. Of INT4 they are stored two in one.
     """
 
     start: int
@@ -53,12 +55,12 @@ class _Region:
 
     def data(self) -> bytes | memoryview:
         raw = getattr(self.largest, "raw", None)
-        if self.end - self.start == self.largest.nbytes or not isinstance(raw, Tensor):
+        if not isinstance(raw, Tensor) or self.end - self.start in (raw.nbytes, self.largest.nbytes):
             return _data(self.largest)
         storage = raw.untyped_storage()
         first = self.start - storage.data_ptr()
         whole = torch.empty(0, dtype=torch.uint8).set_(storage, first, (self.end - self.start,), (1,))  # type: ignore[call-overload]
-        return whole.numpy().data
+        return in_pairs(whole.numpy()).data if _in_pairs(self.largest) else whole.numpy().data
 
 
 @contextmanager
@@ -132,7 +134,7 @@ def _regions(tensors: Iterable[ir.TensorProtocol]) -> list[tuple[_Region, int]]:
     for place, tensor in enumerate(tensors):
         raw = getattr(tensor, "raw", None)
         if isinstance(raw, Tensor) and _lies_as_stored(raw, tensor):
-            pieces.append((raw.data_ptr(), raw.data_ptr() + tensor.nbytes, place, tensor))
+            pieces.append((raw.data_ptr(), raw.data_ptr() + raw.nbytes, place, tensor))
             found.append(None)
             continue
         key = (raw.data_ptr(), raw.dtype, raw.shape, raw.stride()) if isinstance(raw, Tensor) else id(tensor)
@@ -144,13 +146,19 @@ def _regions(tensors: Iterable[ir.TensorProtocol]) -> list[tuple[_Region, int]]:
         region.end = max(region.end, end)
         if tensor.nbytes > region.largest.nbytes:
             region.largest = tensor
-        found[place] = (region, start - region.start)
+        within = start - region.start
+        found[place] = (region, within // 2 if _in_pairs(tensor) else within)
     return [entry for entry in found if entry is not None]
 
 
+def _in_pairs(tensor: ir.TensorProtocol) -> bool:
+    return isinstance(tensor, Int4Tensor)
+
+
 def _lies_as_stored(raw: Tensor, tensor: ir.TensorProtocol) -> bool:
-    plain = sys.byteorder == "little" and ir.DataType(tensor.dtype).bitwidth >= 8
-    return plain and raw.device.type == "cpu" and raw.is_contiguous()
+    # Where rows are even, no pair has values of two.
+    whole = ir.DataType(tensor.dtype).bitwidth >= 8 or (_in_pairs(tensor) and raw.shape[-1] % 2 == 0)
+    return sys.byteorder == "little" and whole and raw.device.type == "cpu" and raw.is_contiguous()
 
 
 def _store(region: _Region, file: BinaryIO, by_content: dict[bytes, int]) -> int:

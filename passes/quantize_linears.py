@@ -2,6 +2,7 @@
 
 Looks for linear layers with stored float32 weights that are wide enough to pay, and replaces each by the
 integer product of its quantized input (`int8.py`); layers that read the same value share its quantization.
+Weights may be stored in 4 bits (`int4.py`), and `products` left to the runtime: then layers read float32.
 Layers whose weights are named in `keep` stay as they are, and so do those that a sort or top-k depends on
 (such as the choice of tokens that stay): a small error in a score would change which rows are chosen.
 """
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from flashu_compile.operators.int4 import DEQUANTIZED_LINEAR, WIDENED, Int4Weight, int4_weight
 from flashu_compile.operators.int8 import INT8_LINEAR, QUANTIZE, QUANTIZE_ROWS, quantized_weight
 from flashu_compile.passes.analysis.graph import node_flow
 from flashu_compile.passes.analysis.regions import upstream
@@ -42,6 +44,7 @@ class QuantizedWeights(WholeWeights):
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._made_int4: dict[tuple[Any, ...], tuple[Tensor, Int4Weight]] = {}
 
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the int8 form [out, in] and the scales float32 [out] of a float32 weight [out, in]."""
@@ -52,18 +55,33 @@ class QuantizedWeights(WholeWeights):
         _, quantized, scale = self._made[key]
         return quantized[part], scale[part[:1]]
 
+    def in_int4(self, weight: Tensor) -> Int4Weight:
+        """Return the 4-bit form of a float32 weight [out, in]."""
+        whole, part = self.part(weight)
+        found = self._int4(whole).part(part)
+        return self._int4(weight.detach()) if found is None else found
+
+    def _int4(self, weight: Tensor) -> Int4Weight:
+        if (key := place_of(weight)) not in self._made_int4:
+            self._made_int4[key] = (weight, int4_weight(weight))
+        return self._made_int4[key][1]
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeLinears(Pass):
     """Quantize linear layers. `keep`: names of weights that stay in float32.
 
     `stacks`: the stacks whose layers are quantized, "" for layers outside of all (None: all layers). `by_row`: each row
-    has a scale of its own, so that it does not depend on others.
+    has a scale of its own, so that it does not depend on others. `int4`: names of weights in 4 bits. `read`:
+    names of weights that are read as they are stored, by layers that are given float32; so are all without `products`.
     """
 
     keep: frozenset[str] = frozenset()
     stacks: frozenset[str] | None = None
     by_row: bool = False
+    int4: frozenset[str] = frozenset()
+    read: frozenset[str] = frozenset()
+    products: bool = True
     weights: QuantizedWeights = dataclasses.field(default_factory=QuantizedWeights, compare=False, repr=False)
     kind: ClassVar[Kind] = "lossy"
 
@@ -86,8 +104,14 @@ class QuantizeLinears(Pass):
         if len(chosen) == kept:
             return PassResult.declined(program, *sensitive)
         editor.remove_unused()
-        change = f"computes {len(chosen) - kept} of {len(linears)} linear layers in int8"
-        return PassResult((editor.finish(),), (change,), reasons=sensitive)
+        return PassResult(
+            (editor.finish(),), (self._change(len(chosen) - kept, len(linears)),), reasons=sensitive
+        )
+
+    def _change(self, count: int, total: int) -> str:
+        told = f"{count} of {total} linear layers"
+        made = f"computes {told} in int8" if self.products else f"reads the weights of {told} in few bits"
+        return made + (", some in 4 bits" if self.int4 else "")
 
     def _is_meant(self, program: Program, editor: GraphEditor, node: fx.Node) -> bool:
         """Tell whether a layer is quantizable and lies in one of the chosen stacks."""
@@ -96,23 +120,48 @@ class QuantizeLinears(Pass):
         )
 
     def _replace(self, editor: GraphEditor, node: fx.Node, inputs: dict[fx.Node, list[fx.Node]]) -> None:
-        """Make a linear layer an integer product of its quantized input, taken from `inputs` or added there."""
+        """Make a linear layer one of few bits; what integer products read is taken from `inputs` or added there."""
         value, stored, *rest = node.args
         assert isinstance(value, fx.Node)
         assert isinstance(stored, fx.Node)
         bias = rest[0] if rest else None
-        weight, name = editor.stored(stored), editor.name(stored)
-        assert weight is not None
-        quantized, scale = self.weights.of(weight)
-        constants = [
-            editor.add_constant(f"{name}_{kind}", tensor, stored)
-            for kind, tensor in (("int8", quantized), ("scale", scale))
-        ]
+        reads = not self.products or weight_name(editor, node) in self.read
+        short, scale = self._short(editor, node, stored, reads=reads)
+        # The same node: engines of other precisions are compared with this one by its name.
+        if reads:
+            node.target, node.args = DEQUANTIZED_LINEAR, (value, short, scale, bias)
+            editor.propagate([node])
+            return
         if value not in inputs:
             inputs[value] = _quantized(editor, value, node, QUANTIZE_ROWS if self.by_row else QUANTIZE)
-        # The same node: engines of other precisions are compared with this one by its name.
-        node.target, node.args = INT8_LINEAR, (*inputs[value], *constants, bias)
+        node.target, node.args = INT8_LINEAR, (*inputs[value], short, scale, bias)
         editor.propagate([node])
+
+    def _short(
+        self, editor: GraphEditor, node: fx.Node, stored: fx.Node, *, reads: bool
+    ) -> tuple[fx.Node, fx.Node]:
+        """Add the constants of a layer's weight in few bits; return the nodes of values and scales for the layer."""
+        weight, name = editor.stored(stored), editor.name(stored)
+        assert weight is not None
+
+        def constant(kind: str, tensor: Tensor) -> fx.Node:
+            return editor.add_constant(f"{name}_{kind}", tensor, stored)
+
+        if weight_name(editor, node) not in self.int4:
+            quantized, scale = self.weights.of(weight)
+            return constant("int8", quantized), constant("scale", scale)
+        made = self.weights.in_int4(weight)
+        values = constant("int4", made.values)
+        if reads:
+            return values, constant("scales", made.scales)
+        factors = constant("factors", made.factors)
+        with editor.graph.inserting_before(node):
+            wide = editor.graph.create_node(
+                "call_function", WIDENED, (values, factors), name=f"{node.name}_widened"
+            )
+        wide.meta = _origin(node)
+        editor.propagate([wide])
+        return wide, constant("scale", made.scale)
 
 
 def _deciding(editor: GraphEditor) -> set[fx.Node]:

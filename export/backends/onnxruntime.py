@@ -23,13 +23,13 @@ from flashu_compile.exporters.weights import weight_store
 from flashu_compile.program.program import Program
 from flashu_compile.tasks import RECORDS
 
-_CONVERTED = frozenset({ir.DataType.INT8, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_CONVERTED = frozenset({ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 class OnnxRuntime:
     """The ONNX Runtime backend: an ONNX graph for each engine."""
 
-    precisions = ("float32", "float16", "int8")
+    precisions = ("float32", "float16", "int8", "int4", "int8_weights")
 
     def check(self) -> None:
         """Accept every machine, since ONNX Runtime is part of every installation."""
@@ -39,7 +39,7 @@ class OnnxRuntime:
         lowered, records = precision.carry_out(program)
         model = emit_onnx(lowered)
         model.graph.doc_string = f"{RECORDS[program.task].describe(program.name)} {model.graph.doc_string}"
-        held_against = lowered if precision.has_int8 else None
+        held_against = lowered if precision.has_few_bits else None
         return Emitted(model, graph_statistics(program, model), records, held_against)
 
     def pack(self, model: ir.Model) -> Packed | None:

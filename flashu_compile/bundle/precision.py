@@ -14,13 +14,19 @@ OTHER = "other"
 REST = ""
 
 #: What a part computes in, which editors complete; a text such as `decoder=int8,head=float16` names several.
-PrecisionName = Literal["float32", "float16", "bfloat16", "int8"]
+PrecisionName = Literal["float32", "float16", "bfloat16", "int8", "int4", "int8_weights"]
+
+INT8, INT4, INT8_WEIGHTS = "int8", "int4", "int8_weights"
+#: Of these, those whose linear layers have weights in 8 or 4 bits, as far as a budget lets them.
+FEW_BITS = (INT8, INT4, INT8_WEIGHTS)
+#: Of these, those whose layers may read their weights, and leave it to the runtime what it multiplies them in.
+READ = (INT4, INT8_WEIGHTS)
 
 #: Relative L2 from the reference that is recorded with an engine. 16-bit engines are held against float32, and errors
 #: of layers add up (float16 has eleven bits, bfloat16 eight). int8 engines have that of the same int8 program in
 #: PyTorch, where a value that lies between two bytes may fall to either side; how much that may change an engine's
 #: outputs depends on its weights, and is in its reference file where it is more.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 3e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, **dict.fromkeys(FEW_BITS, 3e-2)}
 
 #: The name of an engine's own tolerance among the tensors of its reference file.
 OWN_TOLERANCE = "tolerance"
@@ -54,5 +60,6 @@ def tolerance(precision: str) -> float:
 
 
 def tolerance_between_int8(precision: str) -> float:
-    """Return the tolerance of what is computed between a precision's int8 layers."""
-    return tolerance(precision.replace("int8", "float32"))
+    """Return the tolerance of what is computed between a precision's layers of 8 or 4 bits."""
+    between = {name for name in by_part(precision).values() if name not in FEW_BITS}
+    return max(TOLERANCES.get(name, TOLERANCES["float32"]) for name in between | {"float32"})

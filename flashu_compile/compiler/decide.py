@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flashu_compile.bundle.precision import FEW_BITS, INT4, INT8_WEIGHTS, READ
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import Template
 from flashu_compile.compiler import metadata
@@ -20,7 +21,7 @@ from flashu_compile.evaluation.neutral import calibration_prompts, calibration_q
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import keep_budget
 from flashu_compile.measure.samples import MODEL, NEUTRAL, CalibrationSamples, calibration_samples
-from flashu_compile.measure.sensitivity import SAMPLES, report
+from flashu_compile.measure.sensitivity import SAMPLES, LinearError, report
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
@@ -157,27 +158,41 @@ def measured_precision(
     budget: Mapping[str, float],
     tell: ProgressReporter,
 ) -> tuple[Precision, dict[str, Any]]:
-    """Choose the layers that stay in float32 where `precision` has int8, for the `budget` of each task.
+    """Choose the layers that stay in float32, and those in 4 bits, where `precision` has few, for each task's `budget`.
 
     Returns the precision with these layers, and the report's entry `int8`, if any.
     """
-    if not precision.has_int8:
+    if not precision.has_few_bits:
         return precision, {}
     tell("measuring what layers lose in int8")
-    errors, counts, sensitive, kept = {}, {}, {}, {}
+    errors, counts, sensitive, kept, read = {}, {}, {}, {}, {}
+
+    def name(layer: LinearError) -> str:
+        return precision.of_part(layer.part)
+
     for task in tasks:
         given = () if samples is None else samples.of(task)[:SAMPLES]
         probe = compiled_task(source, task).probe(source, recipe, given)
-        errors[task], truth = probe.errors()
+        errors[task], truth = probe.errors(lambda part: precision.of_part(part) in READ)
         counts[task] = len(given)
         alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)
-        meant = [x for x in errors[task] if precision.of_part(x.part) == "int8" and x.weight not in alone]
-        kept[task] = keep_budget(probe, meant, truth, budget[task], functools.partial(_told, tell, task))
+        meant = [x for x in errors[task] if name(x) in FEW_BITS and x.weight not in alone]
+        read[task] = frozenset(x.weight for x in meant if x.only_read or name(x) == INT8_WEIGHTS)
+        kept[task] = keep_budget(
+            probe,
+            meant,
+            truth,
+            budget[task],
+            functools.partial(_told, tell, task),
+            lambda layer: name(layer) == INT4 and layer.bears_int4,
+            read[task],
+        )
         sensitive[task] = alone | kept[task].weights
-    told = report(errors, precision.of_part, counts, sensitive)
+    int4 = {task: found.int4 for task, found in kept.items()}
+    told = report(errors, precision.of_part, counts, sensitive, int4)
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
-    return dataclasses.replace(precision, sensitive=sensitive), {"int8": told}
+    return dataclasses.replace(precision, sensitive=sensitive, int4=int4, read=read), {"int8": told}
 
 
 def _told(tell: ProgressReporter, task: str, stage: str) -> None:

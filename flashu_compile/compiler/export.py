@@ -170,8 +170,10 @@ def export(
     arguments.function("progress", progress)
     check_precision(arguments.name_of("backend", backend), wanted)
     budget = budgets(precision_budget, tasks)
-    if precision_budget is not None and not wanted.has_int8:
-        raise ConfigurationError("precision_budget is for parts in int8, and there are none; leave it out.")
+    if precision_budget is not None and not wanted.has_few_bits:
+        raise ConfigurationError(
+            "precision_budget is for parts in int8, int4 or int8_weights, and there are none; leave it out."
+        )
     find_backend(backend).check()
     check_proof(proof)
     given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)

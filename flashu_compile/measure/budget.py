@@ -1,9 +1,10 @@
-"""Choose which layers stay in float32 so that a program in int8 keeps a budget at its task's outputs.
+"""Choose the bits of each layer's weight so that a program keeps a budget at its task's outputs.
 
 What a layer loses by itself says little of what the whole loses: errors of layers add up, and weights amplify them. So
 the program is run with its layers in int8, on what their errors were measured on, and its outputs (final latents, the
-logits of the next token) are compared with those in float32. Where they are too far apart, layers go back to float32,
-those that lose most first; how many is found by halving, in a number of runs that grows with its logarithm.
+logits of the next token) are compared with those in float32. Where they are too far apart, layers get more bits: first
+weights of 4 bits get 8, those that lose most for their size before others; where that is not enough, layers go back to
+float32, those that lose most first. How many do is found by halving, in a number of runs that grows with its logarithm.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flashu_compile import arguments
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.precision import TOLERANCES
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.measure.sensitivity import Int8Recorder, LinearError, Probe
+from flashu_compile.measure.sensitivity import Int8Recorder, LinearError, Probe, share_in_int4
 
 #: The largest relative L2 error of a task's outputs in int8, unless another is given. Random weights at the sizes of
 #: `benchmarks/geometries.py` stay below it with every layer in int8.
@@ -29,9 +30,13 @@ DEFAULT_BUDGET = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """The weights that stay in float32 for a budget, and the error of the outputs then, found in so many `runs`."""
+    """The weights that stay in float32 for a budget, and the error of the outputs then, found in so many `runs`.
+
+    `int4`: those in 4 bits.
+    """
 
     weights: frozenset[str]
+    int4: frozenset[str]
     budget: float
     error: float
     runs: int
@@ -79,32 +84,49 @@ def keep_budget(
     truth: NDArray[Any],
     budget: float,
     tell: Callable[[str], None],
+    in_int4: Callable[[LinearError], bool] = lambda layer: False,
+    read: frozenset[str] = frozenset(),
 ) -> Kept:
-    """Return which of the `layers` that are meant to be in int8 stay in float32 for `budget`.
+    """Return which of the `layers` that are meant to be in int8 stay in float32 for `budget`, and which have 4 bits.
 
-    `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8.
+    `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8. `in_int4`
+    tells which weights may be in 4 bits; `read` are those that are read and meet no bytes of one scale.
     """
+    few = sorted(filter(in_int4, layers), key=lambda layer: -_loss_for_size(layer))
     order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.error)]
+    steps = len(few) + len(order)
     started, runs = time.monotonic(), 0
-    found: dict[int, float] = {len(order): 0.0}  # all kept: nothing in int8
+    found: dict[int, float] = {steps: 0.0}  # all kept: nothing in int8
 
-    def fits(kept: int) -> bool:
+    def after(step: int) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the weights in float32 and those in 4 bits after so many got more bits."""
+        return frozenset(order[: max(0, step - len(few))]), frozenset(layer.weight for layer in few[step:])
+
+    def fits(step: int) -> bool:
         nonlocal runs
-        if kept not in found:
+        if step not in found:
             runs += 1
-            outputs = probe.outputs(Int8Recorder(probe.program, frozenset(order[kept:])))
-            found[kept] = relative_error(outputs, truth)
+            kept, int4 = after(step)
+            outputs = probe.outputs(Int8Recorder(probe.program, frozenset(order) - kept, int4, read))
+            found[step] = relative_error(outputs, truth)
             minutes = (time.monotonic() - started) / 60
+            share = f", {share_in_int4(layers, int4):.0%} of weights in 4 bits" if few else ""
             tell(
-                f"int8 with {kept} of {len(order)} layers in float32 is off by {found[kept]:.1e}, budget {budget:g} "
-                f"(run {runs} of at most {most}, {minutes:.1f} min)"
+                f"int8 with {len(kept)} of {len(order)} layers in float32{share} is off by {found[step]:.1e}, budget "
+                f"{budget:g} (run {runs} of at most {most}, {minutes:.1f} min)"
             )
         # Not `found > budget`: an error that is not a number does not fit.
-        return found[kept] <= budget
+        return found[step] <= budget
 
-    most = 1 + math.ceil(math.log2(max(len(order), 1)))
-    low, high = 0, 0 if fits(0) else len(order)
+    most = 1 + math.ceil(math.log2(max(steps, 1)))
+    low, high = 0, 0 if fits(0) else steps
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return Kept(frozenset(order[:high]), budget, float(f"{found[high]:.2e}"), runs)
+    return Kept(*after(high), budget, float(f"{found[high]:.2e}"), runs)
+
+
+def _loss_for_size(layer: LinearError) -> float:
+    """Return the squared error that a weight has by 4 bits, for the memory that 8 would take more."""
+    assert layer.int4_error is not None
+    return layer.int4_error**2 / layer.size

@@ -1,8 +1,9 @@
-"""The error of each linear layer of a program in int8, measured on calibration data.
+"""The error of each linear layer of a program in int8, and with weights in 4 bits, measured on calibration data.
 
-Every layer is computed twice on the values that reach it in float32: in float32 and in int8. Its error is the
-relative L2 distance of the two over all rows of all samples, so that errors of earlier layers do not count.
-Layers whose error is above `LIMIT` stay in float32.
+Every layer is computed on the values that reach it in float32: in float32 and in int8, and where weights may be read in
+few bits, as those layers are computed. Its errors are the relative L2 distances from the first over all rows of all
+samples, so that errors of earlier layers do not count. Layers whose error is above `LIMIT` stay in float32, and those
+whose error by 4 bits is above `INT4_LIMIT` have 8.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor, fx
 
 from flashu_compile.bundle.images import Picture
 from flashu_compile.bundle.noise import initial_noise
-from flashu_compile.bundle.precision import OTHER
+from flashu_compile.bundle.precision import FEW_BITS, OTHER
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
+from flashu_compile.operators.int4 import BLOCK, WIDENED, int4_weight
 from flashu_compile.operators.int8 import QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
@@ -36,6 +38,9 @@ from flashu_compile.runtime.sampler import prompt_pair, sample
 
 #: The largest relative error of a layer that is computed in int8.
 LIMIT = 0.05
+#: The largest relative error of a layer by a weight of 4 bits. Normal weights have 0.11, one of sixteen steps in blocks
+#: with an outlier more.
+INT4_LIMIT = 0.2
 #: How many prompts and questions it is measured on; a layer sees hundreds of rows of each.
 SAMPLES = 3
 _POINTS = 8  # of the trajectory that is looked at
@@ -43,17 +48,34 @@ _POINTS = 8  # of the trajectory that is looked at
 
 @dataclasses.dataclass(frozen=True)
 class LinearError:
-    """A layer's error. `weight`: its name in the checkpoint. `part`: stack, or "other". `error`: relative L2."""
+    """A layer's error. `weight`: its name in the checkpoint. `part`: stack, or "other". `error`: relative L2 in int8.
+
+    `read_error`, `int4_error`: those by a weight that is read in 8 and 4 bits, if they were measured. `size`: elements
+    of the weight.
+    """
 
     weight: str
     part: str
     error: float
+    read_error: float | None = None
+    int4_error: float | None = None
+    size: int = 0
 
     @property
     def sensitive(self) -> bool:
-        """Return whether the error is above `LIMIT` or not a number."""
+        """Return whether the error is above `LIMIT` or not a number, where the weight is read if it may be."""
         # Not `error > LIMIT`: a NaN is sensitive too.
-        return not self.error <= LIMIT
+        return not (self.error if self.read_error is None else self.read_error) <= LIMIT
+
+    @property
+    def only_read(self) -> bool:
+        """Return whether the weight may be in few bits, but not the bytes of the layer's input have one scale."""
+        return not (self.sensitive or self.error <= LIMIT)
+
+    @property
+    def bears_int4(self) -> bool:
+        """Return whether the weight may be in 4 bits."""
+        return self.int4_error is not None and self.int4_error <= INT4_LIMIT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,9 +85,14 @@ class Probe:
     program: Program
     outputs: Callable[[Recorder], NDArray[Any]]
 
-    def errors(self) -> tuple[tuple[LinearError, ...], NDArray[Any]]:
-        """Measure the error of each layer that can be int8; return them with the outputs in float32."""
-        watch = _Watch(self.program)
+    def errors(
+        self, read: Callable[[str], bool] = lambda part: False
+    ) -> tuple[tuple[LinearError, ...], NDArray[Any]]:
+        """Measure the error of each layer that can be int8; return them with the outputs in float32.
+
+        `read` tells of which parts weights may be read in few bits, which is measured too.
+        """
+        watch = _Watch(self.program, read)
         outputs = self.outputs(watch)
         return watch.errors(), outputs
 
@@ -118,11 +145,19 @@ def _answer_probe(program: Program, asked: Sequence[Asked]) -> Probe:
 class Int8Recorder(Recorder):
     """Runs a program with the layers of some `weights` in int8 (None: every layer that can be).
 
-    The same numbers as in `INT8_LINEAR`, but for the rounding of float32, at the price of a layer in float32.
+    The same numbers as in `INT8_LINEAR`, but for the rounding of float32, at the price of a layer in float32. Weights
+    named in `int4` are in 4 bits, and those in `read` are read: ONNX Runtime rounds what they meet in blocks of a row.
     """
 
-    def __init__(self, program: Program, weights: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: frozenset[str] | None = None,
+        int4: frozenset[str] = frozenset(),
+        read: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__(program, {})
+        self._read = read
         editor = GraphEditor(program)
         linears = editor.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
         self._names = {
@@ -132,48 +167,83 @@ class Int8Recorder(Recorder):
             for name in (weight_name(editor, n),)
         }
         self._layers = {n.name: n for n in linears if n.name in self._names}
-        self._weights: dict[str, Tensor] = {}
-        for name, node in self._layers.items():
-            if self._names[name] not in self._weights:
-                quantized, scale = quantized_weight(_stored(editor, node))
-                self._weights[self._names[name]] = quantized * scale[:, None]
+        self._full = {self._names[name]: _stored(editor, node) for name, node in self._layers.items()}
+        self._weights = {name: restored(weight, in_int4=name in int4) for name, weight in self._full.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute a node, a layer from its weight and its input as bytes can tell them."""
-        return self._in_int8(n) if n.name in self._layers else super().run_node(n)
+        if n.name not in self._layers:
+            return super().run_node(n)
+        name = self._names[n.name]
+        return self._short(n, self._weights[name], read=name in self._read)
 
-    def _in_int8(self, n: fx.Node) -> Tensor:
+    def _short(self, n: fx.Node, weight: Tensor, *, read: bool) -> Tensor:
         (x, _, *rest), _ = self.fetch_args_kwargs_from_env(n)
+        if read:
+            return F.linear(in_blocks(x), weight, *rest)
         q, scale, zero = QUANTIZE(x)
-        return F.linear((q.float() - zero) * scale, self._weights[self._names[n.name]], *rest)
+        return F.linear((q.float() - zero) * scale, weight, *rest)
 
 
 class _Watch(Int8Recorder):
-    """Runs a program in float32 and sums the squares of values and int8 errors for every layer that can be int8."""
+    """Runs a program in float32 and sums the squares of values and errors for every layer that can be int8."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, read: Callable[[str], bool]) -> None:
         super().__init__(program)
-        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._parts = {name: stack_of(program, node) or OTHER for name, node in self._layers.items()}
+        meant = {self._names[name] for name, part in self._parts.items() if read(part)}
+        self._int4 = {name: restored(self._full[name], in_int4=True) for name in meant}
+        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
 
     def run_node(self, n: fx.Node) -> Any:
         value = Recorder.run_node(self, n)
         if n.name in self._layers:
-            short = self._in_int8(n)
-            sums = self._sums[n.name]
-            sums[0] += (short - value).double().square().sum().item()
-            sums[1] += value.double().square().sum().item()
+            sums, name = self._sums[n.name], self._names[n.name]
+            weight = self._weights[name]
+            sums[0] += _squares(value)
+            sums[1] += _squares(self._short(n, weight, read=False) - value)
+            if name in self._int4:
+                sums[2] += _squares(self._short(n, weight, read=True) - value)
+                sums[3] += _squares(self._short(n, self._int4[name], read=True) - value)
         return value
 
     def errors(self) -> tuple[LinearError, ...]:
         """Return the errors in graph order; of layers that share a weight, the largest."""
         found: dict[str, LinearError] = {}
-        for name, node in self._layers.items():
-            off, size = self._sums[name]
-            error = float(f"{math.sqrt(off / size) if size else 0.0:.2e}")
+        for name in self._layers:
+            whole, *off = self._sums[name]
+            error, *others = (_rounded(math.sqrt(part / whole) if whole else 0.0) for part in off)
             weight = self._names[name]
+            read, int4 = others if weight in self._int4 else (None, None)
             if weight not in found or error > found[weight].error:
-                found[weight] = LinearError(weight, stack_of(self.program, node) or OTHER, error)
+                size = self._full[weight].numel()
+                found[weight] = LinearError(weight, self._parts[name], error, read, int4, size)
         return tuple(found.values())
+
+
+def restored(weight: Tensor, *, in_int4: bool) -> Tensor:
+    """Return what a weight [out, in] in 8 or 4 bits stands for, float32."""
+    if not in_int4:
+        quantized, scale = quantized_weight(weight)
+        return quantized * scale[:, None]
+    made = int4_weight(weight)
+    return WIDENED(made.values, made.factors) * made.scale[:, None]
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """Round rows [..., in] to signed bytes with a scale for each block of `BLOCK`; return what these stand for."""
+    blocks = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((blocks / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+def _squares(values: Tensor) -> float:
+    return values.double().square().sum().item()
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.2e}")
 
 
 def _stored(editor: GraphEditor, node: fx.Node) -> Tensor:
@@ -187,26 +257,55 @@ def report(
     precision: Callable[[str], str],
     samples: Mapping[str, int],
     kept: Mapping[str, frozenset[str]],
+    int4: Mapping[str, frozenset[str]],
 ) -> dict[str, Any]:
     """Return the report's entry `int8`: the limit, and by task the samples, parts and layers.
 
     `precision` gives that of a part. `samples` are their numbers by task, 0 where random values were used. `kept` names
-    the weights of layers that stay in float32.
+    the weights of layers that stay in float32, `int4` those in 4 bits.
     """
     tasks = {}
     for task, layers in errors.items():
-        meant = [layer for layer in layers if precision(layer.part) == "int8"]
+        meant = [layer for layer in layers if precision(layer.part) in FEW_BITS]
         tasks[task] = {
             "samples": samples[task],
-            "parts": dict(_parts(meant, kept[task])),
-            "layers": [{**dataclasses.asdict(x), "sensitive": x.weight in kept[task]} for x in meant],
+            "parts": dict(_parts(meant, kept[task], int4[task])),
+            "layers": [_layer(x, kept[task], int4[task]) for x in meant],
         }
-    return {"limit": LIMIT, "tasks": tasks}
+    return {"limit": LIMIT, "int4_limit": INT4_LIMIT, "tasks": tasks}
 
 
-def _parts(layers: Sequence[LinearError], kept: frozenset[str]) -> Iterator[tuple[str, dict[str, float]]]:
+def _layer(layer: LinearError, kept: frozenset[str], int4: frozenset[str]) -> dict[str, Any]:
+    bits = 32 if layer.weight in kept else 4 if layer.weight in int4 else 8
+    return {**dataclasses.asdict(layer), "sensitive": layer.weight in kept, "bits": bits}
+
+
+def _parts(
+    layers: Sequence[LinearError], kept: frozenset[str], int4: frozenset[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
     for part in dict.fromkeys(layer.part for layer in layers):
-        errors = [layer.error for layer in layers if layer.part == part]
-        sensitive = sum(layer.weight in kept for layer in layers if layer.part == part)
-        mean = float(f"{math.sqrt(sum(e * e for e in errors) / len(errors)):.2e}")
-        yield part, {"layers": len(errors), "sensitive": sensitive, "mean": mean, "worst": max(errors)}
+        those = [layer for layer in layers if layer.part == part]
+        errors = [_error_kept(layer, int4) for layer in those]
+        yield (
+            part,
+            {
+                "layers": len(those),
+                "sensitive": sum(layer.weight in kept for layer in those),
+                "mean": _rounded(math.sqrt(sum(e * e for e in errors) / len(errors))),
+                "worst": max(errors),
+                "int4": sum(layer.weight in int4 for layer in those),
+                "int4_share": share_in_int4(those, int4),
+            },
+        )
+
+
+def _error_kept(layer: LinearError, int4: frozenset[str]) -> float:
+    """Return the error of a layer in the bits that it has, or would have in int8."""
+    error = layer.int4_error if layer.weight in int4 else layer.read_error
+    return layer.error if error is None else error
+
+
+def share_in_int4(layers: Sequence[LinearError], int4: frozenset[str]) -> float:
+    """Return the share of the layers' weights, by elements, that is in 4 bits."""
+    total = sum(layer.size for layer in layers)
+    return round(sum(layer.size for layer in layers if layer.weight in int4) / total, 4) if total else 0.0

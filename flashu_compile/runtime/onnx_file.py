@@ -98,6 +98,8 @@ _MOST_DIMENSIONS = 32
 
 _BESIDE = 1
 _PLACE = {"location", "offset", "length"}
+#: ONNX's number of the type of integers in 4 bits, of which two lie in a byte.
+INT4 = 22
 #: Bytes of an element, by ONNX's number of its type; packed and variable ones are missing.
 ELEMENT_BYTES: Mapping[int, int] = {
     1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2,
@@ -306,13 +308,14 @@ def _weight(name: str, tensor: Mapping[str, Any]) -> ExternalWeight:
     data_type = tensor.get("type", 0)
     offset, length = (_size(name, told.get(key, "0")) for key in ("offset", "length"))
     element = ELEMENT_BYTES.get(data_type)
-    if element is None:
+    if element is None and data_type != INT4:
         raise ValueError(
             f"its tensor {shown(name)} has elements of type {data_type}, which lie in no other file"
         )
-    if math.prod(shape) * element != length:
+    needed = -(-math.prod(shape) // 2) if element is None else math.prod(shape) * element
+    if needed != length:
         raise ValueError(f"its tensor {shown(name)} has {length} bytes for the shape {shown(list(shape))}")
-    if offset % element:
+    if element is not None and offset % element:
         raise ValueError(
             f"its tensor {shown(name)} lies at {offset}, which is no multiple of its elements' {element} bytes"
         )

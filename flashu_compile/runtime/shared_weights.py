@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,12 +16,13 @@ import numpy as np
 
 from flashu_compile.arguments import shown
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.runtime.onnx_file import ELEMENT_BYTES, ExternalWeight
+from flashu_compile.runtime.onnx_file import ELEMENT_BYTES, INT4, ExternalWeight, OnnxFile
 from flashu_compile.system.onnxruntime_library import ort
 
 Memory = Literal["fast", "low"]
 
 # Only the size of an element matters to the map; what it means is told to ONNX Runtime by ONNX's number of it.
+_DEQUANTIZES = ("", "DequantizeLinear")
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -65,13 +65,20 @@ class SharedWeights:
         self._values: dict[ExternalWeight, ort.OrtValue] = {}
         self._lock = threading.Lock()
 
-    def configure(self, options: ort.SessionOptions, weights: Iterable[ExternalWeight]) -> None:
-        """Make a session read these weights from the map, in which `read_graph` found them to have a place."""
-        options.add_session_config_entry("session.disable_prepacking", "1")
+    def configure(self, options: ort.SessionOptions, graph: OnnxFile) -> None:
+        """Make a session read a graph's weights from the map, in which `read_graph` found them to have a place.
+
+        Weights in 4 bits are left to ONNX Runtime, which maps them itself, and packs them for each session: layers that
+        read unpacked ones are many times slower.
+        """
+        if _DEQUANTIZES not in graph.operators:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         # Each session would keep, for its next run, as much memory as its largest run has taken.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        for weight in weights:
+        for weight in graph.weights:
+            if weight.data_type == INT4:
+                continue
             options.add_initializer(weight.name, self._value(weight))
 
     def _value(self, weight: ExternalWeight) -> ort.OrtValue:

@@ -82,7 +82,7 @@ class TestNames:
             ("llm=int8,decoder=float16", "names stack 'llm' also as 'decoder'"),
             ("int8,head=float32", "is neither a name nor a list such as decoder=int8"),
             ("llm=int8,llm=float32", "names a part twice"),
-            ("int4", "Unknown precision 'int4' for backend 'onnxruntime'; there are onnxruntime: float32"),
+            ("int2", "Unknown precision 'int2' for backend 'onnxruntime'; there are onnxruntime: float32"),
             ("bfloat16", r"Unknown precision 'bfloat16'.*torch: float32, float16, bfloat16"),
         ],
     )

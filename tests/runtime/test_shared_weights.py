@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from flashu_compile.bundle.manifest import WEIGHTS
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.runtime import Pipeline, load
-from flashu_compile.runtime.onnx_file import ExternalWeight, read_onnx
+from flashu_compile.runtime.onnx_file import ExternalWeight, OnnxFile, read_onnx
 from flashu_compile.runtime.sessions import create_session
 from flashu_compile.runtime.shared_weights import SharedWeights
 from flashu_compile.runtime.verify import verify
@@ -60,7 +60,7 @@ def test_a_session_reads_the_map(store: Path) -> None:
 
 def test_a_store_without_a_byte_is_mapped_too(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).touch()
-    SharedWeights(tmp_path / WEIGHTS).configure(ort.SessionOptions(), [])
+    SharedWeights(tmp_path / WEIGHTS).configure(ort.SessionOptions(), OnnxFile(frozenset(), ()))
 
 
 def test_places_are_those_the_onnx_package_reads(bundle: Path) -> None:

@@ -1,0 +1,116 @@
+"""Weights in 4 bits, and layers that read weights as few bits: `widened` and `dequantized_linear`.
+
+A weight [out, in] in 4 bits has a scale for each block of `BLOCK` inputs of an output channel. This scale is a whole
+number, the block's factor, from 1 to 18, times the channel's own: then value times factor is a signed byte, and the
+same weight is one of 8 bits with a scale for each channel. So one stored weight serves two ways to compute: products of
+many rows in bytes (`widened`, then `int8_linear`), and products of few rows, which wait for memory, by weights of 4
+bits (`dequantized_linear`, which ONNX Runtime makes MatMulNBits of when it loads the graph).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: How many inputs of an output channel have one scale; ONNX Runtime's fastest, and what it is told of bytes, too.
+BLOCK = 128
+#: The largest magnitude of a value, and of a factor: their product is a signed byte.
+LARGEST, _FACTORS = 7, 18
+
+
+@torch.library.custom_op("flashu_compile::widened", mutates_args=())
+def widened(weight: Tensor, factors: Tensor) -> Tensor:
+    """Multiply int8 values [out, in], within 4 bits, by the int8 factors [out, blocks] of their blocks, in int8."""
+    return weight * _of_inputs(factors, weight.shape[1])
+
+
+@widened.register_fake
+def _(weight: Tensor, factors: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.custom_op("flashu_compile::dequantized_linear", mutates_args=())
+def dequantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x @ (weight · scale).T + bias in float32, with x [..., in] and weight int8 [out, in].
+
+    `scale` is float32 [out], or [out, blocks] for a weight in 4 bits.
+    """
+    scales = scale[:, None] if scale.ndim == 1 else _of_inputs(scale, weight.shape[1])
+    return F.linear(x, weight.float() * scales, bias)
+
+
+@dequantized_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+WIDENED = torch.ops.flashu_compile.widened.default
+DEQUANTIZED_LINEAR = torch.ops.flashu_compile.dequantized_linear.default
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Int4Weight:
+    """A weight in 4 bits: about `values` · `factors` · `scale`.
+
+    `values` int8 [out, in] are from -7 to 7, `factors` int8 [out, blocks] from 1 to 18, `scale` float32 [out].
+    `scales` float32 [out, blocks] are scale times factor.
+    """
+
+    values: Tensor
+    factors: Tensor
+    scale: Tensor
+    scales: Tensor
+
+    def part(self, place: tuple[slice, ...]) -> Int4Weight | None:
+        """Return a block of rows and columns, which share memory with these; None if a block of inputs is cut.
+
+        The end may cut one, whose scale stays.
+        """
+        if not place:
+            return self
+        rows, columns = place
+        if columns.start % BLOCK:
+            return None
+        blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
+        return Int4Weight(
+            self.values[rows, columns],
+            self.factors[rows, blocks],
+            self.scale[rows],
+            self.scales[rows, blocks],
+        )
+
+
+def int4_weight(weight: Tensor) -> Int4Weight:
+    """Quantize a float32 weight [out, in] to 4 bits, keeping its memory layout.
+
+    Of each block's factors, the one is taken that has the least sum of squared errors.
+    """
+    given = weight.detach()
+    out, depth = given.shape
+    padded = F.pad(given, (0, -depth % BLOCK)).reshape(out, -1, BLOCK)
+    scale = padded.abs().amax((1, 2)) / (LARGEST * _FACTORS)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    least = torch.full(padded.shape[:2], torch.inf)
+    factors = torch.ones(padded.shape[:2], dtype=torch.int8)
+    for factor in range(1, _FACTORS + 1):
+        step = (scale * factor)[:, None, None]
+        error = (_rounded(padded, step) * step).sub_(padded).square_().sum(-1)
+        better = error < least
+        least[better], factors[better] = error[better], factor
+    scales = scale[:, None] * factors
+    values = _rounded(padded, scales[..., None]).to(torch.int8).reshape(out, -1)[:, :depth].contiguous()
+    if not given.is_contiguous():  # by columns, so that a range of these is a range of memory
+        values, factors, scales = (tensor.t().contiguous().t() for tensor in (values, factors, scales))
+    return Int4Weight(values, factors, scale, scales)
+
+
+def _rounded(blocks: Tensor, step: Tensor) -> Tensor:
+    return (blocks / step).round_().clamp_(-LARGEST, LARGEST)
+
+
+def _of_inputs(blocks: Tensor, depth: int) -> Tensor:
+    """Repeat what each block [out, blocks] has for each of its inputs: [out, depth]."""
+    return blocks.repeat_interleave(BLOCK, 1)[:, :depth]
