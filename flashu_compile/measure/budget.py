@@ -93,7 +93,7 @@ def keep_budget(
     tells which weights may be in 4 bits; `read` are those that are read and meet no bytes of one scale.
     """
     few = sorted(filter(in_int4, layers), key=lambda layer: -_loss_for_size(layer))
-    order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.error)]
+    order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.loss)]
     steps = len(few) + len(order)
     started, runs = time.monotonic(), 0
     found: dict[int, float] = {steps: 0.0}  # all kept: nothing in int8
