@@ -140,16 +140,16 @@ def build(
         str,
         typer.Option(
             metavar="NAME|PART=NAME,…",
-            help="What engines compute in: float32, or float16, bfloat16 or int8 where the backend has it; or that of "
-            "parts, such as llm=int8,head=float16 (parts: the model's stacks, and other).",
+            help="What engines compute in: float32, or float16, bfloat16, int8, int4 or int8_weights where the backend "
+            "has it; or that of parts, such as llm=int4,head=float16 (parts: the model's stacks, and other).",
         ),
     ] = "float32",
     precision_budget: Annotated[
         str | None,
         typer.Option(
             metavar="ERROR|TASK=ERROR,…",
-            help="The largest relative error that int8 may cause in final latents or the next token's logits, such as "
-            "0.02 or t2i=0.03,mmu=0.02; more layers stay in float32 until it is kept.",
+            help="The largest relative error that few bits may cause in final latents or the next token's logits, such "
+            "as 0.02 or t2i=0.03,mmu=0.02; layers get more bits until it is kept.",
             show_default="0.05",
         ),
     ] = None,

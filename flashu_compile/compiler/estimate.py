@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from flashu_compile import arguments
-from flashu_compile.bundle.precision import OTHER, PrecisionName
+from flashu_compile.bundle.precision import FEW_BITS, OTHER, READ, PrecisionName
 from flashu_compile.compiler.captured import CapturedModel, ModelParts, check_no_parts
 from flashu_compile.compiler.decide import cost_counts, samples_at_hand
 from flashu_compile.compiler.fingerprints import named_tensors
@@ -50,7 +50,7 @@ _BESIDE = 1_500_000_000
 _ALWAYS_FITS = 1 << 30
 #: Bytes a second at which weights are hashed, converted, run once and written.
 _BYTES_PER_SECOND = 1.5e8
-_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int8_weights": 1, "int4": 0.54}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +153,14 @@ def estimate(
     converted = min(all_bytes, max(0, 2 * (all_bytes - stored_bytes))) if stored_bytes else 0
     pruned = {stack for task in tasks for stack in whole.config(task).pruned}
     ordered = sum(tensor.nbytes for part, tensor in held if part in pruned)
-    lowered = dict.fromkeys(_ITEM, 0)
+    lowered, tried = dict.fromkeys(_ITEM, 0), 0
     for part, tensor in held:
         lowered[wanted.of_part(part)] += _written(part, tensor, wanted)
+        tried += _held_while_tried(part, tensor, wanted)
     short = lowered["float16"] + lowered["bfloat16"]
     held_already = isinstance(model, CapturedModel)
     in_memory = 0 if held_already or loaded.adapter.maps_weights or not loaded.sources else weight_bytes
-    # While layers are tried in int8, what they stand for is held in float32.
-    needed = _BESIDE + 5 * lowered["int8"] + in_memory + (0 if on_copy else bundle_bytes)
+    needed = _BESIDE + tried + in_memory + (0 if on_copy else bundle_bytes)
     return Estimate(
         model=loaded.name,
         tasks=tasks,
@@ -275,5 +275,13 @@ def _weights(source: CapturedModel, tasks: tuple[str, ...]) -> list[tuple[str, T
 def _written(part: str, tensor: Tensor, precision: Precision) -> int:
     """Return the bytes of a tensor in a bundle of this precision."""
     name = precision.of_part(part)
-    narrow = tensor.ndim < 2 or (name == "int8" and min(tensor.shape) < MIN_WIDTH)
-    return tensor.nbytes if narrow else tensor.numel() * _ITEM[name]
+    narrow = tensor.ndim < 2 or (name in FEW_BITS and min(tensor.shape) < MIN_WIDTH)
+    return tensor.nbytes if narrow else int(tensor.numel() * _ITEM[name])
+
+
+def _held_while_tried(part: str, tensor: Tensor, precision: Precision) -> int:
+    """Return the bytes that a tensor takes while layers are tried in few bits: values, and what they stand for."""
+    name = precision.of_part(part)
+    if name not in FEW_BITS:
+        return 0
+    return (9 if name in READ else 5) * tensor.numel()

@@ -126,15 +126,15 @@ def export(
         backend: what runs the engines: "onnxruntime", "torch", "aot_inductor" for the CPU, or "aot_inductor_cuda" or
             "torch_tensorrt" for the NVIDIA GPU here. All but the first are code to whoever loads the bundle, which
             takes `load(…, trust=True)`.
-        precision: "float32", or "float16", "bfloat16" or "int8" where the backend has it; or one for each part, such as
-            {"llm": "int8", "head": "float16"}. Parts are the model's stacks, as `inspect --structure` lists them
-            ("decoder" is the one that attends over all rows, whatever it is called), and "other"; those not named are
-            float32. Layers that lose too much in int8 stay in float32: how much each loses is measured on samples,
-            and said in the report.
-        precision_budget: where a part is int8, the largest relative L2 error that its layers may cause in what a task
-            gives (final latents, logits of the next token; without samples, the outputs for the inputs that it was
-            captured with), 0.05 if not given; or one by task, such as {"mmu": 0.02}. More layers stay in float32 until
-            it is kept.
+        precision: "float32", or "float16", "bfloat16", "int8", "int4" (weights in 4 bits, for language parts) or
+            "int8_weights" where the backend has it; or one for each part, such as {"llm": "int4", "head": "float16"}.
+            Parts are the model's stacks, as `inspect --structure` lists them ("decoder" is the one that attends over
+            all rows, whatever it is called), and "other"; those not named are float32. Layers that lose too much in few
+            bits have 8 for 4, or stay in float32: how much each loses is measured on samples, and said in the report.
+        precision_budget: where a part is in few bits, the largest relative L2 error that its layers may cause in what a
+            task gives (final latents, logits of the next token; without samples, the outputs for the inputs that it was
+            captured with), 0.05 if not given; or one by task, such as {"mmu": 0.02}. Layers get more bits until it is
+            kept.
         vae: a LatentCodec, an AutoencoderKLWan or its path, where the checkpoint holds none.
         tokenizer: a tokenizers.Tokenizer or its path, where the checkpoint holds none.
         llm_config: the LLM's Hugging Face `config.json` (or its contents), where sizes alone do not tell it.

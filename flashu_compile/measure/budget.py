@@ -3,13 +3,15 @@
 What a layer loses by itself says little of what the whole loses: errors of layers add up, and weights amplify them. So
 the program is run with its layers in int8, on what their errors were measured on, and its outputs (final latents, the
 logits of the next token) are compared with those in float32. Where they are too far apart, layers get more bits: first
-weights of 4 bits get 8, those that lose most for their size before others; where that is not enough, layers go back to
-float32, those that lose most first. How many do is found by halving, in a number of runs that grows with its logarithm.
+weights of 4 bits get 8, those that change the outputs most for their size before others, which is found by running
+groups of neighbours alone in 4 bits; where that is not enough, layers go back to float32, those that lose most first.
+How many do is found by halving, in a number of runs that grows with its logarithm.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,8 @@ from flashu_compile.measure.sensitivity import Int8Recorder, LinearError, Probe,
 #: The largest relative L2 error of a task's outputs in int8, unless another is given. Random weights at the sizes of
 #: `benchmarks/geometries.py` stay below it with every layer in int8.
 DEFAULT_BUDGET = 0.05
+#: How many groups of weights are run alone in 4 bits, at most.
+GROUPS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,41 +96,89 @@ def keep_budget(
     `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8. `in_int4`
     tells which weights may be in 4 bits; `read` are those that are read and meet no bytes of one scale.
     """
-    few = sorted(filter(in_int4, layers), key=lambda layer: -_loss_for_size(layer))
-    order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.error)]
-    steps = len(few) + len(order)
-    started, runs = time.monotonic(), 0
-    found: dict[int, float] = {steps: 0.0}  # all kept: nothing in int8
+    few = list(filter(in_int4, layers))
+    order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.loss)]
+    steps, groups = len(few) + len(order), _groups(few)
+    most = 1 + math.ceil(math.log2(max(steps, 1))) + (1 + len(groups) if few else 0)
+    tries = _Tries(probe, layers, truth, budget, tell, read, most)
 
     def after(step: int) -> tuple[frozenset[str], frozenset[str]]:
         """Return the weights in float32 and those in 4 bits after so many got more bits."""
-        return frozenset(order[: max(0, step - len(few))]), frozenset(layer.weight for layer in few[step:])
+        return frozenset(order[: max(0, step - len(few))]), _names(few[step:])
 
     def fits(step: int) -> bool:
-        nonlocal runs
-        if step not in found:
-            runs += 1
-            kept, int4 = after(step)
-            outputs = probe.outputs(Int8Recorder(probe.program, frozenset(order) - kept, int4, read))
-            found[step] = relative_error(outputs, truth)
-            minutes = (time.monotonic() - started) / 60
-            share = f", {share_in_int4(layers, int4):.0%} of weights in 4 bits" if few else ""
-            tell(
-                f"int8 with {len(kept)} of {len(order)} layers in float32{share} is off by {found[step]:.1e}, budget "
-                f"{budget:g} (run {runs} of at most {most}, {minutes:.1f} min)"
-            )
-        # Not `found > budget`: an error that is not a number does not fit.
-        return found[step] <= budget
+        # Not `error > budget`: an error that is not a number does not fit.
+        return tries.error(*after(step)) <= budget
 
-    most = 1 + math.ceil(math.log2(max(steps, 1)))
     low, high = 0, 0 if fits(0) else steps
+    if high and few and fits(len(few)):
+        high = len(few)
+        none, bytes_alone = after(high)[0], tries.error(*after(high))
+        lost = {
+            group: max(tries.error(none, _names(group)) ** 2 - bytes_alone**2, 0) / _size(group)
+            for group in groups
+        }
+        few = [layer for group in sorted(groups, key=lambda group: -lost[group]) for layer in group]
+    elif high and few:
+        low = len(few)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return Kept(*after(high), budget, float(f"{found[high]:.2e}"), runs)
+    kept, int4 = after(high)
+    return Kept(kept, int4, budget, float(f"{tries.error(kept, int4):.2e}"), tries.runs)
 
 
-def _loss_for_size(layer: LinearError) -> float:
-    """Return the squared error that a weight has by 4 bits, for the memory that 8 would take more."""
-    assert layer.int4_error is not None
-    return layer.int4_error**2 / layer.size
+class _Tries:
+    """Runs of a probe with some weights in float32, some in 4 bits and the rest in 8, each choice once."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        layers: Sequence[LinearError],
+        truth: NDArray[Any],
+        budget: float,
+        tell: Callable[[str], None],
+        read: frozenset[str],
+        most: int,
+    ) -> None:
+        self._probe, self._layers, self._truth, self._read = probe, layers, truth, read
+        self._budget, self._tell, self._most = budget, tell, most
+        self._started = time.monotonic()
+        self._found: dict[tuple[frozenset[str], frozenset[str]], float] = {}
+
+    @property
+    def runs(self) -> int:
+        """Return how many runs there were."""
+        return len(self._found)
+
+    def error(self, kept: frozenset[str], int4: frozenset[str]) -> float:
+        """Return the relative error of the outputs with `kept` in float32 and `int4` in 4 bits."""
+        names = _names(self._layers)
+        if names == kept:  # nothing has few bits
+            return 0.0
+        if (kept, int4) not in self._found:
+            outputs = self._probe.outputs(Int8Recorder(self._probe.program, names - kept, int4, self._read))
+            self._found[kept, int4] = relative_error(outputs, self._truth)
+            minutes = (time.monotonic() - self._started) / 60
+            share = f", {share_in_int4(self._layers, int4):.0%} of weights in 4 bits" if int4 else ""
+            self._tell(
+                f"int8 with {len(kept)} of {len(names)} layers in float32{share} is off by "
+                f"{self._found[kept, int4]:.1e}, budget {self._budget:g} (run {self.runs} of at most {self._most}, "
+                f"{minutes:.1f} min)"
+            )
+        return self._found[kept, int4]
+
+
+def _groups(layers: Sequence[LinearError]) -> list[tuple[LinearError, ...]]:
+    """Part layers, in graph order, into at most `GROUPS` of neighbours, as many in each as in others."""
+    count = min(GROUPS, len(layers))
+    ends = [len(layers) * place // count for place in range(count + 1)] if count else []
+    return [tuple(layers[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def _names(layers: Sequence[LinearError]) -> frozenset[str]:
+    return frozenset(layer.weight for layer in layers)
+
+
+def _size(layers: Sequence[LinearError]) -> int:
+    return sum(layer.size for layer in layers)

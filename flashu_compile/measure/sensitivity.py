@@ -38,6 +38,9 @@ from flashu_compile.runtime.sampler import prompt_pair, sample
 
 #: The largest relative error of a layer that is computed in int8.
 LIMIT = 0.05
+#: The largest relative error in int8 of a layer whose weight may be read instead. This takes
+#: longer for many rows, but an outlying activation spoils the bytes of one block of a row alone.
+READ_LIMIT = 0.02
 #: The largest relative error of a layer by a weight of 4 bits. Normal weights have 0.11, one of sixteen steps in blocks
 #: with an outlier more.
 INT4_LIMIT = 0.2
@@ -69,8 +72,13 @@ class LinearError:
 
     @property
     def only_read(self) -> bool:
-        """Return whether the weight may be in few bits, but not the bytes of the layer's input have one scale."""
-        return not (self.sensitive or self.error <= LIMIT)
+        """Return whether the weight may be in few bits, but the bytes of the layer's input cannot have one scale."""
+        return self.read_error is not None and not (self.sensitive or self.error <= READ_LIMIT)
+
+    @property
+    def loss(self) -> float:
+        """Return the error of the layer in 8 bits, by the way in which it is computed."""
+        return self.read_error if self.only_read and self.read_error is not None else self.error
 
     @property
     def bears_int4(self) -> bool:

@@ -84,7 +84,7 @@ _PROBE = base64.b64decode(
 )
 
 # How ONNX Runtime computes layers that read weights in 4 or 8 bits: 4, by activations in bytes, with a scale for each
-# block of a row; 1, in float32. Its kernels for 0 are a hundred times slower.
+# block of a row; 1, in float32. Its kernels for 0 are slower by far.
 BYTES, FLOATS = 4, 1
 # The block of activations where weights have a scale for each channel; 32 by default, which is slower.
 _BLOCK = 128

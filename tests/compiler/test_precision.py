@@ -217,6 +217,43 @@ class TestBundles:
         assert any(layer["sensitive"] and layer["error"] < 0.05 for layer in told["layers"])
         assert verify(bundle.path).ok
 
+    def test_weights_in_four_bits_are_stored_once_for_all_engines(self, tmp_path: Path) -> None:
+        stages: list[str] = []
+        bundle = flashu_compile.export(
+            wide_model(), ["t2i", "mmu"], recipe=RECIPE, output=tmp_path / "b", precision="int4",
+            precision_budget=0.5, vae=VAE, tokenizer=tokenizer(), cache=False,
+            progress=lambda stage, _: stages.append(stage),
+        )  # fmt: skip
+        told = report(bundle)["int8"]["tasks"]
+        assert any("mmu: int8 with 0 of 21 layers in float32, 100% of weights in 4 bits" in s for s in stages)
+        assert told["mmu"]["parts"]["llm"]["int4_share"] == 1.0
+        assert all(layer["bits"] == 4 for layer in told["mmu"]["layers"])
+        language = [node.op_type for node in operators(bundle, "language")]
+        assert language.count("DequantizeLinear") == 2 * 5 + 1  # keys and values are too narrow
+        assert "MatMulInteger" not in language
+        assert "MatMulInteger" in [node.op_type for node in operators(bundle, "language_prologue")]
+        places: dict[str, tuple[int, int]] = {}
+        for engine in ("denoise", "denoise_pruned", "language", "language_prologue"):
+            graph = onnx.load(bundle.path / f"{engine}.onnx", load_external_data=False).graph
+            assert {node.domain for node in graph.node} == {""}
+            for tensor in graph.initializer:
+                if tensor.name == "model.showo.model.layers.0.mlp.down_proj.weight_int4":
+                    assert tensor.data_type == onnx.TensorProto.INT4
+                    entries = {e.key: e.value for e in tensor.external_data}
+                    places[engine] = int(entries["offset"]), int(entries["length"])
+        assert places["denoise"] == places["language"] == places["language_prologue"]
+        assert places["denoise"][1] == WIDE * FFN // 2
+        (start, length), (inner, kept) = places["denoise"], places["denoise_pruned"]
+        assert start <= inner < inner + kept <= start + length
+        assert kept * 3 == length * 2
+        assert verify(bundle.path).ok
+        picture = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        answers = []
+        for memory in ("fast", "low"):
+            with flashu_compile.load(bundle.path, memory=memory, threads=1) as pipe:  # type: ignore[arg-type]
+                answers.append(pipe.ask(picture, "what color?", max_new_tokens=8))
+        assert answers[0] == answers[1]
+
     def test_a_low_limit_keeps_layers_in_float32(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

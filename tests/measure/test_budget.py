@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.measure.budget import DEFAULT_BUDGET, budgets, keep_budget
-from flashu_compile.measure.sensitivity import Int8Recorder, Probe
+from flashu_compile.exporters.onnx import emit_onnx
+from flashu_compile.measure.budget import DEFAULT_BUDGET, GROUPS, budgets, keep_budget
+from flashu_compile.measure.sensitivity import Int8Recorder, Probe, share_in_int4
 from flashu_compile.passes.quantize_linears import MIN_WIDTH, QuantizeLinears
 from flashu_compile.program.program import BATCH, Input, Program, Role
 from flashu_compile.program.trace import trace
+from flashu_compile.runtime.sessions import run_once
 
 
 class Stack(nn.Module):
@@ -67,6 +71,49 @@ def test_layers_that_lose_most_go_first(probe: Probe) -> None:
     kept = keep_budget(probe, layers, truth, 0.8 * everything, lambda _: None)
     assert "layers.2.weight" in kept.weights or "layers.6.weight" in kept.weights
     assert len(kept.weights) < 3
+
+
+def test_a_layer_with_outlying_weights_is_in_no_four_bits(probe: Probe) -> None:
+    layers, truth = probe.errors(lambda part: True)
+    kept = keep_budget(probe, layers, truth, 1.0, lambda _: None, lambda layer: layer.bears_int4)
+    planted = {"layers.2.weight", "layers.6.weight"}
+    assert kept.int4 == {layer.weight for layer in layers} - planted
+    assert not kept.weights, "in 8 bits they are good enough"
+    for layer in layers:
+        assert layer.read_error is not None
+        assert layer.int4_error is not None
+        assert layer.int4_error > (0.2 if layer.weight in planted else 0.05) > layer.read_error
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.05, 0.02, 3e-3, 1e-4])
+def test_one_budget_decides_the_bits_of_every_layer(probe: Probe, budget: float) -> None:
+    layers, truth = probe.errors(lambda part: True)
+    told: list[str] = []
+    kept = keep_budget(probe, layers, truth, budget, told.append, lambda layer: layer.bears_int4)
+    assert not kept.int4 & kept.weights
+    assert not (kept.int4 and kept.weights), "4 bits become 8 before 8 become 32"
+    short = frozenset(layer.weight for layer in layers) - kept.weights
+    error = relative_error(probe.outputs(Int8Recorder(probe.program, short, kept.int4)), truth)
+    assert error <= budget
+    assert kept.error == pytest.approx(error, rel=1e-2)
+    borne = sum(layer.bears_int4 for layer in layers)
+    assert kept.runs == len(told) <= 2 + min(GROUPS, borne) + math.ceil(math.log2(borne + len(layers)))
+    assert "of weights in 4 bits" in told[0]
+    if budget >= 0.05 or budget <= 3e-3:
+        assert bool(kept.int4) == (budget >= 0.05)
+    assert 0 <= share_in_int4(layers, kept.int4) < 1
+
+
+def test_what_is_read_is_recorded_as_onnx_runtime_computes_it(probe: Probe, tmp_path: Path) -> None:
+    names = frozenset(layer.weight for layer in probe.errors()[0])
+    (short,) = QuantizeLinears(int4=names, products=False).call(probe.program).programs
+    ir.save(emit_onnx(short), tmp_path / "engine.onnx")
+    inputs = {"x": probe.program.sample["x"].numpy()}
+    (value,) = run_once(tmp_path / "engine.onnx", [Role.LOGITS], inputs)
+    recorded = probe.outputs(Int8Recorder(probe.program, names, names, names))
+    # Rounding to bytes moves values by 5e-3 here; what lies between two bytes may go to either.
+    assert relative_error(recorded, value) < 1e-3
+    assert relative_error(recorded, short.run(probe.program.sample)[Role.LOGITS].numpy()) > 2e-3
 
 
 def test_budgets_of_tasks() -> None:

@@ -285,7 +285,7 @@ def test_large_pictures_are_scaled_down() -> None:
 
 
 def test_what_layers_lose_in_int8_is_told_where_they_are_int8(page: str) -> None:
-    title = "What layers lose in int8"
+    title = "What layers lose in few bits"
     assert title not in page
     recipe = small_report.recipe()
     losses = {"layers": 14, "sensitive": 3, "mean": 0.021, "worst": 0.0909}

@@ -48,9 +48,7 @@ def test_a_session_reads_the_map(store: Path) -> None:
     """In the place of the file that is mapped lies another, so that nothing else can have been read."""
     graph = store.parent / "graph.onnx"
     graph.write_bytes(_model())
-    weights = functools.partial(
-        SharedWeights(store).configure, weights=read_onnx(_model(), "product").weights
-    )
+    weights = functools.partial(SharedWeights(store).configure, graph=read_onnx(_model(), "product"))
     store.rename(store.parent / "elsewhere")
     store.write_bytes(bytes(8 + PRODUCT.nbytes))
     session = create_session(graph, "cpu", 1, place_weights=weights)
