@@ -67,7 +67,8 @@ def main(folder: Path = FOLDER) -> None:
         console.print(
             Text.assemble(
                 (f"{words['picture']}:", "dim"), f" {words['question']} ", (words["answer"], "bold")
-            )
+            ),
+            soft_wrap=True,
         )
     console.print(
         Text.assemble(
