@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import flashu_compile
-from flashu_compile.cli.logs import quiet_libraries
+from flashu_compile.cli.logs import logged_on_stderr, quiet_libraries, speak
 from flashu_compile.cli.streams import accept_any_text
 from flashu_compile.cli.terminal import visible
 from flashu_compile.errors import FlashuError
@@ -67,7 +67,8 @@ def main(folder: Path = FOLDER) -> None:
         console.print(
             Text.assemble(
                 (f"{words['picture']}:", "dim"), f" {words['question']} ", (words["answer"], "bold")
-            )
+            ),
+            soft_wrap=True,
         )
     console.print(
         Text.assemble(
@@ -138,7 +139,9 @@ def contact_sheet(drawn: dict[str, Image.Image]) -> Image.Image:
 if __name__ == "__main__":
     accept_any_text()
     try:
-        main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+        with logged_on_stderr():
+            speak(quiet=False, verbose=False)
+            main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
     except FlashuError as error:
         Console(stderr=True).print(
             Text.assemble(("error:", "red"), f" {visible(' '.join(str(error).split()))}")

@@ -46,6 +46,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
 from flashu_compile.report.work import engine_errors
 from flashu_compile.system.autocast import without_autocast
+from flashu_compile.system.garbage import collecting_new_garbage
 from flashu_compile.system.paths import EXACT_BUNDLES, absolute
 from flashu_compile.system.threads import torch_threads
 from flashu_compile.tasks import TaskName
@@ -81,6 +82,7 @@ class Bundle:
 
 @torch_threads(_THREADS)
 @without_autocast()
+@collecting_new_garbage()
 def export(
     model: nn.Module | str | Path | CapturedModel,
     task: TaskName | str | Sequence[TaskName | str],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 Progress = Callable[[str, float], None]
@@ -23,7 +23,7 @@ class ProgressReporter:
         self.fraction = 0.0
         self._stage, self._logs = "", not within
         self._parts: dict[str, tuple[float, float]] = {}
-        self._since, self._spent = time.monotonic(), Counter[str]()
+        self._since, self._spent = time.monotonic(), defaultdict[str, float](float)
         # Not `progress or …`: something to call may well be empty.
         self._progress = progress if progress is not None else lambda stage, fraction: None
 
@@ -41,7 +41,7 @@ class ProgressReporter:
     def log_spent(self) -> None:
         """Log the seconds that went into each stage, the longest first, and none that took less than a hundredth."""
         total = sum(self._spent.values())
-        for stage, seconds in self._spent.most_common():
+        for stage, seconds in sorted(self._spent.items(), key=lambda item: -item[1]):
             if self._logs and seconds >= total / 100:
                 _log.debug("%6.1f s %3.0f%% %s", seconds, 100 * seconds / total, stage or "starting")
 

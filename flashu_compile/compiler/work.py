@@ -6,9 +6,9 @@ The unit is about a second of one core. Only the ratios matter; they are those o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +35,9 @@ _ANSWER, _TECHNIQUES = 4, 5
 #: Layers that a small copy has.
 _COPIED = 7
 COPYING, CHECKING = "copying", "checking"
+
+#: Work in one run of a program that was counted already; a model is not kept for it.
+_counted: weakref.WeakKeyDictionary[CaptureSpec, float] = weakref.WeakKeyDictionary()
 
 
 def calibrating(task: str) -> str:
@@ -146,12 +149,13 @@ def _layers(spec: CaptureSpec) -> int:
     return sum(len(list(spec.module.get_submodule(root).children())) for root in spec.stacks.values())
 
 
-@functools.lru_cache(maxsize=16)
 def _run(spec: CaptureSpec) -> float:
     """Return the work of one run of a program, by the operations that it takes on the shapes of its sample."""
-    with FlopCounterMode(display=False) as counter:
-        _run_on_shapes(spec)
-    return counter.get_total_flops() / _OPERATIONS + _layers(spec) * _RUNNING
+    if spec not in _counted:
+        with FlopCounterMode(display=False) as counter:
+            _run_on_shapes(spec)
+        _counted[spec] = counter.get_total_flops() / _OPERATIONS + _layers(spec) * _RUNNING
+    return _counted[spec]
 
 
 def tensors_read(spec: CaptureSpec) -> set[int]:

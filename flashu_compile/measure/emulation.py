@@ -56,6 +56,7 @@ class Emulator(Recorder):
         self._flow = _flow(program, edits.skipped)
         self._entries = frozenset(edits.skipped.values())
         self._passed: dict[str, Any] = {}
+        self._needed_by: dict[frozenset[str], set[str]] = {}
 
     @property
     def tokens(self) -> DroppedTokens | None:
@@ -70,7 +71,10 @@ class Emulator(Recorder):
         `given` replaces outputs, by role, for everything that depends on them.
         """
         self._overrides = {self._roles[role]: value for role, value in (given or {}).items()}
-        self._needed = self._ancestors()
+        replaced = frozenset(self._overrides)
+        if replaced not in self._needed_by:
+            self._needed_by[replaced] = self._ancestors()
+        self._needed = self._needed_by[replaced]
         outputs = self.record(inputs)
         self._passed.clear()
         return {role: outputs[role] for role in self._wanted}

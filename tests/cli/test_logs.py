@@ -76,7 +76,7 @@ def test_each_stage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     [
         (("--task", "t3i"), "Unknown task 't3i'"),
         (("--task", "t2i", "--backend", "onx"), "Unknown backend 'onx'; known ones are: onnxruntime, "),
-        (("--task", "t2i", "--precision", "int4"), "Unknown precision 'int4'; known ones are: float32"),
+        (("--task", "t2i", "--precision", "int3"), "Unknown precision 'int3'; known ones are: float32"),
         (("--task", "t2i", "--precision", "llm=int7"), "Unknown precision 'int7'"),
         (("--task", "t2i", "--precision", "int8,lm=int8"), "is neither a name nor a list"),
         (("--task", "t2i", "--recipe", "fast"), "Unknown recipe 'fast'"),
