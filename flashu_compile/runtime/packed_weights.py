@@ -69,12 +69,14 @@ class PackedRecord:
         manifest: the SHA-256 of its manifest.
         onnxruntime: the version that packed.
         files: size and SHA-256 of each file.
+        store_written: when the weights were written, in nanoseconds since the epoch.
     """
 
     bundle: str
     manifest: str
     onnxruntime: str
     files: dict[str, FileEntry]
+    store_written: int
 
     def is_current(self) -> bool:
         """Tell whether the bundle is still there, and is served by this version of ONNX Runtime."""
@@ -86,11 +88,19 @@ class PackedRecord:
 
 
 class PackedWeights:
-    """The packed weights of a bundle, whose store has been checked."""
+    """The packed weights of a bundle. Raises `CacheError` if the store is not what was written.
+
+    It is hashed if its size or time is another; that would take longer than all else when a large bundle is loaded.
+    """
 
     def __init__(self, folder: Path, record: PackedRecord) -> None:
         self._folder, self._record = folder, record
-        self.path(STORE)
+        try:
+            status, listed = (folder / STORE).stat(), record.files[STORE]
+        except (OSError, KeyError) as error:
+            raise CacheError(f"{folder} has no weights: {error}.") from error
+        if (status.st_size, status.st_mtime_ns) != (listed.bytes, record.store_written):
+            self.path(STORE)
 
     def path(self, name: str) -> Path:
         """Return the path of a file, whose bytes are compared with its hash. Raises `CacheError` if they differ."""
@@ -155,7 +165,7 @@ def packed_weights(
         _check_disk(above, stored)
         _log.info("Packing the weights of %s for this processor, once.", bundle)
         started = time.perf_counter()
-        record = PackedRecord(str(bundle), digest, ort.__version__, {})
+        record = PackedRecord(str(bundle), digest, ort.__version__, {}, 0)
         _prepare(folder, record, manifest.engines, open_engine)
         _log.info(
             "Packed the weights of %s in %.1f s, into %s.", bundle, time.perf_counter() - started, folder
@@ -218,7 +228,8 @@ def _prepare(folder: Path, record: PackedRecord, engines: Iterable[EngineSpec], 
                 beside.unlink(missing_ok=True)
                 give_back_memory()
         files = {path.name: file_entry(path) for path in sorted(place.iterdir())}
-        told = dataclasses.asdict(dataclasses.replace(record, files=files))
+        written = (place / STORE).stat().st_mtime_ns
+        told = dataclasses.asdict(dataclasses.replace(record, files=files, store_written=written))
         (place / RECORD).write_text(json.dumps(told) + "\n", encoding="utf-8")
         try:
             os.rename(place, folder)
@@ -265,6 +276,9 @@ class _Store:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Its time tells later that it is whole, so no loss of power may come between.
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
 
     def moved(self, folder: Path, place: Place) -> Place:

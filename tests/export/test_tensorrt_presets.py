@@ -1,4 +1,4 @@
-"""What presets make of both tasks is in TensorRT's published operator support, in float32 and in float16."""
+"""What each preset makes of both tasks is for TensorRT: its lists, shapes at every end, the numbers of its graphs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import flashu_compile
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.export import capture_model
-from flashu_compile.exporters.tensorrt_support import inspect_bundle
+from flashu_compile.exporters.tensorrt_plan import write_plan
 from flashu_compile.models.showo2.config import LLMConfig
+from flashu_compile.recipe.presets import PRESETS
+from tests.support.tensorrt import assert_computed_alike, assert_no_objections, assert_shapes_follow
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
 pytestmark = pytest.mark.slow  # a bundle of many engines for each preset
@@ -40,8 +42,9 @@ def questions(folder: Path) -> list[tuple[str, str]]:
     return [(str(path), "what colour is it?"), (str(path), "how many are there?")]
 
 
-@pytest.mark.parametrize(("preset", "precision"), [("balanced", "float32"), ("flashu", "float16")])
-def test_the_lists_have_no_objection_to_a_preset(
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_preset_makes_of_both_tasks_converts(
     captured: CapturedModel, kept: Path, tmp_path: Path, preset: str, precision: str
 ) -> None:
     samples = {**SAMPLES, "questions": questions(tmp_path)}
@@ -56,8 +59,8 @@ def test_the_lists_have_no_objection_to_a_preset(
         cache=kept,
         output=tmp_path / "bundle",
     )
-    conversions = inspect_bundle(bundle.path)
-    assert {conversion.engine for conversion in conversions} == {
-        spec.name for spec in bundle.manifest.engines
-    }
-    assert [objection for conversion in conversions for objection in conversion.objections] == []
+    write_plan(bundle.path)
+    assert_no_objections(bundle.path)
+    assert_shapes_follow(bundle.path)
+    if precision == "float32":
+        assert_computed_alike(bundle.path)

@@ -300,7 +300,7 @@ def _kept_records(folder: Path) -> Reader:
     choice = Choice(
         "onnxruntime", {"onnxruntime": {"t2i": 1.5}}, {"openvino": "It does not work here. " * 20}
     )
-    packed = PackedRecord("/a/bundle", "a" * 64, "1.31.1", {"weights.bin": FileEntry("b" * 64, 1 << 30)})
+    packed = PackedRecord("/a/bundle", "a" * 64, "1.31.1", {"weights.bin": FileEntry("b" * 64, 1 << 30)}, 1)
     paths = [folder / "choice.json", folder / RECORD]
     for path, record in zip(paths, (choice, packed), strict=True):
         path.write_text(json.dumps(dataclasses.asdict(record)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from safetensors.numpy import load_file
 
+import flashu_compile
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import (
     WEIGHTS,
@@ -24,12 +27,16 @@ from flashu_compile.bundle.manifest import (
     read_manifest,
 )
 from flashu_compile.errors import CacheError, ConfigurationError
+from flashu_compile.models.showo2.config import LLMConfig
+from flashu_compile.recipe.config import MMUConfig, T2IConfig
+from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import load, packed_weights
 from flashu_compile.runtime.packed_weights import RECORD, STORE, read_record
 from flashu_compile.runtime.sessions import OnnxRuntimeEngines
 from flashu_compile.system.drafts import PREFIX
 from flashu_compile.system.paths import PACKED, VARIABLE
 from tests.runtime.tiny_bundle import flip_byte
+from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
 
 WIDTH = 192  # so that a weight fills some pages
 WEIGHT = 4 * WIDTH * WIDTH
@@ -191,6 +198,13 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert list(cache.iterdir()) == []
 
 
+def test_a_copy_is_known_by_its_hash(products: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = outputs(opened(products))
+    os.utime(the_folder(cache) / STORE)
+    assert_same(outputs(opened(products)), expected)
+    assert not caplog.records
+
+
 def test_what_would_save_little_is_not_packed(
     products: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,3 +303,33 @@ def test_packed_forms_are_read_where_they_are_those_of_the_processor(
         np.testing.assert_array_equal(outputs(opened(products))["alone"], np.full_like(INPUT, 0.5))
     else:
         assert_same(outputs(opened(products)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_both_tasks_of_a_model_give_the_same_bits(tmp_path: Path, cache: Path, precision: str) -> None:
+    path = tmp_path / "model"
+    recipe = Recipe("pruned", t2i=T2IConfig(pruning={"decoder": 0.3}), mmu=MMUConfig(token_pruning=0.5))
+    model = tiny_model(
+        llm=LLMConfig(**{**vars(CONFIG.llm), "num_hidden_layers": 4, "intermediate_size": 320})
+    )
+    flashu_compile.export(
+        model,
+        ["t2i", "mmu"],
+        vae=VAE,
+        tokenizer=tokenizer(),
+        recipe=recipe,
+        precision=precision,
+        calibration={"prompts": ["a red circle", "two squares"], "questions": []},
+        cost_samples=0,
+        output=path,
+    )
+    assert not cache.exists(), "no draft is packed"
+    with load(path, threads=1) as packed, load(path, threads=1, options={"packed_weights": False}) as private:
+        for spec in packed.manifest.engines:
+            tensors = load_file(path / spec.reference)
+            inputs = {n.removeprefix("input."): t for n, t in tensors.items() if n.startswith("input.")}
+            expected = private._engines.engine(spec.name).run(inputs)
+            assert_same(packed._engines.engine(spec.name).run(inputs), expected)
+        np.testing.assert_array_equal(packed.latents("a"), private.latents("a"))
+        assert mapped(the_folder(cache) / STORE) > len(packed.manifest.engines)
