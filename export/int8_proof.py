@@ -96,8 +96,8 @@ def prove_layers(
         return values
 
     if any(layer.is_dequantized for layer in layers):
-        run(FLOATS)
-    values = run(BYTES)
+        run(BYTES)
+    values = run(FLOATS)
     for layer in layers:
         if not layer.is_dequantized:
             _check_integers(program, layer, values[layer.value], recorded)
