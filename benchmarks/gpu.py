@@ -69,7 +69,13 @@ RANKED = (
 #: Of each work some that need four bundles, and no C++ compiler, which takes minutes on a CPU.
 DRY = "^exact/(eager_bf16|torch_graph|onnx)|^flashu/(published|onnx)|^eight/(eager_bf16|onnx)|^mmu/(eager_bf16|onnx)"
 PICTURES = {"exact": 1, "flashu": 1, "eight": 8}
-PEERS = {"flashu": PATCH}  # what ratios are over; eager code elsewhere
+#: The rows that those of a work are held against: eager code, and the same compiled.
+PEERS = {
+    "exact": (f"exact/{EAGER}", f"exact/{COMPILED}"),
+    "flashu": (f"flashu/{PATCH}", f"exact/{COMPILED}"),  # the same picture, without and with the decisions
+    "eight": (f"eight/{EAGER}", f"eight/{COMPILED}"),
+    "mmu": (f"mmu/{EAGER}",),
+}
 CUT_SHORT = "The run ended while this row ran."
 
 
@@ -301,13 +307,14 @@ def order(rows: dict[str, dict[str, Any]], only: str = "") -> list[tuple[str, st
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """How many times faster each row is than eager code that does the same work."""
+    """How many times faster each row is than those it is held against."""
     found = {}
     for work, how in RANKED:
-        peer = PEERS.get(work, EAGER)
-        fast, slow = (rows.get(f"{work}/{name}", {}).get("seconds") for name in (how, peer))
-        if how != peer and (times := ratio(slow, fast)) is not None:
-            found[f"{work}/{how} over {peer}"] = times
+        key = f"{work}/{how}"
+        for peer in PEERS[work]:
+            fast, slow = (rows.get(name, {}).get("seconds") for name in (key, peer))
+            if key != peer and (times := ratio(slow, fast)) is not None:
+                found[f"{key} over {peer}"] = times
     return found
 
 

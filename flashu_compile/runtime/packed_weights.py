@@ -122,6 +122,23 @@ def read_packed(options: ort.SessionOptions) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Else the buffers that weights are packed into for comparison stay with the session, for its values.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    if _has_common_arena():
+        options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+@functools.cache
+def _has_common_arena() -> bool:
+    """Make one arena for this process, in which sessions that ask for it keep values; tell whether there is one.
+
+    By itself each session keeps, for its next run, as much memory as its largest run has taken.
+    """
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    try:
+        ort.create_and_register_allocator(memory, None)
+    except ERRORS as error:  # who embeds this may have made one, or another kind
+        _log.info("Sessions keep memory for values each for itself: %s", error)
+        return False
+    return True
 
 
 def give_back_memory() -> None:

@@ -14,6 +14,8 @@ from benchmarks import gpu
 from benchmarks.drawing import GUIDANCE
 from benchmarks.geometries import GEOMETRIES, random_model
 from benchmarks.gpu import (
+    COMPILED,
+    COMPILED_GRAPH,
     CUT_SHORT,
     DRY,
     EAGER,
@@ -53,9 +55,10 @@ def test_what_failed_or_was_cut_short_comes_last() -> None:
     assert len(left) == len(RANKED) - 1
 
 
-def test_ratios_are_over_code_that_does_the_same_work() -> None:
+def test_ratios_are_over_code_that_makes_the_same() -> None:
     rows = {
         f"exact/{EAGER}": {"seconds": 6.0},
+        f"exact/{COMPILED}": {"seconds": 4.0},
         f"exact/{GRAPH}": {"seconds": 2.0},
         f"flashu/{PATCH}": {"seconds": 5.0},
         f"flashu/{GRAPH}": {"seconds": 1.0},
@@ -63,9 +66,27 @@ def test_ratios_are_over_code_that_does_the_same_work() -> None:
         f"mmu/{EAGER}": {"failure": "no memory"},
     }
     assert ratios(rows) == {
-        f"exact/{GRAPH} over {EAGER}": 3.0,
-        f"flashu/{GRAPH} over {PATCH}": 5.0,
+        f"exact/{EAGER} over exact/{COMPILED}": pytest.approx(2 / 3),
+        f"exact/{COMPILED} over exact/{EAGER}": 1.5,
+        f"exact/{GRAPH} over exact/{EAGER}": 3.0,
+        f"exact/{GRAPH} over exact/{COMPILED}": 2.0,
+        f"flashu/{PATCH} over exact/{COMPILED}": 0.8,
+        f"flashu/{GRAPH} over flashu/{PATCH}": 5.0,
+        f"flashu/{GRAPH} over exact/{COMPILED}": 4.0,
     }
+
+
+def test_what_a_gpu_is_asked_comes_first() -> None:
+    """Eager code, the same compiled, engines with CUDA graphs and ONNX Runtime; exact, decisions, eight, answers."""
+    works = list(dict.fromkeys(work for work, _ in RANKED))
+    assert works == ["exact", "flashu", "eight", "mmu"]
+    for work, hows in {
+        "exact": {EAGER, COMPILED, GRAPH, COMPILED_GRAPH, ONNX},
+        "flashu": {PATCH, GRAPH, COMPILED_GRAPH, ONNX},
+        "eight": {EAGER, COMPILED, COMPILED_GRAPH, ONNX},
+        "mmu": {EAGER, GRAPH, COMPILED_GRAPH, ONNX},
+    }.items():
+        assert {how for each, how in RANKED if each == work} == hows
 
 
 def test_rows_name_the_bundles_that_they_run() -> None:

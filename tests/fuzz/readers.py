@@ -302,8 +302,8 @@ def _kept_records(folder: Path) -> Reader:
     )
     packed = PackedRecord("/a/bundle", "a" * 64, "1.31.1", {"weights.bin": FileEntry("b" * 64, 1 << 30)}, 1)
     paths = [folder / "choice.json", folder / RECORD]
-    for path, record in zip(paths, (choice, packed), strict=True):
-        path.write_text(json.dumps(dataclasses.asdict(record)))
+    paths[0].write_text(json.dumps(dataclasses.asdict(choice)))
+    paths[1].write_text(json.dumps(dataclasses.asdict(packed)))
 
     def read(_: Random) -> None:
         read_choice(paths[0])
