@@ -22,7 +22,8 @@ from torch import nn
 from flashu_compile.bundle.agreement import possible_rounding, relative_error
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
-from flashu_compile.models.adapter import EagerModel, LoadedModel
+from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.models.eager import EagerModel
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.system.threads import torch_threads

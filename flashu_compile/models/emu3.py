@@ -110,7 +110,7 @@ class Emu3Adapter(DrawingLMAdapter):
         return PixelsOfCodes(network.model.vqmodel, *settings.grid)
 
     def drawing(self, loaded: LoadedModel) -> DrawingSettings:
-        """Return what the loop that draws must know; of a picture, the library's processor tells the size alone.
+        """Return what the loop that draws must know; codes follow the prompt and the size of the picture in cells.
 
         Raises `ConfigurationError` on a size that is not made of whole cells, and on a negative prompt too long.
         """

@@ -19,6 +19,9 @@ from tests.support import tiny_emu3, tiny_lm, tiny_picture_lm
 from tests.support.tiny_picture_lm import PROMPTS, Family
 
 TOKENS = 8
+#: How far below the best logit one may be that is chosen instead, in standard deviations of a row of logits. Measured:
+#: at most 0.035 (causal-lm) and 0.083 (llava-tower) in 240 tokens, of which 230 were the likeliest in both.
+NEAR_TIE = 0.2
 
 
 class Case(NamedTuple):
@@ -87,11 +90,14 @@ def test_products_are_of_bytes_and_answers_within_the_budget(name: str, tmp_path
         assert len({module for module in products if module.startswith(places[part])}) == count >= 12
     assert all(module.startswith(tuple(places[part] for part in one.parts)) for module in products)
     assert 0 < told["error"] <= told["budget"]
-    eager, errors = loaded.adapter.eager(loaded), []
+    eager, errors, regrets = loaded.adapter.eager(loaded), [], []
     with flashu_compile.load(output, threads=1) as pipe:
         for number, prompt in enumerate(PROMPTS[:6]):
             answer, logits = pipe.logits(one.picture(number), prompt, tokens=TOKENS)
             truth = eager.logits(one.picture(number), prompt, answer)
             errors.append(relative_error(logits, truth.numpy()))
+            chosen = truth.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            regrets += ((truth.amax(dim=1) - chosen) / truth.std(dim=1)).tolist()
     assert min(errors) > 1e-4
     assert max(errors) < told["budget"]
+    assert max(regrets) <= NEAR_TIE, "tokens are those of float32, but where two are nearly as likely"
