@@ -36,6 +36,7 @@ from flashu_compile.system.drafts import draft_folder, is_draft
 from flashu_compile.system.onnxruntime_library import ERRORS, ort
 from flashu_compile.system.paths import PACKED, cache_folder
 from flashu_compile.system.processor import instructions, processor
+from flashu_compile.version import __version__
 
 #: The files of one bundle: their record, the weights of all engines, and a graph for each.
 RECORD, STORE = "packed.json", "weights.bin"
@@ -201,7 +202,7 @@ def read_record(path: Path) -> PackedRecord:
 def _key(manifest: str, depends: Mapping[str, object]) -> str:
     whole = {
         "bundle": manifest,
-        "onnxruntime": ort.__version__,
+        "versions": [ort.__version__, __version__],
         "processor": [processor(), instructions()],
         **depends,
     }
