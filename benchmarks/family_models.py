@@ -131,7 +131,7 @@ def emu3() -> tuple[Any, Any]:
         codebook_size=CODES,
         base_channels=32,
         channel_multiplier=[1, 1, 2, 2],
-        hidden_size=128,
+        hidden_size=64,
         num_res_blocks=1,
     )
     words = {word: IMAGE + place for place, word in enumerate((*EMU3_SPECIAL[2:], *VISUAL))}
