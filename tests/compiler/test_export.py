@@ -272,7 +272,7 @@ def test_an_object_in_memory_has_no_files(bundle: Bundle) -> None:
         ({"recipe": "fast"}, RecipeError, "fast.*exact"),
         ({"calibration": ["a"]}, RecipeError, "calibration"),
         ({"backend": "tvm"}, ConfigurationError, "tvm.*onnxruntime"),
-        ({"precision": "int4"}, ConfigurationError, "int4.*float32"),
+        ({"precision": "int3"}, ConfigurationError, "int3.*float32"),
         ({"model": torch.nn.Linear(2, 2)}, UnsupportedModelError, "."),
     ],
 )

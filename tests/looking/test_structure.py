@@ -183,7 +183,7 @@ def test_drawing(
     assert "out image_embeds batch × 9 × 32 pixels" in rows
     assert f"llm 0–{DEPTH - 1} gated, fused, {HIDDEN} neurons 4 heads of 8 (2 kv), masked, rotary" in rows
     assert "visual span 9 rows, with 0 segments before and 2 after" in rows
-    assert any(row.startswith("head features Program 'understand' has no output") for row in rows)
+    assert any(row.startswith("head Program 'understand' has no output 'head_features'") for row in rows)
 
     display.print_structure(program_structure(denoise))
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

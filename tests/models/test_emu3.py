@@ -172,7 +172,7 @@ def test_pixels_of_codes_are_the_library_s(case: Case) -> None:
 
 def test_its_structure_is_shown(case: Case) -> None:
     asked = ["inspect", str(case.folder), "--structure"]
-    told = CliRunner().invoke(cli.app, [*asked, "--resolution", "40x32"])
+    told = CliRunner().invoke(cli.app, [*asked, "--resolution", "40x32"], env={"COLUMNS": "200"})
     assert told.exit_code == 0
     assert "draw (t2i)" in told.stdout
     assert "choose a smaller resolution" in CliRunner().invoke(cli.app, asked).output

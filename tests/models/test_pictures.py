@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,9 @@ PROCESSORS: dict[str, tuple[Any, Any]] = {
 
 
 def rules_of(kind: Any, given: Any, side: int = SIDE) -> PictureRules:
-    return kind().rules(read_processor(given), side)
+    vision = SimpleNamespace(image_size=side)
+    network = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
+    return kind().rules("the model", network, read_processor(given))
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -17,7 +17,7 @@ from flashu_compile.errors import BackendUnavailableError, ConfigurationError, P
 from flashu_compile.runtime import load, plugins, sessions
 from flashu_compile.runtime.backends.onnxruntime import BACKEND
 from flashu_compile.runtime.plugins import add_provider, described, devices, installed, plug_in
-from flashu_compile.runtime.providers import CPU
+from flashu_compile.runtime.providers import CPU, placements
 
 NAME = "SomeExecutionProvider"
 PACKAGES = list(installed())
@@ -73,7 +73,7 @@ def test_a_session_on_a_device_computes(bundle: Path) -> None:
     add_provider(options, CPU, {"device_id": "0"}, devices(CPU))
     session = sessions.ort.InferenceSession(str(bundle / "vae_decode.onnx"), options, enable_fallback=0)
     assert session.get_providers() == [CPU]
-    (placement,) = sessions.placements(session)
+    (placement,) = placements(session)
     assert (placement.provider, placement.operators) == (CPU, {"DepthToSpace": 1})
     latents = np.random.default_rng(0).standard_normal((1, 12, 4, 4), dtype=np.float32)
     plain = sessions.create_session(bundle / "vae_decode.onnx", "cpu")

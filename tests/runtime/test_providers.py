@@ -16,6 +16,7 @@ from flashu_compile.runtime.providers import (
     check_placements,
     engine_options,
     entered,
+    placements,
     session_request,
 )
 from flashu_compile.runtime.sessions import BundleFiles, OnnxRuntimeEngines, create_session
@@ -97,7 +98,7 @@ def test_computing_on_another_provider_is_an_error_and_arithmetic_of_sizes_is_no
     check_placements("vae_decode", "cpu", (CPU,), engine.placements)
     with pytest.raises(BackendUnavailableError, match=r"'vae_decode'.*'cuda' alone.*1 DepthToSpace to CPU"):
         check_placements("vae_decode", "cuda", (CUDA,), engine.placements)
-    sizes = sessions.placements(create_session(sessions._PROBE, "cpu"))
+    sizes = placements(create_session(sessions._PROBE, "cpu"))
     assert sizes[0].operators == {"Add": 1}
     check_placements("probe", "cuda", (CUDA,), sizes)
 
