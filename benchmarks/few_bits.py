@@ -33,7 +33,7 @@ from flashu_compile.runtime.pipeline import Pipeline
 
 TOKENS = 32
 #: The precision of each row, and a budget that lets all of its layers have few bits.
-PRECISIONS = {"float32": None, "int8": 0.99, "int8_weights": 0.99, "int4": 0.99}
+PRECISIONS = {"float32": None, "int8": 0.99, "int4": 0.99}
 #: Bits of an element, by ONNX's number of its type.
 _BITS = {onnx.TensorProto.FLOAT: 32, onnx.TensorProto.INT8: 8, onnx.TensorProto.INT4: 4}
 

@@ -177,7 +177,7 @@ def measured_precision(
         counts[task] = len(given)
         alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)
         meant = [x for x in errors[task] if name(x) in FEW_BITS and x.weight not in alone]
-        read[task] = frozenset(x.weight for x in meant if x.only_read or name(x) == INT8_WEIGHTS)
+        read[task] = frozenset(x.weight for x in errors[task] if x.only_read or name(x) == INT8_WEIGHTS)
         kept[task] = keep_budget(
             probe,
             meant,
@@ -189,7 +189,7 @@ def measured_precision(
         )
         sensitive[task] = alone | kept[task].weights
     int4 = {task: found.int4 for task, found in kept.items()}
-    told = report(errors, precision.of_part, counts, sensitive, int4)
+    told = report(errors, precision.of_part, counts, sensitive, int4, read)
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
     return dataclasses.replace(precision, sensitive=sensitive, int4=int4, read=read), {"int8": told}

@@ -94,10 +94,11 @@ def keep_budget(
     """Return which of the `layers` that are meant to be in int8 stay in float32 for `budget`, and which have 4 bits.
 
     `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8. `in_int4`
-    tells which weights may be in 4 bits; `read` are those that are read and meet no bytes of one scale.
+    tells which weights may be in 4 bits. `read` names those that every engine reads as they are stored,
+    multiplying them by activations with a scale for each block of a row.
     """
     few = list(filter(in_int4, layers))
-    order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.loss)]
+    order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.loss(read))]
     steps, groups = len(few) + len(order), _groups(few)
     most = 1 + math.ceil(math.log2(max(steps, 1))) + (1 + len(groups) if few else 0)
     tries = _Tries(probe, layers, truth, budget, tell, read, most)

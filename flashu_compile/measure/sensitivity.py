@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
-from flashu_compile.operators.int4 import BLOCK, WIDENED, int4_weight
+from flashu_compile.operators.int4 import WIDENED, in_blocks, int4_weight
 from flashu_compile.operators.int8 import QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
 from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
@@ -75,10 +75,9 @@ class LinearError:
         """Return whether the weight may be in few bits, but the bytes of the layer's input cannot have one scale."""
         return self.read_error is not None and not (self.sensitive or self.error <= READ_LIMIT)
 
-    @property
-    def loss(self) -> float:
-        """Return the error of the layer in 8 bits, by the way in which it is computed."""
-        return self.read_error if self.only_read and self.read_error is not None else self.error
+    def loss(self, read: Container[str]) -> float:
+        """Return the error of the layer in 8 bits: of reading its weight if that is in `read`, else in int8."""
+        return self.read_error if self.weight in read and self.read_error is not None else self.error
 
     @property
     def bears_int4(self) -> bool:
@@ -238,14 +237,6 @@ def restored(weight: Tensor, *, in_int4: bool) -> Tensor:
     return WIDENED(made.values, made.factors) * made.scale[:, None]
 
 
-def in_blocks(x: Tensor) -> Tensor:
-    """Round rows [..., in] to signed bytes with a scale for each block of `BLOCK`; return what these stand for."""
-    blocks = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((blocks / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
-
-
 def _squares(values: Tensor) -> float:
     return values.double().square().sum().item()
 
@@ -266,18 +257,19 @@ def report(
     samples: Mapping[str, int],
     kept: Mapping[str, frozenset[str]],
     int4: Mapping[str, frozenset[str]],
+    read: Mapping[str, frozenset[str]],
 ) -> dict[str, Any]:
     """Return the report's entry `int8`: the limit, and by task the samples, parts and layers.
 
     `precision` gives that of a part. `samples` are their numbers by task, 0 where random values were used. `kept` names
-    the weights of layers that stay in float32, `int4` those in 4 bits.
+    the weights of layers that stay in float32, `int4` those in 4 bits, `read` those that every engine reads.
     """
     tasks = {}
     for task, layers in errors.items():
         meant = [layer for layer in layers if precision(layer.part) in FEW_BITS]
         tasks[task] = {
             "samples": samples[task],
-            "parts": dict(_parts(meant, kept[task], int4[task])),
+            "parts": dict(_parts(meant, kept[task], int4[task], read[task])),
             "layers": [_layer(x, kept[task], int4[task]) for x in meant],
         }
     return {"limit": LIMIT, "int4_limit": INT4_LIMIT, "tasks": tasks}
@@ -289,11 +281,11 @@ def _layer(layer: LinearError, kept: frozenset[str], int4: frozenset[str]) -> di
 
 
 def _parts(
-    layers: Sequence[LinearError], kept: frozenset[str], int4: frozenset[str]
+    layers: Sequence[LinearError], kept: frozenset[str], int4: frozenset[str], read: frozenset[str]
 ) -> Iterator[tuple[str, dict[str, float]]]:
     for part in dict.fromkeys(layer.part for layer in layers):
         those = [layer for layer in layers if layer.part == part]
-        errors = [_error_kept(layer, int4) for layer in those]
+        errors = [_error_kept(layer, int4, read) for layer in those]
         yield (
             part,
             {
@@ -307,10 +299,10 @@ def _parts(
         )
 
 
-def _error_kept(layer: LinearError, int4: frozenset[str]) -> float:
+def _error_kept(layer: LinearError, int4: frozenset[str], read: frozenset[str]) -> float:
     """Return the error of a layer in the bits that it has, or would have in int8."""
-    error = layer.int4_error if layer.weight in int4 else layer.read_error
-    return layer.error if error is None else error
+    error = layer.int4_error if layer.weight in int4 else None
+    return layer.loss(read) if error is None else error
 
 
 def share_in_int4(layers: Sequence[LinearError], int4: frozenset[str]) -> float:

@@ -86,7 +86,7 @@ class Int4Weight:
 def int4_weight(weight: Tensor) -> Int4Weight:
     """Quantize a float32 weight [out, in] to 4 bits, keeping its memory layout.
 
-    Of each block's factors, the one is taken that has the least sum of squared errors.
+    Each block gets the factor with the smallest sum of squared errors.
     """
     given = weight.detach()
     out, depth = given.shape
@@ -105,6 +105,17 @@ def int4_weight(weight: Tensor) -> Int4Weight:
     if not given.is_contiguous():  # by columns, so that a range of these is a range of memory
         values, factors, scales = (tensor.t().contiguous().t() for tensor in (values, factors, scales))
     return Int4Weight(values, factors, scale, scales)
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """Round rows [..., in] to signed bytes with a scale for each block of `BLOCK`; return what these stand for.
+
+    ONNX Runtime rounds the activations of layers that read weights in few bits this way.
+    """
+    blocks = F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((blocks / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
 
 
 def _rounded(blocks: Tensor, step: Tensor) -> Tensor:

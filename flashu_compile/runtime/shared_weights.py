@@ -1,8 +1,10 @@
 """The weights of a bundle in memory once: one map of the store that the sessions of all engines read.
 
 By itself ONNX Runtime maps each weight for each session, and copies many of them into a form that its kernels read
-faster (prepacking). Here a session gets its weights as they lie in the map, and copies none. Nor does it keep memory
-between runs, so that values take room in one engine at a time.
+faster (prepacking). Here a session gets its weights as they lie in the map, and copies none, unless some of them are in
+few bits: a graph that reads such weights (`DequantizeLinear`; int4 and int8_weights) keeps prepacking for all of its
+weights, so its session copies those in float32, too. Nor does a session keep memory between runs, so that values take
+room in one engine at a time.
 """
 
 from __future__ import annotations
@@ -68,8 +70,9 @@ class SharedWeights:
     def configure(self, options: ort.SessionOptions, graph: OnnxFile) -> None:
         """Make a session read a graph's weights from the map, in which `read_graph` found them to have a place.
 
-        Weights in 4 bits are left to ONNX Runtime, which maps them itself, and packs them for each session: layers that
-        read unpacked ones are many times slower.
+        Weights in 4 bits are left to ONNX Runtime, which maps them itself. A graph that reads weights in few bits keeps
+        prepacking, for layers that read unpacked ones are many times slower; ONNX Runtime has it for all weights of a
+        session or for none.
         """
         if _DEQUANTIZES not in graph.operators:
             options.add_session_config_entry("session.disable_prepacking", "1")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.measure.budget import DEFAULT_BUDGET, GROUPS, budgets, keep_budget
-from flashu_compile.measure.sensitivity import Int8Recorder, Probe, share_in_int4
+from flashu_compile.measure.sensitivity import Int8Recorder, LinearError, Probe, report, share_in_int4
 from flashu_compile.passes.quantize_linears import MIN_WIDTH, QuantizeLinears
 from flashu_compile.program.program import BATCH, Input, Program, Role
 from flashu_compile.program.trace import trace
@@ -114,6 +115,40 @@ def test_what_is_read_is_recorded_as_onnx_runtime_computes_it(probe: Probe, tmp_
     # Rounding to bytes moves values by 5e-3 here; what lies between two bytes may go to either.
     assert relative_error(recorded, value) < 1e-3
     assert relative_error(recorded, short.run(probe.program.sample)[Role.LOGITS].numpy()) > 2e-3
+
+
+def test_an_error_is_that_of_how_a_layer_is_computed() -> None:
+    """A product of bytes has the error of int8, a layer whose weight is read that of reading it."""
+    product = LinearError("product", "decoder", 0.015, 0.004, 0.1, 10)
+    read = LinearError("read", "decoder", 0.3, 0.006, 0.1, 10)
+    either = LinearError("either", "head", 0.012, 0.005, 0.1, 10)
+    names = {"decoder": "int4", "head": "int8_weights"}
+    chosen = frozenset({"read", "either"})
+    told = report({"mmu": (product, read, either)}, names.__getitem__, {"mmu": 3}, {"mmu": frozenset()},
+                  {"mmu": frozenset()}, {"mmu": chosen})  # fmt: skip
+    parts = told["tasks"]["mmu"]["parts"]
+    assert parts["decoder"]["worst"] == 0.015
+    assert parts["decoder"]["mean"] == pytest.approx(math.sqrt((0.015**2 + 0.006**2) / 2), rel=1e-2)
+    assert parts["head"]["worst"] == parts["head"]["mean"] == 0.005
+    in_int4 = report({"mmu": (product, read)}, names.__getitem__, {"mmu": 3}, {"mmu": frozenset()},
+                     {"mmu": frozenset({"product"})}, {"mmu": chosen})  # fmt: skip
+    assert in_int4["tasks"]["mmu"]["parts"]["decoder"]["worst"] == 0.1
+
+
+@pytest.mark.parametrize("all_read", [False, True])
+def test_layers_go_back_to_float32_in_the_order_of_what_they_lose(probe: Probe, all_read: bool) -> None:
+    """Give a layer with a small error in int8 a large one by reading, so that the two orders differ."""
+    measured, truth = probe.errors(lambda part: True)
+    layers = [
+        dataclasses.replace(layer, error=1e-3 * place, read_error=1e-3 * (len(measured) - place))
+        for place, layer in enumerate(measured)
+    ]
+    read = frozenset(layer.weight for layer in layers) if all_read else frozenset()
+    everything = relative_error(probe.outputs(Int8Recorder(probe.program, None, read=read)), truth)
+    kept = keep_budget(probe, layers, truth, 0.99 * everything, lambda _: None, read=read).weights
+    order = layers if all_read else layers[::-1]
+    assert 0 < len(kept) < len(layers)
+    assert kept == {layer.weight for layer in order[: len(kept)]}
 
 
 def test_budgets_of_tasks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flashu_compile.errors import EmissionError
@@ -20,12 +22,14 @@ from flashu_compile.exporters.int4_onnx import Int4Tensor, in_pairs
 from flashu_compile.exporters.int8_proof import prove_layers
 from flashu_compile.exporters.onnx import emit_onnx
 from flashu_compile.exporters.weights import weight_store
+from flashu_compile.measure.sensitivity import LIMIT, Probe
 from flashu_compile.operators.int4 import BLOCK, DEQUANTIZED_LINEAR, WIDENED, int4_weight
 from flashu_compile.operators.int8 import INT8_LINEAR
 from flashu_compile.passes.manager import check_graph, relative_error
 from flashu_compile.passes.quantize_linears import QuantizedWeights, QuantizeLinears
 from flashu_compile.program.program import Input, Program
 from flashu_compile.program.trace import trace
+from flashu_compile.runtime.engine import Tensors
 from flashu_compile.runtime.onnx_file import INT4, read_onnx
 from flashu_compile.runtime.sessions import BYTES, FLOATS, create_session, run_once
 
@@ -180,20 +184,66 @@ def test_every_layer_is_proved(block: Program, tmp_path: Path, place: int) -> No
         prove_layers(path, program, block.sample, 1e-4)
 
 
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.up(x),)
+
+
+def last(sample: dict[str, Tensor]) -> Program:
+    inputs = (Input("x", (None, "rows", None)),)
+    exported = trace(Last().eval().requires_grad_(False), inputs, sample)
+    return Program("last", "mmu", exported, inputs, ("y",), {}, sample)
+
+
+@pytest.fixture(scope="module")
+def outlying() -> Program:
+    """Return a layer one of whose input channels is a hundred times as large as the others."""
+    torch.manual_seed(0)
+    sample = {"x": torch.randn(2, 5, WIDTH)}
+    sample["x"][..., 17] *= 100
+    return last(sample)
+
+
+@pytest.mark.parametrize("int4", [frozenset(), ALL], ids=["8 bits", "4 bits"])
+@pytest.mark.parametrize("in_bytes", [True, False], ids=["in bytes", "on a processor without these"])
+def test_what_the_measurement_accepts_of_an_outlying_channel_is_proved(
+    outlying: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, int4: frozenset[str], in_bytes: bool
+) -> None:
+    probe = Probe(outlying, lambda recorder: recorder.record(outlying.sample)["y"].numpy())
+    (layer,), _ = probe.errors(lambda part: True)
+    assert layer.only_read
+    assert layer.read_error is not None
+    assert 0.02 < layer.read_error < LIMIT, "rounding costs much, but not too much"
+    if not in_bytes:
+        monkeypatch.setattr("flashu_compile.exporters.int8_proof.run_once", in_floats)
+    program, path = made(outlying, int4=int4), tmp_path / "engine.onnx"
+    ir.save(emit_onnx(program), path)
+    prove_layers(path, program, outlying.sample, 1e-4)
+
+
+def in_floats(path: Path, names: list[str], feeds: Tensors, *, few_bits: int) -> list[NDArray[Any]]:
+    """Run an engine as ONNX Runtime does where it has no products in bytes, whatever `few_bits` says."""
+    return run_once(path, names, feeds, few_bits=FLOATS)
+
+
+def test_activations_rounded_in_other_blocks_are_found(
+    outlying: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashu_compile.runtime.sessions._BLOCK", BLOCK // 4)
+    program, path = made(outlying, int4=frozenset()), tmp_path / "engine.onnx"
+    ir.save(emit_onnx(program), path)
+    with pytest.raises(EmissionError, match=r"something else than layer .* allowed 5e-03"):
+        prove_layers(path, program, outlying.sample, 1e-4)
+
+
 def test_a_layer_whose_value_the_engine_gives_is_proved(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    inputs, sample = (Input("x", (None, "rows", None)),), {"x": torch.randn(2, 5, WIDTH)}
-
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(WIDTH, HIDDEN)
-
-        def forward(self, x: Tensor) -> tuple[Tensor]:
-            return (self.up(x),)
-
-    exported = trace(Last().eval().requires_grad_(False), inputs, sample)
-    program = made(Program("last", "mmu", exported, inputs, ("y",), {}, sample))
+    sample = {"x": torch.randn(2, 5, WIDTH)}
+    program = made(last(sample))
     ir.save(emit_onnx(program), tmp_path / "engine.onnx")
     (value,) = prove_layers(tmp_path / "engine.onnx", program, sample, 1e-4).values()
     assert relative_error(torch.from_numpy(value), program.run(sample)["y"]) < 1e-6
