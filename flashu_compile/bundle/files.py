@@ -71,7 +71,7 @@ class BundleFiles:
 
     def __init__(self, directory: Path, manifest: Manifest, *, verify_hashes: bool = True) -> None:
         self.directory, self.manifest = directory, manifest
-        self._verify = verify_hashes
+        self.verify_hashes = verify_hashes
         self._known: dict[str, Identity] = {}
         self._lock = threading.Lock()
 
@@ -135,7 +135,7 @@ class BundleFiles:
 
     def _is_listed(self, name: str, path: Path, listed: FileEntry) -> bool:
         found = identity(path)
-        if not self._verify:
+        if not self.verify_hashes:
             found = found[:-1]  # which a new hard link changes, too
             return self._known.setdefault(name, found) == found
         if self._known.get(name) != found:

@@ -124,12 +124,14 @@ class EngineCache:
 
         Drafts of processes that live stay.
         """
-        bundles = self.directory / EXACT_BUNDLES
+        shared = [self.directory / name for name in (EXACT_BUNDLES, PACKED)]
         before = self.library_bytes() + self.bundle_bytes()
-        for folder in (*(self.directory / name for name in _OF_LIBRARIES), *_subfolders(bundles)):
+        whole = (self.directory / name for name in (*LIBRARIES, CHOICES))
+        for folder in (*whole, *(inner for above in shared for inner in _subfolders(above))):
             if not folder.name.startswith(PREFIX):
                 shutil.rmtree(folder, ignore_errors=True)
-        remove_dead_drafts(bundles)
+        for above in shared:
+            remove_dead_drafts(above)
         freed = before - self.library_bytes() - self.bundle_bytes()
         for path, status in self._listed():
             path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ theirs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -29,10 +30,10 @@ from typing import BinaryIO
 from flashu_compile import reading
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import MANIFEST, WEIGHTS, EngineSpec, FileEntry, file_entry
-from flashu_compile.errors import CacheError
+from flashu_compile.errors import BundleError, CacheError
 from flashu_compile.runtime.external_places import Place, with_places
 from flashu_compile.runtime.onnx_file import OnnxFile
-from flashu_compile.system.drafts import draft_folder, is_draft
+from flashu_compile.system.drafts import draft_folder, is_draft, one_at_a_time
 from flashu_compile.system.onnxruntime_library import ERRORS, ort
 from flashu_compile.system.paths import PACKED, cache_folder
 from flashu_compile.system.processor import instructions, processor
@@ -41,10 +42,15 @@ from flashu_compile.version import __version__
 #: The files of one bundle: their record, the weights of all engines, and a graph for each.
 RECORD, STORE = "packed.json", "weights.bin"
 
+#: The file, beside the folders of bundles, that a process locks while it packs.
+LOCK = "lock"
+
 #: Bytes of a weight store below which a copy for each engine does no harm.
 SMALLEST = 64 << 20
 #: How many times the store's bytes engines must read, in sum, for sharing to be worth the disk.
 LEAST_READ = 1.5
+#: Days after which packed weights that no process has opened are removed.
+UNUSED_DAYS = 30
 # The final files take some twice the weights, and those of one engine as much again while they are made.
 _DISK = 5
 # Large ranges are mapped from the beginning of a page, small ones from that of a cache line.
@@ -57,6 +63,8 @@ Open = Callable[[EngineSpec, Callable[[ort.SessionOptions], None]], object]
 
 #: What ends the making of packed weights, or opening a session on them, without harm.
 FAILURES: tuple[type[Exception], ...] = (OSError, CacheError, *ERRORS)
+# A damaged engine, too, ends the making; it is an error only to whoever opens that engine.
+_NOT_MADE: tuple[type[Exception], ...] = (*FAILURES, BundleError)
 
 _log = logging.getLogger(__name__)
 
@@ -68,30 +76,28 @@ class PackedRecord:
     Attributes:
         bundle: the bundle's folder.
         manifest: the SHA-256 of its manifest.
-        onnxruntime: the version that packed.
         files: size and SHA-256 of each file.
         store_written: when the weights were written, in nanoseconds since the epoch.
     """
 
     bundle: str
     manifest: str
-    onnxruntime: str
     files: dict[str, FileEntry]
     store_written: int
 
     def is_current(self) -> bool:
-        """Tell whether the bundle is still there, and is served by this version of ONNX Runtime."""
-        path = Path(self.bundle) / MANIFEST
+        """Tell whether the bundle is still there and was not built again."""
         try:
-            return self.onnxruntime == ort.__version__ and file_entry(path).sha256 == self.manifest
+            return file_entry(Path(self.bundle) / MANIFEST).sha256 == self.manifest
         except OSError:
             return False
 
 
 class PackedWeights:
-    """The packed weights of a bundle. Raises `CacheError` if the store is not what was written.
+    """The packed weights of a bundle. Raises `CacheError` if a file is not what was written.
 
-    It is hashed if its size or time is another; that would take longer than all else when a large bundle is loaded.
+    Graphs are always hashed. The store is hashed only if its size or its time has changed, because hashing a large
+    store would take longer than the rest of loading.
     """
 
     def __init__(self, folder: Path, record: PackedRecord) -> None:
@@ -102,6 +108,8 @@ class PackedWeights:
             raise CacheError(f"{folder} has no weights: {error}.") from error
         if (status.st_size, status.st_mtime_ns) != (listed.bytes, record.store_written):
             self.path(STORE)
+        for name in record.files.keys() - {STORE}:
+            self.path(name)
 
     def path(self, name: str) -> Path:
         """Return the path of a file, whose bytes are compared with its hash. Raises `CacheError` if they differ."""
@@ -161,8 +169,10 @@ def packed_weights(
 ) -> PackedWeights | None:
     """Return the packed weights of a bundle, made now if there are none; None, which is logged, if none can be kept.
 
-    `graphs` reads the graph of an engine; `depends` are options that packed graphs or weights depend on. None, too, is
-    what would save little: where the weights are few, or engines have hardly any in common.
+    `graphs` reads the graph of an engine; `depends` are options that packed graphs or weights depend on. Also returns
+    None if packing would save little, because the weights are few or the engines have hardly any in common, and if
+    there are none yet and the hashes of the bundle are not verified: a later load that does verify them would find what
+    was packed from unknown bytes.
     """
     bundle, manifest, above = files.directory, files.manifest, cache_folder(PACKED)
     if (
@@ -177,19 +187,24 @@ def packed_weights(
     try:
         if (found := _kept(folder)) is not None:
             return found
+        if not files.verify_hashes:
+            return None
         read = sum(weight.length for spec in manifest.engines for weight in graphs(spec).weights)
         if read < LEAST_READ * stored:
             return None
-        _check_disk(above, stored)
-        _log.info("Packing the weights of %s for this processor, once.", bundle)
-        started = time.perf_counter()
-        record = PackedRecord(str(bundle), digest, ort.__version__, {}, 0)
-        _prepare(folder, record, manifest.engines, open_engine)
-        _log.info(
-            "Packed the weights of %s in %.1f s, into %s.", bundle, time.perf_counter() - started, folder
-        )
-        return _kept(folder)
-    except FAILURES as error:
+        above.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with one_at_a_time(above / LOCK):
+            if (found := _kept(folder)) is not None:  # another process was faster
+                return found
+            _check_disk(above, stored)
+            _log.info("Packing the weights of %s for this processor, once.", bundle)
+            started = time.perf_counter()
+            _prepare(folder, PackedRecord(str(bundle), digest, {}, 0), manifest.engines, open_engine)
+            _log.info(
+                "Packed the weights of %s in %.1f s, into %s.", bundle, time.perf_counter() - started, folder
+            )
+            return _kept(folder)
+    except _NOT_MADE as error:
         _log.warning("Each engine of %s keeps packed weights of its own: %s", bundle, error)
         return None
 
@@ -210,11 +225,14 @@ def _key(manifest: str, depends: Mapping[str, object]) -> str:
 
 
 def _kept(folder: Path) -> PackedWeights | None:
-    """Return what is in a folder; what is damaged is removed."""
+    """Return what is in a folder, and note in the record's time that it was used; what is damaged is removed."""
     if not folder.exists():
         return None
     try:
-        return PackedWeights(folder, read_record(folder / RECORD))
+        found = PackedWeights(folder, read_record(folder / RECORD))
+        with contextlib.suppress(OSError):  # a cache that may be read but not written
+            os.utime(folder / RECORD)
+        return found
     except CacheError as error:
         _log.warning("Packed weights are damaged and are made anew: %s", error)
         shutil.rmtree(folder, ignore_errors=True)
@@ -222,7 +240,6 @@ def _kept(folder: Path) -> PackedWeights | None:
 
 
 def _check_disk(folder: Path, store_bytes: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     needed, free = _DISK * store_bytes, shutil.disk_usage(folder).free
     if free < needed:
         raise CacheError(f"{folder} has {free / 1e9:.1f} GB left, and packing needs {needed / 1e9:.1f} GB.")
@@ -241,19 +258,27 @@ def _prepare(folder: Path, record: PackedRecord, engines: Iterable[EngineSpec], 
                 open_engine(spec, functools.partial(_save_to, saved))
                 beside = saved.with_name(saved.name + "." + _OWN)
                 graph = with_places(saved.read_bytes(), functools.partial(store.moved, saved.parent))
-                (place / name).write_bytes(graph)
+                _write(place / name, graph)
                 saved.unlink()
                 beside.unlink(missing_ok=True)
                 give_back_memory()
         files = {path.name: file_entry(path) for path in sorted(place.iterdir())}
         written = (place / STORE).stat().st_mtime_ns
         told = dataclasses.asdict(dataclasses.replace(record, files=files, store_written=written))
-        (place / RECORD).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        _write(place / RECORD, (json.dumps(told) + "\n").encode())
         try:
             os.rename(place, folder)
         except OSError:
-            if not (folder / RECORD).is_file():  # else another process was faster
+            if not (folder / RECORD).is_file():  # else another process was faster, where there are no locks
                 raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that it outlasts a loss of power, as the store beside it does."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _save_to(path: Path, options: ort.SessionOptions) -> None:
@@ -269,14 +294,16 @@ def _save_to(path: Path, options: ort.SessionOptions) -> None:
 
 
 def _remove_outdated(above: Path) -> None:
-    """Remove what bundles that are gone, or were built again, have left."""
+    """Remove what bundles that are gone, or were built again, have left, and what was not used for long.
+
+    Other versions and processors may share the cache, so what this process would not read stays until then.
+    """
     for path in above.glob(f"*/{RECORD}"):
-        try:
-            current = read_record(path).is_current()
-        except CacheError:
-            current = False
-        if not current:
-            shutil.rmtree(path.parent, ignore_errors=True)
+        # A record that cannot be read tells nothing of its bundle.
+        with contextlib.suppress(OSError, CacheError):
+            unused = time.time() - path.stat().st_mtime
+            if unused > UNUSED_DAYS * 86400 or not read_record(path).is_current():
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _graph(engine: str) -> str:

@@ -42,6 +42,25 @@ def draft_folder(parent: Path) -> Iterator[Path]:
         draft.remove()
 
 
+@contextlib.contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Hold the lock of a file, once no other process or thread holds it; the file is made if need be, and stays.
+
+    Where there are no locks nobody waits. Raises `OSError` if the file cannot be opened.
+    """
+    with lock.open("ab") as file:
+        if fcntl is None:
+            yield
+            return
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing would not do while a process that was forked meanwhile has the file open
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def is_draft(path: Path) -> bool:
     """Tell whether a path lies in a draft, and so will not stay where it is."""
     return any(part.startswith(PREFIX) for part in path.parts)

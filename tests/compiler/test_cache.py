@@ -11,7 +11,7 @@ import pytest
 from flashu_compile.compiler.cache import EngineCache, open_cache
 from flashu_compile.errors import CacheError
 from flashu_compile.system.drafts import PREFIX, draft_folder
-from flashu_compile.system.paths import EXACT_BUNDLES
+from flashu_compile.system.paths import EXACT_BUNDLES, PACKED
 from tests.runtime.tiny_bundle import flip_byte
 
 
@@ -85,16 +85,17 @@ def test_what_libraries_keep_is_told_and_cleared(tmp_path: Path) -> None:
     assert cache.library_bytes() == 0
 
 
-def test_an_exact_bundle_in_the_making_is_not_cleared(tmp_path: Path) -> None:
-    bundles = tmp_path / EXACT_BUNDLES
-    (bundles / "kept").mkdir(parents=True)
-    (bundles / "kept" / "manifest.json").write_bytes(bytes(10))
-    (bundles / f"{PREFIX}killed").mkdir()
-    with draft_folder(bundles) as draft:
+@pytest.mark.parametrize("kind", [EXACT_BUNDLES, PACKED])
+def test_what_is_in_the_making_is_not_cleared(tmp_path: Path, kind: str) -> None:
+    above = tmp_path / kind
+    (above / "kept").mkdir(parents=True)
+    (above / "kept" / "manifest.json").write_bytes(bytes(10))
+    (above / f"{PREFIX}killed").mkdir()
+    with draft_folder(above) as draft:
         (draft / "half").write_bytes(bytes(5))
         assert EngineCache(tmp_path).clear() == 10
         assert (draft / "half").is_file()
-    assert list(bundles.iterdir()) == []
+    assert list(above.iterdir()) == []
 
 
 def test_what_is_too_large_to_be_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

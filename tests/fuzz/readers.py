@@ -300,7 +300,7 @@ def _kept_records(folder: Path) -> Reader:
     choice = Choice(
         "onnxruntime", {"onnxruntime": {"t2i": 1.5}}, {"openvino": "It does not work here. " * 20}
     )
-    packed = PackedRecord("/a/bundle", "a" * 64, "1.31.1", {"weights.bin": FileEntry("b" * 64, 1 << 30)}, 1)
+    packed = PackedRecord("/a/bundle", "a" * 64, {"weights.bin": FileEntry("b" * 64, 1 << 30)}, 1)
     paths = [folder / "choice.json", folder / RECORD]
     paths[0].write_text(json.dumps(dataclasses.asdict(choice)))
     paths[1].write_text(json.dumps(dataclasses.asdict(packed)))

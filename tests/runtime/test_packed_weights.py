@@ -7,80 +7,37 @@ import json
 import logging
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 import flashu_compile
 from flashu_compile.bundle.files import BundleFiles
-from flashu_compile.bundle.manifest import (
-    WEIGHTS,
-    EngineSpec,
-    Manifest,
-    TensorSpec,
-    file_entry,
-    read_manifest,
-)
-from flashu_compile.errors import CacheError, ConfigurationError
+from flashu_compile.bundle.manifest import WEIGHTS, file_entry, read_manifest
+from flashu_compile.errors import BundleError, CacheError, ConfigurationError
 from flashu_compile.models.showo2.config import LLMConfig
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime import load, packed_weights
-from flashu_compile.runtime.packed_weights import RECORD, STORE, read_record
+from flashu_compile.runtime.packed_weights import LOCK, RECORD, STORE, UNUSED_DAYS, read_record
 from flashu_compile.runtime.sessions import OnnxRuntimeEngines
 from flashu_compile.system.drafts import PREFIX
+from flashu_compile.system.onnxruntime_library import ort
 from flashu_compile.system.paths import PACKED, VARIABLE
+from tests.runtime.products import ENGINES, INPUT, write_products
 from tests.runtime.tiny_bundle import flip_byte
 from tests.support.tiny import CONFIG, VAE, tiny_model, tokenizer
-
-WIDTH = 192  # so that a weight fills some pages
-WEIGHT = 4 * WIDTH * WIDTH
-#: The weights that each engine multiplies by, by their place in the store.
-ENGINES = {"whole": (0, 1, 2), "skipping": (0, 2), "alone": (3,)}
-INPUT = np.random.default_rng(1).standard_normal((7, WIDTH), np.float32)
-
-
-def _graph(weights: tuple[int, ...]) -> bytes:
-    """x -> y, a chain of products, with a bias of a few bytes that stays in the graph."""
-    tensors, nodes, value = [], [], "x"
-    for place, index in enumerate(weights):
-        tensor = TensorProto(
-            name=f"w{place}", data_type=1, dims=[WIDTH, WIDTH], data_location=TensorProto.EXTERNAL
-        )
-        for key, entry in (("location", WEIGHTS), ("offset", index * WEIGHT), ("length", WEIGHT)):
-            tensor.external_data.add(key=key, value=str(entry))
-        tensors.append(tensor)
-        nodes.append(helper.make_node("MatMul", [value, f"w{place}"], [f"p{place}"]))
-        nodes.append(helper.make_node("Tanh", [f"p{place}"], [value := f"t{place}"]))
-    tensors.append(helper.make_tensor("bias", TensorProto.FLOAT, [1], [0.5]))
-    nodes.append(helper.make_node("Add", [value, "bias"], ["y"]))
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", WIDTH]) for n in "xy")
-    graph = helper.make_graph(nodes, "chain", [x], [y], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return bytes(model.SerializeToString())
 
 
 @pytest.fixture
 def products(tmp_path: Path) -> Path:
-    """A bundle of engines that have weights in common, which lie in the store once."""
-    folder = tmp_path / "products"
-    folder.mkdir()
-    store = np.random.default_rng(0).standard_normal((4, WIDTH, WIDTH), np.float32) / WIDTH**0.5
-    (folder / WEIGHTS).write_bytes(store.tobytes())
-    specs = []
-    for name, weights in ENGINES.items():
-        (folder / f"{name}.onnx").write_bytes(_graph(weights))
-        x, y = (TensorSpec(n, "float32", ("rows", WIDTH)) for n in "xy")
-        specs.append(EngineSpec(name, "t2i", f"{name}.onnx", (x,), (y,), "none"))
-    files = {path.name: file_entry(path) for path in folder.iterdir()}
-    manifest = Manifest("tiny", (), "onnxruntime", "float32", "exact", tuple(specs), None, None, {}, files)
-    (folder / "manifest.json").write_text(manifest.to_json())
-    return folder
+    return write_products(tmp_path / "products")
 
 
 @pytest.fixture
@@ -92,8 +49,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / PACKED
 
 
-def opened(bundle: Path, **options: Any) -> OnnxRuntimeEngines:
-    return OnnxRuntimeEngines(BundleFiles(bundle, read_manifest(bundle)), threads=1, **options)
+def opened(bundle: Path, *, verify_hashes: bool = True, **options: Any) -> OnnxRuntimeEngines:
+    files = BundleFiles(bundle, read_manifest(bundle), verify_hashes=verify_hashes)
+    return OnnxRuntimeEngines(files, threads=1, **options)
 
 
 def outputs(engines: OnnxRuntimeEngines) -> dict[str, np.ndarray]:
@@ -105,9 +63,21 @@ def mapped(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
 
 
+def folders(cache: Path) -> set[Path]:
+    return {path for path in cache.iterdir() if path.name != LOCK}
+
+
 def the_folder(cache: Path) -> Path:
-    (folder,) = cache.iterdir()
+    (folder,) = folders(cache)
     return folder
+
+
+def days_unused(folder: Path) -> float:
+    return (time.time() - (folder / RECORD).stat().st_mtime) / 86400
+
+
+def leave_unused(folder: Path, days: float) -> None:
+    os.utime(folder / RECORD, (time.time() - days * 86400,) * 2)
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -143,19 +113,51 @@ def test_they_are_packed_once(products: Path, cache: Path, monkeypatch: pytest.M
 def test_an_engine_is_read_from_there_alone(products: Path, cache: Path) -> None:
     """In the place of the bundle's weights lie others, so that nothing else can have been read."""
     expected = outputs(opened(products))
-    engines = OnnxRuntimeEngines(
-        BundleFiles(products, read_manifest(products), verify_hashes=False), threads=1
-    )
+    engines = opened(products, verify_hashes=False)
     (products / WEIGHTS).write_bytes(bytes((products / WEIGHTS).stat().st_size))
     assert_same(outputs(engines), expected)
 
 
-@pytest.mark.parametrize("damaged", [STORE, RECORD])
+def test_weights_that_are_not_verified_are_not_packed(products: Path, cache: Path) -> None:
+    """A later load that does verify them would find what was packed from others."""
+    expected = outputs(opened(products, packed_weights=False))
+    right = (products / WEIGHTS).read_bytes()
+    (products / WEIGHTS).write_bytes(bytes(len(right)))
+    wrong = outputs(opened(products, verify_hashes=False))
+    assert not np.array_equal(wrong["whole"], expected["whole"])
+    assert not cache.exists()
+    (products / WEIGHTS).write_bytes(right)
+    assert_same(outputs(opened(products)), expected)
+
+
+def test_a_damaged_engine_stops_no_other(
+    products: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = outputs(opened(products, packed_weights=False))
+    flip_byte(products / "skipping.onnx")
+    engines = opened(products)
+    for name in ("whole", "alone"):
+        np.testing.assert_array_equal(engines.engine(name).run({"x": INPUT})["y"], expected[name])
+    assert f"Each engine of {products} keeps packed weights of its own" in caplog.text
+    with pytest.raises(BundleError, match=r"skipping\.onnx is damaged"):
+        engines.engine("skipping")
+
+
+def _flip(path: Path) -> None:
+    flip_byte(path, 3)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", [STORE, RECORD, "skipping.onnx"])
+@pytest.mark.parametrize("damage", [_flip, _empty, Path.unlink])
 def test_what_is_damaged_is_made_anew(
-    products: Path, cache: Path, damaged: str, caplog: pytest.LogCaptureFixture
+    products: Path, cache: Path, damage: Callable[[Path], None], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = outputs(opened(products))
-    flip_byte(the_folder(cache) / damaged, 3)
+    damage(the_folder(cache) / name)
     assert_same(outputs(opened(products)), expected)
     assert "are damaged and are made anew" in caplog.text
     caplog.clear()
@@ -195,7 +197,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     monkeypatch.setattr(packed_weights, "_DISK", 1e12)
     assert outputs(opened(products))
     assert "GB left, and packing needs" in caplog.text
-    assert list(cache.iterdir()) == []
+    assert not folders(cache)
 
 
 def test_a_copy_is_known_by_its_hash(products: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -227,10 +229,10 @@ def test_options_and_versions_have_files_of_their_own(
 ) -> None:
     assert outputs(opened(products))
     assert outputs(opened(products, contrib_operators=False))
-    assert len(list(cache.iterdir())) == 2
+    assert len(folders(cache)) == 2
     monkeypatch.setattr(packed_weights, "instructions", lambda: "sse2")
     assert outputs(opened(products))
-    assert len(list(cache.iterdir())) == 3
+    assert len(folders(cache)) == 3
 
 
 def test_what_bundles_have_left_goes(products: Path, cache: Path) -> None:
@@ -238,7 +240,6 @@ def test_what_bundles_have_left_goes(products: Path, cache: Path) -> None:
     old = the_folder(cache)
     record = read_record(old / RECORD)
     assert record.is_current()
-    assert not dataclasses.replace(record, onnxruntime="1.0").is_current()
     manifest = json.loads((products / "manifest.json").read_text())
     (products / "manifest.json").write_text(json.dumps({**manifest, "model": "built again"}))
     assert not record.is_current()
@@ -246,8 +247,37 @@ def test_what_bundles_have_left_goes(products: Path, cache: Path) -> None:
     assert the_folder(cache) != old
 
 
-def test_two_at_once_make_one(products: Path, cache: Path) -> None:
+def test_what_another_version_has_packed_stays_while_it_is_used(
+    products: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is packed again for two versions in turn, and what a version has left goes after a while."""
+    assert outputs(opened(products))
+    first, version = the_folder(cache), ort.__version__
+    leave_unused(first, UNUSED_DAYS - 1)
+    monkeypatch.setattr(ort, "__version__", "1.0")
+    assert outputs(opened(products))
+    assert len(folders(cache)) == 2
+    (second,) = folders(cache) - {first}
+    monkeypatch.setattr(ort, "__version__", version)
+    assert days_unused(first) > 1
+    assert outputs(opened(products))
+    assert days_unused(first) < 1, "it was used"
+    leave_unused(second, UNUSED_DAYS + 1)
+    assert outputs(opened(products, contrib_operators=False))
+    assert first in folders(cache)
+    assert second not in folders(cache)
+
+
+def test_two_at_once_make_one(products: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = outputs(opened(products, packed_weights=False))
+    packed: list[Any] = []
+    prepare = packed_weights._prepare
+
+    def counted(*given: Any) -> None:
+        packed.append(given)
+        prepare(*given)
+
+    monkeypatch.setattr(packed_weights, "_prepare", counted)
     found: list[dict[str, np.ndarray]] = []
     start = threading.Barrier(3)
 
@@ -260,6 +290,7 @@ def test_two_at_once_make_one(products: Path, cache: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(packed) == 1
     assert len(found) == 3
     for one in found:
         assert_same(one, expected)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 from flashu_compile.system import drafts
-from flashu_compile.system.drafts import PREFIX, draft_folder, remove_dead_drafts
+from flashu_compile.system.drafts import PREFIX, draft_folder, one_at_a_time, remove_dead_drafts
 
 _HOLDING = """
 import sys
@@ -105,6 +108,52 @@ def test_many_at_once_do_not_take_each_other_for_dead(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, range(200))) == [str(number) for number in range(200)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_at_a_time_holds_a_lock(tmp_path: Path) -> None:
+    lock, working, most = tmp_path / "lock", 0, 0
+
+    def work(_: int) -> None:
+        nonlocal working, most
+        with one_at_a_time(lock):
+            working += 1
+            most = max(most, working)
+            time.sleep(0.005)
+            working -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(20)))
+    assert most == 1
+    with pytest.raises(KeyboardInterrupt), one_at_a_time(lock):
+        raise KeyboardInterrupt
+    with one_at_a_time(lock):
+        assert lock.is_file()
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with one_at_a_time(tmp_path / "lock"):
+        inherited = os.dup(_descriptor(tmp_path / "lock"))
+    try:
+        with (tmp_path / "lock").open("ab") as other:
+            drafts.fcntl.flock(other, drafts.fcntl.LOCK_EX | drafts.fcntl.LOCK_NB)  # raises if it is held
+    finally:
+        os.close(inherited)
+
+
+def _descriptor(path: Path) -> int:
+    """Find what this process has a file open as; a copy of it shares the lock, as one in a forked process does."""
+    status = path.stat()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(int(name)), status):
+                return int(name)
+    raise AssertionError(f"{path} is not open")
+
+
+def test_without_locks_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "fcntl", None)
+    with one_at_a_time(tmp_path / "lock"), one_at_a_time(tmp_path / "lock"):
+        pass
 
 
 def test_without_locks_drafts_work_and_none_is_taken_for_dead(
