@@ -14,6 +14,7 @@ import copy
 import functools
 import logging
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.int4_onnx import int4_weights, store_int4
@@ -54,6 +54,10 @@ DEFAULT_OPSET = 24
 #: program has not).
 MODULE, OPERATOR, PASSES, VALUES = "flashu.module", "flashu.operator", "flashu.passes", "flashu.values"
 _KEPT = (MODULE, OPERATOR, PASSES)
+
+_log = logging.getLogger(__name__)
+#: Held while the exporter works, since what `_quiet` and `_listed_once` change is the whole process's.
+_exporting = threading.Lock()
 
 
 def emit_onnx(program: Program) -> ir.Model:
@@ -119,7 +123,7 @@ class _Decomposed(ExportedProgram):
 def _translate(program: Program) -> ir.Model:
     exported = _Decomposed.copy_of(program.exported)
     try:
-        with _quiet(), _listed_once(), torch.no_grad():
+        with _exporting, _quiet(), _listed_once(), torch.no_grad():
             result = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -153,8 +157,19 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _listed_once() -> Iterator[None]:
-    """Let the exporter reuse its list of translations; it parses the source of each anew for every program."""
-    listing, found = onnxscript_apis.get_torchlib_ops, _translations()
+    """Let the exporter reuse its list of translations; it parses the source of each anew for every program.
+
+    Its names are private. Under a PyTorch that has them no longer, every program takes the time to parse.
+    """
+    try:
+        from torch.onnx._internal._lazy_import import onnxscript_apis
+
+        listing = onnxscript_apis.get_torchlib_ops
+    except (ImportError, AttributeError) as error:
+        _log.debug("The exporter's translations are parsed anew for every program: %s", error)
+        yield
+        return
+    found = _translations(listing)
     onnxscript_apis.get_torchlib_ops = lambda: found
     try:
         yield
@@ -163,8 +178,8 @@ def _listed_once() -> Iterator[None]:
 
 
 @functools.cache
-def _translations() -> Any:
-    return onnxscript_apis.get_torchlib_ops()
+def _translations(listing: Callable[[], Any]) -> Any:
+    return listing()
 
 
 def _failure(exported: ExportedProgram, error: BaseException) -> tuple[str, str]:

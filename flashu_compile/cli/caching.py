@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.base import LOOKING, Json, app, examples
 from flashu_compile.cli.terminal import say
 from flashu_compile.compiler.cache import EngineCache
@@ -58,7 +58,7 @@ def show(directory: Directory = None, as_json: Json = False) -> None:
     }
     if files:
         told["last_used"] = f"{datetime.datetime.fromtimestamp(files[-1].used):%Y-%m-%d %H:%M}"
-    display.print_pairs(told)
+    tables.print_pairs(told.items())
 
 
 @cache_app.command(epilog=examples("cache clear", "cache clear --cache ./engines --json"))

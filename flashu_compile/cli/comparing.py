@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.base import LOOKING, Json, app, examples, told_in_one_line
 from flashu_compile.cli.terminal import say
 
@@ -58,14 +58,14 @@ def _print(found: Mapping[str, Any]) -> None:
         for show in (size if "bytes" in figure else quantity,)
     ]
     if rows:
-        display.print_table(("engine", "", "A", "B", "change"), rows)
+        tables.print_table(("engine", "", "A", "B", "change"), rows)
     sizes = [
         (name.removesuffix("_bytes").replace("_", " "), size(before), size(after), change(before, after))
         for name, pair in found["sizes"].items()
         for before, after in ((pair[0] or 0, pair[1] or 0),)
     ]
     if sizes:
-        display.print_table(("size of", "A", "B", "change"), sizes)
+        tables.print_table(("size of", "A", "B", "change"), sizes)
     if found["contents"]:
         say(f"files with other contents: {', '.join(found['contents'])}")
 

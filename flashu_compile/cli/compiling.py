@@ -12,7 +12,7 @@ import typer
 
 from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import REPORT_PAGE
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.base import (
     COMPILING,
     Json,
@@ -341,9 +341,9 @@ def _print_beside_exact(found: Mapping[str, Any]) -> None:
             rows.append(
                 ("a picture" if task == T2I.name else "an answer", seconds(time["median"]), exact, times)
             )
-        display.print_table(("timed here", "this bundle", "exact", "faster (95%)"), rows)
+        tables.print_table(("timed here", "this bundle", "exact", "faster (95%)"), rows)
     if "quality" in found:
-        display.print_table(
+        tables.print_table(
             ("likeness to exact (1: the same)", "mean", "lowest", "samples"),
             [
                 (part["name"], f"{part['score']:.3f}", f"{part['lowest']:.3f}", str(part["clusters"]))

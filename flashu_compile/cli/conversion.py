@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flashu_compile.bundle.manifest import MANIFEST, file_entry
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.base import COMPILING, Bundle, Json, app, examples
 from flashu_compile.cli.terminal import say
 from flashu_compile.errors import ConfigurationError
@@ -28,7 +28,7 @@ def inspect_target(bundle: Path, target: str, *, as_json: bool) -> None:
     if as_json:
         display.print_json([dataclasses.asdict(result) for result in results])
     else:
-        display.print_table(
+        tables.print_table(
             ("engine", "nodes", "changed for TensorRT", ""),
             [
                 (r.engine, str(r.nodes), "; ".join(r.changes) or "nothing", "clean" if r.clean else "REFUSED")

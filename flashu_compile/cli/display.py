@@ -1,4 +1,4 @@
-"""The command line's output: JSON and tables on stdout, a progress bar on stderr."""
+"""The command line's output: JSON, bundles and programs on stdout, a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashu_compile.cli.streams import encodable
+from flashu_compile.cli.tables import open_console, print_pairs, print_table
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.quantities import change, quantity, size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from flashu_compile.bundle.manifest import Manifest, Origin
     from flashu_compile.looking.structure import BlockFacts, ProgramStructure, StackFacts
     from flashu_compile.recipe.plan import StepPlan
@@ -29,64 +27,11 @@ if TYPE_CHECKING:
 
 #: What takes longer says where it is, on a stderr that shows no bar.
 LINE_SECONDS = 10.0
-#: Between the columns of a table, and once more at its edges.
-_PADDING = 3
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document in ASCII: no string steers a terminal, and any stream can encode it."""
     typer.echo(json.dumps(value, indent=2, default=str), file=sys.stdout)
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table whose cells are escaped for the terminal, under `title` if given.
-
-    No word is broken: where the longest of all columns do not fit beside one another, a terminal shows each row as
-    lines of column and cell, and anything else, which has no width, a wider table.
-    """
-    from rich import box
-    from rich.table import Table
-
-    if title is not None:
-        say(title)  # as a table's own title it would be broken at the table's width
-    shown = [[encodable(visible(cell), sys.stdout) for cell in row] for row in (columns, *rows)]
-    console, beside = _console(), _PADDING * len(columns) + 1
-    widths = _widths(list(zip(*shown, strict=True)), console.width - beside)
-    if not console.is_terminal:
-        console.width = max(console.width, sum(widths) + beside)
-    if sum(widths) + beside <= console.width:
-        table = Table(box=box.SIMPLE_HEAD)
-        for column, width in zip(shown[0], widths, strict=True):
-            table.add_column(column, width=width)
-        for row in shown[1:]:
-            table.add_row(*row)
-        console.print(table)
-        return
-    for row in shown[1:]:
-        print_pairs({name: cell for name, cell in zip(columns, row, strict=True) if cell})
-        say()
-
-
-def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Return how wide the columns of a table are: their longest word at least, and what they need if there is room."""
-    from rich.cells import cell_len
-
-    least = [max(cell_len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
-    wanted = [max(map(cell_len, column)) for column in columns]
-    spare, missing = max(room - sum(least), 0), sum(wanted) - sum(least)
-    if missing <= spare:
-        return wanted
-    return [low + (high - low) * spare // missing for low, high in zip(least, wanted, strict=True)]
-
-
-def print_pairs(pairs: Mapping[str, Any]) -> None:
-    """Print one `name value` line for each pair."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    for name, value in pairs.items():
-        table.add_row(visible(name.replace("_", " ")), encodable(visible(value), sys.stdout))
-    _console().print(table)
 
 
 def print_recipe(recipe: Recipe) -> None:
@@ -105,18 +50,16 @@ def print_build(summary: Mapping[str, Any]) -> None:
     drawn = summary["samples"] or {}
     of = " of the neutral set" if drawn.get("origin") == NEUTRAL else ""
     samples = (f"{task} on {row['samples']} samples{of}" for task, row in summary["calibration"].items())
-    print_pairs(
-        {
-            "bundle": summary["path"],
-            "digest": summary["digest"],
-            "tasks": _listed(summary["tasks"]),
-            "recipe": summary["recipe"],
-            "calibrated": _listed(samples) or "nothing to decide",
-            "engines": _listed(summary["engines"]),
-            "answered": answers_text(summary["answered"]),
-        }
-        | sizes
-    )
+    pairs = {
+        "bundle": summary["path"],
+        "digest": summary["digest"],
+        "tasks": _listed(summary["tasks"]),
+        "recipe": summary["recipe"],
+        "calibrated": _listed(samples) or "nothing to decide",
+        "engines": _listed(summary["engines"]),
+        "answered": answers_text(summary["answered"]),
+    }
+    print_pairs([*pairs.items(), *sizes.items()])
     proof = summary["proof"]
     _print_pass_totals(summary["passes"], proof["passes"] if proof else ())
     _print_declined(summary, undone_alone=True)
@@ -184,7 +127,8 @@ def print_bundle(
         "built with": _listed(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
         "files": f"{len(manifest.files)}, {size(total)}",
     }
-    print_pairs(pairs | {name: size(value) for name, value in report.get("sizes", {}).items()})
+    sizes = [(name, size(value)) for name, value in report.get("sizes", {}).items()]
+    print_pairs([*pairs.items(), *sizes])
     _print_origins(manifest.origins)
     _print_work(manifest, report, plan)
     for engine in manifest.engines:
@@ -346,7 +290,7 @@ def print_structure(program: ProgramStructure) -> None:
         pairs["head features"] = (
             f"{_shape(head.shape)}{source}; {_listed(head.gives)} follows from them{beside}"
         )
-    print_pairs(pairs)
+    print_pairs(pairs.items())
     if program.not_found:
         print_table(("not found", "why"), [(row.what, row.why) for row in program.not_found])
     say()
@@ -393,7 +337,7 @@ def progress_bar(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    screen = _console(stderr=True)
+    screen = open_console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(
         *columns, console=screen, transient=True, disable=not (shown and screen.is_terminal)
@@ -411,10 +355,3 @@ def progress_bar(
             progress.update(row, description=visible(stage), completed=fraction or 0.0, total=total)
 
         yield advance
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    # Names of files and engines are not markup, and hold no emoji by their names.
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

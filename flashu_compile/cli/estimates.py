@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.quantities import size
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def print_estimate(found: Estimate, *, as_json: bool) -> None:
         display.print_json(told)
         return
     engines = [f"{count} × {name}" if count > 1 else name for name, count in Counter(found.engines).items()]
-    display.print_pairs(
+    tables.print_pairs(
         {
             "model": found.model,
             "output": str(found.output),
@@ -31,5 +31,5 @@ def print_estimate(found: Estimate, *, as_json: bool) -> None:
             "meanwhile": f"{size(found.scratch_bytes)} in {found.scratch}",
             "time": f"{max(1, round(found.seconds / 60))} min of one core, roughly",
             "fits": "yes" if told["lacking"] is None else f"no: {told['lacking']}",
-        }
+        }.items()
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.base import COMPILING, Json, app, examples
 from flashu_compile.extras import naming_the_extra
 
@@ -21,7 +21,7 @@ def models(as_json: Json = False) -> None:
     if as_json:
         display.print_json([dataclasses.asdict(family) for family in found])
         return
-    display.print_table(
+    tables.print_table(
         ("family", "tasks", "models", "options"),
         [(one.name, ", ".join(one.tasks), one.title, ", ".join(one.options)) for one in found],
     )

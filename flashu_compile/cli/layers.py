@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.logs import quiet_libraries
 from flashu_compile.cli.terminal import say
 from flashu_compile.system.paths import absolute
@@ -73,7 +73,7 @@ def _print_engine(engine: EngineComparison) -> None:
         )
         for row in engine.layers
     ]
-    display.print_table(
+    tables.print_table(
         ("layer", "farthest value", "of", "relative error", "largest error", ""),
         rows,
         title=f"{engine.engine}: {'agrees' if engine.ok else 'departs'} (tolerance {engine.tolerance:.0e})",
@@ -90,7 +90,7 @@ def _print_engine(engine: EngineComparison) -> None:
 
 def _print_departure(engine: str, found: Departure) -> None:
     node, off = found.node, found.difference
-    display.print_pairs(
+    tables.print_pairs(
         {
             "first to depart": f"{node.name} of engine {engine}",
             "operator": node.operator,
@@ -100,9 +100,9 @@ def _print_departure(engine: str, found: Departure) -> None:
             "relative error": _errors(off)[0],
             "largest error": _errors(off)[1],
             "shape": _shapes(off),
-        }
+        }.items()
     )
-    display.print_table(
+    tables.print_table(
         ("it reads", "", "relative error", "largest error", "shape"),
         [
             (

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashu_compile.cli import display, plans
+from flashu_compile.cli import display, plans, tables
 from flashu_compile.cli.base import (
     LOOKING,
     Bundle,
@@ -282,7 +282,7 @@ def _verify_files(bundle: Path, placing: dict[str, Any], *, as_json: bool) -> No
             say(f"cannot be loaded: {result.refused}")
         for engine, rows in result.placements.items():
             say(f"{engine}: {', '.join(map(str, rows))}")
-        display.print_table(
+        tables.print_table(
             ("engine", "output", "relative error", "tolerance", ""),
             [
                 (
@@ -315,7 +315,8 @@ def doctor(
 ) -> None:
     """Tell which backends work on this machine, and what the others lack.
 
-    A backend works if a session made just now really runs on it; what is only installed is called found.
+    A backend works if a session made just now really runs on it; what is only installed is called found,
+    and damaged if two packages of ONNX Runtime have overwritten each other's files.
     The exit code is 1 if ONNX Runtime, the default backend, cannot run bundles.
     """
     quiet_onnxruntime()
@@ -325,7 +326,7 @@ def doctor(
     if as_json:
         display.print_json([dataclasses.asdict(finding) for finding in findings])
     else:
-        display.print_table(
+        tables.print_table(
             ("status", "backend or library", "details"),
             [
                 (

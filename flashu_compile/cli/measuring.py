@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashu_compile.arguments import LARGEST_COUNT, LARGEST_POINTS, LARGEST_THREADS
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.base import (
     LOOKING,
     Bundle,
@@ -144,16 +144,16 @@ def benchmark(
 
 def _print_benchmark(found: Benchmark) -> None:
     sides = [found.bundle, *([] if found.against is None else [found.against])]
-    display.print_table(
-        ("", "of", "seconds", "95% interval", "faster", "95% interval"),
+    tables.print_table(
+        ("", "of", "seconds", "95% of seconds", "faster", "95% of faster"),
         [
             (_work(found, task), side.title, *_interval(side.tasks[task].seconds, seconds), *faster)
             for task in found.bundle.tasks
             for side, faster in zip(sides, (_faster(found, task), ("", "")), strict=False)
         ],
     )
-    display.print_table(("", *(side.title for side in sides)), _of_sides(sides))
-    display.print_table(
+    tables.print_table(("", *(side.title for side in sides)), _of_sides(sides))
+    tables.print_table(
         ("engine", "of", "runs", "seconds of all", "share"),
         [
             (
@@ -344,7 +344,7 @@ def evaluate(
 def _print_evaluation(found: Evaluation) -> None:
     from flashu_compile.evaluation.judging import FLOORED
 
-    display.print_table(
+    tables.print_table(
         ("score", "samples", "this", "other", "kept", "at least", "required", ""),
         [
             (
@@ -373,7 +373,7 @@ def _print_evaluation(found: Evaluation) -> None:
         for kind, row in part.kinds.items()
     ]
     if kinds:
-        display.print_table(("score", "kind", "kept", "of", ""), kinds)
+        tables.print_table(("score", "kind", "kept", "of", ""), kinds)
     for part in found.parts:
         for reason in part.failed:
             say(f"{part.scorer} {part.name}: {reason}")

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING
 
-from flashu_compile.cli.display import print_table
+from flashu_compile.cli.tables import print_table
 
 if TYPE_CHECKING:
     from flashu_compile.recipe.plan import Step, StepPlan

@@ -68,8 +68,9 @@ def _onnxruntime() -> Iterator[Finding]:
     installed = ", ".join(f"{name} {version}" for name, version in installed_runtimes().items())
     if not installed:
         return
-    detail = onnxruntime_trouble() or f"{installed} on {platform.platform()}"
-    yield Finding("onnxruntime package", "found", detail, "running bundles")
+    trouble = onnxruntime_trouble()
+    status, detail = ("damaged", trouble) if trouble else ("found", f"{installed} on {platform.platform()}")
+    yield Finding("onnxruntime package", status, detail, "running bundles")
 
 
 def _libraries() -> Iterator[Finding]:

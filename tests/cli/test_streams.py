@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from examples.showo2_shapes.saving import save_model
 from flashu_compile import cli
 from flashu_compile.bundle.manifest import read_manifest
-from flashu_compile.cli import display
+from flashu_compile.cli import display, tables
 from flashu_compile.cli.streams import accept_any_text, encodable
 from flashu_compile.cli.terminal import say, visible
 from flashu_compile.recipe.presets import preset
@@ -83,7 +83,7 @@ def test_a_process_without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     say("×")
     say("×", err=True)
     display.print_json({"a": "×"})
-    display.print_table(("×",), [("×",)])
+    tables.print_table(("×",), [("×",)])
 
 
 @pytest.fixture(scope="module")

@@ -220,7 +220,7 @@ class TestJson:
 
 def test_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=200, markup=False, color_system=None)
-    monkeypatch.setattr(display, "_console", lambda **_: screen)
+    monkeypatch.setattr(display, "open_console", lambda **_: screen)
     with display.progress_bar("Starting") as advance:
         advance(HOSTILE, 0.5)
     drawn = screen.file.getvalue()  # type: ignore[attr-defined]

@@ -70,7 +70,9 @@ def build_decoder(
     source = CapturedModel(captured.loaded, {"vae_decode": captured.programs["vae_decode"]})
     maker = Maker(chosen, Precision.of(precision), scratch, size_ranges(captured.loaded, tasks))
     shelf = EngineShelf(source, chosen, open_cache(scratch / "cache"))
-    made = build_engines(source, tasks, source.resolved(Recipe("exact")), maker, shelf, ProgressReporter(told))
+    made = build_engines(
+        source, tasks, source.resolved(Recipe("exact")), maker, shelf, ProgressReporter(told)
+    )
     return told.built(), [chosen.pack(engine.model).content for engine in made.engines.engines]
 
 

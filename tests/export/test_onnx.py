@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
 from collections import Counter
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx._internal import _lazy_import
 
 from flashu_compile.errors import EmissionError
 from flashu_compile.exporters.onnx import MODULE, OPERATOR, VALUES, emit_onnx
@@ -300,3 +306,53 @@ def test_a_weight_that_lies_by_columns_is_read_by_rows() -> None:
     assert tuple(weight.shape) == (WIDTH, 48)
     assert weight.raw.data_ptr() == turned.exported.state_dict["layer.weight"].data_ptr()
     assert worst_error(model, turned, dict(turned.sample)) < 1e-5
+
+
+def test_two_emissions_at_once_leave_torch_as_it_was(step: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> tuple[Any, int]:
+        logger = logging.getLogger("torch.onnx._internal.exporter._core")
+        return _lazy_import.onnxscript_apis.get_torchlib_ops, logger.level
+
+    before, export, models = state(), torch.onnx.export, []
+    second = threading.Thread(target=lambda: models.append(emit_onnx(step)))
+    entered, first_left = threading.Event(), threading.Event()
+
+    def overlapping(*args: Any, **options: Any) -> Any:
+        """Begin the second emission in the first, and end it after the first, if it can begin there."""
+        if threading.current_thread() is second:
+            entered.set()
+            first_left.wait(60)
+        else:
+            second.start()
+            entered.wait(0.5)
+        return export(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", overlapping)
+    models.append(emit_onnx(step))
+    first_left.set()
+    second.join()
+    one, other = map(serialised, models)
+    assert one == other
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("module", None), ("onnxscript_apis", None), ("get_torchlib_ops", SimpleNamespace())],
+)
+def test_without_the_exporters_private_names_it_only_takes_longer(
+    name: str,
+    value: object,
+    step: Program,
+    step_model: ir.Model,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = None if name == "module" else ModuleType(_lazy_import.__name__)
+    if other is not None and value is not None:
+        other.onnxscript_apis = value  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, _lazy_import.__name__, other)
+    with caplog.at_level(logging.DEBUG, "flashu_compile"):
+        model = emit_onnx(step)
+    assert serialised(model) == serialised(step_model)
+    assert "parsed anew" in caplog.text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashu_compile import extras
 from flashu_compile.runtime import doctor
 from flashu_compile.runtime.choice import Choice, kept_choices
 from flashu_compile.runtime.doctor import examine
@@ -46,3 +47,15 @@ def test_a_pytorch_without_cuda_compiles_for_no_gpu(
     monkeypatch.setattr(doctor, "_installed", lambda module, distribution: version)
     (found,) = [finding for finding in examine() if finding.name == "aot_inductor_cuda engines"]
     assert found.status == status
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "status"), [(("onnxruntime",), "found"), (("onnxruntime", "onnxruntime-gpu"), "damaged")]
+)
+def test_two_packages_of_onnx_runtime_are_not_well(
+    runtimes: tuple[str, ...], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "installed_version", lambda name: "1.31" if name in runtimes else None)
+    (found,) = [finding for finding in examine() if finding.name == "onnxruntime package"]
+    assert found.status == status
+    assert all(f"{name} 1.31" in found.detail for name in runtimes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
+
 from flashu_compile.system.garbage import collecting_new_garbage
 
 
@@ -16,9 +18,11 @@ class Cycle:
 def test_only_new_garbage_is_collected() -> None:
     gc.disable()  # so that nothing is collected but where the test says so
     try:
-        old = weakref.ref(Cycle())
+        kept = Cycle()
+        old = weakref.ref(kept)
         with collecting_new_garbage():
             new = weakref.ref(Cycle())
+            del kept
             gc.collect()
             assert new() is None
             assert old() is not None
@@ -26,6 +30,30 @@ def test_only_new_garbage_is_collected() -> None:
         assert old() is None
     finally:
         gc.enable()
+
+
+def test_what_was_garbage_before_is_freed() -> None:
+    gc.disable()
+    try:
+        old = weakref.ref(Cycle())
+        assert old() is not None
+        with collecting_new_garbage():
+            assert old() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_builds_that_overlap_end_in_any_order(first: int) -> None:
+    builds = [collecting_new_garbage(), collecting_new_garbage()]
+    for build in builds:
+        build.__enter__()
+    builds.pop(first).__exit__(None, None, None)
+    lost = weakref.ref(Cycle())
+    gc.collect()
+    assert lost() is None
+    assert not builds[0].__exit__(ValueError, ValueError(), None)
+    assert gc.get_freeze_count() == 0
 
 
 def test_what_the_process_keeps_apart_stays_so() -> None:
