@@ -169,7 +169,7 @@ def test_commands_that_compile_finish(encoding: str, folder: Path, monkeypatch: 
         ("50% of llm", ("calibrate", *model, "-o", f"{NAME}-calibrated.json")),
         ("timed here", ("build", *model, "--output", f"{NAME}-built", "--no-cache")),
         ("visual span", ("inspect", "model", "--structure", "--task", "mmu")),
-        ("backend or library", ("doctor",)),
+        ("onnxruntime", ("doctor",)),
     ):
         result = run(encoding, *arguments)
         assert result.exit_code == 0, result.stderr
