@@ -28,7 +28,7 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.runtime.pipeline import Pipeline
 from flashu_compile.runtime.verify import verify
 from tests.support import tiny_emu3 as tiny
-from tests.support.cut_models import cut_decoder
+from tests.support.cut_models import cut_bundle, cut_decoder
 from tests.support.tiny_emu3 import PICTURES, picture_of
 from tests.support.tiny_picture_lm import PROMPTS, Family, inputs, reference, reference_logits, save
 
@@ -346,15 +346,11 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(case: Case, tmp_path: Path) -
     source = flashu_compile.capture_model(case.folder, "mmu")
     config = flashu_compile.MMUConfig(pruning=0.25, width_multiple=8, layer_skipping=0.25)
     samples = [(np.asarray(picture_of(n)), prompt) for n, prompt in enumerate(PROMPTS[:6])]
-    wanted = dataclasses.replace(Recipe("cut"), mmu=config)
-    recipe = flashu_compile.calibrate(source, "mmu", recipe=wanted, calibration=samples)
-    bundle = flashu_compile.export(
-        source, "mmu", recipe=recipe, calibration=samples, output=tmp_path / "b", cache=False
-    )
+    recipe, bundle = cut_bundle(source, config, samples, tmp_path / "b")
     decided = recipe.decided("mmu")
     kept, skipped = decided.kept_neurons["llm"], decided.phases[0].layers["llm"]
     cut = cut_decoder(case.family.model, "model.text_model", kept, skipped, width=96)
-    pipe = flashu_compile.load(bundle.path, threads=1)
+    pipe = flashu_compile.load(bundle, threads=1)
     cut_family = Family(cut, case.family.processor)
     changed = 0
     for number, prompt in enumerate(PROMPTS[:6]):

@@ -18,7 +18,7 @@ from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.errors import RecipeError
 from flashu_compile.recipe.recipe import Recipe
 from tests.support import tiny_picture_lm as tiny
-from tests.support.cut_models import keep_neurons
+from tests.support.cut_models import cut_bundle, keep_neurons
 from tests.support.tiny_picture_lm import PICTURES, PROMPTS, inputs, picture_of, reference, save
 from tests.support.token_twin import _stay, value_norms
 
@@ -38,17 +38,13 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(name: str, tmp_path: Path) ->
         token_layer=1,
     )
     samples = [(np.asarray(picture_of(n)), prompt) for n, prompt in enumerate(PROMPTS[:6])]
-    wanted = dataclasses.replace(Recipe("cut"), mmu=config)
-    recipe = flashu_compile.calibrate(source, "mmu", recipe=wanted, calibration=samples)
-    bundle = flashu_compile.export(
-        source, "mmu", recipe=recipe, calibration=samples, output=tmp_path / "b", cache=False
-    )
+    recipe, bundle = cut_bundle(source, config, samples, tmp_path / "b")
     decided = recipe.decided("mmu")
     (skipped,) = decided.phases[0].layers.get("llm", ())
     kept = {block: torch.from_numpy(ids.copy()) for block, ids in decided.kept_neurons["llm"].items()}
     assert {len(ids) for ids in kept.values()} == {96}
     cut = _with_cut_tower(family.model, decided.kept_neurons["semantic"])
-    pipe = flashu_compile.load(bundle.path, threads=1)
+    pipe = flashu_compile.load(bundle, threads=1)
     for number, prompt in enumerate(PROMPTS[:6]):
         answer = reference(family, picture_of(number), prompt, TOKENS)
         given = inputs(family, picture_of(number), prompt)
@@ -57,7 +53,7 @@ def test_what_a_recipe_cuts_is_what_is_cut_by_hand(name: str, tmp_path: Path) ->
         )
         _, logits = pipe.logits(picture_of(number), prompt, tokens=len(truth), answer=answer)
         assert relative_error(logits, truth) <= 1e-4
-    report = (bundle.path / "report.json").read_text()
+    report = (bundle / "report.json").read_text()
     assert all(f'"{told}"' in report for told in ("FFN pruning", "layer skipping", "token pruning"))
 
 

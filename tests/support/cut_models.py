@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+import flashu_compile
+from flashu_compile.recipe.recipe import Recipe
 
 GATED = (("gate_proj", "up_proj"), "down_proj")
 
@@ -48,3 +53,15 @@ def cut_decoder(
     for config in (stack.config, model.config.get_text_config()):
         config.num_hidden_layers = len(stack.layers)
     return model.eval()
+
+
+def cut_bundle(
+    source: Any, config: flashu_compile.MMUConfig, samples: Sequence[Any], output: Path
+) -> tuple[Recipe, Path]:
+    """The decisions for mmu that are calibrated on samples, and the bundle that is built by them."""
+    wanted = dataclasses.replace(Recipe("cut"), mmu=config)
+    recipe = flashu_compile.calibrate(source, "mmu", recipe=wanted, calibration=samples)
+    bundle = flashu_compile.export(
+        source, "mmu", recipe=recipe, calibration=samples, output=output, cache=False
+    )
+    return recipe, bundle.path
