@@ -1,7 +1,8 @@
 """Calibration: run Programs over samples, measure what techniques need to know, and decide.
 
 Statistics are sums over samples, so memory does not grow with their number; samples, noise and ties are all
-determined by the seed. What is measured, per task:
+determined by the seed. Samples run at the same time, and the sums of each are added in their order. What is measured,
+per task:
 
 - Wanda scores of FFN neurons (FlashU, technique 1): ||X_j||_2 * sum_i |W_down[i, j]|, X = the input of the down
   projection on every row that is computed: for t2i along the sampling trajectory of the unpruned model, both
@@ -14,6 +15,7 @@ determined by the seed. What is measured, per task:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +42,7 @@ from flashu_compile.recipe.config import MMUConfig, T2IConfig, TaskConfig, TextC
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.runtime.sampler import sample
+from flashu_compile.system.workers import Check, in_parallel
 
 CountProgress = Callable[[int, int], None]
 
@@ -72,23 +75,28 @@ def calibrate_t2i(
     if not prompts:
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
     plan, text = compile_plan(config.without_techniques()), prompts_of(program, codec, settings)
-    statistics = Statistics(program, config.pruned, config.skipping)
-    phases = _PhaseCosines(statistics, len(plan.steps), config.skipping_interval, settings.span_length)
-    engine = RecordingEngine(Recorder(program, statistics.taps()), phases.before)
-    for index, prompt in enumerate(prompts):
-        statistics.where = f"prompt {index} ({prompt!r})"
-        phases.evaluation = 0
+    total = Statistics(program, config.pruned, config.skipping)
+    phases = _PhaseCosines(total, len(plan.steps), config.skipping_interval, settings.span_length)
+
+    def trajectory(index: int, check: Check) -> _PhaseCosines:
+        own = phases.empty()
+        own.statistics.where = where = f"prompt {index} ({prompts[index]!r})"
+        engine = RecordingEngine(Recorder(program, own.statistics.taps()), own.before)
         try:
             noise = initial_noise(seed + index, 0, (1, *settings.latent_shape))
-            sample(engine, plan, text(prompt), noise)
+            sample(engine, plan, text(prompts[index]), noise, check)
         except CalibrationError:
             raise
         except FlashuError as error:
-            raise CalibrationError(f"Calibration failed on {statistics.where}: {error}") from error
+            raise CalibrationError(f"Calibration failed on {where}: {error}") from error
+        own.close()
+        return own
+
+    for index, own in enumerate(in_parallel(trajectory, range(len(prompts)))):
+        phases.add(own)
         if progress is not None:
             progress(index + 1, len(prompts))
-    phases.close()
-    scores = statistics.scores()
+    scores = total.scores()
     kept = _kept(scores, config.pruned, config.width_multiple)
     decisions = Decisions(kept, phases.decide(config.skipping) if config.skipping else ())
     figures = {
@@ -115,6 +123,17 @@ class _PhaseCosines:
         }
         self.rows = {stack: torch.zeros(count, dtype=torch.int64) for stack in self.sums}
         self._phase: int | None = None
+
+    def empty(self) -> _PhaseCosines:
+        """Return phases of the same trajectory, of statistics of their own, that begin at zero."""
+        return _PhaseCosines(self.statistics.empty(), self.evaluations, self.interval, self.span)
+
+    def add(self, other: _PhaseCosines) -> None:
+        """Add the sums of a whole trajectory, and those of its statistics."""
+        self.statistics.add(other.statistics)
+        for stack, sums in other.sums.items():
+            self.sums[stack] += sums
+            self.rows[stack] += other.rows[stack]
 
     def before(self, inputs: Mapping[str, Tensor]) -> None:
         self.close()
@@ -195,7 +214,7 @@ def calibrate_mmu(
         (f"question {index} ({question[1]!r})", functools.partial(about_picture, codec, settings, *question))
         for index, question in enumerate(questions)
     ]
-    made = _calibrate_answers(program, config, asked, {} if norms is None else norms.taps(), progress)
+    made = _calibrate_answers(program, config, asked, norms, progress)
     if norms is None:
         return made
     return dataclasses.replace(made, figures={**made.figures, "value_norms": norms.figures()})
@@ -220,29 +239,45 @@ def calibrate_text(
         (f"prompt {index} ({prompt!r})", functools.partial(about_nothing, codec, settings, prompt))
         for index, prompt in enumerate(prompts)
     ]
-    return _calibrate_answers(program, config, asked, {}, progress)
+    return _calibrate_answers(program, config, asked, None, progress)
 
 
 def _calibrate_answers(
     program: Program,
     config: MMUConfig | TextConfig,
     questions: Sequence[tuple[str, Callable[[], Asked]]],
-    taps: Mapping[fx.Node, Tap],
+    norms: _ValueNorms | None,
     progress: CountProgress | None,
 ) -> Calibrated:
-    """Decide from the answers to `questions`, each with its name for errors; `taps` see the same values."""
+    """Decide from the answers to `questions`, each with its name for errors; `norms` are of the same values."""
     statistics = Statistics(program, config.pruned, config.skipping)
-    recorder = Recorder(program, joined_taps([*statistics.taps().items(), *taps.items()]))
-    plain = Recorder(program, {})
-    for index, (name, prepare) in enumerate(questions):
-        statistics.where = name
+
+    def answered(
+        question: tuple[str, Callable[[], Asked]], check: Check
+    ) -> tuple[Statistics, _ValueNorms | None]:
+        name, prepare = question
+        own, own_norms = statistics.empty(), None if norms is None else norms.empty()
+        own.where = name
+        plain = Recorder(program, {})
+
+        def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            check()
+            return plain.record(inputs)
+
         try:
             asked = prepare()
-            answer, _ = asked.greedy(program, plain.record)
+            answer, _ = asked.greedy(program, run)
         except FlashuError as error:
             raise CalibrationError(f"Calibration failed on {name}: {error}") from error
-        statistics.last_rows = last_rows(len(answer) + 1)
-        recorder.record(asked.inputs(answer))
+        own.last_rows = last_rows(len(answer) + 1)
+        taps = {} if own_norms is None else own_norms.taps()
+        Recorder(program, joined_taps([*own.taps().items(), *taps.items()])).record(asked.inputs(answer))
+        return own, own_norms
+
+    for index, (own, own_norms) in enumerate(in_parallel(answered, questions)):
+        statistics.add(own)
+        if norms is not None and own_norms is not None:
+            norms.add(own_norms)
         if progress is not None:
             progress(index + 1, len(questions))
     return decided_of_answers(statistics, config, len(questions))
@@ -274,8 +309,23 @@ class _ValueNorms:
     def __init__(self, program: Program) -> None:
         self._sites = attention_sites(program, program.decoder)
         self._span = visual_span(program)
+        self._clear()
+
+    def _clear(self) -> None:
         self._before = dict.fromkeys(self._span.before, 0)
         self._sums = {(site.block, kind): [0.0, 0] for site in self._sites for kind in ("image", "text")}
+
+    def empty(self) -> _ValueNorms:
+        """Return norms of the same values of the same program that begin at zero."""
+        made = copy.copy(self)
+        made._clear()
+        return made
+
+    def add(self, other: _ValueNorms) -> None:
+        """Add the norms of `other`, which is of the same program."""
+        for key, (norms, rows) in other._sums.items():
+            self._sums[key][0] += norms
+            self._sums[key][1] += rows
 
     def taps(self) -> dict[fx.Node, Tap]:
         taps: dict[fx.Node, Tap] = {site.value: self._norms(site.block) for site in self._sites}

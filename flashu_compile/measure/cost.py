@@ -12,13 +12,15 @@ of the cost. Errors are relative L2, ‖x - exact‖ / ‖exact‖ over what is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.images import Picture as Given
@@ -26,7 +28,7 @@ from flashu_compile.bundle.images import shown, to_picture
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
-from flashu_compile.measure.asked import Asked, about_nothing, about_picture
+from flashu_compile.measure.asked import Asked, Run, about_nothing, about_picture
 from flashu_compile.measure.emulation import EmulatedEngines, Emulator, edits
 from flashu_compile.measure.prompt_rows import prompts_of
 from flashu_compile.measure.recorder import captured_source
@@ -38,6 +40,7 @@ from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime import decoding
 from flashu_compile.runtime.engine import Engines
 from flashu_compile.runtime.sampler import prompt_pair, sample
+from flashu_compile.system.workers import Check, in_parallel
 from flashu_compile.tasks import MMU, TEXT
 
 Tell = Callable[[str], None]
@@ -78,25 +81,29 @@ def picture_cost(
         recipe, t2i=dataclasses.replace(recipe.t2i.published_sampler(), points=points)
     )
 
-    def emulated(changed: Recipe, number: int) -> NDArray[np.float32]:
-        given = text(prompts[number])
-        return sample(EmulatedEngines(program, changed), changed.plan(), given, noises[number])
+    alone = list(_picture_techniques(recipe, exact))
 
+    def emulated(run: tuple[Recipe, int], check: Check) -> NDArray[np.float32]:
+        changed, number = run
+        given = text(prompts[number])
+        return sample(EmulatedEngines(program, changed), changed.plan(), given, noises[number], check)
+
+    runs = [*((exact, number) for number in range(len(prompts))), *((changed, 0) for _, changed in alone)]
     plan = recipe.plan()
     rows: list[dict[str, Any]] = []
-    comparisons, truths = [], []
-    for number, prompt in enumerate(prompts):
-        tell(f"measuring the recipe's cost on prompt {number + 1} of {len(prompts)}")
-        truth = emulated(exact, number)
-        latents = sample(engines, plan, prompt_pair(codec, settings, prompt), noises[number])
-        rows.append({"prompt": prompt, "seed": seed + number, "error": _error(latents, truth)})
-        pictures = tuple(decoded(decoder, Role.LATENTS, value) for value in (truth, latents))
-        comparisons.append(Comparison(prompt, pictures))
-        truths.append(truth)
-    techniques = []
-    for name, changed in _picture_techniques(recipe, exact):
-        tell(f"measuring {name} alone")
-        techniques.append({"name": name, "error": _error(emulated(changed, 0), truths[0])})
+    comparisons, truths, techniques = [], [], []
+    with closing(in_parallel(emulated, runs)) as trajectories:
+        for number, prompt in enumerate(prompts):
+            tell(f"measuring the recipe's cost on prompt {number + 1} of {len(prompts)}")
+            truth = next(trajectories)
+            latents = sample(engines, plan, prompt_pair(codec, settings, prompt), noises[number])
+            rows.append({"prompt": prompt, "seed": seed + number, "error": _error(latents, truth)})
+            pictures = tuple(decoded(decoder, Role.LATENTS, value) for value in (truth, latents))
+            comparisons.append(Comparison(prompt, pictures))
+            truths.append(truth)
+        for (name, _), latents in zip(alone, trajectories, strict=True):
+            tell(f"measuring {name} alone")
+            techniques.append({"name": name, "error": _error(latents, truths[0])})
     figures = {
         "samples": rows,
         "error": mean(row["error"] for row in rows),
@@ -193,32 +200,51 @@ def _answer_errors(
     tell: Tell,
 ) -> tuple[list[_AnswerRow], list[dict[str, Any]]]:
     """Measure the engines on every question, and each technique alone on the first."""
-    exact = Emulator(program, (Role.LOGITS,), edits(program, Decisions(), {}))
+    unchanged = edits(program, Decisions(), {})
+
+    def greedy(question: Asked, check: Check) -> tuple[list[int], list[Tensor]]:
+        return question.greedy(program, _checked(Emulator(program, (Role.LOGITS,), unchanged), check))
+
     rows: list[_AnswerRow] = []
     truths = []
-    for number, question in enumerate(asked):
-        tell(f"measuring the recipe's cost on question {number + 1} of {len(asked)}")
-        answer, steps = question.greedy(program, exact.emulate)
-        truth = np.concatenate([step.numpy() for step in steps])
-        logits = _logits_of_engines(engines, question, answer)
-        same = logits.argmax(-1) == truth.argmax(-1)
-        told = {
-            "question": question.text,
-            "answer": codec.decode(answer),
-            "tokens": len(truth),
-            "error": _error(logits, truth),
-            "same_tokens": int(same.sum()),
-        }
-        rows.append(_AnswerRow(answer, told))
-        truths.append(truth)
-    techniques = []
-    for name, changed in _answer_techniques(recipe, task):
-        tell(f"measuring {name} alone")
-        emulator, answer = emulator_of(program, changed, task), rows[0].answer
-        steps = [emulator.emulate(asked[0].inputs(answer[:n]))[Role.LOGITS] for n in range(len(answer) + 1)]
-        logits = np.concatenate([step.numpy() for step in steps])
-        techniques.append({"name": name, "error": _error(logits, truths[0])})
+    with closing(in_parallel(greedy, asked)) as answers:
+        for number, question in enumerate(asked):
+            tell(f"measuring the recipe's cost on question {number + 1} of {len(asked)}")
+            answer, steps = next(answers)
+            truth = np.concatenate([step.numpy() for step in steps])
+            logits = _logits_of_engines(engines, question, answer)
+            same = logits.argmax(-1) == truth.argmax(-1)
+            told = {
+                "question": question.text,
+                "answer": codec.decode(answer),
+                "tokens": len(truth),
+                "error": _error(logits, truth),
+                "same_tokens": int(same.sum()),
+            }
+            rows.append(_AnswerRow(answer, told))
+            truths.append(truth)
+
+    def forced(changed: Recipe, check: Check) -> NDArray[np.float32]:
+        run, answer = _checked(emulator_of(program, changed, task), check), rows[0].answer
+        steps = [run(asked[0].inputs(answer[:n]))[Role.LOGITS] for n in range(len(answer) + 1)]
+        return np.concatenate([step.numpy() for step in steps])
+
+    alone, techniques = list(_answer_techniques(recipe, task)), []
+    with closing(in_parallel(forced, [changed for _, changed in alone])) as found:
+        for (name, _), logits in zip(alone, found, strict=True):
+            tell(f"measuring {name} alone")
+            techniques.append({"name": name, "error": _error(logits, truths[0])})
     return rows, techniques
+
+
+def _checked(emulator: Emulator, check: Check) -> Run:
+    """Return a function that calls `check` and runs an emulator."""
+
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check()
+        return emulator.emulate(inputs)
+
+    return run
 
 
 def _answer_figures(rows: Sequence[_AnswerRow], techniques: list[dict[str, Any]]) -> dict[str, Any]:

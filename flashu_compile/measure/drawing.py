@@ -36,6 +36,7 @@ from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime import drawing
 from flashu_compile.runtime.drawing import branch_ids, draw, forced
 from flashu_compile.runtime.engine import Engines
+from flashu_compile.system.workers import Check, in_parallel
 from flashu_compile.tasks import CODES_DECODE, T2I
 
 #: So many codes of a picture are looked at for the cost of a technique alone.
@@ -68,9 +69,9 @@ class _Exact:
         self._codec, self._settings = codec, settings
         self.sampling = settings.sampling
 
-    def drawn(self, prompt: str, seed: int) -> _Drawn:
+    def drawn(self, prompt: str, seed: int, check: Check | None = None) -> _Drawn:
         branches = branch_ids(self._codec, self._settings, prompt)
-        codes = draw(self.engines, self.plan, self._settings, branches, self.sampling, seed)
+        codes = draw(self.engines, self.plan, self._settings, branches, self.sampling, seed, check)
         return _Drawn(branches, codes)
 
 
@@ -100,18 +101,25 @@ def calibrate_drawing(
     plan = compile_token_plan(config.without_techniques(), Decisions(), settings.length)
     exact = _Exact(program, codec, settings, plan)
     statistics = Statistics(program, config.pruned, config.skipping)
-    recorder = Recorder(program, statistics.taps())
-    for index, prompt in enumerate(prompts):
-        statistics.where = f"prompt {index} ({prompt!r})"
+    # The row before the first code, and those of codes and of ends of rows.
+    read = 1 + sum(len(drawing.read_ids(settings, place, 0)) for place in range(settings.length - 1))
+
+    def counted(index: int, check: Check) -> Statistics:
+        own = statistics.empty()
+        own.where = f"prompt {index} ({prompts[index]!r})"
+        own.last_rows = last_rows(read)
         try:
-            drawn = exact.drawn(prompt, seed + index)
+            drawn = exact.drawn(prompts[index], seed + index, check)
         except FlashuError as error:
-            raise CalibrationError(f"Calibration failed on {statistics.where}: {error}") from error
-        # The row before the first code, and those of codes and of ends of rows.
-        read = sum(len(drawing.read_ids(settings, place, 0)) for place in range(settings.length - 1))
-        statistics.last_rows = last_rows(1 + read)
+            raise CalibrationError(f"Calibration failed on {own.where}: {error}") from error
+        recorder = Recorder(program, own.taps())
         for branch in range(len(drawn.branches)):
+            check()
             recorder.record(_inputs(drawn.rows(settings, branch, settings.length - 1)))
+        return own
+
+    for index, own in enumerate(in_parallel(counted, range(len(prompts)))):
+        statistics.add(own)
         if progress is not None:
             progress(index + 1, len(prompts))
     return decided_of_answers(statistics, config, len(prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -88,6 +89,22 @@ class Statistics:
         self.reset_cosines()
         self._entering: dict[str, Tensor] = {}
         self._weights = program.stored()
+
+    def empty(self) -> Statistics:
+        """Return sums over the same values of the same program that begin at zero."""
+        made = copy.copy(self)
+        made.squares = {key: torch.zeros_like(total) for key, total in self.squares.items()}
+        made._entering = {}
+        made.reset_cosines()
+        return made
+
+    def add(self, other: Statistics) -> None:
+        """Add the sums of `other`, which is of the same program."""
+        for key, total in other.squares.items():
+            self.squares[key] += total
+        for stack, cosines in other.cosines.items():
+            self.cosines[stack] += cosines
+            self.counted[stack] += other.counted[stack]
 
     def reset_cosines(self) -> None:
         """Reset the sums of cosines, by stack, and the numbers of rows they cover."""

@@ -33,6 +33,7 @@ from flashu_compile.program.trace import capture_program
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system import workers
 from tests.support.oracle import ORACLES, load_oracle
 from tests.support.tiny import VAE, PaddedSpaceToDepth, tiny_model, tokenizer
 
@@ -217,6 +218,26 @@ def test_the_same_samples_give_the_same_decisions(loaded: LoadedModel, denoise: 
     first, second = (calibrate_t2i(denoise, codec, facts, CONFIG, PROMPTS[:1], seed=1) for _ in range(2))
     assert first.decisions == second.decisions
     assert first.figures == second.figures
+
+
+def test_decisions_do_not_depend_on_the_number_of_threads(
+    loaded: LoadedModel, denoise: Program, understand: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, config = PromptCodec(loaded.tokenizer), MMUConfig(pruning={"llm": 0.5}, width_multiple=8)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    questions = [(picture, text) for text in ("what color is it?", "how many?", "what is it?")]
+    made = []
+    for cores in (1, 3):
+        monkeypatch.setattr(workers, "default_threads", lambda cores=cores: cores)
+        drawn = calibrate_t2i(denoise, codec, generation(loaded), CONFIG, (*PROMPTS, "a circle"), seed=1)
+        asked = calibrate_mmu(understand, codec, understanding(loaded), config, questions)
+        made.append((drawn, asked))
+    for one, other in zip(*made, strict=True):
+        assert one.decisions == other.decisions
+        assert one.figures == other.figures
+        for stack, blocks in one.scores.items():
+            for block, scores in blocks.items():
+                np.testing.assert_array_equal(scores, other.scores[stack][block])
 
 
 def test_activations_that_are_not_finite_are_an_error(loaded: LoadedModel) -> None:

@@ -1,0 +1,51 @@
+"""Compute independent pieces of work at the same time, on as many threads as there are cores for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from flashu_compile.system.threads import default_threads, torch_threads
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+#: Raises an exception in work whose result is no longer wanted.
+Check = Callable[[], None]
+
+#: Each thread holds the values of a run, and those of a large model are gigabytes.
+_MOST = 4
+
+
+class _StoppedError(Exception):
+    """The result of some work is no longer wanted."""
+
+
+def in_parallel(
+    work: Callable[[_Item, Check], _Result], items: Sequence[_Item]
+) -> Generator[_Result, None, None]:
+    """Yield `work(item, check)` for each of `items`, in their order, computed on up to four threads.
+
+    PyTorch uses one thread in each, so results do not depend on how many there are. `work` should call `check` now and
+    then. An exception is raised in the place of the result; what is left is then stopped, as it is when the iterator
+    is closed.
+    """
+    stopped = threading.Event()
+
+    def check() -> None:
+        if stopped.is_set():
+            raise _StoppedError
+
+    def one(item: _Item) -> _Result:
+        check()
+        with torch_threads(1):
+            return work(item, check)
+
+    with ThreadPoolExecutor(max(1, min(default_threads(), len(items), _MOST)), "flashu_compile") as pool:
+        try:
+            for future in [pool.submit(one, item) for item in items]:
+                yield future.result()
+        finally:
+            stopped.set()
