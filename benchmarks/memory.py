@@ -147,7 +147,9 @@ def _followed(process: int, stdin: IO[str], stdout: IO[str], *, watched: bool) -
             "digest": told[SECOND]["digest"],
         }
     watch.stop()
-    starting = [max(pair) for pair in zip(watch.peaks["imported"], watch.peaks[LOADED], strict=True)]
+    # Loading may be over before the first look.
+    loading = watch.peaks.get("imported", before)
+    starting = [max(pair) for pair in zip(loading, watch.peaks[LOADED], strict=True)]
     return {
         "peak_bytes_to_first_output": starting[0] - before[0],
         "peak_bytes_running": watch.peaks[FIRST][0] - before[0],
