@@ -69,10 +69,16 @@ class TextCodec:
     ) -> list[int]:
         """Return the ids of a template with `text`, a prompt or question, in it, without the rows of a picture.
 
-        Raises `InputError` if the text has more than `limit` tokens; `what` names it.
+        Raises `InputError` if the text has more than `limit` tokens, or holds the one that stands for a picture; `what`
+        names it.
         """
         text = _stripped(text, template.strip)
         ids = self.encode(template.left + text + template.right)
+        if template.placeholder in ids:
+            raise InputError(
+                f"The {what} holds {self.tokenizer.id_to_token(template.placeholder)!r}, which stands for the picture "
+                f"and may not be there a second time; leave it out: {_start(text)}"
+            )
         around = 0 if limit is None else len(self.encode(template.left + template.right))
         if limit is not None and len(ids) - around > limit:
             raise InputError(

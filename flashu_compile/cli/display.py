@@ -174,7 +174,7 @@ def _print_declined(report: Mapping[str, Any], *, undone_alone: bool = False) ->
         if row.undone or not undone_alone
     ]
     if rows:
-        print_table(("program", "pass", "", "why"), rows)
+        print_table(("program", "pass", "", "why"), rows, title="declined, with the reason")
 
 
 def _print_origins(origins: Mapping[str, Origin]) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from flashu_compile.bundle.agreement import possible_rounding, relative_error
 from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.errors import BackendUnavailableError, BundleError, FlashuError
-from flashu_compile.models.adapter import LoadedModel
+from flashu_compile.models.adapter import LoadedModel, ModelAdapter
 from flashu_compile.models.eager import EagerModel
 from flashu_compile.recipe.plan import Step, StepPlan
 from flashu_compile.runtime.pipeline import Pipeline
@@ -208,10 +208,20 @@ def held_to_eager(
         if not error <= limit:
             raise BundleError(
                 f"the {name} differ from the eager model's by {error:.1e} (relative L2; at most {limit:.0e}, "
-                f"since the model's own rounding in float32 is up to {rounding:.1e})."
+                f"since the model's own rounding in float32 is up to {rounding:.1e}).{_doubt(loaded.adapter)}"
             )
         raised = {"rounding": float(f"{rounding:.2e}")}
     return {"error": float(f"{error:.2e}"), **raised}
+
+
+def _doubt(adapter: ModelAdapter) -> str:
+    """Say of an adapter of another package which of its methods may be wrong; return "" for our own."""
+    if type(adapter).__module__.partition(".")[0] == __package__.partition(".")[0]:
+        return ""
+    return (
+        f" In the adapter {adapter.name!r}, of another package, either what is traced (`forward`, `captures`) or "
+        "`eager` may be wrong: hold each against the model's own code."
+    )
 
 
 def _with_rounding(

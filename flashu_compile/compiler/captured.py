@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from flashu_compile.arguments import Resolution, shown
-from flashu_compile.bundle.precision import OTHER
+from flashu_compile.bundle.precision import OTHER, TOLERANCES
 from flashu_compile.compiler.progress import ProgressReporter
-from flashu_compile.errors import ConfigurationError, UnknownTaskError
+from flashu_compile.errors import CaptureError, ConfigurationError, UnknownTaskError
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.models.loading import load_model
-from flashu_compile.passes.manager import PassRecord
+from flashu_compile.passes.manager import PassRecord, relative_error
 from flashu_compile.passes.order_neurons import OrderedWeights
 from flashu_compile.passes.quantize_linears import QuantizedWeights
 from flashu_compile.passes.whole_weights import CastWeights
@@ -95,10 +95,25 @@ class CapturedProgram:
 
     @functools.cached_property
     def truth(self) -> Mapping[str, Tensor]:
-        """Compute the outputs of the untraced module on the sample, the reference of exact engines."""
+        """Compute the outputs of the untraced module on the sample, the reference of exact engines.
+
+        Raises `CaptureError` if the traced program gives others.
+        """
+        spec, program = self.spec, self.program
         with torch.inference_mode(), torch_threads(1):
-            results = self.spec.module(*(self.spec.sample[i.role] for i in self.spec.inputs))
-        return dict(zip(self.spec.outputs, results, strict=True))
+            results = spec.module(*(spec.sample[i.role] for i in spec.inputs))
+            traced = program.run(spec.sample)
+        truth = dict(zip(spec.outputs, results, strict=True))
+        for name, expected in truth.items():
+            error = relative_error(traced[name], expected)
+            # A NaN equals nothing, not even the program's own; engines that give one are refused for it.
+            if error > TOLERANCES["float32"] and not expected.isnan().any():
+                raise CaptureError(
+                    f"The traced program {spec.name!r} gives other {str(name)!r} than its module in PyTorch (relative "
+                    f"L2 error {error:.2e}): the module computes something else when it is traced, mostly where the "
+                    "library leaves a mask out; pass it a mask of your own."
+                )
+        return truth
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -130,13 +130,13 @@ def _fingerprint_of(value: Any, hashes: TensorHashes) -> Any:
     if hasattr(value, "__dict__"):
         own = {name: entry for name, entry in vars(value).items() if name != _OF_THE_PROCESS}
         return [_code(type(value)), _fingerprint_of(own, hashes)]
-    raise UnknownCodeError(f"a {type(value).__name__} among the settings of a module")
+    raise UnknownCodeError(f"a {type(value).__name__} among the settings of a module has no hash")
 
 
 def _code(thing: Any) -> str:
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if name is None or (module or "").partition(".")[0] not in _KNOWN or "<" in name:
-        raise UnknownCodeError(f"{module}.{name}")
+        raise UnknownCodeError(f"no hash or version identifies the code of {module}.{name}")
     return f"{module}.{name}"
 
 

@@ -102,7 +102,11 @@ class EngineShelf:
             try:
                 known[spec.name] = captured_fingerprint(spec, self._hashes)
             except UnknownCodeError as reason:
-                _log.info("Engines of %s are not kept for later builds, for %s.", spec.name, reason)
+                _log.info(
+                    "Engines of %s are not kept for later builds, which only costs time: %s.",
+                    spec.name,
+                    reason,
+                )
                 known[spec.name] = None
         fingerprint = known[spec.name]
         if fingerprint is None:

@@ -95,11 +95,16 @@ class EagerQuestions(EagerAnswers):
     def logits(self, image: Any, question: str, answer: Sequence[int]) -> Tensor:
         """Return the logits [tokens, vocab] of each token of `answer`, which may hold the picture's id, too."""
         ids, others = self.given(image, question)
-        rows = self._network.get_input_embeddings()(torch.tensor([[*ids, *answer][:-1]]))
-        start = ids.index(self._network.config.image_token_id)
-        found = self._network.model.get_image_features(**others, return_dict=True).pooler_output[0]
-        rows[0, start : start + len(found)] = found
+        rows = self.rows(ids, answer, **others)
         return self._network(inputs_embeds=rows, use_cache=False).logits[0, len(ids) - 1 :]
+
+    def rows(self, ids: Sequence[int], answer: Sequence[int], **seen: Tensor) -> Tensor:
+        """Embed a question's ids, with the rows of the picture that is `seen`, and all of `answer` but the last."""
+        rows = self._network.get_input_embeddings()(torch.tensor([[*ids, *answer][:-1]]))
+        start = list(ids).index(self._network.config.image_token_id)
+        found = self._network.model.get_image_features(**seen, return_dict=True).pooler_output[0]
+        rows[0, start : start + len(found)] = found
+        return rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -57,7 +57,7 @@ class PictureLMAdapter(ModelAdapter):
     `model_type` and `architecture` are the library's names of it, `vision` is the module path of its vision tower, and
     `unused` are settings of generation that its text does not follow. `line_end` is how many rows follow each line of
     cells where pictures differ in size. `own_names` are the types and classes by which its authors' own code names it,
-    whose layout is not read, and `converted` are checkpoints in that of the library.
+    whose layout is not read, and `converted` are checkpoints in that of the library; a family may have neither.
     """
 
     model_type: ClassVar[str]
@@ -65,8 +65,8 @@ class PictureLMAdapter(ModelAdapter):
     vision: ClassVar[str]
     unused: ClassVar[frozenset[str]] = frozenset()
     line_end: ClassVar[int] = 0
-    own_names: ClassVar[frozenset[str]]
-    converted: ClassVar[str]
+    own_names: ClassVar[frozenset[str]] = frozenset()
+    converted: ClassVar[str] = ""
 
     tasks: ClassVar[tuple[str, ...]] = (MMU.name,)
     options: ClassVar[Mapping[str, str]] = {

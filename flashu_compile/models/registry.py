@@ -9,10 +9,14 @@ A package offers one in its `pyproject.toml`:
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint
+from typing import Any, TypeVar
 
 from flashu_compile.errors import ConfigurationError, UnsupportedModelError
 from flashu_compile.models.adapter import ModelAdapter, ModelSource
+
+_T = TypeVar("_T")
 
 GROUP = "flashu_compile.models"
 _OWN = {
@@ -30,6 +34,11 @@ def adapters() -> tuple[ModelAdapter, ...]:
     Raises `ConfigurationError`, naming the package at fault, on an entry point that gives none, and on two adapters of
     one name.
     """
+    return tuple(adapter for adapter, _ in _found())
+
+
+def _found() -> list[tuple[ModelAdapter, EntryPoint]]:
+    """Return all adapters, each with its entry point; see `adapters`."""
     own = [EntryPoint(name, place, GROUP) for name, place in _OWN.items()]
     found: dict[str, tuple[ModelAdapter, EntryPoint]] = {}
     for entry in (*own, *importlib.metadata.entry_points(group=GROUP)):
@@ -40,29 +49,30 @@ def adapters() -> tuple[ModelAdapter, ...]:
                 f"Two adapters are called {adapter.name!r}: {_where(other)} and {_where(entry)}; uninstall one."
             )
         found[adapter.name] = adapter, entry
-    return tuple(found[name][0] for name in sorted(found))
+    return [found[name] for name in sorted(found)]
 
 
 def find_adapter(source: ModelSource) -> ModelAdapter:
     """Return the one adapter that claims a model. Raises `UnsupportedModelError` if none does, or several do.
 
-    The error names what to give instead, where an adapter knows the model's layout but does not read it.
+    The error names what to give instead, where an adapter knows the model's layout but does not read it. Raises
+    `ConfigurationError`, naming the package at fault, if an adapter cannot be asked.
     """
-    known = adapters()
-    claiming = [adapter for adapter in known if adapter.recognise(source.config, source.names)]
+    found = _found()
+    claiming = [adapter for adapter, entry in found if _answer(adapter.recognise, source, entry)]
     if len(claiming) == 1:
         return claiming[0]
     if claiming:
         raise UnsupportedModelError(
             f"Several adapters claim {source}: {', '.join(one.name for one in claiming)}; uninstall all but one."
         )
-    told = {adapter.name: adapter.instead(source.config, source.names) for adapter in known}
+    told = {adapter.name: _answer(adapter.instead, source, entry) for adapter, entry in found}
     for name, instead in told.items():
         if instead is not None:
             raise UnsupportedModelError(
                 f"{source} is a model of {name} in a layout that is not read; give {instead} instead."
             )
-    listed = "; ".join(f"{adapter.name} ({adapter.title})" for adapter in known)
+    listed = "; ".join(f"{adapter.name} ({adapter.title})" for adapter, _ in found)
     raise UnsupportedModelError(f"No adapter knows {source}; there are: {listed}.")
 
 
@@ -77,6 +87,19 @@ def _adapter(entry: EntryPoint) -> ModelAdapter:
     if not isinstance(adapter, ModelAdapter):
         raise ConfigurationError(f"{_where(entry)} is no ModelAdapter; repair or uninstall it.")
     return adapter
+
+
+def _answer(
+    asked: Callable[[Mapping[str, Any], Collection[str]], _T], source: ModelSource, entry: EntryPoint
+) -> _T:
+    """Return what an adapter's method says of a model. Raises `ConfigurationError`, naming the adapter, if it fails."""
+    try:
+        return asked(source.config, source.names)
+    except Exception as error:  # of whatever foreign code stumbles over
+        raise ConfigurationError(
+            f"The adapter {_where(entry)} fails when it is asked about {source} ({type(error).__name__}: {error}); "
+            "repair or uninstall it."
+        ) from error
 
 
 def _where(entry: EntryPoint) -> str:

@@ -200,6 +200,23 @@ def test_what_rounding_does_is_told_from_a_fault_by_float64(amplifying: LoadedMo
         held_to_eager(loaded, "latents", 1.5 * wide, latents)
 
 
+class ForeignAdapter(Showo2Adapter):
+    """An adapter of another package: this one."""
+
+
+def test_either_side_of_an_adapter_of_another_package_may_be_wrong(amplifying: LoadedModel) -> None:
+    _, wide = in_both(amplifying)
+    with pytest.raises(BundleError) as own:
+        held_to_eager(amplifying, "latents", 1.5 * wide, drawn_latents)
+    foreign = dataclasses.replace(amplifying, adapter=ForeignAdapter())
+    with pytest.raises(BundleError) as told:
+        held_to_eager(foreign, "latents", 1.5 * wide, drawn_latents)
+    assert str(told.value) == (
+        f"{own.value} In the adapter 'showo2', of another package, either what is traced (`forward`, `captures`) or "
+        "`eager` may be wrong: hold each against the model's own code."
+    )
+
+
 def test_rounding_that_was_small_by_luck_is_drawn_again(amplifying: LoadedModel) -> None:
     """Of a model that gives its float64 answers to the last digit while its weights are what they are."""
     truth, wide = in_both(amplifying)

@@ -93,6 +93,7 @@ def test_what_was_not_done_is_neither_a_cost_nor_a_reason_to_judge_less(allowed:
 def test_inspect_says_so(allowed: Path) -> None:
     told = CliRunner().invoke(app, ["inspect", str(allowed)], env={"COLUMNS": "200"})
     assert told.exit_code == 0
+    assert "declined, with the reason" in told.stdout
     (line,) = [line for line in told.stdout.splitlines() if WHY in line]
     assert "asked, not done: token pruning" in line
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import flashu_compile
 from flashu_compile import cli
 from flashu_compile.bundle.agreement import relative_error
-from flashu_compile.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from flashu_compile.errors import CheckpointError, ConfigurationError, InputError, UnsupportedModelError
 from flashu_compile.looking.structure import model_structure
 from flashu_compile.models.language_forward import QuestionForward
 from flashu_compile.models.loading import load_model
@@ -281,6 +281,20 @@ class TestBundle:
             assert len(truth) >= len(answer)
             _, logits = pipe.logits(picture_of(number), prompt, tokens=len(truth), answer=answer)
             assert max(relative_error(a, b) for a, b in zip(logits, truth, strict=True)) <= 1e-4
+
+    def test_a_question_holds_no_second_picture(self, built: Built) -> None:
+        """The library refuses it, too; where control tokens are text, it spells no picture."""
+        one, pipe, path = built
+        with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
+            inputs(one.family, PICTURES[0], "what <image>?")
+        pipe.ask(PICTURES[0], "what <image>?", max_new_tokens=1)
+        allowed = flashu_compile.load(path, threads=1, allow_control_tokens=True)
+        allowed.ask(PICTURES[0], "what <|im_end|>?", max_new_tokens=1)
+        for question in ("what <image>?", ["what?", "what <image>?"]):
+            with pytest.raises(
+                InputError, match="The question holds '<image>', which stands for the picture"
+            ):
+                allowed.ask(PICTURES[0], question, max_new_tokens=1)
 
     def test_a_penalty_on_repetition_is_the_library_s(self, built: Built) -> None:
         """It counts the ids ahead of the picture, and the one that stands for the picture."""

@@ -196,6 +196,26 @@ def test_one_that_cannot_be_loaded_is_named(install: Install, place: str, messag
         adapters()
 
 
+@pytest.mark.parametrize("method", ["recognise", "instead"])
+def test_one_that_fails_when_it_is_asked_is_named(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    install("broken_family", "broken")
+    assert "broken" in [adapter.name for adapter in adapters()]
+
+    def asked(adapter: Any, config: Any, names: Any) -> Any:
+        return config["absent"]
+
+    monkeypatch.setattr(sys.modules["broken_family"].Adapter, method, asked)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"The adapter broken_family:Adapter of broken_family fails when it is asked about {tmp_path} "
+        r"\(KeyError: 'absent'\); repair or uninstall it\.",
+    ):
+        load_model(tmp_path)
+
+
 def test_options_are_those_of_the_adapter(install: Install) -> None:
     install("invented_family", "invented")
     with pytest.raises(

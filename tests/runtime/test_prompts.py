@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import flashu_compile
+from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import Template
 from flashu_compile.errors import InputError
 from flashu_compile.models.loading import BUNDLED
@@ -154,6 +156,17 @@ def test_a_picture_s_size_is_told_ahead_of_it() -> None:
 def test_white_space_is_left_out_on_the_sides_that_a_template_says(sides: Any, kept: str) -> None:
     codec = CODECS["bundled"]
     assert codec.in_template(Template(strip=sides), "  a ") == codec.encode(kept)
+
+
+def test_a_text_does_not_hold_the_token_that_stands_for_a_picture() -> None:
+    picture = CODECS["bundled"].tokenizer.token_to_id("<image>")
+    template = Template((1,), picture=1, placeholder=picture)
+    allowed = TextCodec(bundled(), allow_control_tokens=True)
+    assert picture not in CODECS["bundled"].in_template(template, "a <image>")
+    with pytest.raises(InputError, match=r"The prompt holds '<image>', .*; leave it out: 'a <image>'"):
+        allowed.in_template(template, "a <image>", what="prompt")
+    marked = dataclasses.replace(template, after=(picture,))  # a template of its own may
+    assert allowed.in_template(marked, "a") == [1, *allowed.encode("a"), picture]
 
 
 def word_tokenizer(*words: str) -> Tokenizer:
