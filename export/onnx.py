@@ -123,7 +123,7 @@ class _Decomposed(ExportedProgram):
 def _translate(program: Program) -> ir.Model:
     exported = _Decomposed.copy_of(program.exported)
     try:
-        with _exporting, _quiet(), _listed_once(), torch.no_grad():
+        with _exporting, _quiet(), _listed_once(), torch.no_grad(), program.calls:
             result = torch.onnx.export(
                 exported,
                 dynamo=True,
