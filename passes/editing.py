@@ -270,7 +270,7 @@ class GraphEditor:
         self.graph._codegen = fx.graph.CodeGen()
         self.graph.lint()
         return ExportedProgram(
-            root=fx.GraphModule({}, self.graph),
+            root={},
             graph=self.graph,
             graph_signature=signature,
             state_dict={k: v for k, v in self._state.items() if k in targets},
