@@ -40,7 +40,7 @@ class RepeatedCalls(TorchFunctionMode):
 
     def call(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what `target` gives for these arguments."""
-        key = _call_key(target, args, kwargs)
+        key = call_key(target, args, kwargs)
         known = None if key is None else self._results.get(key)
         if known is not None:
             return _copied(known)
@@ -50,7 +50,7 @@ class RepeatedCalls(TorchFunctionMode):
         return result
 
 
-def _call_key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+def call_key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """Return what the metadata of a call's results follows from; None if that is not known."""
     if not isinstance(target, OpOverload) or not _is_told_by_metadata(target):
         return None
