@@ -276,11 +276,17 @@ class _ShapeCheck(fx.Interpreter):
 
 
 class _SymbolCheck(_ShapeCheck):
-    """The same of fake values, whose dynamic sizes are symbols."""
+    """The same of fake values, whose dynamic sizes are symbols. Nodes without metadata get what was computed."""
 
     def __init__(self, module: fx.GraphModule, calls: RepeatedCalls) -> None:
         super().__init__(module)
         self._calls = calls
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.meta.get("val") is None:
+            n.meta["val"] = value
+        return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._calls.call(target, args, kwargs)
