@@ -25,7 +25,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import sympy
 import torch
-from torch import fx
 from torch.export import ExportedProgram
 
 from flashu_compile.errors import EmissionError
@@ -97,7 +96,7 @@ class _Decomposed(ExportedProgram):
             if node.op == "call_function" and "_assert" in str(node.target):
                 graph.erase_node(node)
         return cls(
-            root=fx.GraphModule({}, graph),
+            root={},
             graph=graph,
             graph_signature=exported.graph_signature,
             state_dict=exported.state_dict,
@@ -123,7 +122,7 @@ class _Decomposed(ExportedProgram):
 def _translate(program: Program) -> ir.Model:
     exported = _Decomposed.copy_of(program.exported)
     try:
-        with _exporting, _quiet(), _listed_once(), torch.no_grad():
+        with _exporting, _quiet(), _listed_once(), torch.no_grad(), program.calls:
             result = torch.onnx.export(
                 exported,
                 dynamo=True,

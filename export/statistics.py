@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashu_compile.bundle.precision import OTHER
 from flashu_compile.passes.editing import module_path, stack_at
 from flashu_compile.program.program import Program
+from flashu_compile.program.repeated_calls import call_key
 
 _PICKING = (
     torch.ops.aten.embedding.default,
@@ -124,12 +125,17 @@ def _run_on_shapes(program: Program) -> _Counter:
 
 
 class _Counter(fx.Interpreter):
-    """Runs a graph on shapes alone and adds the work of every node to its component."""
+    """Runs a graph on shapes alone and adds the work of every node to its component.
+
+    An operator is called once for each kind of operands; where it is called again, its result stands for the new one.
+    """
 
     def __init__(self, module: fx.GraphModule, stacks: Mapping[str, str]) -> None:
         super().__init__(module)
         self.stacks = stacks
         self.mode = FlopCounterMode(display=False)
+        self._called: dict[Hashable, tuple[Any, int]] = {}
+        self._flops_of_call = 0
         self.flops: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         #: By stack, layer and weight: a weight may be used for one part of the rows after another.
@@ -138,11 +144,10 @@ class _Counter(fx.Interpreter):
         )
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.mode.get_total_flops()
         result = super().run_node(n)
         if n.op != "call_function":
             return result
-        flops = self.mode.get_total_flops() - before
+        flops = self._flops_of_call
         if n.target is torch.ops.aten.scaled_dot_product_attention.default:
             # torch's registry knows the kernels of some devices only, and no grouped heads.
             query, key, value = (self.env[cast("fx.Node", node)] for node in n.args[:3])
@@ -155,6 +160,18 @@ class _Counter(fx.Interpreter):
             self.bytes[where] += moved
         if n.target is torch.ops.aten.linear.default and where != OTHER:
             self._book_rows(n, where)
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        key = call_key(target, args, kwargs)
+        known = None if key is None else self._called.get(key)
+        if known is None:
+            before = self.mode.get_total_flops()
+            result = super().call_function(target, args, kwargs)
+            known = result, self.mode.get_total_flops() - before
+            if key is not None:
+                self._called[key] = known
+        result, self._flops_of_call = known
         return result
 
     def _moved(self, node: fx.Node, result: Any) -> int:

@@ -129,7 +129,7 @@ class GraphEditor:
             for node in nodes:
                 arguments: Any = fx.map_arg(node.args, value_of)
                 keywords: Any = fx.map_arg(node.kwargs, value_of)
-                node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
+                node.meta["val"] = self.program.calls.call(node.target, arguments, keywords)
 
     def settle(self, changed: Iterable[fx.Node]) -> None:
         """Propagate a change of memory layout from `changed` to their users, as far as it has effects.
@@ -270,7 +270,7 @@ class GraphEditor:
         self.graph._codegen = fx.graph.CodeGen()
         self.graph.lint()
         return ExportedProgram(
-            root=fx.GraphModule({}, self.graph),
+            root={},
             graph=self.graph,
             graph_signature=signature,
             state_dict={k: v for k, v in self._state.items() if k in targets},

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashu_compile.bundle import agreement
 from flashu_compile.bundle.agreement import REORDERED, Difference, output_difference, possible_rounding
@@ -34,6 +34,7 @@ from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.provenance import note
 from flashu_compile.passes.widening import run_wide
 from flashu_compile.program.program import Program, run_chain
+from flashu_compile.program.repeated_calls import RepeatedCalls
 
 #: The share of a unit in the last place that nobody asks about: a tenth of what one rounding hides. Most passes make no
 #: difference at all; that of those which sum in another order is larger, by how much depends on the weights.
@@ -274,6 +275,23 @@ class _ShapeCheck(fx.Interpreter):
         return value
 
 
+class _SymbolCheck(_ShapeCheck):
+    """The same of fake values, whose dynamic sizes are symbols. Nodes without metadata get what was computed."""
+
+    def __init__(self, module: fx.GraphModule, calls: RepeatedCalls) -> None:
+        super().__init__(module)
+        self._calls = calls
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.meta.get("val") is None:
+            n.meta["val"] = value
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._calls.call(target, args, kwargs)
+
+
 def _run_checked(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Lint the graph and run it. Raises `PassError` naming the node whose value differs from its metadata."""
     graph_module = program.exported.graph_module
@@ -294,17 +312,12 @@ def check_graph(program: Program) -> None:
     try:
         graph_module.graph.lint()
         inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
-        fake_mode = torch._guards.detect_fake_mode(inputs)
-        declared = {node: node.meta.get("val") for node in graph_module.graph.nodes}
-        with enable_python_dispatcher():  # PyTorch 2.11 has no other way to size products of dynamic rows
-            FakeTensorProp(graph_module, fake_mode).propagate_dont_convert_inputs(*inputs)
+        fake_mode = torch._guards.detect_fake_mode(inputs) or FakeTensorMode()
+        # PyTorch 2.11 has no other way than the Python dispatcher's to size products of dynamic rows.
+        with fake_mode, torch.no_grad(), enable_python_dispatcher():
+            _SymbolCheck(graph_module, program.calls).run(*inputs, enable_io_processing=False)
     except (RuntimeError, TypeError, KeyError, AssertionError, ValueError) as error:
         raise PassError(f"it left an invalid graph: {error}") from error
-    for node, before in declared.items():
-        after = node.meta.get("val")
-        if isinstance(before, Tensor) and isinstance(after, Tensor):
-            _check_value(node, after, before)
-        node.meta["val"] = before if before is not None else after
 
 
 def _check_value(node: fx.Node, value: Tensor, declared: Tensor) -> None:

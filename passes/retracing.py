@@ -21,7 +21,7 @@ def retraced(program: Program, run: Run) -> GraphEditor:
     (`torch.fx.traceback`) carry the module path of that node.
     """
     graph = fx.Graph()
-    tracer = GraphTracer(graph)
+    tracer = GraphTracer(graph, program.calls)
     values: dict[fx.Node, Tensor] = {}
     for old in program.exported.graph.find_nodes(op="placeholder"):
         new = graph.node_copy(old)

@@ -152,7 +152,7 @@ def _with_graph(exported: ExportedProgram, graph: fx.Graph) -> ExportedProgram:
         output_specs=[_of(spec, node) for spec, node in zip(old.output_specs, results, strict=True)],
     )
     return ExportedProgram(
-        root=fx.GraphModule({}, graph),
+        root={},
         graph=graph,
         graph_signature=signature,
         state_dict=exported.state_dict,

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from flashu_compile.errors import StructureError
+from flashu_compile.program.repeated_calls import RepeatedCalls
 
 #: What is taken over from the node in whose name new ones are recorded (`torch.fx.traceback.set_current_meta`).
 _INHERITED = ("nn_module_stack", "custom")
@@ -43,10 +44,14 @@ _sym_size = torch.ops.aten.sym_size.int
 
 
 class GraphTracer:
-    """Records operators on the fake values of nodes as nodes of `graph`, at its insertion point."""
+    """Records operators on the fake values of nodes as nodes of `graph`, at its insertion point.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    `calls` gives their results, as it does to others that call operators on fake values of the same kinds.
+    """
+
+    def __init__(self, graph: fx.Graph, calls: RepeatedCalls | None = None) -> None:
         self.graph = graph
+        self.calls = RepeatedCalls() if calls is None else calls
         self._mode: FakeTensorMode | None = None
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # a tensor lives as long as its id is looked up
         self._sizes: dict[sympy.Expr, fx.Node] = {}
@@ -163,8 +168,10 @@ class _Parts(TorchDispatchMode):
         self.tracer, self.paused = tracer, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self.paused and any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):
+        if self.paused:
+            return func(*args, **(kwargs or {}))
+        result = self.tracer.calls.call(func, args, kwargs or {})
+        if any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):
             self.tracer.record(func, args, kwargs or {}, result)
         return result
 
@@ -182,7 +189,7 @@ class _Whole(TorchFunctionMode):
             return func(*args, **kwargs)
         self.parts.paused = True
         try:
-            result = func(*args, **kwargs)
+            result = self.tracer.calls.call(func, args, kwargs)
         finally:
             self.parts.paused = False
         self.tracer.record(func, *_by_place(func, args, kwargs), result)

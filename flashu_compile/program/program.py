@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from flashu_compile.errors import CaptureError
+from flashu_compile.program.repeated_calls import RepeatedCalls
 
 #: The dynamic dimension along which samples lie.
 BATCH = "batch"
@@ -54,8 +55,9 @@ class Program:
 
     `exported` takes `inputs` and gives `outputs`, in these orders, as flat positional tensors. `stacks` names the
     roots of the repeated structures by module path (such as `{"trunk": "model.layers"}`), `decoder` that of them which
-    attends over all rows, the first if it is not told. `sample` is one set of inputs by role, for checks. A program
-    never changes; passes make new ones.
+    attends over all rows, the first if it is not told. `sample` is one set of inputs by role, for checks. `calls` gives
+    what operators make of the fake values of its graph; programs made of one another share it. A program never changes;
+    passes make new ones.
 
     A program holds tensors, so it is equal to itself alone, as every dataclass here that holds tensors or arrays is.
     """
@@ -68,6 +70,7 @@ class Program:
     stacks: Mapping[str, str]
     sample: Mapping[str, Tensor]
     decoder: str = ""
+    calls: RepeatedCalls = dataclasses.field(default_factory=RepeatedCalls, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoder", self.decoder or next(iter(self.stacks), ""))

@@ -60,7 +60,19 @@ def trace(module: nn.Module, inputs: tuple[Input, ...], sample: Mapping[str, Ten
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+        _forget_calls(exported)
         return decomposed(exported)
+
+
+def _forget_calls(exported: ExportedProgram) -> None:
+    """Let PyTorch keep no results of calls on the fake values of a program.
+
+    Calls that are made again are remembered by `RepeatedCalls`; to keep one here too takes as long as to make it.
+    """
+    values = [node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")]
+    mode = torch._guards.detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+    if mode is not None:
+        mode.cache_enabled = False
 
 
 def capture_program(spec: CaptureSpec) -> Program:

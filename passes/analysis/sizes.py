@@ -14,6 +14,8 @@ class Sizes:
 
     def __init__(self, program: Program) -> None:
         self._symbols: dict[sympy.Symbol, sympy.Expr] = {}
+        self._expressions: dict[sympy.Expr, sympy.Expr] = {}
+        self._renamed: dict[str, str] = {}
         nodes = {node.name: node for node in program.exported.graph.find_nodes(op="placeholder")}
         for given, name in zip(program.inputs, program.exported.graph_signature.user_inputs, strict=True):
             for axis, size in zip(given.axes, nodes[name].meta["val"].shape, strict=True):
@@ -38,14 +40,19 @@ class Sizes:
 
         The order of its terms depends on these names alone.
         """
-        names = {sympy.Symbol(symbol.name): called for symbol, called in self._symbols.items()}
-        return str(sympy.expand(sympy.sympify(text).subs(names)))
+        if text not in self._renamed:
+            names = {sympy.Symbol(symbol.name): called for symbol, called in self._symbols.items()}
+            self._renamed[text] = str(sympy.expand(sympy.sympify(text).subs(names)))
+        return self._renamed[text]
 
     def expression(self, size: int | torch.SymInt) -> sympy.Expr:
         """Convert a size to an expression in the dimensions' names."""
-        if isinstance(size, torch.SymInt):
-            return sympy.expand(size.node.expr.subs(self._symbols))
-        return sympy.Integer(size)
+        if not isinstance(size, torch.SymInt):
+            return sympy.Integer(size)
+        found = size.node.expr
+        if found not in self._expressions:
+            self._expressions[found] = sympy.expand(found.subs(self._symbols))
+        return self._expressions[found]
 
     def shape(self, tensor: Tensor) -> tuple[sympy.Expr, ...]:
         """Convert the shape of `tensor` to expressions in the dimensions' names."""

@@ -67,9 +67,10 @@ class BreakShapes(Break):
         return PassResult((editor.finish(),), ("cast",))
 
 
-def test_manager_propagates_shapes_and_dtypes_again(denoise: Program) -> None:
+@pytest.mark.parametrize("validate", [True, False])
+def test_manager_propagates_shapes_and_dtypes_again(denoise: Program, validate: bool) -> None:
     with pytest.raises(PassError, match=r"left node .* as torch\.float64"):
-        PassManager((BreakShapes(),)).run(denoise)
+        PassManager((BreakShapes(),), validate).run(denoise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +100,10 @@ class Shrink(Pass):
         return PassResult((editor.finish(),), ("sliced",))
 
 
-def test_manager_compares_sizes(denoise: Program) -> None:
+@pytest.mark.parametrize("validate", [True, False])
+def test_manager_compares_sizes(denoise: Program, validate: bool) -> None:
     with pytest.raises(PassError, match=r"left node .*3, 6, 6\], but its metadata says .*12, 6, 6\]"):
-        PassManager((Shrink(),)).run(denoise)
+        PassManager((Shrink(),), validate).run(denoise)
 
 
 @dataclasses.dataclass(frozen=True)
