@@ -44,6 +44,10 @@ class _Products:
             total.addmm_(part.t(), part)
         self.rows += len(rows)
 
+    def means(self) -> list[Tensor]:
+        """Return the means over the rows."""
+        return [total / self.rows for total in self.sums]
+
 
 def fitted_weights(
     weights: QuantizedWeights, probes: Sequence[Probe], meant: Callable[[str], bool]
@@ -52,8 +56,10 @@ def fitted_weights(
     found: dict[_Readers, list[Tensor]] = {}
     by_place: dict[tuple[Any, ...], Tensor] = {}
     for probe in probes:
-        for readers, products in _measured(probe, meant, by_place).items():
-            means = [part / products.rows for part in products.sums]
+        measured = _measured(probe, meant, by_place)
+        while measured:  # the means take the place of the sums
+            readers, products = measured.popitem()
+            means = products.means()
             known = found.setdefault(readers, means)
             if known is not means:
                 for total, part in zip(known, means, strict=True):
