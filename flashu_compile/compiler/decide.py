@@ -175,7 +175,8 @@ def measured_precision(
         (program,), _ = job.run(made.program, validate=False)
         return dataclasses.replace(made, program=program)
 
-    fitted_on = {task: () if samples is None else samples.of(task)[SAMPLES:] for task in tasks}
+    known = CalibrationSamples() if samples is None else samples
+    fitted_on = {task: known.of(task)[SAMPLES:] if INT4 in precision.names else () for task in tasks}
     precision = _fitted(
         precision, [probe_of(task, given) for task, given in fitted_on.items() if given], tell
     )
@@ -186,7 +187,7 @@ def measured_precision(
         return precision.of_part(layer.part)
 
     for task in tasks:
-        given = () if samples is None else samples.of(task)[:SAMPLES]
+        given = known.of(task)[:SAMPLES]
         probe = dataclasses.replace(probe_of(task, given), weights=precision.weights)
         errors[task], truth = probe.errors(lambda part: precision.of_part(part) in READ)
         counts[task] = len(given)
@@ -207,7 +208,7 @@ def measured_precision(
     told = report(errors, precision.of_part, counts, sensitive, int4, read)
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
-        told["tasks"][task]["int4_fitted_on"] = len(fitted_on[task]) if INT4 in precision.names else 0
+        told["tasks"][task]["int4_fitted_on"] = len(fitted_on[task])
     return dataclasses.replace(precision, sensitive=sensitive, int4=int4, read=read), {"int8": told}
 
 
@@ -217,7 +218,7 @@ def _fitted(precision: Precision, probes: Sequence[Probe], tell: ProgressReporte
     `probes` are of other samples than errors are measured on, or these would be errors of forms that know them.
     """
     weights = precision.weights.with_fitted(())
-    if probes and INT4 in precision.names:
+    if probes:
         tell("fitting weights in 4 bits")
         weights = fitted_weights(weights, probes, lambda part: precision.of_part(part) == INT4)
     return dataclasses.replace(precision, weights=weights)
