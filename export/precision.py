@@ -123,7 +123,7 @@ class Precision:
             sorted((task, sorted(names)) for task, names in by_task.items())
             for by_task in (self.sensitive, self.int4, self.read)
         ]
-        return f"{self} {chosen}"
+        return f"{self} {chosen} {self.weights.fitted}"
 
     def __str__(self) -> str:
         if len(self.names) == 1:

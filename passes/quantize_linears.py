@@ -10,8 +10,9 @@ Layers whose weights are named in `keep` stay as they are, and so do those that 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -35,16 +36,36 @@ MIN_WIDTH = 128
 
 
 class QuantizedWeights(WholeWeights):
-    """int8 weights, computed once for all programs of a model.
+    """Weights in 8 and 4 bits, computed once for all programs of a model.
 
     A weight that is a part of a whole one, such as that of the kept neurons of a layer, becomes the same part
-    of the whole one's int8 form, so that engines share its bytes. Any other weight is quantized by itself.
+    of the whole one's form, so that engines share its bytes. Any other weight is quantized by itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._made_int4: dict[tuple[Any, ...], tuple[Tensor, Int4Weight]] = {}
+        self._fitted: dict[tuple[Any, ...], tuple[Tensor, Int4Weight]] = {}
+        self._by_hash: dict[str, Int4Weight] = {}
+        #: A hash of the forms that were fitted, "" if there are none.
+        self.fitted = ""
+
+    def with_fitted(self, forms: Iterable[tuple[Tensor, Int4Weight]]) -> QuantizedWeights:
+        """Return these weights, whose 4-bit forms are the given ones where there is one; other forms are shared.
+
+        A form that was given before is kept, so that engines that were made with it share its bytes.
+        """
+        copy = QuantizedWeights()
+        copy._known, copy._made, copy._made_int4 = self._known, self._made, self._made_int4
+        copy._by_hash = self._by_hash
+        hashes = []
+        for weight, form in forms:
+            hashes.append(form.digest())
+            kept = self._by_hash.setdefault(hashes[-1], form)
+            copy._fitted[place_of(weight.detach())] = (weight.detach(), kept)
+        copy.fitted = hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else ""
+        return copy
 
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the int8 form [out, in] and the scales float32 [out] of a float32 weight [out, in]."""
@@ -62,7 +83,9 @@ class QuantizedWeights(WholeWeights):
         return self._int4(weight.detach()) if found is None else found
 
     def _int4(self, weight: Tensor) -> Int4Weight:
-        if (key := place_of(weight)) not in self._made_int4:
+        if (key := place_of(weight)) in self._fitted:
+            return self._fitted[key][1]
+        if key not in self._made_int4:
             self._made_int4[key] = (weight, int4_weight(weight))
         return self._made_int4[key][1]
 

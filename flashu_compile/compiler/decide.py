@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flashu_compile.bundle.precision import FEW_BITS, INT4, INT8_WEIGHTS, READ
@@ -14,14 +14,16 @@ from flashu_compile.bundle.settings import Template
 from flashu_compile.compiler import metadata
 from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
-from flashu_compile.compiler.tasks import compiled_task
+from flashu_compile.compiler.specialise import neuron_order
+from flashu_compile.compiler.tasks import compiled_task, main_program
 from flashu_compile.compiler.work import calibrating, calibration_work
 from flashu_compile.errors import InputError, RecipeError
 from flashu_compile.evaluation.neutral import calibration_prompts, calibration_questions, calibration_texts
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import keep_budget
+from flashu_compile.measure.fitting import fitted_weights
 from flashu_compile.measure.samples import MODEL, NEUTRAL, CalibrationSamples, calibration_samples
-from flashu_compile.measure.sensitivity import SAMPLES, LinearError, report
+from flashu_compile.measure.sensitivity import SAMPLES, LinearError, Probe, report
 from flashu_compile.models.adapter import LoadedModel
 from flashu_compile.recipe.decisions import Decisions
 from flashu_compile.recipe.recipe import Recipe
@@ -164,6 +166,20 @@ def measured_precision(
     """
     if not precision.has_few_bits:
         return precision, {}
+    order = neuron_order(recipe, tasks, source.ordered_weights)
+
+    def probe_of(task: str, records: Sequence[Any]) -> Probe:
+        """Return a probe of the weights as engines have them, which are of ordered neurons."""
+        made = compiled_task(source, task).probe(source, recipe, records)
+        job = order.job(source.programs[main_program(source, task)].spec)
+        (program,), _ = job.run(made.program, validate=False)
+        return dataclasses.replace(made, program=program)
+
+    known = CalibrationSamples() if samples is None else samples
+    fitted_on = {task: known.of(task)[SAMPLES:] if INT4 in precision.names else () for task in tasks}
+    precision = _fitted(
+        precision, [probe_of(task, given) for task, given in fitted_on.items() if given], tell
+    )
     tell("measuring what layers lose in int8")
     errors, counts, sensitive, kept, read = {}, {}, {}, {}, {}
 
@@ -171,8 +187,8 @@ def measured_precision(
         return precision.of_part(layer.part)
 
     for task in tasks:
-        given = () if samples is None else samples.of(task)[:SAMPLES]
-        probe = compiled_task(source, task).probe(source, recipe, given)
+        given = known.of(task)[:SAMPLES]
+        probe = dataclasses.replace(probe_of(task, given), weights=precision.weights)
         errors[task], truth = probe.errors(lambda part: precision.of_part(part) in READ)
         counts[task] = len(given)
         alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)
@@ -192,7 +208,20 @@ def measured_precision(
     told = report(errors, precision.of_part, counts, sensitive, int4, read)
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
+        told["tasks"][task]["int4_fitted_on"] = len(fitted_on[task])
     return dataclasses.replace(precision, sensitive=sensitive, int4=int4, read=read), {"int8": told}
+
+
+def _fitted(precision: Precision, probes: Sequence[Probe], tell: ProgressReporter) -> Precision:
+    """Return the precision with 4-bit forms fitted to what the probes run; without any, rounded to nearest.
+
+    `probes` are of other samples than errors are measured on, or these would be errors of forms that know them.
+    """
+    weights = precision.weights.with_fitted(())
+    if probes:
+        tell("fitting weights in 4 bits")
+        weights = fitted_weights(weights, probes, lambda part: precision.of_part(part) == INT4)
+    return dataclasses.replace(precision, weights=weights)
 
 
 def _told(tell: ProgressReporter, task: str, stage: str) -> None:

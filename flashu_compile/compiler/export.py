@@ -132,7 +132,8 @@ def export(
             "int8_weights" where the backend has it; or one for each part, such as {"llm": "int4", "head": "float16"}.
             Parts are the model's stacks, as `inspect --structure` lists them ("decoder" is the one that attends over
             all rows, whatever it is called), and "other"; those not named are float32. Layers that lose too much in few
-            bits have 8 for 4, or stay in float32: how much each loses is measured on samples, and said in the report.
+            bits have 8 for 4, or stay in float32: how much each loses is measured on three samples, and said in the
+            report. Weights in 4 bits are fitted to the other samples, if there are any.
         precision_budget: where a part is in few bits, the largest relative L2 error that its layers may cause in what a
             task gives (final latents, logits of the next token; without samples, the outputs for the inputs that it was
             captured with), 0.05 if not given; or one by task, such as {"mmu": 0.02}. Layers get more bits until it is

@@ -23,7 +23,7 @@ from flashu_compile import arguments
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.precision import TOLERANCES
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.measure.sensitivity import Int8Recorder, LinearError, Probe, share_in_int4
+from flashu_compile.measure.sensitivity import LinearError, Probe, share_in_int4
 
 #: The largest relative L2 error of a task's outputs in int8, unless another is given. Random weights at the sizes of
 #: `benchmarks/geometries.py` stay below it with every layer in int8.
@@ -158,7 +158,7 @@ class _Tries:
         if names == kept:  # nothing has few bits
             return 0.0
         if (kept, int4) not in self._found:
-            outputs = self._probe.outputs(Int8Recorder(self._probe.program, names - kept, int4, self._read))
+            outputs = self._probe.outputs(self._probe.recorder(names - kept, int4, self._read))
             self._found[kept, int4] = relative_error(outputs, self._truth)
             minutes = (time.monotonic() - self._started) / 60
             share = f", {share_in_int4(self._layers, int4):.0%} of weights in 4 bits" if int4 else ""

@@ -27,10 +27,10 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import GenerationSettings, TextSettings, UnderstandingSettings
 from flashu_compile.measure.asked import Asked, about_nothing, about_picture
 from flashu_compile.measure.recorder import Recorder, RecordingEngine
-from flashu_compile.operators.int4 import WIDENED, in_blocks, int4_weight
+from flashu_compile.operators.int4 import WIDENED, Int4Weight, in_blocks
 from flashu_compile.operators.int8 import QUANTIZE, quantized_weight
 from flashu_compile.passes.editing import GraphEditor, stack_of
-from flashu_compile.passes.quantize_linears import is_quantizable, weight_name
+from flashu_compile.passes.quantize_linears import QuantizedWeights, is_quantizable, weight_name
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.recipe.recipe import Recipe
@@ -87,10 +87,14 @@ class LinearError:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe:
-    """A captured program of a task, and what is run through it: `outputs` gives what a task makes of a recorder."""
+    """A captured program of a task, and what is run through it: `outputs` gives what a task makes of a recorder.
+
+    `weights` holds the forms in few bits of the program's weights.
+    """
 
     program: Program
     outputs: Callable[[Recorder], NDArray[Any]]
+    weights: QuantizedWeights = dataclasses.field(default_factory=QuantizedWeights)
 
     def errors(
         self, read: Callable[[str], bool] = lambda part: False
@@ -99,9 +103,13 @@ class Probe:
 
         `read` tells of which parts weights may be read in few bits, which is measured too.
         """
-        watch = _Watch(self.program, read)
+        watch = _Watch(self.program, read, self.weights)
         outputs = self.outputs(watch)
         return watch.errors(), outputs
+
+    def recorder(self, weights: frozenset[str], int4: frozenset[str], read: frozenset[str]) -> Int8Recorder:
+        """Return a recorder of the program with these weights in few bits."""
+        return Int8Recorder(self.program, weights, int4, read, self.weights)
 
 
 def generation_probe(
@@ -153,7 +161,8 @@ class Int8Recorder(Recorder):
     """Runs a program with the layers of some `weights` in int8 (None: every layer that can be).
 
     The same numbers as in `INT8_LINEAR`, but for the rounding of float32, at the price of a layer in float32. Weights
-    named in `int4` are in 4 bits, and those in `read` are read: ONNX Runtime rounds what they meet in blocks of a row.
+    named in `int4` are in 4 bits, in the form that `forms` have, and those in `read` are read: ONNX Runtime rounds what
+    they meet in blocks of a row.
     """
 
     def __init__(
@@ -162,9 +171,11 @@ class Int8Recorder(Recorder):
         weights: frozenset[str] | None = None,
         int4: frozenset[str] = frozenset(),
         read: frozenset[str] = frozenset(),
+        forms: QuantizedWeights | None = None,
     ) -> None:
         super().__init__(program, {})
         self._read = read
+        forms = forms or QuantizedWeights()
         editor = GraphEditor(program)
         linears = editor.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
         self._names = {
@@ -175,7 +186,10 @@ class Int8Recorder(Recorder):
         }
         self._layers = {n.name: n for n in linears if n.name in self._names}
         self._full = {self._names[name]: _stored(editor, node) for name, node in self._layers.items()}
-        self._weights = {name: restored(weight, in_int4=name in int4) for name, weight in self._full.items()}
+        self._weights = {
+            name: _in_int4(forms.in_int4(weight)) if name in int4 else _in_int8(weight)
+            for name, weight in self._full.items()
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute a node, a layer from its weight and its input as bytes can tell them."""
@@ -195,11 +209,11 @@ class Int8Recorder(Recorder):
 class _Watch(Int8Recorder):
     """Runs a program in float32 and sums the squares of values and errors for every layer that can be int8."""
 
-    def __init__(self, program: Program, read: Callable[[str], bool]) -> None:
+    def __init__(self, program: Program, read: Callable[[str], bool], forms: QuantizedWeights) -> None:
         super().__init__(program)
         self._parts = {name: stack_of(program, node) or OTHER for name, node in self._layers.items()}
         meant = {self._names[name] for name, part in self._parts.items() if read(part)}
-        self._int4 = {name: restored(self._full[name], in_int4=True) for name in meant}
+        self._int4 = {name: _in_int4(forms.in_int4(self._full[name])) for name in meant}
         self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
 
     def run_node(self, n: fx.Node) -> Any:
@@ -228,13 +242,15 @@ class _Watch(Int8Recorder):
         return tuple(found.values())
 
 
-def restored(weight: Tensor, *, in_int4: bool) -> Tensor:
-    """Return what a weight [out, in] in 8 or 4 bits stands for, float32."""
-    if not in_int4:
-        quantized, scale = quantized_weight(weight)
-        return quantized * scale[:, None]
-    made = int4_weight(weight)
-    return WIDENED(made.values, made.factors) * made.scale[:, None]
+def _in_int8(weight: Tensor) -> Tensor:
+    """Return what a weight [out, in] in 8 bits stands for, float32."""
+    quantized, scale = quantized_weight(weight)
+    return quantized * scale[:, None]
+
+
+def _in_int4(form: Int4Weight) -> Tensor:
+    """Return what a weight in 4 bits stands for, float32 [out, in]."""
+    return WIDENED(form.values, form.factors) * form.scale[:, None]
 
 
 def _squares(values: Tensor) -> float:

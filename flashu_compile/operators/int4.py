@@ -10,6 +10,7 @@ bits (`dequantized_linear`, which ONNX Runtime makes MatMulNBits of when it load
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ LARGEST, _FACTORS = 7, 18
 @torch.library.custom_op("flashu_compile::widened", mutates_args=())
 def widened(weight: Tensor, factors: Tensor) -> Tensor:
     """Multiply int8 values [out, in], within 4 bits, by the int8 factors [out, blocks] of their blocks, in int8."""
-    return weight * _of_inputs(factors, weight.shape[1])
+    return weight * of_inputs(factors, weight.shape[1])
 
 
 @widened.register_fake
@@ -38,7 +39,7 @@ def dequantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 
     `scale` is float32 [out], or [out, blocks] for a weight in 4 bits.
     """
-    scales = scale[:, None] if scale.ndim == 1 else _of_inputs(scale, weight.shape[1])
+    scales = scale[:, None] if scale.ndim == 1 else of_inputs(scale, weight.shape[1])
     return F.linear(x, weight.float() * scales, bias)
 
 
@@ -64,6 +65,13 @@ class Int4Weight:
     scale: Tensor
     scales: Tensor
 
+    def digest(self) -> str:
+        """Return a hash of the form's content and memory layout."""
+        digest = hashlib.sha256(f"{tuple(self.values.shape)} {self.values.stride()}".encode())
+        for tensor in (self.values, self.factors, self.scale):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
     def part(self, place: tuple[slice, ...]) -> Int4Weight | None:
         """Return a block of rows and columns, which share memory with these; None if a block of inputs is cut.
 
@@ -84,25 +92,47 @@ class Int4Weight:
 
 
 def int4_weight(weight: Tensor) -> Int4Weight:
-    """Quantize a float32 weight [out, in] to 4 bits, keeping its memory layout.
+    """Quantize a float32 weight [out, in] to 4 bits, rounding to nearest and keeping its memory layout.
 
     Each block gets the factor with the smallest sum of squared errors.
     """
     given = weight.detach()
-    out, depth = given.shape
-    padded = F.pad(given, (0, -depth % BLOCK)).reshape(out, -1, BLOCK)
-    scale = padded.abs().amax((1, 2)) / (LARGEST * _FACTORS)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = channel_scale(given)
+    factors = block_factors(given, scale)
+    step = of_inputs(scale[:, None] * factors, given.shape[1])
+    return in_layout(given, rounded(given, step).to(torch.int8), factors, scale)
+
+
+def channel_scale(weight: Tensor) -> Tensor:
+    """Return the scales [out] of a weight [out, in]: the largest factor takes each channel's largest value in."""
+    scale = weight.abs().amax(1) / (LARGEST * _FACTORS)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def block_factors(weight: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Return for each block of a weight [out, in] the factor whose rounding has the smallest sum of squared errors.
+
+    `importance` [in] weighs the squared errors of inputs, which count alike without it.
+    """
+    out, depth = weight.shape
+    padded = F.pad(weight, (0, -depth % BLOCK)).reshape(out, -1, BLOCK)
+    weighing = None if importance is None else F.pad(importance, (0, -depth % BLOCK)).reshape(-1, BLOCK)
     least = torch.full(padded.shape[:2], torch.inf)
     factors = torch.ones(padded.shape[:2], dtype=torch.int8)
     for factor in range(1, _FACTORS + 1):
         step = (scale * factor)[:, None, None]
-        error = (_rounded(padded, step) * step).sub_(padded).square_().sum(-1)
+        error = (rounded(padded, step) * step).sub_(padded).square_()
+        error = error.sum(-1) if weighing is None else (error * weighing).sum(-1)
         better = error < least
         least[better], factors[better] = error[better], factor
+    return factors
+
+
+def in_layout(weight: Tensor, values: Tensor, factors: Tensor, scale: Tensor) -> Int4Weight:
+    """Return the 4-bit form of these values, factors and scales in the memory layout of its `weight`."""
+    values, factors = values.contiguous(), factors.contiguous()
     scales = scale[:, None] * factors
-    values = _rounded(padded, scales[..., None]).to(torch.int8).reshape(out, -1)[:, :depth].contiguous()
-    if not given.is_contiguous():  # by columns, so that a range of these is a range of memory
+    if not weight.is_contiguous():  # by columns, so that a range of these is a range of memory
         values, factors, scales = (tensor.t().contiguous().t() for tensor in (values, factors, scales))
     return Int4Weight(values, factors, scale, scales)
 
@@ -118,10 +148,11 @@ def in_blocks(x: Tensor) -> Tensor:
     return ((blocks / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
 
 
-def _rounded(blocks: Tensor, step: Tensor) -> Tensor:
-    return (blocks / step).round_().clamp_(-LARGEST, LARGEST)
+def rounded(weight: Tensor, step: Tensor) -> Tensor:
+    """Return the values of 4 bits that are nearest to a weight in units of `step`, as floats."""
+    return (weight / step).round_().clamp_(-LARGEST, LARGEST)
 
 
-def _of_inputs(blocks: Tensor, depth: int) -> Tensor:
+def of_inputs(blocks: Tensor, depth: int) -> Tensor:
     """Repeat what each block [out, blocks] has for each of its inputs: [out, depth]."""
     return blocks.repeat_interleave(BLOCK, 1)[:, :depth]

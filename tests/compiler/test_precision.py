@@ -18,11 +18,14 @@ from flashu_compile.bundle.precision import REST, TOLERANCES, by_part, tolerance
 from flashu_compile.compiler.export import Bundle
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.backends import check_precision
+from flashu_compile.exporters.int4_onnx import in_pairs
 from flashu_compile.exporters.precision import Precision
+from flashu_compile.measure.sensitivity import SAMPLES
 from flashu_compile.models.loading import load_model
 from flashu_compile.models.showo2.config import HeadConfig, LLMConfig, SemanticConfig
 from flashu_compile.models.showo2.eager import EagerPipeline
 from flashu_compile.models.showo2.modeling import Showo2
+from flashu_compile.operators.int4 import int4_weight
 from flashu_compile.passes.quantize_linears import MIN_WIDTH
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions
@@ -217,14 +220,20 @@ class TestBundles:
         assert any(layer["sensitive"] and layer["error"] < 0.05 for layer in told["layers"])
         assert verify(bundle.path).ok
 
-    def test_weights_in_four_bits_are_stored_once_for_all_engines(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("samples", [0, SAMPLES + 2], ids=["rounded to nearest", "fitted"])
+    def test_weights_in_four_bits_are_stored_once_for_all_engines(self, samples: int, tmp_path: Path) -> None:
         stages: list[str] = []
+        picture = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        given = {"prompts": [PROMPT] * samples, "questions": [(picture, "what color?")] * samples}
+        model = wide_model()
         bundle = flashu_compile.export(
-            wide_model(), ["t2i", "mmu"], recipe=RECIPE, output=tmp_path / "b", precision="int4",
-            precision_budget=0.5, vae=VAE, tokenizer=tokenizer(), cache=False,
-            progress=lambda stage, _: stages.append(stage),
+            model, ["t2i", "mmu"], recipe=RECIPE, output=tmp_path / "b", precision="int4",
+            precision_budget=0.5, vae=VAE, tokenizer=tokenizer(), cache=False, cost_samples=0,
+            calibration=given if samples else None, progress=lambda stage, _: stages.append(stage),
         )  # fmt: skip
         told = report(bundle)["int8"]["tasks"]
+        assert [told[task]["int4_fitted_on"] for task in told] == [max(0, samples - SAMPLES)] * 2
+        assert ("fitting weights in 4 bits" in stages) == bool(samples)
         assert any("mmu: int8 with 0 of 21 layers in float32, 100% of weights in 4 bits" in s for s in stages)
         assert told["mmu"]["parts"]["llm"]["int4_share"] == 1.0
         assert all(layer["bits"] == 4 for layer in told["mmu"]["layers"])
@@ -246,8 +255,12 @@ class TestBundles:
         (start, length), (inner, kept) = places["denoise"], places["denoise_pruned"]
         assert start <= inner < inner + kept <= start + length
         assert kept * 3 == length * 2
+        weight = model.showo.model.layers[0].mlp.down_proj.weight.detach()
+        neurons = [*range(64, 64 + 2 * MIN_WIDTH), *range(64), *range(64 + 2 * MIN_WIDTH, FFN)]
+        plain = int4_weight(weight[:, neurons].t().contiguous().t()).values
+        packed = (bundle.path / "weights.bin").read_bytes()[start : start + length]
+        assert (packed == in_pairs(plain.t().numpy()).tobytes()) == (samples == 0)
         assert verify(bundle.path).ok
-        picture = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
         answers = []
         for memory in ("fast", "low"):
             with flashu_compile.load(bundle.path, memory=memory, threads=1) as pipe:  # type: ignore[arg-type]
