@@ -180,14 +180,15 @@ def _live_rows(inputs: Mapping[str, Tensor], span: int) -> Rows:
     Stacks over image tokens alone have another number of rows, which are all selected.
     """
     mask, tail = inputs[Role.PROMPT_MASK], inputs[Role.TAIL_IDS].shape[1]
+    shape = (mask.shape[0], mask.shape[1] + span + tail)
+    live = torch.zeros(shape, dtype=torch.bool)
+    live[:, : mask.shape[1]] = mask
+    live[:, mask.shape[1] : mask.shape[1] + span] = True
+    places = live.flatten().nonzero()[:, 0]
 
     def rows(value: Tensor) -> Tensor:
-        if value.shape[:2] != (mask.shape[0], mask.shape[1] + span + tail):
-            return value.flatten(0, -2)
-        live = torch.zeros(value.shape[:2], dtype=torch.bool)
-        live[:, : mask.shape[1]] = mask
-        live[:, mask.shape[1] : mask.shape[1] + span] = True
-        return value[live]
+        flat = value.flatten(0, -2)
+        return flat if value.shape[:2] != shape else flat.index_select(0, places)
 
     return rows
 

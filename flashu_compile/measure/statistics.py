@@ -132,16 +132,18 @@ class Statistics:
 
     def _enter(self, block: Block) -> Tap:
         def tap(value: Tensor) -> None:
-            self._entering[block.stack] = value
+            self._entering[block.stack] = self._rows_of(block.stack)(value).double()
 
         return tap
+
+    def _rows_of(self, stack: str) -> Rows:
+        return self.last_rows if stack == self.decoder else self.rows
 
     def _leave(self, block: Block) -> Tap:
         stack, number = block.stack, block.index
 
         def tap(value: Tensor) -> None:
-            rows = self.last_rows if stack == self.decoder else self.rows
-            before, after = rows(self._entering[stack]).double(), rows(value).double()
+            before, after = self._entering[stack], self._rows_of(stack)(value).double()
             cosine = torch.cosine_similarity(before, after, dim=-1)
             if not cosine.isfinite().all():
                 raise CalibrationError(
@@ -149,7 +151,7 @@ class Statistics:
                 )
             self.cosines[stack][number] += cosine.sum()
             self.counted[stack] += len(cosine) if number == 0 else 0
-            self._entering[stack] = value
+            self._entering[stack] = after
 
         return tap
 

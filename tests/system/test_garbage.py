@@ -73,3 +73,22 @@ def test_an_exception_ends_it() -> None:
     except ValueError:
         pass
     assert gc.get_freeze_count() == 0
+
+
+def test_collections_are_fewer_and_then_as_before() -> None:
+    before = gc.get_threshold()
+    with collecting_new_garbage():
+        assert all(now >= then for now, then in zip(gc.get_threshold(), before, strict=True))
+        assert gc.get_threshold()[0] >= 10_000
+    assert gc.get_threshold() == before
+
+
+def test_a_process_that_collects_nothing_by_itself_stays_so() -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(0, *before[1:])
+    try:
+        with collecting_new_garbage():
+            assert gc.get_threshold()[0] == 0
+        assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)
