@@ -181,7 +181,7 @@ def measured_precision(
         precision, [probe_of(task, given) for task, given in fitted_on.items() if given], tell
     )
     tell("measuring what layers lose in int8")
-    errors, counts, sensitive, kept, read = {}, {}, {}, {}, {}
+    errors, counts, sensitive, kept = {}, {}, {}, {}
 
     def name(layer: LinearError) -> str:
         return precision.of_part(layer.part)
@@ -193,7 +193,6 @@ def measured_precision(
         counts[task] = len(given)
         alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)
         meant = [x for x in errors[task] if name(x) in FEW_BITS and x.weight not in alone]
-        read[task] = frozenset(x.weight for x in errors[task] if x.only_read or name(x) == INT8_WEIGHTS)
         kept[task] = keep_budget(
             probe,
             meant,
@@ -201,10 +200,12 @@ def measured_precision(
             budget[task],
             functools.partial(_told, tell, task),
             lambda layer: name(layer) == INT4 and layer.bears_int4,
-            read[task],
+            frozenset(x.weight for x in errors[task] if x.only_read or name(x) == INT8_WEIGHTS),
+            frozenset(x.weight for x in meant if x.spoiled and name(x) == INT4),
         )
         sensitive[task] = alone | kept[task].weights
     int4 = {task: found.int4 for task, found in kept.items()}
+    read = {task: found.read for task, found in kept.items()}
     told = report(errors, precision.of_part, counts, sensitive, int4, read)
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}

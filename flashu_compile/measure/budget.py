@@ -36,11 +36,12 @@ GROUPS = 24
 class Kept:
     """The weights that stay in float32 for a budget, and the error of the outputs then, found in so many `runs`.
 
-    `int4`: those in 4 bits.
+    `int4`: those in 4 bits. `read`: those that every engine reads.
     """
 
     weights: frozenset[str]
     int4: frozenset[str]
+    read: frozenset[str]
     budget: float
     error: float
     runs: int
@@ -90,14 +91,21 @@ def keep_budget(
     tell: Callable[[str], None],
     in_int4: Callable[[LinearError], bool] = lambda layer: False,
     read: frozenset[str] = frozenset(),
+    spoiled: frozenset[str] = frozenset(),
 ) -> Kept:
     """Return which of the `layers` that are meant to be in int8 stay in float32 for `budget`, and which have 4 bits.
 
     `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8. `in_int4`
     tells which weights may be in 4 bits. `read` names those that every engine reads as they are stored,
-    multiplying them by activations with a scale for each block of a row.
+    multiplying them by activations with a scale for each block of a row; of these, engines of many rows multiply
+    bytes of the `spoiled`, which is faster, if the budget is kept so with all layers in few bits.
     """
     few = list(filter(in_int4, layers))
+    if spoiled:
+        quicker = _Tries(probe, layers, truth, budget, tell, read - spoiled, 1)
+        error = quicker.error(frozenset(), _names(few))
+        if error <= budget:
+            return Kept(frozenset(), _names(few), read - spoiled, budget, _rounded(error), 1)
     order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.loss(read))]
     steps, groups = len(few) + len(order), _groups(few)
     most = 1 + math.ceil(math.log2(max(steps, 1))) + (1 + len(groups) if few else 0)
@@ -126,7 +134,7 @@ def keep_budget(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     kept, int4 = after(high)
-    return Kept(kept, int4, budget, float(f"{tries.error(kept, int4):.2e}"), tries.runs)
+    return Kept(kept, int4, read, budget, _rounded(tries.error(kept, int4)), tries.runs + bool(spoiled))
 
 
 class _Tries:
@@ -179,6 +187,10 @@ def _groups(layers: Sequence[LinearError]) -> list[tuple[LinearError, ...]]:
 
 def _names(layers: Sequence[LinearError]) -> frozenset[str]:
     return frozenset(layer.weight for layer in layers)
+
+
+def _rounded(error: float) -> float:
+    return float(f"{error:.2e}")
 
 
 def _size(layers: Sequence[LinearError]) -> int:

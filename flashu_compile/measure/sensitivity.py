@@ -75,6 +75,11 @@ class LinearError:
         """Return whether the weight may be in few bits, but the bytes of the layer's input cannot have one scale."""
         return self.read_error is not None and not (self.sensitive or self.error <= READ_LIMIT)
 
+    @property
+    def spoiled(self) -> bool:
+        """Return whether `only_read` holds, and the bytes of the layer's input may have one scale at a loss."""
+        return self.only_read and self.error <= LIMIT
+
     def loss(self, read: Container[str]) -> float:
         """Return the error of the layer in 8 bits: of reading its weight if that is in `read`, else in int8."""
         return self.read_error if self.weight in read and self.read_error is not None else self.error

@@ -151,6 +151,36 @@ def test_layers_go_back_to_float32_in_the_order_of_what_they_lose(probe: Probe, 
     assert kept == {layer.weight for layer in order[: len(kept)]}
 
 
+def test_spoiled_weights_are_read_where_the_budget_is_not_kept_otherwise(probe: Probe) -> None:
+    x = probe.program.sample["x"].clone()
+    x[0, 0] *= 40  # which leaves the other rows few bytes where all have one scale
+    probe = Probe(probe.program, lambda recorder: recorder.record({"x": x})[Role.LOGITS].numpy()[:, 1:])
+    layers, truth = probe.errors(lambda part: True)
+    read = frozenset(layer.weight for layer in layers)
+    spoiled = read - {layers[0].weight}
+
+    def error(chosen: frozenset[str]) -> float:
+        return relative_error(probe.outputs(Int8Recorder(probe.program, None, read=chosen)), truth)
+
+    of_products, of_reading = error(read - spoiled), error(read)
+    assert of_reading < 0.9 * of_products
+    told: list[str] = []
+    quick = keep_budget(probe, layers, truth, 1.01 * of_products, told.append, read=read, spoiled=spoiled)
+    assert (quick.weights, quick.read, quick.runs) == (frozenset(), read - spoiled, 1)
+    assert quick.error == pytest.approx(of_products, rel=1e-2)
+    slow = keep_budget(probe, layers, truth, 0.99 * of_products, told.append, read=read, spoiled=spoiled)
+    assert (slow.weights, slow.read, slow.runs) == (frozenset(), read, 2)
+    assert slow.error == pytest.approx(of_reading, rel=1e-2)
+    assert len(told) == 3
+
+
+def test_only_layers_that_bear_int8_are_spoiled() -> None:
+    errors = [(0.015, False), (0.03, True), (0.06, False)]
+    for error, spoiled in errors:
+        assert LinearError("layer", "decoder", error, 0.004).spoiled is spoiled
+    assert not LinearError("layer", "decoder", 0.03).spoiled
+
+
 def test_budgets_of_tasks() -> None:
     tasks = ("t2i", "mmu")
     assert budgets(None, tasks) == {"t2i": DEFAULT_BUDGET, "mmu": DEFAULT_BUDGET}
