@@ -267,6 +267,10 @@ def _where(before: Sequence[Pass], step: Pass, program: Program, problem: Except
 class _ShapeCheck(fx.Interpreter):
     """An interpreter that compares the shape and dtype of every value it computes with the node's metadata."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # what is wrong names its node
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         declared = n.meta.get("val")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -47,7 +48,7 @@ class QuantizedWeights(WholeWeights):
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._made_int4: dict[tuple[Any, ...], tuple[Tensor, Int4Weight]] = {}
         self._fitted: dict[tuple[Any, ...], tuple[Tensor, Int4Weight]] = {}
-        self._by_hash: dict[str, Int4Weight] = {}
+        self._by_hash = weakref.WeakValueDictionary[str, Int4Weight]()
         #: A hash of the forms that were fitted, "" if there are none.
         self.fitted = ""
 

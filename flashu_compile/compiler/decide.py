@@ -209,7 +209,8 @@ def measured_precision(
     told = report(errors, precision.of_part, counts, sensitive, int4, read)
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
-        told["tasks"][task]["int4_fitted_on"] = len(fitted_on[task])
+        has_int4 = any(name(layer) == INT4 for layer in errors[task])
+        told["tasks"][task]["int4_fitted_on"] = len(fitted_on[task]) if has_int4 else 0
     return dataclasses.replace(precision, sensitive=sensitive, int4=int4, read=read), {"int8": told}
 
 

@@ -48,7 +48,7 @@ from flashu_compile.report.work import engine_errors
 from flashu_compile.system.autocast import without_autocast
 from flashu_compile.system.garbage import collecting_new_garbage
 from flashu_compile.system.paths import EXACT_BUNDLES, absolute
-from flashu_compile.system.threads import torch_threads
+from flashu_compile.system.threads import one_build_at_a_time, torch_threads
 from flashu_compile.tasks import TaskName
 
 #: The last bits of what PyTorch computes depend on the number of threads, and those of a bundle must not.
@@ -80,6 +80,7 @@ class Bundle:
         }
 
 
+@one_build_at_a_time()
 @torch_threads(_THREADS)
 @without_autocast()
 @collecting_new_garbage()
@@ -155,6 +156,8 @@ def export(
         check_resources: refuse a build that this machine has too little memory or disk for, by `estimate`; that of a
             model in memory, or of less than 1 GiB, is not refused.
         progress: called with (what is being done, fraction done in [0, 1]).
+
+    Builds in several threads of a process take turns; those in several processes do not.
 
     An exception leaves nothing behind, and so does a signal that raises one. No handler of signals is set here: SIGTERM
     by default ends Python at once, as SIGKILL does, and leaves a draft, which the next build at this place removes.
@@ -294,6 +297,7 @@ def _write(
     )
 
 
+@one_build_at_a_time()
 @torch_threads(_THREADS)
 @without_autocast()
 def calibrate(
@@ -360,6 +364,7 @@ def _captured(
     return model
 
 
+@one_build_at_a_time()
 @torch_threads(_THREADS)
 @without_autocast()
 def capture_model(

@@ -18,7 +18,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -92,10 +94,11 @@ def calibrate_t2i(
         own.close()
         return own
 
-    for index, own in enumerate(in_parallel(trajectory, range(len(prompts)))):
-        phases.add(own)
-        if progress is not None:
-            progress(index + 1, len(prompts))
+    with closing(in_parallel(trajectory, range(len(prompts)))) as found:
+        for index, own in enumerate(found):
+            phases.add(own)
+            if progress is not None:
+                progress(index + 1, len(prompts))
     scores = total.scores()
     kept = _kept(scores, config.pruned, config.width_multiple)
     decisions = Decisions(kept, phases.decide(config.skipping) if config.skipping else ())
@@ -252,6 +255,9 @@ def _calibrate_answers(
 ) -> Calibrated:
     """Decide from the answers to `questions`, each with its name for errors; `norms` are of the same values."""
     statistics = Statistics(program, config.pruned, config.skipping)
+    preparing = (
+        threading.Lock()
+    )  # Pillow reads a file when its picture is first used, which questions may share
 
     def answered(
         question: tuple[str, Callable[[], Asked]], check: Check
@@ -266,7 +272,8 @@ def _calibrate_answers(
             return plain.record(inputs)
 
         try:
-            asked = prepare()
+            with preparing:
+                asked = prepare()
             answer, _ = asked.greedy(program, run)
         except FlashuError as error:
             raise CalibrationError(f"Calibration failed on {name}: {error}") from error
@@ -275,12 +282,13 @@ def _calibrate_answers(
         Recorder(program, joined_taps([*own.taps().items(), *taps.items()])).record(asked.inputs(answer))
         return own, own_norms
 
-    for index, (own, own_norms) in enumerate(in_parallel(answered, questions)):
-        statistics.add(own)
-        if norms is not None and own_norms is not None:
-            norms.add(own_norms)
-        if progress is not None:
-            progress(index + 1, len(questions))
+    with closing(in_parallel(answered, questions)) as found:
+        for index, (own, own_norms) in enumerate(found):
+            statistics.add(own)
+            if norms is not None and own_norms is not None:
+                norms.add(own_norms)
+            if progress is not None:
+                progress(index + 1, len(questions))
     return decided_of_answers(statistics, config, len(questions))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -118,10 +119,11 @@ def calibrate_drawing(
             recorder.record(_inputs(drawn.rows(settings, branch, settings.length - 1)))
         return own
 
-    for index, own in enumerate(in_parallel(counted, range(len(prompts)))):
-        statistics.add(own)
-        if progress is not None:
-            progress(index + 1, len(prompts))
+    with closing(in_parallel(counted, range(len(prompts)))) as found:
+        for index, own in enumerate(found):
+            statistics.add(own)
+            if progress is not None:
+                progress(index + 1, len(prompts))
     return decided_of_answers(statistics, config, len(prompts))
 
 

@@ -84,7 +84,8 @@ def _measured(
         places = {place_of(weight): weight for weight in those}
         by_place |= places
         taps[value] = found[frozenset(places)].add
-    probe.outputs(Recorder(probe.program, taps))
+    if taps:
+        probe.outputs(Recorder(probe.program, taps))
     return found
 
 

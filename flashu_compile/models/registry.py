@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any, TypeVar
 
-from flashu_compile.errors import ConfigurationError, UnsupportedModelError
+from flashu_compile.errors import ConfigurationError, FlashuError, UnsupportedModelError
 from flashu_compile.models.adapter import ModelAdapter, ModelSource
 
 _T = TypeVar("_T")
@@ -95,6 +95,8 @@ def _answer(
     """Return what an adapter's method says of a model. Raises `ConfigurationError`, naming the adapter, if it fails."""
     try:
         return asked(source.config, source.names)
+    except FlashuError:
+        raise
     except Exception as error:  # of whatever foreign code stumbles over
         raise ConfigurationError(
             f"The adapter {_where(entry)} fails when it is asked about {source} ({type(error).__name__}: {error}); "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
@@ -55,7 +56,8 @@ def call_key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Has
     if not isinstance(target, OpOverload) or not _is_told_by_metadata(target):
         return None
     try:
-        return target, _key(args), tuple((name, _key(value)) for name, value in kwargs.items())
+        named = tuple((name, _key(value)) for name, value in kwargs.items())
+        return target, torch.get_default_dtype(), torch.is_inference_mode_enabled(), _key(args), named
     except _UnknownKindError:
         return None
 
@@ -110,6 +112,9 @@ def _is_new(result: Any, given: Sequence[Any]) -> bool:
         and one.constant is None
         and not one.requires_grad
         and all(one is not other for other in given)
+        and not free_unbacked_symbols(
+            one
+        )  # sizes that follow from values, which a second call may find to be others
         for one in results
     )
 

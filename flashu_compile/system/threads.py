@@ -13,6 +13,7 @@ from typing import Any
 from flashu_compile.system.groups import control_groups, text_of
 
 _lock = threading.Lock()
+_building = threading.RLock()
 
 
 def default_threads(system: Path = Path("/")) -> int:
@@ -48,6 +49,13 @@ def _group_quota(folder: Path) -> float:
     if not (limit.isdecimal() and period.isdecimal() and int(period)):  # "max", or -1
         return math.inf
     return int(limit) / int(period)
+
+
+@contextlib.contextmanager
+def one_build_at_a_time() -> Iterator[None]:
+    """Let one thread at a time trace and run passes: PyTorch keeps what it knows of a trace for the whole process."""
+    with _building:
+        yield
 
 
 @contextlib.contextmanager

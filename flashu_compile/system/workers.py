@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from flashu_compile.system.threads import default_threads, torch_threads
@@ -43,9 +45,15 @@ def in_parallel(
         with torch_threads(1):
             return work(item, check)
 
-    with ThreadPoolExecutor(max(1, min(default_threads(), len(items), _MOST)), "flashu_compile") as pool:
+    threads = max(1, min(default_threads(), len(items), _MOST))
+    with ThreadPoolExecutor(threads, "flashu_compile") as pool:
         try:
-            for future in [pool.submit(one, item) for item in items]:
-                yield future.result()
+            left = iter(items)
+            begun = deque(pool.submit(one, item) for item in islice(left, threads))
+            while begun:
+                begun.extend(
+                    pool.submit(one, item) for item in islice(left, 1)
+                )  # results that wait take memory
+                yield begun.popleft().result()
         finally:
             stopped.set()

@@ -261,6 +261,21 @@ def test_a_question_that_fails_is_an_error(loaded: LoadedModel, understand: Prog
         calibrate_mmu(understand, codec, facts, MMUConfig(), [("no-such.png", "what?")])
 
 
+def test_questions_may_share_a_picture_that_no_one_has_read_yet(
+    loaded: LoadedModel, understand: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.jpg")
+    codec, facts = PromptCodec(loaded.tokenizer), understanding(loaded)
+    config = MMUConfig(pruning={"llm": 0.5}, width_multiple=8)
+    made = []
+    for cores in (1, 4):
+        monkeypatch.setattr(workers, "default_threads", lambda cores=cores: cores)
+        with Image.open(tmp_path / "noise.jpg") as picture:
+            made.append(calibrate_mmu(understand, codec, facts, config, [(picture, "what is it?")] * 4))
+    assert made[0].figures == made[1].figures
+
+
 def test_no_samples_are_an_error(loaded: LoadedModel, denoise: Program, understand: Program) -> None:
     codec = PromptCodec(loaded.tokenizer)
     with pytest.raises(CalibrationError, match="needs prompts"):

@@ -130,6 +130,29 @@ def test_what_is_not_a_new_tensor_by_metadata_is_called_each_time(mode: FakeTens
     assert str(counts[0]) != str(counts[1])
 
 
+def test_sizes_that_follow_from_values_are_those_of_one_call(mode: FakeTensorMode) -> None:
+    with mode:
+        repeats = [torch.ones(3, dtype=torch.int64) for _ in range(2)]
+        calls = RepeatedCalls()
+        counts = [
+            calls.call(_aten.repeat_interleave.self_Tensor, (torch.zeros(3), each), {}).shape[0]
+            for each in repeats
+        ]
+    assert str(counts[0]) != str(counts[1])
+
+
+def test_another_default_dtype_is_another_call(mode: FakeTensorMode) -> None:
+    whole, calls = fake(mode, 5, torch.int64), RepeatedCalls()
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            with mode:
+                assert calls.call(_aten.div.Tensor, (whole, whole), {}).dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_calls_by_name_go_through_it_while_it_is_entered(mode: FakeTensorMode) -> None:
     x, calls = fake(mode, 5), RepeatedCalls()
     with mode, Counter() as counter, calls:

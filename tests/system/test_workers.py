@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from contextlib import closing
 
 import pytest
@@ -81,6 +82,22 @@ def test_the_first_error_in_order_is_raised_and_stops_the_rest(cores: int) -> No
         next(given)
     assert sorted(ended) == [0, 1]
     assert not [t for t in threading.enumerate() if t.name.startswith("flashu_compile")]
+
+
+def test_few_results_wait_to_be_used(cores: int) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    lock = threading.Lock()
+
+    def work(_: int, __: Check) -> torch.Tensor:
+        result = torch.zeros(3)
+        with lock:
+            made.append(weakref.ref(result))
+        return result
+
+    for _ in in_parallel(work, range(30)):
+        time.sleep(0.002)
+        with lock:
+            assert sum(one() is not None for one in made) <= 3 + min(cores, 4)
 
 
 def test_closing_early_stops_what_is_left(cores: int) -> None:
