@@ -23,7 +23,7 @@ from flashu_compile import arguments
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.bundle.precision import TOLERANCES
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.measure.sensitivity import LinearError, Probe, share_in_int4
+from flashu_compile.measure.sensitivity import LinearError, Probe, rounded, share_in_int4
 
 #: The largest relative L2 error of a task's outputs in int8, unless another is given. Random weights at the sizes of
 #: `benchmarks/geometries.py` stay below it with every layer in int8.
@@ -105,7 +105,7 @@ def keep_budget(
         quicker = _Tries(probe, layers, truth, budget, tell, read - spoiled, 1)
         error = quicker.error(frozenset(), _names(few))
         if error <= budget:
-            return Kept(frozenset(), _names(few), read - spoiled, budget, _rounded(error), 1)
+            return Kept(frozenset(), _names(few), read - spoiled, budget, rounded(error), 1)
     order = [layer.weight for layer in sorted(layers, key=lambda layer: -layer.loss(read))]
     steps, groups = len(few) + len(order), _groups(few)
     most = 1 + math.ceil(math.log2(max(steps, 1))) + (1 + len(groups) if few else 0)
@@ -134,7 +134,7 @@ def keep_budget(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     kept, int4 = after(high)
-    return Kept(kept, int4, read, budget, _rounded(tries.error(kept, int4)), tries.runs + bool(spoiled))
+    return Kept(kept, int4, read, budget, rounded(tries.error(kept, int4)), tries.runs + bool(spoiled))
 
 
 class _Tries:
@@ -187,10 +187,6 @@ def _groups(layers: Sequence[LinearError]) -> list[tuple[LinearError, ...]]:
 
 def _names(layers: Sequence[LinearError]) -> frozenset[str]:
     return frozenset(layer.weight for layer in layers)
-
-
-def _rounded(error: float) -> float:
-    return float(f"{error:.2e}")
 
 
 def _size(layers: Sequence[LinearError]) -> int:

@@ -21,7 +21,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from flashu_compile.runtime.sampler import sample
 from flashu_compile.system.workers import Check, in_parallel
 
 CountProgress = Callable[[int, int], None]
+_Item = TypeVar("_Item")
+_Sums = TypeVar("_Sums")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,11 +96,7 @@ def calibrate_t2i(
         own.close()
         return own
 
-    with closing(in_parallel(trajectory, range(len(prompts)))) as found:
-        for index, own in enumerate(found):
-            phases.add(own)
-            if progress is not None:
-                progress(index + 1, len(prompts))
+    add_samples(trajectory, range(len(prompts)), phases.add, progress)
     scores = total.scores()
     kept = _kept(scores, config.pruned, config.width_multiple)
     decisions = Decisions(kept, phases.decide(config.skipping) if config.skipping else ())
@@ -255,9 +253,8 @@ def _calibrate_answers(
 ) -> Calibrated:
     """Decide from the answers to `questions`, each with its name for errors; `norms` are of the same values."""
     statistics = Statistics(program, config.pruned, config.skipping)
-    preparing = (
-        threading.Lock()
-    )  # Pillow reads a file when its picture is first used, which questions may share
+    # Pillow reads a file when its picture is first used, which questions may share.
+    preparing = threading.Lock()
 
     def answered(
         question: tuple[str, Callable[[], Asked]], check: Check
@@ -282,14 +279,28 @@ def _calibrate_answers(
         Recorder(program, joined_taps([*own.taps().items(), *taps.items()])).record(asked.inputs(answer))
         return own, own_norms
 
-    with closing(in_parallel(answered, questions)) as found:
-        for index, (own, own_norms) in enumerate(found):
-            statistics.add(own)
-            if norms is not None and own_norms is not None:
-                norms.add(own_norms)
-            if progress is not None:
-                progress(index + 1, len(questions))
+    def add(sums: tuple[Statistics, _ValueNorms | None]) -> None:
+        own, own_norms = sums
+        statistics.add(own)
+        if norms is not None and own_norms is not None:
+            norms.add(own_norms)
+
+    add_samples(answered, questions, add, progress)
     return decided_of_answers(statistics, config, len(questions))
+
+
+def add_samples(
+    work: Callable[[_Item, Check], _Sums],
+    items: Sequence[_Item],
+    add: Callable[[_Sums], None],
+    progress: CountProgress | None,
+) -> None:
+    """Run `work` on samples at the same time, `add` what each gives, in their order, and report how many are done."""
+    with closing(in_parallel(work, items)) as found:
+        for index, sums in enumerate(found):
+            add(sums)
+            if progress is not None:
+                progress(index + 1, len(items))
 
 
 def decided_of_answers(statistics: Statistics, config: TaskConfig, count: int) -> Calibrated:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,13 @@ from flashu_compile.bundle.prompts import TextCodec
 from flashu_compile.bundle.settings import DrawingSettings
 from flashu_compile.errors import CalibrationError, FlashuError
 from flashu_compile.measure.cached import CachedEngines
-from flashu_compile.measure.calibration import Calibrated, CountProgress, decided_of_answers, last_rows
+from flashu_compile.measure.calibration import (
+    Calibrated,
+    CountProgress,
+    add_samples,
+    decided_of_answers,
+    last_rows,
+)
 from flashu_compile.measure.cost import Cost, Tell, decoded, emulator_of, mean, rounded
 from flashu_compile.measure.recorder import Recorder
 from flashu_compile.measure.sensitivity import Probe
@@ -37,7 +42,7 @@ from flashu_compile.report.pictures import Comparison
 from flashu_compile.runtime import drawing
 from flashu_compile.runtime.drawing import branch_ids, draw, forced
 from flashu_compile.runtime.engine import Engines
-from flashu_compile.system.workers import Check, in_parallel
+from flashu_compile.system.workers import Check
 from flashu_compile.tasks import CODES_DECODE, T2I
 
 #: So many codes of a picture are looked at for the cost of a technique alone.
@@ -119,11 +124,7 @@ def calibrate_drawing(
             recorder.record(_inputs(drawn.rows(settings, branch, settings.length - 1)))
         return own
 
-    with closing(in_parallel(counted, range(len(prompts)))) as found:
-        for index, own in enumerate(found):
-            statistics.add(own)
-            if progress is not None:
-                progress(index + 1, len(prompts))
+    add_samples(counted, range(len(prompts)), statistics.add, progress)
     return decided_of_answers(statistics, config, len(prompts))
 
 

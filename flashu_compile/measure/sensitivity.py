@@ -238,7 +238,7 @@ class _Watch(Int8Recorder):
         found: dict[str, LinearError] = {}
         for name in self._layers:
             whole, *off = self._sums[name]
-            error, *others = (_rounded(math.sqrt(part / whole) if whole else 0.0) for part in off)
+            error, *others = (rounded(math.sqrt(part / whole) if whole else 0.0) for part in off)
             weight = self._names[name]
             read, int4 = others if weight in self._int4 else (None, None)
             if weight not in found or error > found[weight].error:
@@ -262,7 +262,8 @@ def _squares(values: Tensor) -> float:
     return values.double().square().sum().item()
 
 
-def _rounded(number: float) -> float:
+def rounded(number: float) -> float:
+    """Return three digits of a number."""
     return float(f"{number:.2e}")
 
 
@@ -312,7 +313,7 @@ def _parts(
             {
                 "layers": len(those),
                 "sensitive": sum(layer.weight in kept for layer in those),
-                "mean": _rounded(math.sqrt(sum(e * e for e in errors) / len(errors))),
+                "mean": rounded(math.sqrt(sum(e * e for e in errors) / len(errors))),
                 "worst": max(errors),
                 "int4": sum(layer.weight in int4 for layer in those),
                 "int4_share": share_in_int4(those, int4),
