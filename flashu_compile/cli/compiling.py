@@ -225,6 +225,7 @@ def build(
             task,
             output=output,
             recipe=chosen,
+            calibration=calibration,
             precision=precision,
             cost_samples=cost_samples,
             proof=proof,

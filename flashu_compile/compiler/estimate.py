@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from flashu_compile import arguments
 from flashu_compile.bundle.precision import FEW_BITS, OTHER, READ, PrecisionName
 from flashu_compile.compiler.captured import CapturedModel, ModelParts, check_no_parts
-from flashu_compile.compiler.decide import cost_counts, samples_at_hand
+from flashu_compile.compiler.decide import cost_counts, given_samples, samples_at_hand
 from flashu_compile.compiler.fingerprints import named_tensors
 from flashu_compile.compiler.metadata import checkpoint_bytes
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy
 from flashu_compile.compiler.request import default_output, named_tasks
 from flashu_compile.compiler.tasks import jobs, main_program
+from flashu_compile.compiler.values_held import held_bytes
 from flashu_compile.compiler.work import BuildWork, tensors_read
 from flashu_compile.errors import ResourceError
 from flashu_compile.exporters.backends import check_precision
 from flashu_compile.exporters.precision import Precision
+from flashu_compile.measure.calibration import TRAJECTORY_ROLES
 from flashu_compile.models.weights import shapes_alone
 from flashu_compile.passes.editing import stack_at
 from flashu_compile.passes.quantize_linears import MIN_WIDTH
@@ -39,12 +41,13 @@ from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.system.drafts import nearest_folder
 from flashu_compile.system.memory import available_memory
 from flashu_compile.system.paths import absolute, scratch_directory
+from flashu_compile.system.workers import most_at_once
 from flashu_compile.tasks import DENOISE, TaskName
 
 COST_SAMPLES = 3
 """How many prompts and questions a build measures a lossy recipe's cost on, if it is not told."""
 
-#: Bytes that a build takes beside weights: libraries, graphs, and values of the runs on a copy.
+#: Bytes that a build takes beside weights and runs on samples: libraries, graphs, and values of the runs on a copy.
 _BESIDE = 1_500_000_000
 #: A build of so many bytes of weights is not refused.
 _ALWAYS_FITS = 1 << 30
@@ -110,6 +113,7 @@ def estimate(
     *,
     output: str | Path | None = None,
     recipe: str | Path | Recipe = "exact",
+    calibration: object = None,
     precision: PrecisionName | str | Mapping[str, PrecisionName | str] = "float32",
     cost_samples: int = COST_SAMPLES,
     proof: str = AUTO,
@@ -121,7 +125,7 @@ def estimate(
     Bytes are those of ONNX Runtime's bundles. Of each tensor no more than the first row is read.
 
     Args:
-        model, task, output, recipe, precision, cost_samples, proof, backend: as for `export`.
+        model, task, output, recipe, calibration, precision, cost_samples, proof, backend: as for `export`.
         vae, tokenizer, llm_config, resolution, model_options: as for `export`.
 
     Raises:
@@ -130,6 +134,7 @@ def estimate(
     tasks, chosen, wanted = named_tasks(task), find_recipe(recipe), Precision.of(precision)
     check_proof(proof)
     check_precision(arguments.name_of("backend", backend), wanted)
+    given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
     if isinstance(model, CapturedModel):
         check_no_parts(parts)
     with shapes_alone():
@@ -142,7 +147,7 @@ def estimate(
     made_up = {task: _assumed(whole, task, main_program(source, task)) for task in undecided}
     assumed = dataclasses.replace(whole, decisions={**whole.decisions, **made_up})
     on_copy = needs_copy(proof, loaded)
-    counts = cost_counts(samples_at_hand(None, source, tasks, chosen), tasks, cost_samples, on_copy)
+    counts = cost_counts(samples_at_hand(given, source, tasks, chosen), tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
     held = _weights(source, tasks)
     weight_bytes = sum(tensor.nbytes for _, tensor in held)
@@ -160,7 +165,9 @@ def estimate(
     short = lowered["float16"] + lowered["bfloat16"]
     held_already = isinstance(model, CapturedModel)
     in_memory = 0 if held_already or loaded.adapter.maps_weights or not loaded.sources else weight_bytes
-    needed = _BESIDE + tried + in_memory + (0 if on_copy else bundle_bytes)
+    sampled = undecided | {task for task, _ in work.costs(assumed)}
+    values = max((_held_by_a_run(source, task) for task in sampled), default=0)
+    needed = _BESIDE + most_at_once() * values + tried + in_memory + (0 if on_copy else bundle_bytes)
     return Estimate(
         model=loaded.name,
         tasks=tasks,
@@ -270,6 +277,13 @@ def _weights(source: CapturedModel, tasks: tuple[str, ...]) -> list[tuple[str, T
             if id(tensor) in read:
                 found.setdefault(id(tensor), (stack_at(name, spec.stacks) or OTHER, tensor))
     return list(found.values())
+
+
+def _held_by_a_run(source: CapturedModel, task: str) -> int:
+    """Return the bytes of the values of one run of a task's program on a sample."""
+    name = main_program(source, task)
+    spec = source.programs[name].spec
+    return held_bytes(spec, TRAJECTORY_ROLES if name == DENOISE else spec.outputs)
 
 
 def _written(part: str, tensor: Tensor, precision: Precision) -> int:

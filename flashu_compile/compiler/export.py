@@ -189,7 +189,16 @@ def export(
         ensure_writable(named, overwrite=overwrite)
     if check_resources:
         check_fits(
-            model, tasks, tell, output=output, recipe=chosen, precision=precision, proof=proof, **parts
+            model,
+            tasks,
+            tell,
+            output=output,
+            recipe=chosen,
+            calibration=calibration,
+            precision=precision,
+            cost_samples=cost_samples,
+            proof=proof,
+            **parts,
         )
     source = _captured(model, tasks, tell, parts)
     loaded, wanted = source.loaded, source.precision(wanted)

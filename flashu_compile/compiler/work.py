@@ -100,7 +100,7 @@ class BuildWork:
         made = making_work(self.source, self.tasks, recipe, on_copy=self.on_copy, decided=decided)
         runs = (
             (2 * count + _TECHNIQUES) * _runs(self.source, task, recipe) * _run(_main(self.source, task))
-            for task, count in self._costs(recipe)
+            for task, count in self.costs(recipe)
         )
         return made | {CHECKING: 2 + sum(runs)}
 
@@ -111,10 +111,11 @@ class BuildWork:
 
     def check_steps(self, recipe: Recipe) -> Iterator[float]:
         """Yield the share of `CHECKING` that is done at each of its stages, which is below 1 for any number of them."""
-        expected = 1 + sum(count + _TECHNIQUES for _, count in self._costs(recipe))
+        expected = 1 + sum(count + _TECHNIQUES for _, count in self.costs(recipe))
         return (min(number / expected, 0.99) for number in itertools.count())
 
-    def _costs(self, recipe: Recipe) -> list[tuple[str, int]]:
+    def costs(self, recipe: Recipe) -> list[tuple[str, int]]:
+        """Return the tasks whose cost is measured, each with the number of its samples."""
         points = self.source.points
         lossy = [task for task in self.tasks if not self.exact or recipe.config(task).is_lossy(points)]
         return [(task, count) for task in lossy if (count := self.samples.get(task, 0))]
@@ -153,7 +154,7 @@ def _run(spec: CaptureSpec) -> float:
     """Return the work of one run of a program, by the operations that it takes on the shapes of its sample."""
     if spec not in _counted:
         with FlopCounterMode(display=False) as counter:
-            _run_on_shapes(spec)
+            run_on_shapes(spec)
         _counted[spec] = counter.get_total_flops() / _OPERATIONS + _layers(spec) * _RUNNING
     return _counted[spec]
 
@@ -161,7 +162,7 @@ def _run(spec: CaptureSpec) -> float:
 def tensors_read(spec: CaptureSpec) -> set[int]:
     """Return the identities of the tensors that a program's module reads when it runs; it computes nothing."""
     with _Reads() as reads:
-        _run_on_shapes(spec)
+        run_on_shapes(spec)
     return reads.found
 
 
@@ -178,8 +179,8 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run_on_shapes(spec: CaptureSpec) -> None:
-    """Run a program's module on the shapes of its sample."""
+def run_on_shapes(spec: CaptureSpec) -> Any:
+    """Run a program's module on the shapes of its sample, and return what it makes: tensors without values."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), fake:
-        spec.module(*(fake.from_tensor(spec.sample[given.role]) for given in spec.inputs))
+        return spec.module(*(fake.from_tensor(spec.sample[given.role]) for given in spec.inputs))

@@ -39,12 +39,16 @@ from flashu_compile.measure.recorder import Recorder, RecordingEngine, Tap, join
 from flashu_compile.measure.statistics import Rows, Statistics, keep_neurons, score_curves, skip_layers
 from flashu_compile.passes.analysis.attention import attention_sites
 from flashu_compile.passes.analysis.span import no_fixed_length, visual_span
+from flashu_compile.passes.keep_outputs import KeepOutputs
 from flashu_compile.program.program import Program, Role
 from flashu_compile.recipe.config import MMUConfig, T2IConfig, TaskConfig, TextConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.plan import compile_plan
 from flashu_compile.runtime.sampler import sample
 from flashu_compile.system.workers import Check, in_parallel
+
+#: The outputs of a generation step that its trajectory is made of; nothing reads its logits.
+TRAJECTORY_ROLES = (Role.VELOCITY,)
 
 CountProgress = Callable[[int, int], None]
 _Item = TypeVar("_Item")
@@ -78,6 +82,7 @@ def calibrate_t2i(
     """
     if not prompts:
         raise CalibrationError("Calibrating t2i needs prompts; the samples hold none.")
+    (program,) = KeepOutputs(TRAJECTORY_ROLES).call(program).programs
     plan, text = compile_plan(config.without_techniques()), prompts_of(program, codec, settings)
     total = Statistics(program, config.pruned, config.skipping)
     phases = _PhaseCosines(total, len(plan.steps), config.skipping_interval, settings.span_length)

@@ -21,6 +21,11 @@ Check = Callable[[], None]
 _MOST = 4
 
 
+def most_at_once() -> int:
+    """Return how many pieces of work are computed at the same time, if there are as many."""
+    return min(default_threads(), _MOST)
+
+
 class _StoppedError(Exception):
     """The result of some work is no longer wanted."""
 
@@ -45,7 +50,7 @@ def in_parallel(
         with torch_threads(1):
             return work(item, check)
 
-    threads = max(1, min(default_threads(), len(items), _MOST))
+    threads = max(1, min(most_at_once(), len(items)))
     with ThreadPoolExecutor(threads, "flashu_compile") as pool:
         try:
             left = iter(items)

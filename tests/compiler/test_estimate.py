@@ -6,10 +6,12 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import flashu_compile
 from examples.showo2_shapes.saving import save_model
@@ -22,6 +24,7 @@ from flashu_compile.models.showo2.modeling import Showo2
 from flashu_compile.recipe.config import MMUConfig, T2IConfig
 from flashu_compile.recipe.decisions import Decisions, Phase
 from flashu_compile.recipe.recipe import Recipe
+from flashu_compile.system import workers
 from tests.support import tiny_lm
 from tests.support.tiny import VAE, PaddedSpaceToDepth, of_depth, tiny_model, tokenizer
 
@@ -96,7 +99,7 @@ def test_a_model_of_seven_billion_parameters(seven: Path, tmp_path: Path) -> Non
     assert found.bundle_bytes == found.weight_bytes
     assert found.scratch_bytes > found.weight_bytes  # those of pruned FFNs are there twice
     assert found.weight_bytes < found.memory_bytes < 1.3 * found.weight_bytes
-    assert found.needed_bytes < found.stored_bytes / 4
+    assert found.needed_bytes < found.stored_bytes / 3
     assert found.seconds > 600
     assert Counter(found.engines)["denoise_pruned_skip…"] == 3
     if before is not None and peak is not None:
@@ -113,6 +116,33 @@ def test_precisions(shallow: Path) -> None:
     assert whole.bundle_bytes == pytest.approx(full.bundle_bytes / 4, rel=0.02)
     assert whole.needed_bytes > full.needed_bytes + whole.bundle_bytes
     assert half.scratch_bytes == full.scratch_bytes + half.bundle_bytes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "counted"),
+    [
+        ("flashu", {"proof": "copy"}, True),
+        ("exact", {"proof": "whole"}, False),
+        (DECIDED, {"proof": "copy"}, False),
+        (DECIDED, {"proof": "copy", "calibration": [(Image.new("RGB", (9, 9)), "what?")]}, True),
+        (DECIDED, {"proof": "copy", "cost_samples": 0}, False),
+    ],
+)
+def test_samples_that_are_run_at_the_same_time_are_counted(
+    shallow: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str | Recipe,
+    given: dict[str, Any],
+    *,
+    counted: bool,
+) -> None:
+    """The language model's logits of all rows are the most of what a run holds: 730 and more rows of 151,669."""
+    needed = []
+    for threads in (1, 4):
+        monkeypatch.setattr(workers, "default_threads", lambda threads=threads: threads)
+        parts = {"vae": PaddedSpaceToDepth(), "tokenizer": tokenizer()}
+        needed.append(flashu_compile.estimate(shallow, "mmu", recipe=recipe, **given, **parts).needed_bytes)
+    assert (needed[1] - needed[0] >= 3 * 730 * 151_669 * 4) if counted else needed[0] == needed[1]
 
 
 def test_a_build_that_does_not_fit_is_refused(
