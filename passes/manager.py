@@ -28,7 +28,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashu_compile.bundle import agreement
-from flashu_compile.bundle.agreement import REORDERED, Difference, output_difference, possible_rounding
+from flashu_compile.bundle.agreement import (
+    REORDERED,
+    Difference,
+    output_difference,
+    possible_rounding,
+    rounded,
+)
 from flashu_compile.errors import FlashuError, PassError
 from flashu_compile.passes.base import Kind, Pass, PassResult
 from flashu_compile.passes.provenance import note
@@ -236,8 +242,7 @@ def _all_within(found: Mapping[str, Difference], tolerance: float) -> bool:
 
 
 def _largest(found: Mapping[str, Difference]) -> float:
-    """Return three digits of the largest error: the last bits of a norm depend on where in memory its operands lie."""
-    return float(f"{max((difference.relative for difference in found.values()), default=0.0):.2e}")
+    return rounded(max((difference.relative for difference in found.values()), default=0.0))
 
 
 def _described(found: Mapping[str, Difference]) -> str:

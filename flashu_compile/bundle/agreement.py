@@ -75,6 +75,11 @@ def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
     return difference(given, expected).relative
 
 
+def rounded(error: float) -> float:
+    """Return three digits of an error: the last bits of a norm depend on where in memory its operands lie."""
+    return float(f"{error:.2e}")
+
+
 def output_difference(name: str, given: NDArray[Any], expected: NDArray[Any], tolerance: float) -> Difference:
     """Measure an output as `difference` does; for logits check also whether `keeps_best` holds to `tolerance`."""
     found = difference(given, expected)

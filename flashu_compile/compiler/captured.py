@@ -27,7 +27,7 @@ from flashu_compile.passes.whole_weights import CastWeights
 from flashu_compile.program.program import Program
 from flashu_compile.program.trace import CaptureSpec, capture_program
 from flashu_compile.recipe.recipe import Recipe
-from flashu_compile.system.threads import torch_threads
+from flashu_compile.system.threads import one_build_at_a_time, torch_threads
 from flashu_compile.tasks import DECODER, MAIN, T2I
 
 _RESOLUTION = "resolution"
@@ -91,7 +91,8 @@ class CapturedProgram:
     def program(self) -> Program:
         """Trace the program. Raises `CaptureError` if torch.export cannot trace the model."""
         self.tell(f"{self.spec.task}: capturing {self.spec.name}")
-        return capture_program(self.spec)
+        with one_build_at_a_time():
+            return capture_program(self.spec)
 
     @functools.cached_property
     def truth(self) -> Mapping[str, Tensor]:

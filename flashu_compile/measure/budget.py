@@ -20,10 +20,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from flashu_compile import arguments
-from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.bundle.agreement import relative_error, rounded
 from flashu_compile.bundle.precision import TOLERANCES
 from flashu_compile.errors import ConfigurationError
-from flashu_compile.measure.sensitivity import LinearError, Probe, rounded, share_in_int4
+from flashu_compile.measure.sensitivity import LinearError, Probe, share_in_int4
 
 #: The largest relative L2 error of a task's outputs in int8, unless another is given. Random weights at the sizes of
 #: `benchmarks/geometries.py` stay below it with every layer in int8.

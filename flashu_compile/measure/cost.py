@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.bundle.agreement import relative_error, rounded
 from flashu_compile.bundle.images import Picture as Given
 from flashu_compile.bundle.images import shown, to_picture
 from flashu_compile.bundle.noise import initial_noise
@@ -312,9 +312,3 @@ def _error(value: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
 def mean(values: Iterator[float]) -> float:
     """Return the mean, rounded as errors are."""
     return rounded(float(np.mean(list(values))))
-
-
-def rounded(value: float) -> float:
-    """Return an error as reports have it."""
-    # Three digits: the last bits depend on where in memory operands lie.
-    return float(f"{value:.2e}")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashu_compile.bundle.agreement import relative_error
+from flashu_compile.bundle.agreement import relative_error, rounded
 from flashu_compile.bundle.finite import Source
 from flashu_compile.bundle.images import to_picture
 from flashu_compile.bundle.prompts import TextCodec
@@ -29,7 +29,7 @@ from flashu_compile.measure.calibration import (
     decided_of_answers,
     last_rows,
 )
-from flashu_compile.measure.cost import Cost, Tell, decoded, emulator_of, mean, rounded
+from flashu_compile.measure.cost import Cost, Tell, decoded, emulator_of, mean
 from flashu_compile.measure.recorder import Recorder
 from flashu_compile.measure.sensitivity import Probe
 from flashu_compile.measure.statistics import Statistics

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from flashu_compile.bundle.agreement import rounded
 from flashu_compile.bundle.images import Picture
 from flashu_compile.bundle.noise import initial_noise
 from flashu_compile.bundle.precision import FEW_BITS, OTHER
@@ -260,11 +261,6 @@ def _in_int4(form: Int4Weight) -> Tensor:
 
 def _squares(values: Tensor) -> float:
     return values.double().square().sum().item()
-
-
-def rounded(number: float) -> float:
-    """Return three digits of a number."""
-    return float(f"{number:.2e}")
 
 
 def _stored(editor: GraphEditor, node: fx.Node) -> Tensor:

@@ -193,7 +193,7 @@ def packed_weights(
         if read < LEAST_READ * stored:
             return None
         above.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with one_at_a_time(above / LOCK):
+        with one_at_a_time(above / LOCK, _tell_of_waiting):
             if (found := _kept(folder)) is not None:  # another process was faster
                 return found
             _check_disk(above, stored)
@@ -207,6 +207,10 @@ def packed_weights(
     except _NOT_MADE as error:
         _log.warning("Each engine of %s keeps packed weights of its own: %s", bundle, error)
         return None
+
+
+def _tell_of_waiting() -> None:
+    _log.info("Waiting for another load, which packs the weights of a bundle for this processor.")
 
 
 def read_record(path: Path) -> PackedRecord:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -43,17 +43,22 @@ def draft_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
+def one_at_a_time(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of a file, once no other process or thread holds it; the file is made if need be, and stays.
 
-    Where there are no locks nobody waits. Raises `OSError` if the file cannot be opened.
+    `waiting` is called where another one holds it. Where there are no locks nobody waits. Raises `OSError` if the file
+    cannot be opened.
     """
     with lock.open("ab") as file:
         if fcntl is None:
             yield
             return
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:  # closing would not do while a process that was forked meanwhile has the file open

@@ -115,23 +115,29 @@ def test_one_at_a_time_holds_a_lock(tmp_path: Path) -> None:
 
     def work(_: int) -> None:
         nonlocal working, most
-        with one_at_a_time(lock):
+        with one_at_a_time(lock, lambda: waited.append(True)):
             working += 1
             most = max(most, working)
             time.sleep(0.005)
             working -= 1
 
+    waited: list[bool] = []
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(20)))
     assert most == 1
-    with pytest.raises(KeyboardInterrupt), one_at_a_time(lock):
+    assert 3 <= len(waited) < 20
+    with pytest.raises(KeyboardInterrupt), one_at_a_time(lock, _nobody_waits):
         raise KeyboardInterrupt
-    with one_at_a_time(lock):
+    with one_at_a_time(lock, _nobody_waits):
         assert lock.is_file()
 
 
+def _nobody_waits() -> None:
+    raise AssertionError("the lock is held")
+
+
 def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
-    with one_at_a_time(tmp_path / "lock"):
+    with one_at_a_time(tmp_path / "lock", _nobody_waits):
         inherited = os.dup(_descriptor(tmp_path / "lock"))
     try:
         with (tmp_path / "lock").open("ab") as other:
@@ -152,7 +158,7 @@ def _descriptor(path: Path) -> int:
 
 def test_without_locks_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "fcntl", None)
-    with one_at_a_time(tmp_path / "lock"), one_at_a_time(tmp_path / "lock"):
+    with one_at_a_time(tmp_path / "lock", _nobody_waits), one_at_a_time(tmp_path / "lock", _nobody_waits):
         pass
 
 
