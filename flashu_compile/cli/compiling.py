@@ -226,6 +226,7 @@ def build(
             output=output,
             recipe=chosen,
             calibration=calibration,
+            samples=samples,
             precision=precision,
             cost_samples=cost_samples,
             proof=proof,

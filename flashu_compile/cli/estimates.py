@@ -29,7 +29,12 @@ def print_estimate(found: Estimate, *, as_json: bool) -> None:
             "memory": f"{size(found.memory_bytes)}, of which {size(found.needed_bytes)} must be free",
             "disk": f"{size(found.bundle_bytes)} for the bundle",
             "meanwhile": f"{size(found.scratch_bytes)} in {found.scratch}",
-            "time": f"{max(1, round(found.seconds / 60))} min of one core, roughly",
+            "time": f"{_time(found.seconds)} of one core, roughly",
             "fits": "yes" if told["lacking"] is None else f"no: {told['lacking']}",
         }.items()
     )
+
+
+def _time(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.0f} h"

@@ -171,7 +171,8 @@ def _print_benchmark(found: Benchmark) -> None:
     about = found.machine
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     say(f"{found.rounds} rounds in turn, threads: {found.threads}, provider: {found.provider}")
-    say(f"{about['processor']}, {about['cores']} cores, {about['system']}; {versions}")
+    cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
+    say(f"{about['processor']}, {cores}, {about['system']}; {versions}")
 
 
 def _work(found: Benchmark, task: str) -> str:

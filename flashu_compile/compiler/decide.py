@@ -16,7 +16,7 @@ from flashu_compile.compiler.captured import CapturedModel
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.specialise import neuron_order
 from flashu_compile.compiler.tasks import compiled_task, main_program
-from flashu_compile.compiler.work import calibrating, calibration_work
+from flashu_compile.compiler.work import FITTING, calibrating, calibration_work, lowering, lowering_work
 from flashu_compile.errors import InputError, RecipeError
 from flashu_compile.evaluation.neutral import calibration_prompts, calibration_questions, calibration_texts
 from flashu_compile.exporters.precision import Precision
@@ -106,6 +106,16 @@ def cost_counts(
     return {task: min(most, len(samples.of(task))) for task in tasks}
 
 
+def probed_samples(samples: CalibrationSamples, count: int, seed: int, on_copy: bool) -> CalibrationSamples:
+    """Return the samples that a precision of few bits is chosen on: at most `count`, and for large models given ones.
+
+    Without any, the program is run once, since eager trajectories of a large model take hours.
+    """
+    if on_copy and samples.origin == NEUTRAL:
+        return CalibrationSamples()
+    return samples.chosen(count, seed)
+
+
 def decide(
     recipe: Recipe,
     source: CapturedModel,
@@ -156,11 +166,14 @@ def measured_precision(
     source: CapturedModel,
     tasks: tuple[str, ...],
     recipe: Recipe,
-    samples: CalibrationSamples | None,
+    samples: CalibrationSamples,
     budget: Mapping[str, float],
     tell: ProgressReporter,
+    later: Mapping[str, float],
 ) -> tuple[Precision, dict[str, Any]]:
     """Choose the layers that stay in float32, and those in 4 bits, where `precision` has few, for each task's `budget`.
+
+    `later` is the work that comes after this.
 
     Returns the precision with these layers, and the report's entry `int8`, if any.
     """
@@ -175,22 +188,20 @@ def measured_precision(
         (program,), _ = job.run(made.program, validate=False)
         return dataclasses.replace(made, program=program)
 
-    known = CalibrationSamples() if samples is None else samples
-    fitted_on = {task: known.of(task)[SAMPLES:] if INT4 in precision.names else () for task in tasks}
+    fitted_on, tried_on = few_bit_samples(precision, samples, tasks)
+    tell.plan({**lowering_work(source, recipe, fitted_on, tried_on), **later})
     precision = _fitted(
         precision, [probe_of(task, given) for task, given in fitted_on.items() if given], tell
     )
-    tell("measuring what layers lose in int8")
-    errors, counts, sensitive, kept = {}, {}, {}, {}
+    errors, sensitive, kept = {}, {}, {}
 
     def name(layer: LinearError) -> str:
         return precision.of_part(layer.part)
 
     for task in tasks:
-        given = known.of(task)[:SAMPLES]
-        probe = dataclasses.replace(probe_of(task, given), weights=precision.weights)
+        probe = dataclasses.replace(probe_of(task, tried_on[task]), weights=precision.weights)
+        tell(f"{task}: measuring what layers lose in int8", tell.within(lowering(task)))
         errors[task], truth = probe.errors(lambda part: precision.of_part(part) in READ)
-        counts[task] = len(given)
         alone = frozenset(layer.weight for layer in errors[task] if layer.sensitive)
         meant = [x for x in errors[task] if name(x) in FEW_BITS and x.weight not in alone]
         kept[task] = keep_budget(
@@ -206,12 +217,28 @@ def measured_precision(
         sensitive[task] = alone | kept[task].weights
     int4 = {task: found.int4 for task, found in kept.items()}
     read = {task: found.read for task, found in kept.items()}
-    told = report(errors, precision.of_part, counts, sensitive, int4, read)
+    told = report(
+        errors,
+        precision.of_part,
+        {task: len(given) for task, given in tried_on.items()},
+        sensitive,
+        int4,
+        read,
+    )
     for task, found in kept.items():
         told["tasks"][task] |= {"budget": found.budget, "error": found.error, "runs": found.runs}
         has_int4 = any(name(layer) == INT4 for layer in errors[task])
         told["tasks"][task]["int4_fitted_on"] = len(fitted_on[task]) if has_int4 else 0
     return dataclasses.replace(precision, sensitive=sensitive, int4=int4, read=read), {"int8": told}
+
+
+def few_bit_samples(
+    precision: Precision, samples: CalibrationSamples, tasks: tuple[str, ...]
+) -> tuple[dict[str, Sequence[Any]], dict[str, Sequence[Any]]]:
+    """Return the samples of each task that weights in 4 bits are fitted to, and those that errors are measured on."""
+    in_int4 = INT4 in precision.names
+    fitted: dict[str, Sequence[Any]] = {task: samples.of(task)[SAMPLES:] if in_int4 else () for task in tasks}
+    return fitted, {task: samples.of(task)[:SAMPLES] for task in tasks}
 
 
 def _fitted(precision: Precision, probes: Sequence[Probe], tell: ProgressReporter) -> Precision:
@@ -221,10 +248,10 @@ def _fitted(precision: Precision, probes: Sequence[Probe], tell: ProgressReporte
     """
     weights = precision.weights.with_fitted(())
     if probes:
-        tell("fitting weights in 4 bits")
+        tell("fitting weights in 4 bits", tell.within(FITTING))
         weights = fitted_weights(weights, probes, lambda part: precision.of_part(part) == INT4)
     return dataclasses.replace(precision, weights=weights)
 
 
-def _told(tell: ProgressReporter, task: str, stage: str) -> None:
-    tell(f"{task}: {stage}")
+def _told(tell: ProgressReporter, task: str, stage: str, done: float) -> None:
+    tell(f"{task}: {stage}", tell.within(lowering(task), done))

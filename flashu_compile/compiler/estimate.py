@@ -18,19 +18,26 @@ from torch import Tensor, nn
 from flashu_compile import arguments
 from flashu_compile.bundle.precision import FEW_BITS, OTHER, READ, PrecisionName
 from flashu_compile.compiler.captured import CapturedModel, ModelParts, check_no_parts
-from flashu_compile.compiler.decide import cost_counts, given_samples, samples_at_hand
+from flashu_compile.compiler.decide import (
+    cost_counts,
+    few_bit_samples,
+    given_samples,
+    probed_samples,
+    samples_at_hand,
+)
 from flashu_compile.compiler.fingerprints import named_tensors
 from flashu_compile.compiler.metadata import checkpoint_bytes
 from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.proof import AUTO, check_proof, needs_copy
-from flashu_compile.compiler.request import default_output, named_tasks
+from flashu_compile.compiler.request import check_counts, default_output, named_tasks
 from flashu_compile.compiler.tasks import jobs, main_program
 from flashu_compile.compiler.values_held import held_bytes
-from flashu_compile.compiler.work import BuildWork, tensors_read
+from flashu_compile.compiler.work import BuildWork, calibration_work, lowering_work, tensors_read
 from flashu_compile.errors import ResourceError
 from flashu_compile.exporters.backends import check_precision
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.calibration import TRAJECTORY_ROLES
+from flashu_compile.measure.samples import DEFAULT_SAMPLES, CalibrationSamples
 from flashu_compile.models.weights import shapes_alone
 from flashu_compile.passes.editing import stack_at
 from flashu_compile.passes.quantize_linears import MIN_WIDTH
@@ -114,6 +121,7 @@ def estimate(
     output: str | Path | None = None,
     recipe: str | Path | Recipe = "exact",
     calibration: object = None,
+    samples: int = DEFAULT_SAMPLES,
     precision: PrecisionName | str | Mapping[str, PrecisionName | str] = "float32",
     cost_samples: int = COST_SAMPLES,
     proof: str = AUTO,
@@ -125,7 +133,7 @@ def estimate(
     Bytes are those of ONNX Runtime's bundles. Of each tensor no more than the first row is read.
 
     Args:
-        model, task, output, recipe, calibration, precision, cost_samples, proof, backend: as for `export`.
+        model, task, output, recipe, calibration, samples, precision, cost_samples, proof, backend: as for `export`.
         vae, tokenizer, llm_config, resolution, model_options: as for `export`.
 
     Raises:
@@ -133,6 +141,7 @@ def estimate(
     """
     tasks, chosen, wanted = named_tasks(task), find_recipe(recipe), Precision.of(precision)
     check_proof(proof)
+    check_counts(samples, cost_samples=cost_samples)
     check_precision(arguments.name_of("backend", backend), wanted)
     given = given_samples(chosen, tasks, calibration, wanted, measured=cost_samples > 0)
     if isinstance(model, CapturedModel):
@@ -147,7 +156,8 @@ def estimate(
     made_up = {task: _assumed(whole, task, main_program(source, task)) for task in undecided}
     assumed = dataclasses.replace(whole, decisions={**whole.decisions, **made_up})
     on_copy = needs_copy(proof, loaded)
-    counts = cost_counts(samples_at_hand(given, source, tasks, chosen), tasks, cost_samples, on_copy)
+    known = samples_at_hand(given, source, tasks, chosen)
+    counts = cost_counts(known, tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
     held = _weights(source, tasks)
     weight_bytes = sum(tensor.nbytes for _, tensor in held)
@@ -178,10 +188,30 @@ def estimate(
         memory_bytes=needed + short + weight_bytes - in_memory,
         needed_bytes=needed,
         scratch_bytes=ordered + short + (0 if in_memory or held_already else converted),
-        seconds=sum(work.by(assumed, decided=True).values()) + 3 * weight_bytes / _BYTES_PER_SECOND,
+        seconds=sum(_amounts(work, whole, assumed, wanted, known, samples))
+        + 3 * weight_bytes / _BYTES_PER_SECOND,
         output=named,
         scratch=scratch_directory(),
     )
+
+
+def _amounts(
+    work: BuildWork,
+    recipe: Recipe,
+    assumed: Recipe,
+    precision: Precision,
+    known: CalibrationSamples,
+    samples: int,
+) -> Iterator[float]:
+    """Yield the work of each part of a build of `recipe`, whose open decisions are `assumed`."""
+    source = work.source
+    undecided = [task for task in work.tasks if recipe.needs_calibration(task)]
+    counts = {task: min(samples, len(known.of(task))) for task in undecided}
+    yield from calibration_work(source, recipe, counts).values()
+    if precision.has_few_bits:
+        given = few_bit_samples(precision, probed_samples(known, samples, 0, work.on_copy), work.tasks)
+        yield from lowering_work(source, recipe, *given).values()
+    yield from work.by(assumed, decided=True).values()
 
 
 def check_fits(

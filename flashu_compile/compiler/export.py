@@ -10,7 +10,6 @@ from typing import Any, Unpack
 from torch import nn
 
 from flashu_compile import arguments
-from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT
 from flashu_compile.bundle.manifest import MANIFEST, Manifest, file_entry
 from flashu_compile.bundle.output import ensure_writable
 from flashu_compile.bundle.precision import PrecisionName
@@ -24,6 +23,7 @@ from flashu_compile.compiler.decide import (
     decide,
     given_samples,
     measured_precision,
+    probed_samples,
     samples_at_hand,
 )
 from flashu_compile.compiler.estimate import COST_SAMPLES, check_fits
@@ -32,7 +32,7 @@ from flashu_compile.compiler.kept_engines import EngineShelf
 from flashu_compile.compiler.metadata import bundle_metadata, checkpoint_bytes, size_ranges
 from flashu_compile.compiler.progress import Progress, ProgressReporter
 from flashu_compile.compiler.proof import AUTO, WHOLE, check_proof, needs_copy, validate_on_copy
-from flashu_compile.compiler.request import default_output, named_tasks
+from flashu_compile.compiler.request import check_counts, default_output, named_tasks
 from flashu_compile.compiler.work import CHECKING, BuildWork
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.evaluation.splits import canonical
@@ -40,7 +40,7 @@ from flashu_compile.exporters.backends import check_precision, find_backend
 from flashu_compile.exporters.bundle import BundleMetadata, write_bundle
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.budget import budgets
-from flashu_compile.measure.samples import DEFAULT_SAMPLES, NEUTRAL
+from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.recipe.presets import find_recipe
 from flashu_compile.recipe.recipe import Recipe
 from flashu_compile.report.contents import read_new_report
@@ -169,7 +169,7 @@ def export(
     """
     tasks = named_tasks(task)
     chosen, wanted = find_recipe(recipe), Precision.of(precision)
-    _check_counts(samples, seed, cost_samples)
+    check_counts(samples, seed, cost_samples)
     flags = {"overwrite": overwrite, "benchmark": benchmark, "check_resources": check_resources}
     for name, flag in flags.items():
         arguments.flag(name, flag)
@@ -195,6 +195,7 @@ def export(
             output=output,
             recipe=chosen,
             calibration=calibration,
+            samples=samples,
             precision=precision,
             cost_samples=cost_samples,
             proof=proof,
@@ -210,16 +211,15 @@ def export(
     counts = cost_counts(measured, tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
     decided, figures = decide(chosen, source, tasks, measured, samples, seed, tell, work.by)
-    # Eager trajectories of a large model take hours: without samples of the caller's or its own it is run once.
-    probed = None if on_copy and measured.origin == NEUTRAL else measured.chosen(samples, seed)
     precise, losses = measured_precision(
         dataclasses.replace(wanted, weights=source.int8_weights, casts=source.casts),
         source,
         tasks,
         decided,
-        probed,
+        probed_samples(measured, samples, seed, on_copy),
         budget,
         tell,
+        work.by(decided, decided=True),
     )
     ranges = size_ranges(loaded, tasks)
     maker = Maker(find_backend(backend), precise, directory.parent, ranges, allow_declined)
@@ -341,7 +341,7 @@ def calibrate(
     """
     tasks = named_tasks(task)
     chosen = find_recipe(recipe)
-    _check_counts(samples, seed)
+    check_counts(samples, seed)
     arguments.function("progress", progress)
     given = given_samples(chosen, tasks, calibration)
     tell = ProgressReporter(progress)
@@ -351,12 +351,6 @@ def calibrate(
     )[0]
     source.loaded.check_unchanged()
     return decided
-
-
-def _check_counts(samples: int, seed: int, cost_samples: int = 0) -> None:
-    arguments.integer("samples", samples, 1, LARGEST_COUNT)
-    arguments.integer("seed", seed, 0, LARGEST_BUILD_SEED)
-    arguments.integer("cost_samples", cost_samples, 0, LARGEST_COUNT)
 
 
 def _captured(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashu_compile.arguments import names_a_size, picture_size, shown
+from flashu_compile import arguments
+from flashu_compile.arguments import LARGEST_BUILD_SEED, LARGEST_COUNT, names_a_size, picture_size, shown
 from flashu_compile.bundle.output import ensure_writable
 from flashu_compile.bundle.precision import TOLERANCES, checked_parts
 from flashu_compile.errors import ConfigurationError, UnknownTaskError
@@ -66,3 +67,10 @@ def named_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
         what = f"Unknown task {shown(unknown[0])}" if unknown else "No task given"
         raise UnknownTaskError(f"{what}; known tasks are: {', '.join(TASKS)}.")
     return tuple(name for name in TASKS if name in asked)
+
+
+def check_counts(samples: int, seed: int = 0, cost_samples: int = 0) -> None:
+    """Raise `ConfigurationError` on numbers of samples, or a seed, that no build takes."""
+    arguments.integer("samples", samples, 1, LARGEST_COUNT)
+    arguments.integer("seed", seed, 0, LARGEST_BUILD_SEED)
+    arguments.integer("cost_samples", cost_samples, 0, LARGEST_COUNT)

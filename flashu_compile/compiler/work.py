@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,9 @@ _RUNNING, _OPERATIONS = 0.0015, 1.5e11
 _ANSWER, _TECHNIQUES = 4, 5
 #: Layers that a small copy has.
 _COPIED = 7
-COPYING, CHECKING = "copying", "checking"
+COPYING, CHECKING, TRACING, FITTING = "copying", "checking", "tracing", "fitting"
+#: Runs of a program in few bits that finding out what may stay so is expected to take, on each of its samples.
+_TRIES = 10
 
 #: Work in one run of a program that was counted already; a model is not kept for it.
 _counted: weakref.WeakKeyDictionary[CaptureSpec, float] = weakref.WeakKeyDictionary()
@@ -43,6 +45,11 @@ _counted: weakref.WeakKeyDictionary[CaptureSpec, float] = weakref.WeakKeyDiction
 def calibrating(task: str) -> str:
     """Name the part that calibrates a task."""
     return f"calibrating {task}"
+
+
+def lowering(task: str) -> str:
+    """Name the part that finds out what of a task may be in few bits."""
+    return f"lowering {task}"
 
 
 def making(program: str) -> str:
@@ -57,6 +64,24 @@ def calibration_work(source: CapturedModel, recipe: Recipe, counts: Mapping[str,
         spec = _main(source, task)
         work[calibrating(task)] = _layers(spec) * _TRACING + count * _runs(source, task, recipe) * _run(spec)
     return work
+
+
+def lowering_work(
+    source: CapturedModel,
+    recipe: Recipe,
+    fitted: Mapping[str, Sequence[Any]],
+    tried: Mapping[str, Sequence[Any]],
+) -> dict[str, float]:
+    """Count the work of fitting weights in few bits to samples of each task, and of trying them on others."""
+
+    def runs(task: str, samples: Sequence[Any]) -> float:
+        return (len(samples) * _runs(source, task, recipe) or 1) * _run(_main(source, task))
+
+    return {
+        TRACING: sum(_layers(_main(source, task)) * _TRACING for task in tried),
+        FITTING: sum(runs(task, given) for task, given in fitted.items() if given),
+        **{lowering(task): _TRIES * runs(task, given) for task, given in tried.items()},
+    }
 
 
 def making_work(

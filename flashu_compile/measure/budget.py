@@ -88,16 +88,17 @@ def keep_budget(
     layers: Sequence[LinearError],
     truth: NDArray[Any],
     budget: float,
-    tell: Callable[[str], None],
+    tell: Callable[[str, float], None],
     in_int4: Callable[[LinearError], bool] = lambda layer: False,
     read: frozenset[str] = frozenset(),
     spoiled: frozenset[str] = frozenset(),
 ) -> Kept:
     """Return which of the `layers` that are meant to be in int8 stay in float32 for `budget`, and which have 4 bits.
 
-    `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8. `in_int4`
-    tells which weights may be in 4 bits. `read` names those that every engine reads as they are stored,
-    multiplying them by activations with a scale for each block of a row; of these, engines of many rows multiply
+    `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8, with what
+    was found and the share done of as many runs as there may be. `in_int4` tells which weights may be in 4 bits.
+    `read` names those that every engine reads as they are stored, multiplying them by activations with a scale for
+    each block of a row; of these, engines of many rows multiply
     bytes of the `spoiled`, which is faster, if the budget is kept so with all layers in few bits.
     """
     few = list(filter(in_int4, layers))
@@ -146,7 +147,7 @@ class _Tries:
         layers: Sequence[LinearError],
         truth: NDArray[Any],
         budget: float,
-        tell: Callable[[str], None],
+        tell: Callable[[str, float], None],
         read: frozenset[str],
         most: int,
     ) -> None:
@@ -173,7 +174,8 @@ class _Tries:
             self._tell(
                 f"int8 with {len(kept)} of {len(names)} layers in float32{share} is off by "
                 f"{self._found[kept, int4]:.1e}, budget {self._budget:g} (run {self.runs} of at most {self._most}, "
-                f"{minutes:.1f} min)"
+                f"{minutes:.1f} min)",
+                self.runs / self._most,
             )
         return self._found[kept, int4]
 

@@ -17,7 +17,7 @@ import flashu_compile
 from examples.showo2_shapes.saving import save_model
 from flashu_compile.compiler import estimate as estimating
 from flashu_compile.compiler.progress import ProgressReporter
-from flashu_compile.errors import ResourceError
+from flashu_compile.errors import ConfigurationError, ResourceError
 from flashu_compile.evaluation.machine import forget_peak, resident
 from flashu_compile.models.showo2.config import Showo2Config, configuration
 from flashu_compile.models.showo2.modeling import Showo2
@@ -143,6 +143,18 @@ def test_samples_that_are_run_at_the_same_time_are_counted(
         parts = {"vae": PaddedSpaceToDepth(), "tokenizer": tokenizer()}
         needed.append(flashu_compile.estimate(shallow, "mmu", recipe=recipe, **given, **parts).needed_bytes)
     assert (needed[1] - needed[0] >= 3 * 730 * 151_669 * 4) if counted else needed[0] == needed[1]
+
+
+def test_samples_take_time(shallow: Path) -> None:
+    given = {"vae": PaddedSpaceToDepth(), "tokenizer": tokenizer()}
+
+    def seconds(recipe: str | Recipe, **options: Any) -> float:
+        return flashu_compile.estimate(shallow, "mmu", recipe=recipe, **options, **given).seconds
+
+    assert seconds("flashu", samples=20) - seconds("flashu", samples=2) > 10
+    assert seconds(DECIDED, precision="int8") > seconds(DECIDED) + 5
+    with pytest.raises(ConfigurationError, match="samples"):
+        seconds("flashu", samples=0)
 
 
 def test_a_build_that_does_not_fit_is_refused(

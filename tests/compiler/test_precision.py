@@ -222,26 +222,31 @@ class TestBundles:
 
     @pytest.mark.parametrize("samples", [0, SAMPLES + 2], ids=["rounded to nearest", "fitted"])
     def test_weights_in_four_bits_are_stored_once_for_all_engines(self, samples: int, tmp_path: Path) -> None:
-        stages: list[str] = []
+        stages: dict[str, float] = {}
         picture = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
         given = {"prompts": [PROMPT] * samples, "questions": [(picture, "what color?")] * samples}
         model = wide_model()
         bundle = flashu_compile.export(
             model, ["t2i", "mmu"], recipe=RECIPE, output=tmp_path / "b", precision="int4",
             precision_budget=0.5, vae=VAE, tokenizer=tokenizer(), cache=False, cost_samples=0,
-            calibration=given if samples else None, progress=lambda stage, _: stages.append(stage),
+            calibration=given if samples else None, progress=stages.__setitem__,
         )  # fmt: skip
         told = report(bundle)["int8"]["tasks"]
         assert [told[task]["int4_fitted_on"] for task in told] == [max(0, samples - SAMPLES)] * 2
         assert ("fitting weights in 4 bits" in stages) == bool(samples)
         assert any("mmu: int8 with 0 of 21 layers in float32, 100% of weights in 4 bits" in s for s in stages)
+        assert list(stages.values()) == sorted(stages.values())
+        tried = {task: [f for s, f in stages.items() if f"{task}: int8 with" in s] for task in ("t2i", "mmu")}
+        losing = {task: stages[f"{task}: measuring what layers lose in int8"] for task in tried}
+        assert all(0 < losing[task] < min(tried[task]) for task in tried)
+        assert not samples or 0 < stages["fitting weights in 4 bits"] < losing["t2i"] < losing["mmu"]
         assert told["mmu"]["parts"]["llm"]["int4_share"] == 1.0
         assert all(layer["bits"] == 4 for layer in told["mmu"]["layers"])
         language = [node.op_type for node in operators(bundle, "language")]
         assert language.count("DequantizeLinear") == 2 * 5 + 1  # keys and values are too narrow
         assert "MatMulInteger" not in language
         assert "MatMulInteger" in [node.op_type for node in operators(bundle, "language_prologue")]
-        places: dict[str, tuple[int, int]] = {}
+        stored: dict[str, tuple[int, int]] = {}
         for engine in ("denoise", "denoise_pruned", "language", "language_prologue"):
             graph = onnx.load(bundle.path / f"{engine}.onnx", load_external_data=False).graph
             assert {node.domain for node in graph.node} == {""}
@@ -249,10 +254,10 @@ class TestBundles:
                 if tensor.name == "model.showo.model.layers.0.mlp.down_proj.weight_int4":
                     assert tensor.data_type == onnx.TensorProto.INT4
                     entries = {e.key: e.value for e in tensor.external_data}
-                    places[engine] = int(entries["offset"]), int(entries["length"])
-        assert places["denoise"] == places["language"] == places["language_prologue"]
-        assert places["denoise"][1] == WIDE * FFN // 2
-        (start, length), (inner, kept) = places["denoise"], places["denoise_pruned"]
+                    stored[engine] = int(entries["offset"]), int(entries["length"])
+        assert stored["denoise"] == stored["language"] == stored["language_prologue"]
+        assert stored["denoise"][1] == WIDE * FFN // 2
+        (start, length), (inner, kept) = stored["denoise"], stored["denoise_pruned"]
         assert start <= inner < inner + kept <= start + length
         assert kept * 3 == length * 2
         weight = model.showo.model.layers[0].mlp.down_proj.weight.detach()

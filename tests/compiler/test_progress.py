@@ -14,9 +14,13 @@ from flashu_compile.compiler.progress import ProgressReporter
 from flashu_compile.compiler.work import (
     CHECKING,
     COPYING,
+    FITTING,
+    TRACING,
     BuildWork,
     calibrating,
     calibration_work,
+    lowering,
+    lowering_work,
     making,
 )
 from flashu_compile.recipe.presets import preset
@@ -66,6 +70,18 @@ def test_work_rises_with_what_is_done(source: CapturedModel) -> None:
     few, many = (calibration_work(source, flashu, {"t2i": n, "mmu": n}) for n in (1, 20))
     assert few[calibrating("t2i")] < many[calibrating("t2i")]
     assert many[calibrating("t2i")] > many[calibrating("mmu")], "a picture takes 34 evaluations"
+
+
+def test_the_work_of_choosing_what_is_in_few_bits(source: CapturedModel) -> None:
+    recipe = preset("exact").resolved(**RESOLVED)
+    fitted, tried = {"t2i": "abcd", "mmu": "abcd"}, {"t2i": "abc", "mmu": "abc"}
+    int4 = lowering_work(source, recipe, fitted, tried)
+    int8 = lowering_work(source, recipe, {"t2i": "", "mmu": ""}, tried)
+    assert list(int4) == [TRACING, FITTING, lowering("t2i"), lowering("mmu")]
+    assert int8 == {**int4, FITTING: 0}
+    assert int4[lowering("t2i")] > 4 * int4[lowering("mmu")], "a picture takes 49 evaluations"
+    once = lowering_work(source, recipe, {}, {"t2i": ""})
+    assert once[lowering("t2i")] < int8[lowering("t2i")], "without samples it is run once"
 
 
 def test_steps_of_a_check_never_reach_its_end(source: CapturedModel) -> None:

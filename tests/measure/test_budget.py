@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,16 @@ def test_recorded_in_int8_is_what_the_pass_makes(probe: Probe) -> None:
 @pytest.mark.parametrize("budget", [1.0, 1e-2, 3e-3, 1e-4])
 def test_a_budget_is_kept_by_few_runs_and_no_more_layers_than_needed(probe: Probe, budget: float) -> None:
     layers, truth = probe.errors()
-    told: list[str] = []
-    kept = keep_budget(probe, layers, truth, budget, told.append)
+    told: list[tuple[str, float]] = []
+    kept = keep_budget(probe, layers, truth, budget, lambda *given: told.append(given))
     short = frozenset(layer.weight for layer in layers) - kept.weights
     error = relative_error(probe.outputs(Int8Recorder(probe.program, short)), truth)
     assert error <= budget
     assert kept.error == pytest.approx(error, rel=1e-2)
     assert kept.runs == len(told) <= 1 + math.ceil(math.log2(len(layers)))
+    shares = [0.0, *(done for _, done in told)]
+    assert all(0 < after - before < 1 for before, after in pairwise(shares))
+    assert shares[-1] <= 1
     if kept.weights:  # one layer fewer would be too few
         order = sorted(layers, key=lambda layer: -layer.error)
         fewer = frozenset(layer.weight for layer in order[len(kept.weights) - 1 :])
@@ -69,14 +73,14 @@ def test_a_budget_is_kept_by_few_runs_and_no_more_layers_than_needed(probe: Prob
 def test_layers_that_lose_most_go_first(probe: Probe) -> None:
     layers, truth = probe.errors()
     everything = relative_error(probe.outputs(Int8Recorder(probe.program)), truth)
-    kept = keep_budget(probe, layers, truth, 0.8 * everything, lambda _: None)
+    kept = keep_budget(probe, layers, truth, 0.8 * everything, lambda *_: None)
     assert "layers.2.weight" in kept.weights or "layers.6.weight" in kept.weights
     assert len(kept.weights) < 3
 
 
 def test_a_layer_with_outlying_weights_is_in_no_four_bits(probe: Probe) -> None:
     layers, truth = probe.errors(lambda part: True)
-    kept = keep_budget(probe, layers, truth, 1.0, lambda _: None, lambda layer: layer.bears_int4)
+    kept = keep_budget(probe, layers, truth, 1.0, lambda *_: None, lambda layer: layer.bears_int4)
     planted = {"layers.2.weight", "layers.6.weight"}
     assert kept.int4 == {layer.weight for layer in layers} - planted
     assert not kept.weights, "in 8 bits they are good enough"
@@ -89,8 +93,10 @@ def test_a_layer_with_outlying_weights_is_in_no_four_bits(probe: Probe) -> None:
 @pytest.mark.parametrize("budget", [0.2, 0.05, 0.02, 3e-3, 1e-4])
 def test_one_budget_decides_the_bits_of_every_layer(probe: Probe, budget: float) -> None:
     layers, truth = probe.errors(lambda part: True)
-    told: list[str] = []
-    kept = keep_budget(probe, layers, truth, budget, told.append, lambda layer: layer.bears_int4)
+    told: list[tuple[str, float]] = []
+    kept = keep_budget(
+        probe, layers, truth, budget, lambda *given: told.append(given), lambda layer: layer.bears_int4
+    )
     assert not kept.int4 & kept.weights
     assert not (kept.int4 and kept.weights), "4 bits become 8 before 8 become 32"
     short = frozenset(layer.weight for layer in layers) - kept.weights
@@ -99,7 +105,7 @@ def test_one_budget_decides_the_bits_of_every_layer(probe: Probe, budget: float)
     assert kept.error == pytest.approx(error, rel=1e-2)
     borne = sum(layer.bears_int4 for layer in layers)
     assert kept.runs == len(told) <= 2 + min(GROUPS, borne) + math.ceil(math.log2(borne + len(layers)))
-    assert "of weights in 4 bits" in told[0]
+    assert "of weights in 4 bits" in told[0][0]
     if budget >= 0.05 or budget <= 3e-3:
         assert bool(kept.int4) == (budget >= 0.05)
     assert 0 <= share_in_int4(layers, kept.int4) < 1
@@ -145,7 +151,7 @@ def test_layers_go_back_to_float32_in_the_order_of_what_they_lose(probe: Probe, 
     ]
     read = frozenset(layer.weight for layer in layers) if all_read else frozenset()
     everything = relative_error(probe.outputs(Int8Recorder(probe.program, None, read=read)), truth)
-    kept = keep_budget(probe, layers, truth, 0.99 * everything, lambda _: None, read=read).weights
+    kept = keep_budget(probe, layers, truth, 0.99 * everything, lambda *_: None, read=read).weights
     order = layers if all_read else layers[::-1]
     assert 0 < len(kept) < len(layers)
     assert kept == {layer.weight for layer in order[: len(kept)]}
@@ -164,11 +170,27 @@ def test_spoiled_weights_are_read_where_the_budget_is_not_kept_otherwise(probe: 
 
     of_products, of_reading = error(read - spoiled), error(read)
     assert of_reading < 0.9 * of_products
-    told: list[str] = []
-    quick = keep_budget(probe, layers, truth, 1.01 * of_products, told.append, read=read, spoiled=spoiled)
+    told: list[tuple[str, float]] = []
+    quick = keep_budget(
+        probe,
+        layers,
+        truth,
+        1.01 * of_products,
+        lambda *given: told.append(given),
+        read=read,
+        spoiled=spoiled,
+    )
     assert (quick.weights, quick.read, quick.runs) == (frozenset(), read - spoiled, 1)
     assert quick.error == pytest.approx(of_products, rel=1e-2)
-    slow = keep_budget(probe, layers, truth, 0.99 * of_products, told.append, read=read, spoiled=spoiled)
+    slow = keep_budget(
+        probe,
+        layers,
+        truth,
+        0.99 * of_products,
+        lambda *given: told.append(given),
+        read=read,
+        spoiled=spoiled,
+    )
     assert (slow.weights, slow.read, slow.runs) == (frozenset(), read, 2)
     assert slow.error == pytest.approx(of_reading, rel=1e-2)
     assert len(told) == 3
