@@ -86,7 +86,7 @@ class TestNames:
             ("int8,head=float32", "is neither a name nor a list such as decoder=int8"),
             ("llm=int8,llm=float32", "names a part twice"),
             ("int2", "Unknown precision 'int2' for backend 'onnxruntime'; there are onnxruntime: float32"),
-            ("bfloat16", r"Unknown precision 'bfloat16'.*torch: float32, float16, bfloat16"),
+            ("int2", r"Unknown precision 'int2'.*torch: float32, float16, bfloat16"),
         ],
     )
     def test_what_there_is_not_is_an_error(self, precision: str, message: str) -> None:
