@@ -15,6 +15,7 @@ from flashu_compile.bundle.manifest import WEIGHTS, Manifest, file_entry
 from flashu_compile.bundle.precision import tolerance, tolerance_between_int8
 from flashu_compile.errors import BundleError, EmissionError, InputError
 from flashu_compile.exporters.backends import Backend
+from flashu_compile.exporters.bfloat16_proof import computable
 from flashu_compile.exporters.engine_build import EngineBuild
 from flashu_compile.exporters.int8_proof import prove_layers
 from flashu_compile.exporters.weights import weight_store
@@ -31,7 +32,8 @@ def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> d
     """Measure the relative L2 error of every output on the reference inputs, on ONNX Runtime's CPU provider.
 
     The engine is written, with its weights, to a draft in `scratch_parent`. It runs on one
-    thread, so that the figures do not depend on the machine's cores. Raises `EmissionError` if ONNX Runtime
+    thread, so that the figures do not depend on the machine's cores; what it computes in bfloat16, in float32 rounded
+    to bfloat16 (`computable`). Raises `EmissionError` if ONNX Runtime
     cannot run the engine, or if an output is off by more than its precision allows (relative L2, `agreement`)
     or not a number.
 
@@ -42,6 +44,7 @@ def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> d
         path = scratch / "engine.onnx"
         with weight_store([build.model], path.with_name(WEIGHTS)):
             ir.save(build.model, path)
+        path = computable(path)
         if build.int8_program is not None:
             between = tolerance_between_int8(precision)
             ends = prove_layers(path, build.int8_program, build.reference_inputs, between)

@@ -232,6 +232,14 @@ def _input_types(node: ir.Node, rule: Mapping[str, list[str]]) -> Iterator[str]:
             yield f"input {index} is {value.dtype.name}, not {' or '.join(allowed)}"
 
 
+def _bool_or_type_of(node: ir.Node, rule: Mapping[str, int]) -> Iterator[str]:
+    for index, other in rule.items():
+        value, like = _input(node, index), _input(node, other)
+        kinds = [v.dtype for v in (value, like) if v is not None and v.dtype is not None]
+        if len(kinds) == 2 and kinds[0] not in (ir.DataType.BOOL, kinds[1]):
+            yield f"input {index} is {kinds[0].name}, not BOOL or {kinds[1].name} as input {other}"
+
+
 def _cache(node: ir.Node, rule: int) -> Iterator[str]:
     """Check a cache: a network input of fixed size along dimension `rule`, whose update is a network output."""
     value = _input(node, 0)
@@ -254,6 +262,7 @@ _RULES: dict[str, Callable[[ir.Node, Any], Iterator[str]]] = {
     "all_ones": _all_ones,
     "attributes": _attributes,
     "input_types": _input_types,
+    "bool_or_type_of": _bool_or_type_of,
     "cache": _cache,
 }
 

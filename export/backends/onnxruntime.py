@@ -29,7 +29,7 @@ _CONVERTED = frozenset({ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT16,
 class OnnxRuntime:
     """The ONNX Runtime backend: an ONNX graph for each engine."""
 
-    precisions = ("float32", "float16", "int8", "int4", "int8_weights")
+    precisions = ("float32", "float16", "bfloat16", "int8", "int4", "int8_weights")
 
     def check(self) -> None:
         """Accept every machine, since ONNX Runtime is part of every installation."""

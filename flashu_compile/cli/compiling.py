@@ -264,7 +264,9 @@ def build(
         display.print_build(summary)
         _print_beside_exact(summary["beside_exact"] or {})
         if not quiet:
-            _say_what_is_next(bundle.path, summary["tasks"])
+            answered = summary["answered"]
+            run_here = [task for task in summary["tasks"] if "not_run_here" not in answered.get(task, {})]
+            _say_what_is_next(bundle.path, run_here)
 
 
 @app.command(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from flashu_compile.arguments import shown
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.manifest import WEIGHTS, EngineSpec
+from flashu_compile.bundle.precision import by_part
 from flashu_compile.bundle.profiles import dimension_ranges, engine_profile
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError
 from flashu_compile.runtime.binding import BoundRuns
@@ -90,6 +91,7 @@ BYTES, FLOATS = 4, 1
 _BLOCK = 128
 
 _NOT_CAPTURED = "cannot use the graph capture feature"
+_NO_KERNEL = "Could not find an implementation"
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
     `packed_weights`, nothing is kept on disk for `fast` (see the module `packed_weights`). Without `contrib_operators`,
     ONNX Runtime keeps to the operators that the graphs have. With `trust`, graphs may have any operators. Raises
     `ConfigurationError` if one of them makes no sense, `BackendUnavailableError` if the provider
-    does not work here.
+    does not work here, or cannot compute what the bundle does.
     """
 
     def __init__(
@@ -129,6 +131,12 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
         wanted = resolve_provider(provider)
         check_memory(memory, wanted[0])
         session_request(provider, wanted, given)
+        self._in_bfloat16 = "bfloat16" in by_part(files.manifest.precision).values()
+        if self._in_bfloat16 and wanted == PROVIDERS["cpu"]:
+            raise BackendUnavailableError(
+                "This bundle computes in bfloat16, which ONNX Runtime's CPU provider cannot: make TensorRT engines of "
+                "it (flashu-compile tensorrt DIR), run it with backend='openvino', or build it in another precision."
+            )
         if wanted != PROVIDERS["cpu"]:
             probe_provider(provider)
         self.provider, self.options = provider, given
@@ -215,6 +223,10 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
                 )
                 rest = {k: v for k, v in options.items() if k != CUDA_GRAPH}
                 return self._session(spec, path, graph, rest)
+            if self._in_bfloat16 and _NO_KERNEL in str(error):
+                raise BackendUnavailableError(
+                    f"Provider {self.provider!r} cannot run engine {spec.name!r}, which computes in bfloat16: {error}"
+                ) from error
             raise BundleError(
                 f"ONNX Runtime cannot load engine {spec.name!r} from {path}: {error}"
             ) from error

@@ -16,7 +16,7 @@ import flashu_compile
 from flashu_compile.bundle.files import BundleFiles
 from flashu_compile.bundle.precision import REST, TOLERANCES, by_part, tolerance
 from flashu_compile.compiler.export import Bundle
-from flashu_compile.errors import ConfigurationError
+from flashu_compile.errors import BackendUnavailableError, ConfigurationError
 from flashu_compile.exporters.backends import check_precision
 from flashu_compile.exporters.int4_onnx import in_pairs
 from flashu_compile.exporters.precision import Precision
@@ -86,7 +86,7 @@ class TestNames:
             ("int8,head=float32", "is neither a name nor a list such as decoder=int8"),
             ("llm=int8,llm=float32", "names a part twice"),
             ("int2", "Unknown precision 'int2' for backend 'onnxruntime'; there are onnxruntime: float32"),
-            ("bfloat16", r"Unknown precision 'bfloat16'.*torch: float32, float16, bfloat16"),
+            ("int2", r"Unknown precision 'int2'.*torch: float32, float16, bfloat16"),
         ],
     )
     def test_what_there_is_not_is_an_error(self, precision: str, message: str) -> None:
@@ -280,3 +280,16 @@ class TestBundles:
             wide_model(), "t2i", output=tmp_path / "b", precision="int8", vae=VAE, tokenizer=tokenizer()
         )
         assert not [n for n in operators(bundle, "denoise") if n.op_type == "MatMulInteger"]
+
+    def test_what_is_built_in_bfloat16_is_proved_and_says_that_it_was_not_run(self, tmp_path: Path) -> None:
+        bundle = flashu_compile.export(
+            tiny_model(), "t2i", output=tmp_path / "b", precision="bfloat16", vae=VAE, tokenizer=tokenizer(),
+            cache=False,
+        )  # fmt: skip
+        told = report(bundle)
+        assert 1e-3 < told["engines"]["denoise"]["errors"]["velocity"] < TOLERANCES["bfloat16"]
+        reason = told["answered"]["t2i"]["not_run_here"]
+        assert "CPU provider cannot" in reason
+        assert str(tmp_path) not in reason, "the same build gives the same bytes"
+        with pytest.raises(BackendUnavailableError, match="bfloat16"):
+            flashu_compile.load(bundle.path)

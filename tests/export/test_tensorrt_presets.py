@@ -42,7 +42,7 @@ def questions(folder: Path) -> list[tuple[str, str]]:
     return [(str(path), "what colour is it?"), (str(path), "how many are there?")]
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_a_preset_makes_of_both_tasks_converts(
     captured: CapturedModel, kept: Path, tmp_path: Path, preset: str, precision: str
@@ -62,5 +62,5 @@ def test_what_a_preset_makes_of_both_tasks_converts(
     write_plan(bundle.path)
     assert_no_objections(bundle.path)
     assert_shapes_follow(bundle.path)
-    if precision == "float32":
+    if precision != "float16":
         assert_computed_alike(bundle.path)

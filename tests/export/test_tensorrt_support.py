@@ -128,6 +128,16 @@ def test_variant_keeps_what_it_cannot_prove() -> None:
             "Attention: input 4 is not supported",
         ),
         (
+            "g (bfloat16[1,2,3,4] q, bfloat16[1,2,3,4] k, bfloat16[1,2,3,4] v, float[1,1,3,3] mask) => "
+            "(bfloat16[1,2,3,4] y) { y = Attention (q, k, v, mask) }",
+            "Attention: input 3 is FLOAT, not BOOL or BFLOAT16 as input 0",
+        ),
+        (
+            "g (bfloat16[1,2,3,4] q, bfloat16[1,2,3,4] k, bfloat16[1,2,3,4] v, bool[1,1,3,3] mask) => "
+            "(bfloat16[1,2,3,4] y) { y = Attention (q, k, v, mask) }",
+            "",
+        ),
+        (
             "g (float[1,2,5,4] past, float[1,2,1,4] new, int64[1] at) => (float[1,2,5,4] y) "
             "{ y = TensorScatter <axis = 1> (past, new, at) }",
             "TensorScatter: attribute axis is 1, not -2",

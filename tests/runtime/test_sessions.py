@@ -16,7 +16,8 @@ from flashu_compile.bundle.signatures import check_inputs
 from flashu_compile.errors import BackendUnavailableError, BundleError, ConfigurationError, InputError
 from flashu_compile.runtime import Pipeline, doctor, load, sessions
 from flashu_compile.runtime.sessions import BundleFiles, OnnxRuntimeEngines, probe_provider
-from tests.runtime.tiny_bundle import LATENT_SHAPE
+from flashu_compile.runtime.verify import verify
+from tests.runtime.tiny_bundle import LATENT_SHAPE, write_bundle
 
 SPEC = EngineSpec(
     "denoise",
@@ -205,3 +206,35 @@ def test_doctor_imports_no_framework_unless_asked() -> None:
     code = "import sys; from flashu_compile.runtime.doctor import examine; examine(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def in_bfloat16(bundle: Path) -> Path:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["precision"] = "head=bfloat16"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+def test_the_cpu_provider_refuses_bfloat16_at_once(tmp_path: Path) -> None:
+    bundle = in_bfloat16(write_bundle(tmp_path / "bundle"))
+    with pytest.raises(BackendUnavailableError, match=r"bfloat16.*CPU provider cannot.*tensorrt DIR"):
+        load(bundle)
+    with pytest.raises(BackendUnavailableError, match="bfloat16"):
+        verify(bundle)
+
+
+def test_another_provider_without_a_kernel_for_bfloat16_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("NOT_IMPLEMENTED : Could not find an implementation for Conv(22)")
+
+    bundle = write_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(sessions, "probe_provider", lambda _: [])
+    monkeypatch.setattr(sessions, "create_session", refuse)
+    monkeypatch.setattr(sessions, "ERRORS", (RuntimeError,))
+    for kind in (BundleError, BackendUnavailableError):
+        engines = OnnxRuntimeEngines(BundleFiles(bundle, read_manifest(bundle)), provider="cuda")
+        with pytest.raises(kind, match=r"denoise.*find an implementation"):
+            engines.engine("denoise")
+        in_bfloat16(bundle)
