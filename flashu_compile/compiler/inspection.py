@@ -69,7 +69,13 @@ class BuildChecks:
         found: dict[str, Any] = {} if self.answers is None else {"answered": self.answers.of(draft.open)}
         found["cost"] = self._costs(draft)
         if self.beside_exact is not None:
-            found["beside_exact"] = self.beside_exact.figures(draft.directory, draft.provider)
+            answered = found.get("answered", {}).values()
+            reasons = [told["not_run_here"] for told in answered if "not_run_here" in told]
+            found["beside_exact"] = (
+                {"left_out": reasons[0]}
+                if reasons
+                else self.beside_exact.figures(draft.directory, draft.provider)
+            )
         return found
 
     def _costs(self, draft: Draft) -> dict[str, Any]:

@@ -284,12 +284,13 @@ class TestBundles:
     def test_what_is_built_in_bfloat16_is_proved_and_says_that_it_was_not_run(self, tmp_path: Path) -> None:
         bundle = flashu_compile.export(
             tiny_model(), "t2i", output=tmp_path / "b", precision="bfloat16", vae=VAE, tokenizer=tokenizer(),
-            cache=False,
+            cache=False, benchmark=True,
         )  # fmt: skip
         told = report(bundle)
         assert 1e-3 < told["engines"]["denoise"]["errors"]["velocity"] < TOLERANCES["bfloat16"]
         reason = told["answered"]["t2i"]["not_run_here"]
         assert "CPU provider cannot" in reason
+        assert told["beside_exact"] == {"left_out": reason}
         assert str(tmp_path) not in reason, "the same build gives the same bytes"
         with pytest.raises(BackendUnavailableError, match="bfloat16"):
             flashu_compile.load(bundle.path)
