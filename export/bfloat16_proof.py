@@ -50,7 +50,10 @@ def _check_types(model: ModelProto, short: frozenset[str]) -> None:
     """Check bfloat16 values against ONNX's definition of each operator, which its own checker does not do."""
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     for node in model.graph.node:
-        schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+        except (KeyError, onnx.defs.SchemaError) as error:
+            raise EmissionError(f"ONNX does not define {node.op_type}, at {node.name}.") from error
         for names, formal in ((node.input, schema.inputs), (node.output, schema.outputs)):
             for place, name in enumerate(names):
                 if name in short and _SHORT not in formal[min(place, len(formal) - 1)].types:

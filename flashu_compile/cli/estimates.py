@@ -37,4 +37,6 @@ def print_estimate(found: Estimate, *, as_json: bool) -> None:
 
 def _time(seconds: float) -> str:
     minutes = max(1, round(seconds / 60))
-    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.0f} h"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes / 60:.1f} h" if minutes < 600 else f"{minutes / 60:.0f} h"

@@ -175,9 +175,9 @@ def estimate(
     short = lowered["float16"] + lowered["bfloat16"]
     held_already = isinstance(model, CapturedModel)
     in_memory = 0 if held_already or loaded.adapter.maps_weights or not loaded.sources else weight_bytes
-    sampled = undecided | {task for task, _ in work.costs(assumed)}
-    values = max((_held_by_a_run(source, task) for task in sampled), default=0)
-    needed = _BESIDE + most_at_once() * values + tried + in_memory + (0 if on_copy else bundle_bytes)
+    runs = _runs_at_once(work, whole, assumed, wanted, known, samples)
+    values = max((count * _held_by_a_run(source, task) for task, count in runs.items()), default=0)
+    needed = _BESIDE + values + tried + in_memory + (0 if on_copy else bundle_bytes)
     return Estimate(
         model=loaded.name,
         tasks=tasks,
@@ -195,6 +195,29 @@ def estimate(
     )
 
 
+def _calibrated(
+    recipe: Recipe, tasks: Sequence[str], known: CalibrationSamples, samples: int
+) -> dict[str, int]:
+    """Return how many samples each task with open decisions is calibrated on."""
+    return {task: min(samples, len(known.of(task))) for task in tasks if recipe.needs_calibration(task)}
+
+
+def _runs_at_once(
+    work: BuildWork,
+    recipe: Recipe,
+    assumed: Recipe,
+    precision: Precision,
+    known: CalibrationSamples,
+    samples: int,
+) -> dict[str, int]:
+    """Return how many runs of each task's program there are at the same time; tasks that are not run are left out."""
+    runs = dict.fromkeys(work.tasks if precision.has_few_bits else (), 1)
+    for task, count in _calibrated(recipe, work.tasks, known, samples).items():
+        runs[task] = max(1, min(most_at_once(), count))
+    # The cost is measured on each technique alone, too.
+    return runs | {task: most_at_once() for task, _ in work.costs(assumed)}
+
+
 def _amounts(
     work: BuildWork,
     recipe: Recipe,
@@ -205,9 +228,7 @@ def _amounts(
 ) -> Iterator[float]:
     """Yield the work of each part of a build of `recipe`, whose open decisions are `assumed`."""
     source = work.source
-    undecided = [task for task in work.tasks if recipe.needs_calibration(task)]
-    counts = {task: min(samples, len(known.of(task))) for task in undecided}
-    yield from calibration_work(source, recipe, counts).values()
+    yield from calibration_work(source, recipe, _calibrated(recipe, work.tasks, known, samples)).values()
     if precision.has_few_bits:
         given = few_bit_samples(precision, probed_samples(known, samples, 0, work.on_copy), work.tasks)
         yield from lowering_work(source, recipe, *given).values()

@@ -22,7 +22,7 @@ def held_bytes(spec: CaptureSpec, roles: Collection[str]) -> int:
     What its module computes for none of the outputs in `roles` is not counted.
     """
     with _Lives() as lives:
-        outputs = zip(spec.outputs, run_on_shapes(spec), strict=True)
+        outputs = zip(spec.outputs, pytree.tree_leaves(run_on_shapes(spec)), strict=True)
         return lives.most([value for role, value in outputs if role in roles])
 
 

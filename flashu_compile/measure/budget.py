@@ -98,8 +98,8 @@ def keep_budget(
     `truth` are the outputs of the probe in float32. `tell` is called after each run of the program in int8, with what
     was found and the share done of as many runs as there may be. `in_int4` tells which weights may be in 4 bits.
     `read` names those that every engine reads as they are stored, multiplying them by activations with a scale for
-    each block of a row; of these, engines of many rows multiply
-    bytes of the `spoiled`, which is faster, if the budget is kept so with all layers in few bits.
+    each block of a row; of these, engines of many rows multiply bytes of the `spoiled`, which is faster, if the budget
+    is kept so with all layers in few bits.
     """
     few = list(filter(in_int4, layers))
     if spoiled:

@@ -134,8 +134,9 @@ class OnnxRuntimeEngines(OwnedEngines[OnnxRuntimeEngine]):
         self._in_bfloat16 = "bfloat16" in by_part(files.manifest.precision).values()
         if self._in_bfloat16 and wanted == PROVIDERS["cpu"]:
             raise BackendUnavailableError(
-                "This bundle computes in bfloat16, which ONNX Runtime's CPU provider cannot: make TensorRT engines of "
-                "it (flashu-compile tensorrt DIR), run it with backend='openvino', or build it in another precision."
+                "The bundle computes in bfloat16, for which ONNX Runtime's CPU provider has no kernels; make TensorRT "
+                "engines of it (flashu-compile tensorrt), run it in OpenVINO (backend openvino), which computes it in "
+                "float32, or build it in another precision."
             )
         if wanted != PROVIDERS["cpu"]:
             probe_provider(provider)

@@ -122,6 +122,7 @@ def test_precisions(shallow: Path) -> None:
     ("recipe", "given", "counted"),
     [
         ("flashu", {"proof": "copy"}, True),
+        ("flashu", {"proof": "copy", "samples": 1}, False),
         ("exact", {"proof": "whole"}, False),
         (DECIDED, {"proof": "copy"}, False),
         (DECIDED, {"proof": "copy", "calibration": [(Image.new("RGB", (9, 9)), "what?")]}, True),

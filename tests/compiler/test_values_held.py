@@ -40,6 +40,14 @@ class Chain(nn.Module):
         return (rows,)
 
 
+class Bare(nn.Module):
+    """Returns one tensor, not in a tuple, as torch.export allows."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return twice the rows."""
+        return rows * 2
+
+
 def spec(module: nn.Module, *outputs: str) -> CaptureSpec:
     given = (Input("rows", (None, None)),)
     return CaptureSpec("made", "t2i", module, given, outputs, {}, {"rows": torch.zeros(ROWS, 4)})
@@ -56,3 +64,7 @@ def test_outputs_that_are_not_asked_for_are_not_counted() -> None:
     assert held_bytes(made, ["narrow"]) == 2 * ROWS * 8 * 4
     # The first is held until the end, and what it was made of until its name is gone with the call.
     assert held_bytes(made, ["narrow", "wide"]) == (2 * ROWS * 8 + ROWS * 1000) * 4
+
+
+def test_an_output_need_not_be_in_a_tuple() -> None:
+    assert held_bytes(spec(Bare(), "rows"), ["rows"]) == ROWS * 4 * 4
