@@ -281,6 +281,9 @@ def create_session(
     options.use_deterministic_compute = True
     if products_saturate():  # and would be wrong by more than rounding to bytes is
         options.add_session_config_entry("session.x64quantprecision", "1")
+        # With it ONNX Runtime makes unsigned bytes of weights that are only read, too, with a zero point that
+        # DequantizeLinear does not take; here they stay signed, and are fused as on other processors.
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(few_bits))
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", str(_BLOCK))
     if not contrib:
