@@ -31,11 +31,10 @@ _A_NUMBER = 1e300
 def engine_errors(build: EngineBuild, precision: str, scratch_parent: Path) -> dict[str, float]:
     """Measure the relative L2 error of every output on the reference inputs, on ONNX Runtime's CPU provider.
 
-    The engine is written, with its weights, to a draft in `scratch_parent`. It runs on one
-    thread, so that the figures do not depend on the machine's cores; what it computes in bfloat16, in float32 rounded
-    to bfloat16 (`computable`). Raises `EmissionError` if ONNX Runtime
-    cannot run the engine, or if an output is off by more than its precision allows (relative L2, `agreement`)
-    or not a number.
+    The engine is written, with its weights, to a draft in `scratch_parent`. It runs on one thread, so that the figures
+    do not depend on the machine's cores; what it computes in bfloat16, in float32 rounded to bfloat16 (`computable`).
+    Raises `EmissionError` if ONNX Runtime cannot run the engine, or if an output is off by more than its precision
+    allows (relative L2, `agreement`) or not a number.
 
     An engine with an int8 program is proved piece by piece (`prove_layers`), and its own errors need only be numbers.
     """

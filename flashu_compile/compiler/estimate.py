@@ -37,7 +37,7 @@ from flashu_compile.errors import ResourceError
 from flashu_compile.exporters.backends import check_precision
 from flashu_compile.exporters.precision import Precision
 from flashu_compile.measure.calibration import TRAJECTORY_ROLES
-from flashu_compile.measure.samples import DEFAULT_SAMPLES, CalibrationSamples
+from flashu_compile.measure.samples import DEFAULT_SAMPLES
 from flashu_compile.models.weights import shapes_alone
 from flashu_compile.passes.editing import stack_at
 from flashu_compile.passes.quantize_linears import MIN_WIDTH
@@ -175,7 +175,12 @@ def estimate(
     short = lowered["float16"] + lowered["bfloat16"]
     held_already = isinstance(model, CapturedModel)
     in_memory = 0 if held_already or loaded.adapter.maps_weights or not loaded.sources else weight_bytes
-    runs = _runs_at_once(work, whole, assumed, wanted, known, samples)
+    calibrated = {task: min(samples, len(known.of(task))) for task in undecided}
+    amounts = work.by(assumed, decided=True) | calibration_work(source, whole, calibrated)
+    if wanted.has_few_bits:
+        probed = probed_samples(known, samples, 0, on_copy)
+        amounts |= lowering_work(source, whole, *few_bit_samples(wanted, probed, tasks))
+    runs = _runs_at_once(work, assumed, wanted, calibrated)
     values = max((count * _held_by_a_run(source, task) for task, count in runs.items()), default=0)
     needed = _BESIDE + values + tried + in_memory + (0 if on_copy else bundle_bytes)
     return Estimate(
@@ -188,51 +193,20 @@ def estimate(
         memory_bytes=needed + short + weight_bytes - in_memory,
         needed_bytes=needed,
         scratch_bytes=ordered + short + (0 if in_memory or held_already else converted),
-        seconds=sum(_amounts(work, whole, assumed, wanted, known, samples))
-        + 3 * weight_bytes / _BYTES_PER_SECOND,
+        seconds=sum(amounts.values()) + 3 * weight_bytes / _BYTES_PER_SECOND,
         output=named,
         scratch=scratch_directory(),
     )
 
 
-def _calibrated(
-    recipe: Recipe, tasks: Sequence[str], known: CalibrationSamples, samples: int
-) -> dict[str, int]:
-    """Return how many samples each task with open decisions is calibrated on."""
-    return {task: min(samples, len(known.of(task))) for task in tasks if recipe.needs_calibration(task)}
-
-
 def _runs_at_once(
-    work: BuildWork,
-    recipe: Recipe,
-    assumed: Recipe,
-    precision: Precision,
-    known: CalibrationSamples,
-    samples: int,
+    work: BuildWork, assumed: Recipe, precision: Precision, calibrated: Mapping[str, int]
 ) -> dict[str, int]:
     """Return how many runs of each task's program there are at the same time; tasks that are not run are left out."""
     runs = dict.fromkeys(work.tasks if precision.has_few_bits else (), 1)
-    for task, count in _calibrated(recipe, work.tasks, known, samples).items():
-        runs[task] = max(1, min(most_at_once(), count))
+    runs |= {task: max(1, min(most_at_once(), count)) for task, count in calibrated.items()}
     # The cost is measured on each technique alone, too.
     return runs | {task: most_at_once() for task, _ in work.costs(assumed)}
-
-
-def _amounts(
-    work: BuildWork,
-    recipe: Recipe,
-    assumed: Recipe,
-    precision: Precision,
-    known: CalibrationSamples,
-    samples: int,
-) -> Iterator[float]:
-    """Yield the work of each part of a build of `recipe`, whose open decisions are `assumed`."""
-    source = work.source
-    yield from calibration_work(source, recipe, _calibrated(recipe, work.tasks, known, samples)).values()
-    if precision.has_few_bits:
-        given = few_bit_samples(precision, probed_samples(known, samples, 0, work.on_copy), work.tasks)
-        yield from lowering_work(source, recipe, *given).values()
-    yield from work.by(assumed, decided=True).values()
 
 
 def check_fits(

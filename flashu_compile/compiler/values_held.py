@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensor
@@ -44,7 +44,7 @@ class _Lives(TorchDispatchMode):
         self._calls: list[tuple[list[_Life], list[_Life]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = [self._held[storage] for storage in _storages((args, kwargs)) if storage in self._held]
+        read = self._lives((args, kwargs))
         made = func(*args, **(kwargs or {}))
         now = len(self._calls)
         for storage in [storage for storage in self._held if storage.expired()]:
@@ -52,14 +52,12 @@ class _Lives(TorchDispatchMode):
         for storage, count in _storages(made).items():
             if storage not in self._held and not func.is_view:
                 self._held[storage] = _Life(count, now)
-        self._calls.append(
-            (read, [self._held[storage] for storage in _storages(made) if storage in self._held])
-        )
+        self._calls.append((read, self._lives(made)))
         return made
 
     def most(self, outputs: Any) -> int:
         """Return the most bytes that are held at once of what `outputs` are made of."""
-        wanted = {self._held[storage] for storage in _storages(outputs) if storage in self._held}
+        wanted = set(self._lives(outputs))
         for read, made in reversed(self._calls):
             if not wanted.isdisjoint(made):
                 wanted.update(read)
@@ -69,12 +67,13 @@ class _Lives(TorchDispatchMode):
             changes[len(self._calls) if life.died is None else life.died + 1] -= life.bytes
         return max(itertools.accumulate(changes))
 
+    def _lives(self, values: Any) -> list[_Life]:
+        """Return the lives of the storages that operators made for tensors among values."""
+        return [self._held[storage] for storage in _storages(values) if storage in self._held]
+
 
 def _storages(values: Any) -> dict[StorageWeakRef, int]:
     """Return the storages of tensors without values, with their bytes."""
-    found = (value.untyped_storage() for value in _fake(values))
+    tensors = (value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor))
+    found = (tensor.untyped_storage() for tensor in tensors)
     return {StorageWeakRef(storage): storage.nbytes() for storage in found}
-
-
-def _fake(values: Any) -> Iterator[FakeTensor]:
-    return (value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flashu_compile.bundle.agreement import relative_error
 from flashu_compile.errors import ConfigurationError
 from flashu_compile.exporters.onnx import emit_onnx
-from flashu_compile.measure.budget import DEFAULT_BUDGET, GROUPS, budgets, keep_budget
+from flashu_compile.measure.budget import DEFAULT_BUDGET, GROUPS, Kept, budgets, keep_budget
 from flashu_compile.measure.sensitivity import Int8Recorder, LinearError, Probe, report, share_in_int4
 from flashu_compile.passes.quantize_linears import MIN_WIDTH, QuantizeLinears
 from flashu_compile.program.program import BATCH, Input, Program, Role
@@ -171,26 +171,16 @@ def test_spoiled_weights_are_read_where_the_budget_is_not_kept_otherwise(probe: 
     of_products, of_reading = error(read - spoiled), error(read)
     assert of_reading < 0.9 * of_products
     told: list[tuple[str, float]] = []
-    quick = keep_budget(
-        probe,
-        layers,
-        truth,
-        1.01 * of_products,
-        lambda *given: told.append(given),
-        read=read,
-        spoiled=spoiled,
-    )
+
+    def kept(budget: float) -> Kept:
+        return keep_budget(
+            probe, layers, truth, budget, lambda *given: told.append(given), read=read, spoiled=spoiled
+        )
+
+    quick = kept(1.01 * of_products)
     assert (quick.weights, quick.read, quick.runs) == (frozenset(), read - spoiled, 1)
     assert quick.error == pytest.approx(of_products, rel=1e-2)
-    slow = keep_budget(
-        probe,
-        layers,
-        truth,
-        0.99 * of_products,
-        lambda *given: told.append(given),
-        read=read,
-        spoiled=spoiled,
-    )
+    slow = kept(0.99 * of_products)
     assert (slow.weights, slow.read, slow.runs) == (frozenset(), read, 2)
     assert slow.error == pytest.approx(of_reading, rel=1e-2)
     assert len(told) == 3
