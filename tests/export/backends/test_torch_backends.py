@@ -35,8 +35,9 @@ pytestmark = pytest.mark.slow  # two bundles
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 
-# Of final latents after four evaluations, with guidance.
+# Of one evaluation; in float32, and on a GPU, of final latents too.
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
+PROMPTS = ("", "a small purple triangle to the left of a big cyan cross", "a red circle", "two blue squares")
 
 
 def write(backend: str, precision: str, programs: tuple[Program, ...], directory: Path) -> BundleFiles:
@@ -76,14 +77,28 @@ def eager() -> EagerPipeline:
     return EagerPipeline(load_model(shallow_model(), vae=VAE, tokenizer=tokenizer()))
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
-@pytest.mark.parametrize("prompt", ["", "a small purple triangle to the left of a big cyan cross"])
-def test_latents_equal_the_eager_loop(
-    bundles: dict[str, Path], eager: EagerPipeline, precision: str, prompt: str
-) -> None:
-    latents = flashu_compile.load(bundles[precision], trust=True).latents(prompt, seed=3, steps=5)
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
+def test_latents_equal_the_eager_loop(bundles: dict[str, Path], eager: EagerPipeline, prompt: str) -> None:
+    latents = flashu_compile.load(bundles["float32"], trust=True).latents(prompt, seed=3, steps=5)
     truth = eager.trajectory(prompt, seed=3, steps=5).latents.numpy()
-    assert relative_error(np.asarray(latents), truth) < BOUNDS[precision]
+    assert relative_error(np.asarray(latents), truth) < BOUNDS["float32"]
+
+
+def test_latents_in_bfloat16_are_as_near_as_the_eager_loop_in_bfloat16(
+    bundles: dict[str, Path], eager: EagerPipeline
+) -> None:
+    # How far 16 bits lead on this small model depends on the processor's kernels (1e-2 to 1e-1 of the final latents),
+    # so the yardstick is the model itself, converted and run on the same machine.
+    short = EagerPipeline(load_model(shallow_model(), vae=VAE, tokenizer=tokenizer(), dtype=torch.bfloat16))
+    pipeline = flashu_compile.load(bundles["bfloat16"], trust=True)
+    ours, theirs = [], []
+    for prompt in PROMPTS:
+        truth = eager.trajectory(prompt, seed=3, steps=5).latents.numpy()
+        ours.append(relative_error(np.asarray(pipeline.latents(prompt, seed=3, steps=5)), truth))
+        theirs.append(
+            relative_error(short.trajectory(prompt, seed=3, steps=5).latents.float().numpy(), truth)
+        )
+    assert 1e-3 < np.mean(ours) < 1.5 * np.mean(theirs), (ours, theirs)
 
 
 def test_answers_equal_the_eager_loop(bundles: dict[str, Path], eager: EagerPipeline) -> None:
