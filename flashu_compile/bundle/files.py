@@ -51,6 +51,11 @@ class HashedFile:
         found = identity(path)
         return cls(path, FileEntry("", found[2]), found)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether its content was read, not only its size."""
+        return self.entry.sha256 != ""
+
     def is_unchanged(self) -> bool:
         """Return whether the file has the same content. It is read again only if its identity is another.
 

@@ -159,22 +159,7 @@ def estimate(
     known = samples_at_hand(given, source, tasks, chosen)
     counts = cost_counts(known, tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
-    held = _weights(source, tasks)
-    weight_bytes = sum(tensor.nbytes for _, tensor in held)
-    bundle_bytes = sum(_written(part, tensor, wanted) for part, tensor in held)
-    stored_bytes = sum(file.entry.bytes for file in loaded.sources)
-    # Whatever the tasks read, the whole checkpoint is converted.
-    all_bytes = max(weight_bytes, checkpoint_bytes(loaded))
-    converted = min(all_bytes, max(0, 2 * (all_bytes - stored_bytes))) if stored_bytes else 0
-    pruned = {stack for task in tasks for stack in whole.config(task).pruned}
-    ordered = sum(tensor.nbytes for part, tensor in held if part in pruned)
-    lowered, tried = dict.fromkeys(_ITEM, 0), 0
-    for part, tensor in held:
-        lowered[wanted.of_part(part)] += _written(part, tensor, wanted)
-        tried += _held_while_tried(part, tensor, wanted)
-    short = lowered["float16"] + lowered["bfloat16"]
-    held_already = isinstance(model, CapturedModel)
-    in_memory = 0 if held_already or loaded.adapter.maps_weights or not loaded.sources else weight_bytes
+    weights = _Weights.of(source, tasks, whole, wanted)
     calibrated = {task: min(samples, len(known.of(task))) for task in undecided}
     amounts = work.by(assumed, decided=True) | calibration_work(source, whole, calibrated)
     if wanted.has_few_bits:
@@ -182,21 +167,73 @@ def estimate(
         amounts |= lowering_work(source, whole, *few_bit_samples(wanted, probed, tasks))
     runs = _runs_at_once(work, assumed, wanted, calibrated)
     values = max((count * _held_by_a_run(source, task) for task, count in runs.items()), default=0)
-    needed = _BESIDE + values + tried + in_memory + (0 if on_copy else bundle_bytes)
+    needed = _BESIDE + values + weights.tried + weights.in_memory + (0 if on_copy else weights.written)
     return Estimate(
         model=loaded.name,
         tasks=tasks,
         engines=tuple(_engines(source, tasks, assumed, undecided)),
-        stored_bytes=stored_bytes,
-        weight_bytes=weight_bytes,
-        bundle_bytes=bundle_bytes,
-        memory_bytes=needed + short + weight_bytes - in_memory,
+        stored_bytes=weights.stored,
+        weight_bytes=weights.read,
+        bundle_bytes=weights.written,
+        memory_bytes=needed + weights.short + weights.read - weights.in_memory,
         needed_bytes=needed,
-        scratch_bytes=ordered + short + (0 if in_memory or held_already else converted),
-        seconds=sum(amounts.values()) + 3 * weight_bytes / _BYTES_PER_SECOND,
+        scratch_bytes=weights.reordered + weights.short + weights.converted,
+        seconds=sum(amounts.values()) + 3 * weights.read / _BYTES_PER_SECOND,
         output=named,
         scratch=scratch_directory(),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Bytes of the weights that a build reads.
+
+    Attributes:
+        stored: the files that they are read from.
+        read: in float32, as programs read them.
+        written: in the bundle.
+        in_memory: what is read into memory, since the model's family does not map its files.
+        converted: files of weights in float32, for a checkpoint that is stored in another type.
+        reordered: files of weights whose neurons are put in another order, for pruning.
+        short: files of weights in 16 bits.
+        tried: what layers take while they are tried in few bits.
+    """
+
+    stored: int
+    read: int
+    written: int
+    in_memory: int
+    converted: int
+    reordered: int
+    short: int
+    tried: int
+
+    @classmethod
+    def of(
+        cls, source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, precision: Precision
+    ) -> _Weights:
+        loaded, held = source.loaded, _weights(source, tasks)
+        stored = sum(file.entry.bytes for file in loaded.sources)
+        read = sum(tensor.nbytes for _, tensor in held)
+        # A model that was captured before has its weights in memory, or converted, already.
+        maps, at_hand = loaded.adapter.maps_weights, all(file.is_read for file in loaded.sources)
+        # Whatever the tasks read, the whole checkpoint is converted.
+        whole = max(read, checkpoint_bytes(loaded))
+        pruned = {stack for task in tasks for stack in recipe.config(task).pruned}
+        return cls(
+            stored=stored,
+            read=read,
+            written=sum(_written(part, tensor, precision) for part, tensor in held),
+            in_memory=0 if at_hand or maps or not stored else read,
+            converted=min(whole, max(0, 2 * (whole - stored))) if stored and maps and not at_hand else 0,
+            reordered=sum(tensor.nbytes for part, tensor in held if part in pruned),
+            short=sum(
+                _written(part, tensor, precision)
+                for part, tensor in held
+                if precision.of_part(part) in ("float16", "bfloat16")
+            ),
+            tried=sum(_held_while_tried(part, tensor, precision) for part, tensor in held),
+        )
 
 
 def _runs_at_once(

@@ -192,6 +192,23 @@ def test_a_language_model_of_transformers(tmp_path: Path) -> None:
     assert found.weight_bytes == pytest.approx(4 * sum(held.values()), rel=0.01)
     assert found.needed_bytes > found.weight_bytes
     assert found.scratch_bytes == 0
+    at_hand = flashu_compile.estimate(flashu_compile.capture_model(folder, "text"), "text")
+    assert found.needed_bytes == at_hand.needed_bytes + at_hand.weight_bytes
+
+
+def test_a_build_is_refused_by_what_its_estimate_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_lm.save(tmp_path / "qwen", tiny_lm.language_model("qwen2"), tiny_lm.tokenizer(tiny_lm.CHAT))
+    needed = flashu_compile.estimate(folder, "text").needed_bytes
+    monkeypatch.setattr(estimating, "_ALWAYS_FITS", 0)
+    for available in (needed, needed - 1):
+        monkeypatch.setattr(estimating, "available_memory", lambda available=available: available)
+        if available == needed:
+            estimating.check_fits(folder, ("text",), ProgressReporter(None))
+        else:
+            with pytest.raises(ResourceError, match="of qwen does not fit"):
+                estimating.check_fits(folder, ("text",), ProgressReporter(None))
 
 
 @pytest.mark.slow
