@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -32,8 +33,9 @@ def decomposed(exported: ExportedProgram) -> ExportedProgram:
     Composite operators whose results may share memory with their operands (reshape, chunk, to) are taken apart;
     functional ones (linear, scaled_dot_product_attention) stay whole, and convolutions whose padding is the word
     "valid" become those of zero. Regions without gradients or without autocast
-    become part of the graph. Assertions of dtypes, which tracing has settled, are left out. A program that changes
-    tensors in place or has regions of other kinds is left to `run_decompositions`.
+    become part of the graph. Assertions of dtypes, which tracing has settled, are left out. What changes the result of
+    an operator in place becomes what computes a new one. A program that changes other tensors in place, or has regions
+    of other kinds, is left to `run_decompositions`.
     """
     graph = copy.deepcopy(exported.graph)
     try:
@@ -80,7 +82,7 @@ def _inline_region(owner: fx.GraphModule, region: fx.Node) -> None:
 def _take_apart(graph: fx.Graph) -> None:
     """Replace the composite operators of `graph` by what they consist of.
 
-    Raises `StructureError` at an operator that changes a tensor in place, and at a region.
+    Raises `StructureError` at an operator that changes a tensor in place that others may share, and at a region.
     """
     tracer = GraphTracer(graph)
     for node in list(graph.nodes):
@@ -91,7 +93,9 @@ def _take_apart(graph: fx.Graph) -> None:
             continue
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise StructureError(f"{node.name} runs a region")
-        refuse_in_place(node.target)
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            _make_functional(tracer, node)
+            continue
         if node.target is _aten.conv2d.padding:
             _write_padding_out(node)
         if isinstance(node.target, OpOverload) and _is_shared_composite(node.target):
@@ -112,16 +116,75 @@ def _write_padding_out(node: fx.Node) -> None:
         node.kwargs = {}
 
 
+def _make_functional(tracer: GraphTracer, node: fx.Node) -> None:
+    """Replace an operator that changes its first operand in place by the one that returns the result.
+
+    Raises `StructureError` if there is none such, or another value may share memory with the operand.
+    """
+    target, changed = _functional(node.target), next(iter(node.args), None)
+    earlier = [user for user in changed.users if user < node] if isinstance(changed, fx.Node) else []
+    if target is None or not all(map(_is_new, (changed, *earlier))):
+        refuse_in_place(node.target)
+        return
+    assert isinstance(changed, fx.Node)
+    before, after = changed.meta["val"], _called(tracer, node, target)
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        raise StructureError(f"{target} gives another type or shape than it does in place")
+    result = tracer.node(after)
+    for user in [user for user in changed.users if node < user]:
+        user.replace_input_with(changed, result)
+    node.replace_all_uses_with(result)
+    tracer.graph.erase_node(node)
+
+
+def _functional(target: Any) -> OpOverload | None:
+    """Return the operator that computes what `target` writes to its first operand alone, or None if there is none."""
+    names = [argument.name for argument in target._schema.arguments]
+    if [argument.name for argument in target._schema.arguments if argument.is_write] != names[:1]:
+        return None
+    packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
+    found = getattr(packet, target._overloadname, None)
+    if found is None or found._schema.is_mutable or len(target._schema.returns) != 1:
+        return None
+    return found if [argument.name for argument in found._schema.arguments] == names else None
+
+
+def _is_new(value: Any) -> bool:
+    """Tell whether a value is a tensor of an operator's own, which shares memory with none of its operands."""
+    target = value.target if isinstance(value, fx.Node) else None
+    if target is operator.getitem:
+        several, place = value.args
+        return _is_new(several) and [user.args[1] for user in several.users].count(place) == 1
+    return isinstance(target, OpOverload) and not (_may_share(target) or target._schema.is_mutable)
+
+
 def _is_shared_composite(target: OpOverload) -> bool:
     """Tell whether `target` is composite and its result may share memory with an operand."""
+    return _may_share(target) and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
+
+
+def _may_share(target: OpOverload) -> bool:
+    """Tell whether a result may share memory with an operand."""
     shares = any(argument.alias_info is not None for argument in target._schema.arguments)
-    may_share = torch.Tag.maybe_aliasing_or_mutating in target.tags  # dropout gives its operand, or a copy
-    return (shares or may_share) and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE)
+    return (
+        shares or torch.Tag.maybe_aliasing_or_mutating in target.tags
+    )  # dropout gives its operand, or a copy
 
 
 def _expand(tracer: GraphTracer, node: fx.Node) -> None:
     """Insert what `node` consists of before it, and give its users the results."""
-    call: Any = node.target
+    result = _called(tracer, node, node.target)
+    if isinstance(result, Tensor):
+        node.replace_all_uses_with(tracer.node(result))
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(tracer.node(result[user.args[1]]))
+            tracer.graph.erase_node(user)
+    tracer.graph.erase_node(node)
+
+
+def _called(tracer: GraphTracer, node: fx.Node, target: Any) -> Any:
+    """Return what `target` gives on the operands of `node`; what it consists of is inserted before it."""
     arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
     for operand in node.all_input_nodes:
         tracer.know(operand)
@@ -131,14 +194,7 @@ def _expand(tracer: GraphTracer, node: fx.Node) -> None:
         traceback.set_current_meta(node),
         tracer.decomposed(),
     ):
-        result = call(*arguments, **keywords)
-    if isinstance(result, Tensor):
-        node.replace_all_uses_with(tracer.node(result))
-    else:
-        for user in list(node.users):
-            user.replace_all_uses_with(tracer.node(result[user.args[1]]))
-            tracer.graph.erase_node(user)
-    tracer.graph.erase_node(node)
+        return target(*arguments, **keywords)
 
 
 def _with_graph(exported: ExportedProgram, graph: fx.Graph) -> ExportedProgram:

@@ -66,8 +66,48 @@ def in_autocast(module: Written, x: Tensor, y: Tensor) -> Tensor:
 
 def in_place(module: Written, x: Tensor, y: Tensor) -> Tensor:
     filled = torch.zeros_like(x)
+    kept = filled + 1
     filled += y
-    return filled.reshape(-1, 6)
+    filled.mul_(2).clamp_(min=0)
+    return filled.reshape(-1, 6) * kept.sum()
+
+
+def in_place_of_one_of_several(module: Written, x: Tensor, y: Tensor) -> Tensor:
+    ordered, _ = x.sort(-1)
+    ordered *= torch.sigmoid(ordered)
+    return ordered
+
+
+def in_place_of_a_part(module: Written, x: Tensor, y: Tensor) -> Tensor:
+    both = x + y
+    first, _ = both.split([3, 3], dim=-1)
+    first *= 2
+    return both
+
+
+def in_place_of_a_view(module: Written, x: Tensor, y: Tensor) -> Tensor:
+    filled = torch.zeros_like(x)
+    filled.transpose(0, 1).add_(y.transpose(0, 1))
+    return filled
+
+
+def in_place_behind_a_view(module: Written, x: Tensor, y: Tensor) -> Tensor:
+    filled = x + y
+    first = filled[..., 0]
+    filled *= 2
+    return first
+
+
+def in_place_of_another_type(module: Written, x: Tensor, y: Tensor) -> Tensor:
+    filled = torch.ones_like(x)
+    filled.add_(y.double())
+    return filled
+
+
+def by_index(module: Written, x: Tensor, y: Tensor) -> Tensor:
+    filled = x * 2
+    filled[:, 0] = 1
+    return filled + y
 
 
 def exported(function: Callable[..., object]) -> ExportedProgram:
@@ -87,7 +127,18 @@ def operators(program: ExportedProgram) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    "function", [parts, constants, without_autocast, without_gradients, in_autocast, in_place]
+    "function",
+    [
+        *(parts, constants, without_autocast, without_gradients, in_autocast, in_place),
+        *(
+            in_place_of_one_of_several,
+            in_place_of_a_part,
+            in_place_of_a_view,
+            in_place_behind_a_view,
+            in_place_of_another_type,
+            by_index,
+        ),
+    ],
 )
 def test_it_is_torch_s_decomposition(function: Callable[..., object]) -> None:
     program = exported(function)
@@ -104,7 +155,17 @@ def test_it_is_torch_s_decomposition(function: Callable[..., object]) -> None:
 
 @pytest.mark.parametrize(
     ("function", "again"),
-    [(parts, 0), (without_autocast, 0), (without_gradients, 0), (in_autocast, 1), (in_place, 1)],
+    [
+        *((parts, 0), (without_autocast, 0), (without_gradients, 0), (in_autocast, 1), (in_place, 0)),
+        *(
+            (in_place_of_one_of_several, 0),
+            (in_place_of_a_part, 1),
+            (in_place_of_a_view, 1),
+            (in_place_behind_a_view, 1),
+            (in_place_of_another_type, 1),
+            (by_index, 1),
+        ),
+    ],
 )
 def test_only_what_it_cannot_do_is_traced_again(
     function: Callable[..., object], again: int, monkeypatch: pytest.MonkeyPatch
