@@ -20,6 +20,13 @@ from flashu_compile.program.graph_tracer import GraphTracer, refuse_in_place
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _aten = torch.ops.aten
 _METADATA = _aten._assert_tensor_metadata.default
+#: Other operators that make a tensor of their own, whatever they are given.
+_MAKERS = frozenset(
+    {
+        *(_aten.linear.default, _aten.conv2d.default, _aten.group_norm.default, _aten.layer_norm.default),
+        *(_aten.zeros_like.default, _aten.ones_like.default),
+    }
+)
 #: Regions that a module's own use of autograd or autocast is exported as.
 _NO_GRAD, _AUTOCAST = (
     torch.ops.higher_order.wrap_with_set_grad_enabled,
@@ -128,8 +135,8 @@ def _make_functional(tracer: GraphTracer, node: fx.Node) -> None:
         return
     assert isinstance(changed, fx.Node)
     before, after = changed.meta["val"], _called(tracer, node, target)
-    if (before.dtype, before.shape) != (after.dtype, after.shape):
-        raise StructureError(f"{target} gives another type or shape than it does in place")
+    if (before.dtype, before.shape, before.stride()) != (after.dtype, after.shape, after.stride()):
+        raise StructureError(f"{target} gives another type, shape or layout than it does in place")
     result = tracer.node(after)
     for user in [user for user in changed.users if node < user]:
         user.replace_input_with(changed, result)
@@ -139,23 +146,31 @@ def _make_functional(tracer: GraphTracer, node: fx.Node) -> None:
 
 def _functional(target: Any) -> OpOverload | None:
     """Return the operator that computes what `target` writes to its first operand alone, or None if there is none."""
-    names = [argument.name for argument in target._schema.arguments]
-    if [argument.name for argument in target._schema.arguments if argument.is_write] != names[:1]:
+    changed, *others = target._schema.arguments
+    if not changed.is_write or any(argument.is_write for argument in others):
         return None
     packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
     found = getattr(packet, target._overloadname, None)
     if found is None or found._schema.is_mutable or len(target._schema.returns) != 1:
         return None
-    return found if [argument.name for argument in found._schema.arguments] == names else None
+    ours, theirs = ([(a.name, str(a.type)) for a in each._schema.arguments] for each in (target, found))
+    return found if ours == theirs else None
 
 
 def _is_new(value: Any) -> bool:
-    """Tell whether a value is a tensor of an operator's own, which shares memory with none of its operands."""
+    """Tell whether a value is known to be a tensor of an operator's own, which shares memory with none of its operands.
+
+    Schemas do not tell all: what `einsum` or `_unsafe_view` returns may be a view. So pointwise operators, those of the
+    core set and `_MAKERS` count, without what draws numbers.
+    """
     target = value.target if isinstance(value, fx.Node) else None
     if target is operator.getitem:
         several, place = value.args
         return _is_new(several) and [user.args[1] for user in several.users].count(place) == 1
-    return isinstance(target, OpOverload) and not (_may_share(target) or target._schema.is_mutable)
+    if not isinstance(target, OpOverload) or _may_share(target) or target._schema.is_mutable:
+        return False
+    known = {torch.Tag.pointwise, torch.Tag.core} & set(target.tags) or target in _MAKERS
+    return bool(known) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _is_shared_composite(target: OpOverload) -> bool:
