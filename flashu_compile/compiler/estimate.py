@@ -159,7 +159,7 @@ def estimate(
     known = samples_at_hand(given, source, tasks, chosen)
     counts = cost_counts(known, tasks, cost_samples, on_copy)
     work = BuildWork(source, tasks, on_copy, wanted.is_exact, counts)
-    weights = _Weights.of(source, tasks, whole, wanted)
+    weights = _WeightBytes.of(source, tasks, whole, wanted)
     calibrated = {task: min(samples, len(known.of(task))) for task in undecided}
     amounts = work.by(assumed, decided=True) | calibration_work(source, whole, calibrated)
     if wanted.has_few_bits:
@@ -185,7 +185,7 @@ def estimate(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Weights:
+class _WeightBytes:
     """Bytes of the weights that a build reads.
 
     Attributes:
@@ -211,7 +211,7 @@ class _Weights:
     @classmethod
     def of(
         cls, source: CapturedModel, tasks: tuple[str, ...], recipe: Recipe, precision: Precision
-    ) -> _Weights:
+    ) -> _WeightBytes:
         loaded, held = source.loaded, _weights(source, tasks)
         stored = sum(file.entry.bytes for file in loaded.sources)
         read = sum(tensor.nbytes for _, tensor in held)

@@ -15,12 +15,12 @@ from torch.export import ExportedProgram
 from torch.fx import traceback
 
 from flashu_compile.errors import StructureError
-from flashu_compile.program.graph_tracer import GraphTracer, refuse_in_place
+from flashu_compile.program.graph_tracer import GraphTracer
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _aten = torch.ops.aten
 _METADATA = _aten._assert_tensor_metadata.default
-#: Other operators that make a tensor of their own, whatever they are given.
+#: Operators outside the core set that make a tensor of their own, whatever they are given.
 _MAKERS = frozenset(
     {
         *(_aten.linear.default, _aten.conv2d.default, _aten.group_norm.default, _aten.layer_norm.default),
@@ -131,9 +131,8 @@ def _make_functional(tracer: GraphTracer, node: fx.Node) -> None:
     target, changed = _functional(node.target), next(iter(node.args), None)
     earlier = [user for user in changed.users if user < node] if isinstance(changed, fx.Node) else []
     if target is None or not all(map(_is_new, (changed, *earlier))):
-        refuse_in_place(node.target)
-        return
-    assert isinstance(changed, fx.Node)
+        raise StructureError(f"{node.target} changes a tensor in place that others may share")
+    assert isinstance(changed, fx.Node), "it is new"
     before, after = changed.meta["val"], _called(tracer, node, target)
     if (before.dtype, before.shape, before.stride()) != (after.dtype, after.shape, after.stride()):
         raise StructureError(f"{target} gives another type, shape or layout than it does in place")
@@ -181,9 +180,8 @@ def _is_shared_composite(target: OpOverload) -> bool:
 def _may_share(target: OpOverload) -> bool:
     """Tell whether a result may share memory with an operand."""
     shares = any(argument.alias_info is not None for argument in target._schema.arguments)
-    return (
-        shares or torch.Tag.maybe_aliasing_or_mutating in target.tags
-    )  # dropout gives its operand, or a copy
+    # Dropout gives its operand, or a copy.
+    return shares or torch.Tag.maybe_aliasing_or_mutating in target.tags
 
 
 def _expand(tracer: GraphTracer, node: fx.Node) -> None:
