@@ -11,34 +11,33 @@ would take if products of bytes took no time. `error` is the relative error of `
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from benchmarks.geometries import GEOMETRIES
+from benchmarks.graphs import Row, serialized_graph
 from benchmarks.measuring import in_turn, machine, parser, relative, report
 from flashu_compile.models.showo2.config import Showo2Config
 from flashu_compile.runtime.sessions import create_session
 
 BATCH, PROMPT = 2, 24
-Node = tuple[str, str, str, dict[str, Any]]
 _FLOAT = {"to": TensorProto.FLOAT}
 # Query heads that share keys are rows of one product, so nothing is repeated. Keys come transposed.
-_QUANTIZED: list[Node] = [
+_QUANTIZED: list[Row] = [
     ("DynamicQuantizeLinear", "q", "qb qs qz", {}),
     ("DynamicQuantizeLinear", "kt", "kb ks kz", {}),
-    ("DynamicQuantizeLinear", "v", "vb vs vz", {}),
+    ("DynamicQuantizeLinear", "values", "vb vs vz", {}),
 ]
 # Weights are divided by their sum behind the product: before it nearly all of them are below a step of 1/255.
-_WEIGHTS: list[Node] = [
+_WEIGHTS: list[Row] = [
     ("ReduceMax", "scores last", "largest", {}),
     ("Sub", "scores largest", "below", {}),
     ("Exp", "below", "p", {}),
     ("ReduceSum", "p last", "total", {}),
     ("QuantizeLinear", "p share zero", "pb", {}),
 ]
-FORMS: dict[str, list[Node]] = {
+FORMS: dict[str, list[Row]] = {
     "float32": [("Attention", "heads keys values", "y", {})],
     "int8": [
         *_QUANTIZED,
@@ -60,23 +59,17 @@ FORMS: dict[str, list[Node]] = {
 
 def attentions(config: Showo2Config) -> dict[str, tuple[int, int, int, int, int]]:
     """Return query heads, heads of keys, width of a head, rows and keys of each stack's attention."""
-    llm, semantic, head = config.llm, config.semantic, config.head
     span, image = config.span_length, config.image_tokens
-    stacks = {
-        "llm": (llm.num_attention_heads, llm.num_key_value_heads, llm.hidden_size, span, span + PROMPT),
-        "semantic": (
-            semantic.num_attention_heads,
-            semantic.num_attention_heads,
-            semantic.hidden_size,
-            image,
-            image,
-        ),
-        "head": (head.num_attention_heads, head.num_key_value_heads, head.hidden_size, span, span + PROMPT),
-    }
-    return {
-        name: (heads, shared, width // heads, rows, keys)
-        for name, (heads, shared, width, rows, keys) in stacks.items()
-    }
+    found = {}
+    for name, stack, rows, keys in (
+        ("llm", config.llm, span, span + PROMPT),
+        ("semantic", config.semantic, image, image),
+        ("head", config.head, span, span + PROMPT),
+    ):
+        heads = stack.num_attention_heads
+        shared = getattr(stack, "num_key_value_heads", heads)
+        found[name] = (heads, shared, stack.hidden_size // heads, rows, keys)
+    return found
 
 
 def inputs(heads: int, shared: int, width: int, rows: int, keys: int) -> dict[str, np.ndarray]:
@@ -85,49 +78,25 @@ def inputs(heads: int, shared: int, width: int, rows: int, keys: int) -> dict[st
     queries = draw.standard_normal((BATCH, heads, rows, width), np.float32)
     key, value = (draw.standard_normal((BATCH, shared, keys, width), np.float32) for _ in range(2))
     grouped = queries.reshape(BATCH, shared, -1, width)
-    scores = grouped @ key.swapaxes(2, 3) / np.float32(np.sqrt(width))
-    return {
-        "heads": queries,
-        "keys": key,
-        "values": value,
-        "q": grouped,
-        "kt": np.ascontiguousarray(key.swapaxes(2, 3)),
-        "v": value,
-        "scores": scores,
-    }
+    turned = np.ascontiguousarray(key.swapaxes(2, 3))
+    scores = grouped @ turned / np.float32(np.sqrt(width))
+    return {"heads": queries, "keys": key, "values": value, "q": grouped, "kt": turned, "scores": scores}
 
 
-def model(form: str, given: dict[str, np.ndarray]) -> ModelProto:
-    """Return one attention as a graph; `rest` gives out what it quantized, and takes scores."""
+def model(form: str, given: dict[str, np.ndarray]) -> bytes:
+    """Return one attention as a serialized model; `rest` gives out what the products read, and takes scores."""
     constants = {
         "share": np.float32(1 / 255),
         "zero": np.uint8(0),
         "last": np.array([-1]),
         "scale": np.float32(given["q"].shape[-1] ** -0.5),
     }
-    nodes = [
-        helper.make_node(kind, read.split(), made.split(), **more) for kind, read, made, more in FORMS[form]
-    ]
-    read = {name for node in nodes for name in node.input}
     ends = {"y": TensorProto.FLOAT}
     if form == "rest":
-        ends = dict.fromkeys(("qb", "kb", "vb", "pb"), TensorProto.UINT8)
-    graph = helper.make_graph(
-        nodes,
-        form,
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, list(array.shape))
-            for name, array in given.items()
-            if name in read and not any(name in node.output for node in nodes)
-        ],
-        [helper.make_tensor_value_info(name, dtype, [None] * 4) for name, dtype in ends.items()],
-        [
-            numpy_helper.from_array(np.asarray(value), name)
-            for name, value in constants.items()
-            if name in read
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+        ends = {**dict.fromkeys(("qb", "kb", "vb", "pb"), TensorProto.UINT8), "total": TensorProto.FLOAT}
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, a.shape) for n, a in given.items()]
+    outputs = [helper.make_tensor_value_info(n, dtype, [None] * 4) for n, dtype in ends.items()]
+    return serialized_graph(FORMS[form], values, outputs, constants, opset=24)
 
 
 def measure(config: Showo2Config, threads: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -137,7 +106,7 @@ def measure(config: Showo2Config, threads: int, repeats: int) -> dict[str, dict[
         given = inputs(*sizes)
         calls = {}
         for form in FORMS:
-            session = create_session(model(form, given).SerializeToString(), "cpu", threads=threads)
+            session = create_session(model(form, given), "cpu", threads=threads)
             fed = {value.name: given[value.name] for value in session.get_inputs()}
             calls[form] = functools.partial(session.run, None, fed)
         (truth,), (near,) = (calls[form]() for form in ("float32", "int8"))

@@ -10,11 +10,11 @@ activations have a scale for each row and block.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from benchmarks.graphs import Row, serialized_graph
 from benchmarks.measuring import in_turn, machine, parser, report
 from flashu_compile.runtime.sessions import create_session
 
@@ -22,7 +22,7 @@ WIDTHS = ((512, 2048), (2048, 512), (512, 512))
 _BLOCK = 128
 _PRODUCT = [("Cast", "m", "c", {"to": TensorProto.FLOAT}), ("Mul", "c sw", "p", {})]
 _INT8 = ("Transpose", "w", "wt", {"perm": [1, 0]})
-FORMS: dict[str, list[tuple[str, str, str, dict[str, Any]]]] = {
+FORMS: dict[str, list[Row]] = {
     "float32": [("Gemm", "x f b", "y", {"transB": 1})],
     "tensor": [
         _INT8,
@@ -45,12 +45,20 @@ FORMS: dict[str, list[tuple[str, str, str, dict[str, Any]]]] = {
         ("Mul", "p s", "scaled", {}),
         ("Add", "scaled b", "y", {}),
     ],
-    "blocks": [("MatMulNBits", "x blocks bs", "y", {"bits": 8, "block_size": _BLOCK, "accuracy_level": 4})],
+    "blocks": [
+        (
+            "MatMulNBits",
+            "x blocks bs",
+            "y",
+            {"domain": "com.microsoft", "bits": 8, "block_size": _BLOCK, "accuracy_level": 4},
+        )
+    ],
 }
 
 
-def layer(form: str, depth: int, width: int) -> ModelProto:
-    draw, nodes = np.random.default_rng(0), []
+def layer(form: str, depth: int, width: int) -> bytes:
+    """Return one layer as a serialized model."""
+    draw = np.random.default_rng(0)
     constants = {
         "f": draw.standard_normal((width, depth), np.float32),
         "w": draw.integers(-127, 128, (width, depth), np.int8),
@@ -63,33 +71,23 @@ def layer(form: str, depth: int, width: int) -> ModelProto:
         "one": np.float32(1),
         "middle": np.uint8(128),
     }
-    for operator, given, made, attributes in FORMS[form]:
-        own = operator == "MatMulNBits"
-        domain = "com.microsoft" if own else None
-        sizes: dict[str, Any] = {"K": depth, "N": width} if own else {}
-        nodes.append(
-            helper.make_node(operator, given.split(), made.split(), domain=domain, **attributes, **sizes)
-        )
-    read = {name for node in nodes for name in node.input}
-    graph = helper.make_graph(
-        nodes,
-        form,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", depth])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", width])],
-        [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items() if n in read],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    sizes = {"K": depth, "N": width}
+    rows = [
+        (operator, given, made, attributes | sizes if operator == "MatMulNBits" else attributes)
+        for operator, given, made, attributes in FORMS[form]
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])
+        for name, size in (("x", depth), ("y", width))
+    ]
+    return serialized_graph(rows, ends[:1], ends[1:], constants, opset=21)
 
 
 def measure(rows: int, repeats: int) -> dict[str, dict[str, float]]:
     found = {}
     for depth, width in WIDTHS:
         x = np.random.default_rng(1).standard_normal((rows, depth), np.float32)
-        sessions = {
-            form: create_session(layer(form, depth, width).SerializeToString(), "cpu", threads=1)
-            for form in FORMS
-        }
+        sessions = {form: create_session(layer(form, depth, width), "cpu", threads=1) for form in FORMS}
         calls = {form: functools.partial(s.run, None, {"x": x}) for form, s in sessions.items()}
         found[f"{depth} to {width}"] = {name: 1e3 * s for name, s in in_turn(calls, repeats).items()}
     return found
